@@ -1,0 +1,169 @@
+"""From rewards to advantages: what an image is worth compared with others, a number per sample.
+
+    prompt   A = (r - mean_c) / (std_c + epsilon)
+             over the last rewards of the same prompt c: DDPO (arXiv 2305.13301) and RLCM (arXiv 2404.03673)
+    batch    A = (r - mean) / sqrt(var + epsilon)
+             over the whole batch: Zhang, Tzeng, Du, Kislyuk (arXiv 2401.12244)
+    group    A = (r - mean_g) / (std(r - mean_g) + epsilon)
+             mean_g over the images of the same prompt in this batch: GRPO (arXiv 2402.03300), but see 2.
+
+Means, variances and standard deviations are those of the numbers at hand (divided by n, not by n - 1), computed in
+float64. Call them with the rewards and prompts of ALL ranks, gathered in rank order, and slice after: then every rank
+holds the same statistics. They are exact functions of the calls so far: no randomness, and state_dict is JSON.
+
+Departures from the papers:
+ 1. prompt: the rewards of a call enter the buffers before any advantage is computed, as in DDPO's code.
+ 2. group: GRPO divides by the group's own standard deviation, which makes much of the prompts on which all images
+    score nearly alike (arXiv 2503.20783); here by that of the centred rewards of the whole batch.
+"""
+
+# B samples
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlcm_fast.trajectory import Prompt
+
+
+class Advantages(Protocol):
+    """Rewards and prompts of all ranks -> advantages."""
+
+    def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """rewards (B,) float32, finite; one prompt each -> (B,) float32 on the rewards' device."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class PromptAdvantages:
+    """Standardised by the last rewards of the same prompt; by the batch's until a prompt has `min_count` of them."""
+
+    def __init__(self, buffer_size: int, min_count: int, epsilon: float = 1e-6) -> None:
+        """buffer_size: rewards kept per prompt; min_count: rewards from which on a prompt's own statistics are used."""
+        if not 1 <= min_count <= buffer_size:
+            raise ValueError(
+                f"advantages.min_count={min_count} must lie between 1 and advantages.buffer_size={buffer_size}, or a"
+                " prompt never has enough rewards; raise buffer_size or lower min_count"
+            )
+        self._buffer_size = buffer_size
+        self._min_count = min_count
+        self._epsilon = epsilon
+        self._buffers: dict[Prompt, deque[float]] = {}
+
+    def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        values = _values(rewards, prompts)
+        for value, prompt in zip(values, prompts, strict=True):
+            self._buffers.setdefault(prompt, deque(maxlen=self._buffer_size)).append(value)
+        of_batch = _mean_and_std(values)
+        statistics = {prompt: self._statistics(prompt) or of_batch for prompt in dict.fromkeys(prompts)}
+        advantages = [
+            (value - statistics[prompt][0]) / (statistics[prompt][1] + self._epsilon)
+            for value, prompt in zip(values, prompts, strict=True)
+        ]
+        return torch.tensor(advantages, dtype=torch.float32, device=rewards.device)
+
+    def _statistics(self, prompt: Prompt) -> tuple[float, float] | None:
+        """Mean and standard deviation of the prompt's buffer, None while it holds fewer than min_count rewards."""
+        buffer = self._buffers[prompt]
+        return _mean_and_std(buffer) if len(buffer) >= self._min_count else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: every float survives the round trip exactly."""
+        return {
+            "buffers": [
+                {"text": prompt.text, "task": prompt.task, "rewards": list(buffer)}
+                for prompt, buffer in self._buffers.items()
+            ]
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the place of what was collected; of a longer buffer the last buffer_size rewards."""
+        self._buffers = {
+            Prompt(entry["text"], entry["task"]): deque(entry["rewards"], maxlen=self._buffer_size)
+            for entry in state["buffers"]
+        }
+
+
+class BatchAdvantages:
+    """Standardised over the batch, whatever the prompts: the way for millions of prompts."""
+
+    def __init__(self, epsilon: float = 1e-6) -> None:
+        self._epsilon = epsilon
+
+    def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        mean, std = _mean_and_std(_values(rewards, prompts))
+        return ((rewards.double() - mean) / math.sqrt(std**2 + self._epsilon)).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class GroupAdvantages:
+    """Compared with the other images of the same prompt in this batch; a group of equal rewards teaches nothing: 0."""
+
+    def __init__(self, epsilon: float = 1e-6) -> None:
+        self._epsilon = epsilon
+
+    def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        values = _values(rewards, prompts)
+        groups: dict[Prompt, list[float]] = {}
+        for value, prompt in zip(values, prompts, strict=True):
+            groups.setdefault(prompt, []).append(value)
+        if len(groups) == len(values):
+            raise ValueError(
+                "prompts.images_per_prompt=1 gives advantages.kind=group nothing to compare an image with; use at least"
+                " 2 images a prompt, or advantages.kind=prompt"
+            )
+        means = {prompt: _mean_and_std(group)[0] for prompt, group in groups.items()}
+        centred = [value - means[prompt] for value, prompt in zip(values, prompts, strict=True)]
+        _, std = _mean_and_std(centred)
+        advantages = torch.tensor(centred, dtype=torch.float64) / (std + self._epsilon)
+        return advantages.to(rewards.device, torch.float32)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+def build_advantages(kind: str, buffer_size: int, min_count: int) -> Advantages:
+    """kind: "prompt", "batch" or "group"; buffer_size and min_count matter to "prompt" alone."""
+    if kind == "prompt":
+        return PromptAdvantages(buffer_size, min_count)
+    if kind == "batch":
+        return BatchAdvantages()
+    if kind == "group":
+        return GroupAdvantages()
+    raise ValueError(f"advantages.kind={kind} is unknown; use prompt, batch or group")
+
+
+def _values(rewards: Tensor, prompts: Sequence[Prompt]) -> list[float]:
+    """The rewards as Python floats, which hold a float32 exactly."""
+    if tuple(rewards.shape) != (len(prompts),) or not prompts:
+        raise ValueError(
+            f"rewards of shape {tuple(rewards.shape)} for {len(prompts)} prompts; give one reward per prompt, of all"
+            " ranks, at least one"
+        )
+    return rewards.tolist()
+
+
+def _mean_and_std(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and standard deviation (divided by n); equal values give themselves and 0, exactly."""
+    values = list(values)
+    if min(values) == max(values):  # a sum of n equal numbers divided by n may be off by a rounding
+        return values[0], 0.0
+    mean = math.fsum(values) / len(values)
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))

@@ -1,0 +1,81 @@
+"""Checkpoints: complete or absent, the last K kept.
+
+    run_dir/checkpoints/iteration_000050/     after 50 iterations
+        deepspeed/       weights and optimizer state as DeepSpeed writes them
+        unet.safetensors the weights alone, float32, for people
+        state.json       iteration, queries, prompt cursor, advantage statistics, number of processes
+
+A checkpoint is written under a temporary name and renamed when all ranks are done, so a run killed at any moment, or a
+full disk, leaves the checkpoints before it intact.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from rlcm_fast import parallel
+from rlcm_fast.memory.engine import Engine
+
+_PREFIX = "iteration_"
+
+
+def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
+    """Writes the state after `iteration` iterations and deletes all but the last `keep`; every rank must call.
+
+    Raises:
+        OSError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    folder = run_dir / "checkpoints" / f"{_PREFIX}{iteration:06d}"
+    partial = folder.with_name(f".partial_{folder.name}")
+    if parallel.is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    parallel.barrier()
+    engine.save(partial)
+    weights = engine.full_weights()
+    if parallel.is_main():
+        save_file(weights, partial / "unet.safetensors")
+        (partial / "state.json").write_text(json.dumps({**state, "num_processes": parallel.world_size()}))
+    parallel.barrier()
+    if parallel.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+        for old in _complete(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    parallel.barrier()
+    return folder
+
+
+def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
+    """Restores the engine and returns the state that was saved with it."""
+    state = json.loads((folder / "state.json").read_text())
+    if state["num_processes"] != parallel.world_size():
+        raise ValueError(
+            f"resume={folder} was saved by {state['num_processes']} processes and cannot go on with "
+            f"{parallel.world_size()}; start as many, or start a new run from its export"
+        )
+    engine.load(folder)
+    return state
+
+
+def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
+    """The folder that `resume` names; None where it is "latest" and the run was stopped before its first checkpoint."""
+    if resume != "latest":
+        if not (Path(resume) / "state.json").is_file():
+            raise ValueError(f"resume={resume} is no checkpoint: it has no state.json; give latest or a folder in "
+                             f"{run_dir}/checkpoints")
+        return Path(resume)
+    if not run_dir.is_dir():
+        raise ValueError(f"resume=latest finds no run in run_dir={run_dir}; check run_dir, or leave resume out")
+    return (_complete(run_dir) or [None])[-1]
+
+
+def _complete(run_dir: Path) -> list[Path]:
+    """Oldest first; only whole checkpoints bear the final name."""
+    return sorted((run_dir / "checkpoints").glob(f"{_PREFIX}*"))

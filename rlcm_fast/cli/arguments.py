@@ -1,0 +1,29 @@
+"""The arguments that sampling and evaluating share."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    model = "shapes/lcm, shapes/teacher, the export/ folder of a run, or any LCM or Stable Diffusion folder or hub id"
+    parser.add_argument("--model", required=True, metavar="DIR", help=model)
+    parser.add_argument("--revision", help="revision of a hub id")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="classifier-free guidance; 1 is none")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the noise")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="images drawn at once")
+    parser.add_argument("--device", help="cpu, cuda, ...; left out: cuda where there is one")
+
+
+def positive_int(text: str) -> int:
+    return _int_from(text, 1)
+
+
+def non_negative_int(text: str) -> int:
+    return _int_from(text, 0)
+
+
+def _int_from(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: give a whole number of {least} or more")
+    return int(text)

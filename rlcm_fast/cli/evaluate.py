@@ -1,0 +1,90 @@
+"""Measure a model by rewards, at one or several numbers of steps, as JSON.
+
+Prompts are dealt out in an order that depends on the seed alone, so models are compared on the same prompts and noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlcm_fast.cli.arguments import add_sampling_arguments, positive_int
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlcm_fast.rewards import Reward
+    from rlcm_fast.trajectory import Prompt
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_sampling_arguments(parser)
+    names = "one or more of jpeg_compressibility, jpeg_incompressibility, shapes_alignment, or package.module:Class"
+    parser.add_argument("--rewards", nargs="+", required=True, metavar="NAME", help=names)
+    source = "prompt source, as prompts.source in a config: shapes:one, shapes:two:held_out, ..., a .txt or .jsonl file"
+    parser.add_argument("--prompts", default="shapes:one:held_out", metavar="SOURCE", help=source)
+    parser.add_argument(
+        "--num-steps", nargs="+", type=positive_int, default=[4], help="denoising steps, one or several"
+    )
+    parser.add_argument("--num-images", type=positive_int, default=64, help="images for each number of steps")
+    parser.add_argument("--out", help="JSON file to write; left out: stdout")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from rlcm_fast.cli.pipelines import load_pipeline
+    from rlcm_fast.prompts import load_prompts
+    from rlcm_fast.rewards import build_reward
+
+    rewards = {name: build_reward(name, {}) for name in arguments.rewards}
+    prompts = deal(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
+    pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device)
+    settings = ("model", "prompts", "num_images", "guidance_scale", "seed")
+    report = {name: getattr(arguments, name) for name in settings} | {
+        "results": [measure(pipeline, prompts, rewards, steps, arguments) for steps in arguments.num_steps]
+    }
+    text = json.dumps(report, indent=2)
+    if arguments.out is None:
+        print(text)
+        return
+    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(arguments.out).write_text(text + "\n", encoding="utf-8")
+
+
+def deal(prompts: Sequence[Prompt], num_images: int, seed: int) -> list[Prompt]:
+    """`num_images` prompts: each once in a shuffled order, then again from the start."""
+    shuffled = random.Random(seed).sample(list(prompts), len(prompts))
+    return [shuffled[i % len(shuffled)] for i in range(num_images)]
+
+
+def measure(
+    pipeline: Any,
+    prompts: Sequence[Prompt],
+    rewards: Mapping[str, Reward],
+    num_steps: int,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """Images at one number of steps, scored by every reward; the time is that of the images alone."""
+    from rlcm_fast.cli.pipelines import draw
+    from rlcm_fast.rewards import check
+
+    texts = [prompt.text for prompt in prompts]
+    settings = (num_steps, arguments.guidance_scale, arguments.seed, arguments.batch_size)
+    draw(pipeline, texts[:1], *settings)  # untimed: what is set up at a pipeline's first call
+    images, seconds = draw(pipeline, texts, *settings)
+    scores = {name: check(name, reward(images, prompts), prompts, iteration=0) for name, reward in rewards.items()}
+    return {
+        "num_steps": num_steps,
+        "seconds_per_image": seconds / len(images),
+        "rewards": {name: statistics(values) for name, values in scores.items()},
+    }
+
+
+def statistics(values: Tensor) -> dict[str, float]:
+    """Mean, sample standard deviation, and standard error of the mean; both 0 for one value."""
+    mean = values.double().mean().item()
+    std = values.double().std().item() if len(values) > 1 else 0.0
+    return {"mean": mean, "std": std, "standard_error": std / len(values) ** 0.5}

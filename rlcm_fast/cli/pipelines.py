@@ -1,0 +1,53 @@
+"""Stock diffusers pipelines, loaded and run with one random generator an image."""
+
+# B images, H W pixels
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+from rlcm_fast.backbones.loading import resolve_model_path
+
+
+def load_pipeline(model: str, revision: str | None = None, device: str | None = None) -> DiffusionPipeline:
+    """The pipeline of a folder or hub id in evaluation mode: float16 on a GPU, float32 elsewhere."""
+    path = resolve_model_path(model, "model")
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.float16 if target.type == "cuda" else torch.float32
+    try:
+        # A safety checker would blank images and so change the rewards; it is left out where there is one.
+        index = DiffusionPipeline.load_config(path, revision=revision)
+        checker = {"safety_checker": None} if "safety_checker" in index else {}
+        pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, **checker)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model={model} is no folder here and could not be loaded: {reason}; check the name"
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(target)
+
+
+def draw(
+    pipeline: DiffusionPipeline, texts: Sequence[str], num_steps: int, guidance_scale: float, seed: int, batch_size: int
+) -> tuple[Tensor, float]:
+    """((B, 3, H, W) float32 images in [0, 1] on the CPU, seconds); image i has the noise of seed + i."""
+    batches: list[Tensor] = []
+    start = time.perf_counter()
+    for first in range(0, len(texts), batch_size):
+        chunk = list(texts[first : first + batch_size])
+        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(chunk))]
+        output = pipeline(  # pyright: ignore[reportCallIssue]  # each pipeline class defines its own __call__
+            prompt=chunk,
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale,
+            generator=generators,
+            output_type="pt",
+        )
+        batches.append(output.images.float().cpu())
+    return torch.cat(batches), time.perf_counter() - start

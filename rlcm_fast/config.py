@@ -1,0 +1,293 @@
+"""The configuration: typed sections, read from defaults < YAML file < command line.
+
+Light on purpose: this module imports neither torch nor diffusers, so that a mistake is reported in under a second,
+before any weights load. `config_errors.py` words the mistakes of YAML files and command lines; what one field cannot
+know alone is checked in `config_checks.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, cast, get_type_hints
+
+import yaml
+from docstring_parser import parse_from_object
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from rlcm_fast.config_errors import check_arguments, check_file, explain, split_arguments
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to fine-tune."""
+
+    path: str = "shapes/lcm"
+    """A shipped model (shapes/lcm, shapes/teacher), a diffusers folder, or a hub id."""
+    revision: str | None = None
+    """The revision of a hub id; null is its main branch."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The sampler that is trained."""
+
+    kind: Literal["consistency", "ddim"] = "consistency"
+    """consistency: few-step sampling of a latent consistency model; ddim: a diffusion model (DDPO)."""
+    num_steps: int = 4
+    """Denoising steps S of a sample; S - 1 of them are actions, since the last is deterministic."""
+    guidance_scale: float = 4.0
+    """Classifier-free guidance; 1 is none. A consistency model takes it as an input (one UNet call)."""
+    eta: float = 1.0
+    """Noise of a ddim step, in (0, 1]; without meaning for consistency."""
+    last_step: Literal["deterministic", "renoise"] = "deterministic"
+    """renoise: the letter of the RLCM paper, whose last action noises an image that is thrown away."""
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Where prompts come from, and how many an iteration takes."""
+
+    source: str = "shapes:one"
+    """shapes:one, shapes:two, shapes:neutral, shapes:all (each also with :held_out), a .txt or a .jsonl file."""
+    num_prompts: int = 16
+    """Distinct prompts of an iteration, over all processes."""
+    images_per_prompt: int = 4
+    """Images of each prompt in an iteration; times num_prompts it is the batch size B."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """One reward."""
+
+    name: str
+    """jpeg_compressibility, jpeg_incompressibility, shapes_alignment, or your own as package.module:Class."""
+    weight: float = 1.0
+    """Its factor in the total reward."""
+    arguments: dict = field(default_factory=dict)
+    """Keyword arguments of its class."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling and rewarding."""
+
+    micro_batch_size: int = 64
+    """Samples of one sampling pass, per process."""
+    reward_workers: int = 2
+    """Threads that compute rewards while the next samples are drawn, per process."""
+
+
+@dataclass(frozen=True)
+class AdvantagesConfig:
+    """How rewards become advantages."""
+
+    kind: Literal["prompt", "batch", "group"] = "prompt"
+    """prompt: running statistics per prompt; batch: the batch's; group: the images of one prompt in the batch."""
+    buffer_size: int = 16
+    """Rewards kept per prompt (kind prompt)."""
+    min_count: int = 16
+    """Rewards a prompt needs before its own statistics are used instead of the batch's (kind prompt)."""
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """The optimizer steps on a rollout."""
+
+    clip_range: float = 1e-4
+    """PPO clip of the ratio; log-probs are means over C, H, W, hence its size."""
+    advantage_clip: float = 10.0
+    """Advantages are clamped to plus and minus this."""
+    num_passes: int = 1
+    """Passes over a rollout."""
+    num_updates: int = 1
+    """Optimizer steps of a pass."""
+    micro_batch_size: int = 64
+    """Transitions of one forward and backward, per process; must divide the transitions of an update."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0 is off."""
+    kl_weight: float = 0.0
+    """Weight of the closed-form KL divergence to the frozen start model; 0 is off."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its learning rate."""
+
+    name: Literal["adamw", "adam"] = "adamw"
+    """adamw or adam, both of torch."""
+    lr: float = 1e-4
+    """Learning rate after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (adamw)."""
+    warmup_updates: int = 0
+    """Updates over which the learning rate rises linearly from 0."""
+    final_lr_fraction: float = 1.0
+    """The learning rate falls linearly to this fraction of lr over the run; 1 is constant."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """DeepSpeed."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO: what processes share out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the network in training; bf16 keeps fp32 master weights and needs zero_stage >= 1."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out images at fixed seeds."""
+
+    every: int = 10
+    """Iterations between evaluations; 0 is off."""
+    num_images: int = 64
+    """Images of an evaluation, over all processes."""
+    prompts: str = "shapes:one:held_out"
+    """Prompt source, as prompts.source."""
+    rewards: list[RewardConfig] = field(default_factory=list)
+    """Rewards to measure besides the trained ones, which are always measured."""
+    micro_batch_size: int = 64
+    """Samples of one sampling pass, per process."""
+    seed: int = 1234
+    """Seed of the initial noise."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints to resume from."""
+
+    every: int = 50
+    """Iterations between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept; older ones are deleted."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """What is written for people to look at."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    wandb: bool = False
+    """Log to Weights & Biases too (needs the extra: pip install 'rlcm_fast[wandb]')."""
+    grid_every: int = 20
+    """Iterations between image grids from fixed prompts and seeds; 0 is off."""
+    grid_images: int = 16
+    """Images of a grid."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """what is fine-tuned"""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """the sampler that is trained"""
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    """where they come from, and how many an iteration takes"""
+    rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig("jpeg_compressibility")])
+    """The rewards: a YAML list of {name: NAME, weight: 1.0, arguments: {}}."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """sampling and rewarding"""
+    advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
+    """how rewards become advantages"""
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    """the optimizer steps on a rollout"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Adam and its learning rate"""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """DeepSpeed"""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """held-out images at fixed seeds"""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """what a run resumes from"""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """what is written for people to look at"""
+    run_dir: str = "runs/default"
+    """Folder of the run: config, metrics, grids, checkpoints, export."""
+    num_iterations: int = 100
+    """Iterations: one rollout and the updates on it, each."""
+    seed: int = 0
+    """Seed of everything random; processes derive their own from it."""
+    resume: str | None = None
+    """latest (of run_dir) or a checkpoint folder to continue from; null starts anew."""
+    dry_run: bool = False
+    """Print the resolved config and the derived numbers, and stop."""
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain YAML types, in the order of its fields."""
+    return _plain(asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    """The config as a YAML file that `--config` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def parse_config(argv: Sequence[str]) -> Config:
+    """Defaults < the files of `--config`, in order < dotted overrides, wherever they stand on the command line.
+
+    Raises ValueError with one line: the field, its value and the way out. `--local_rank=N` of the launcher is ignored.
+    """
+    files, arguments = split_arguments(argv, Config)
+    for file in files:
+        check_file(file, Config)
+    check_arguments(arguments, Config)
+    parser = build_parser()
+    try:
+        parsed = parser.parse_args([*(f"--config={file}" for file in files), *arguments])
+        return _build(Config, parser.instantiate(parsed))
+    except argparse.ArgumentError as error:
+        raise ValueError(explain(str(error))) from error
+
+
+def build_parser() -> ArgumentParser:
+    """The parser behind `--help`: one group a section, one dotted option a field, its help the field's docstring."""
+    parser = ArgumentParser(
+        prog="train.py",
+        usage="deepspeed rlcm_fast/train.py [--config FILE.yaml] [--section.field VALUE ...]",
+        description="Fine-tune a few-step text-to-image model with reinforcement learning on any reward.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, metavar="FILE", help="YAML file; options override it")
+    _add_fields(parser, parser.add_argument_group("run"), Config, "")
+    return parser
+
+
+def _add_fields(parser: ArgumentParser, group: Any, config_class: type, prefix: str) -> None:
+    help_texts = {item.arg_name: item.description for item in parse_from_object(config_class).params}
+    hints = get_type_hints(config_class)
+    for item in fields(config_class):
+        hint, text = hints[item.name], help_texts[item.name]
+        if is_dataclass(hint):
+            section = parser.add_argument_group(f"{item.name}: {text}")
+            _add_fields(parser, section, cast(type, hint), f"{prefix}{item.name}.")
+        else:
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            group.add_argument(f"--{prefix}{item.name}", type=hint, default=default, help=text)
+
+
+def _build(config_class: type, values: Any) -> Any:
+    """Sections from the parser's nested namespaces, whose leaves have their types already."""
+    hints = get_type_hints(config_class)
+    arguments = {item.name: values[item.name] for item in fields(config_class)}
+    return config_class(**{k: _build(hints[k], v) if is_dataclass(hints[k]) else v for k, v in arguments.items()})

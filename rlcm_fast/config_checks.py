@@ -1,0 +1,204 @@
+"""What one field of the config cannot know alone: checked before any weights load, with the way out in the message."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from rlcm_fast.config import Config, RewardConfig
+
+_ONE_STEP = (
+    "policy.num_steps=1 leaves nothing to train: the last step is deterministic (sigma = 0), it makes the image and is "
+    "no action, so its log-prob has no gradient; sample with 2 steps or more (the trained model still runs with 1), "
+    "or set policy.last_step=renoise for the paper's letter, whose last action is pure variance"
+)
+
+
+class _Bound(NamedTuple):
+    field: str
+    value: float
+    allowed: bool
+    remedy: str
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Raise ValueError "field=value ...; remedy" for the first value or combination that cannot work."""
+    for field, value, allowed, remedy in _bounds(config):
+        if not (allowed and math.isfinite(value)):
+            raise ValueError(f"{field}={value} is out of range; give {remedy}")
+    _check_policy(config)
+    _check_rewards(config)
+    _check_advantages(config)
+    _check_sizes(config, world_size)
+    _check_engine(config)
+    _check_resume(config)
+
+
+def derived(config: Config, world_size: int) -> dict[str, int]:
+    """The numbers that follow from the config; counts are over all processes unless the name says otherwise."""
+    samples = config.prompts.num_prompts * config.prompts.images_per_prompt
+    transitions = samples * num_actions(config)
+    transitions_per_update = transitions // config.update.num_updates
+    updates = config.update.num_passes * config.update.num_updates
+    return {
+        "num_processes": world_size,
+        "samples_per_iteration": samples,
+        "samples_per_process": samples // world_size,
+        "actions_per_sample": num_actions(config),
+        "transitions_per_iteration": transitions,
+        "transitions_per_update": transitions_per_update,
+        "micro_batches_per_update_and_process": transitions_per_update // world_size // config.update.micro_batch_size,
+        "updates_per_iteration": updates,
+        "total_updates": updates * config.num_iterations,
+        "total_queries": samples * config.num_iterations,
+    }
+
+
+def num_actions(config: Config) -> int:
+    """K, the trained steps of a sample."""
+    return config.policy.num_steps - (config.policy.last_step == "deterministic")
+
+
+def _bounds(config: Config) -> Iterator[_Bound]:
+    """Every field that has a range of its own."""
+    yield from _counts(config)
+    policy, update, optimizer = config.policy, config.update, config.optimizer
+    scale = policy.guidance_scale
+    yield _Bound("policy.guidance_scale", scale, scale >= 1, "1 (no guidance) or more")
+    yield _Bound("policy.eta", policy.eta, 0 < policy.eta <= 1, "a number in (0, 1]: without noise there is no action")
+    yield _Bound("update.clip_range", update.clip_range, 0 < update.clip_range < 1, "a number in (0, 1), as 1e-4")
+    yield _Bound("update.advantage_clip", update.advantage_clip, update.advantage_clip > 0, "a positive number, as 10")
+    yield _Bound("update.max_grad_norm", update.max_grad_norm, update.max_grad_norm >= 0, "0 (off) or more")
+    yield _Bound("update.kl_weight", update.kl_weight, update.kl_weight >= 0, "0 (off) or more")
+    yield _Bound("optimizer.lr", optimizer.lr, optimizer.lr > 0, "a positive number, as 1e-4")
+    yield _Bound("optimizer.eps", optimizer.eps, optimizer.eps > 0, "a positive number, as 1e-8")
+    yield _Bound("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "0 (off) or more")
+    fraction = optimizer.final_lr_fraction
+    yield _Bound("optimizer.final_lr_fraction", fraction, 0 <= fraction <= 1, "a number in [0, 1]; 1 is constant")
+    for index, beta in enumerate(optimizer.betas):
+        yield _Bound(f"optimizer.betas[{index}]", beta, 0 <= beta < 1, "a number in [0, 1)")
+
+
+def _counts(config: Config) -> Iterator[_Bound]:
+    at_least_one = {
+        "num_iterations": config.num_iterations,
+        "policy.num_steps": config.policy.num_steps,
+        "prompts.num_prompts": config.prompts.num_prompts,
+        "prompts.images_per_prompt": config.prompts.images_per_prompt,
+        "rollout.micro_batch_size": config.rollout.micro_batch_size,
+        "rollout.reward_workers": config.rollout.reward_workers,
+        "advantages.buffer_size": config.advantages.buffer_size,
+        "update.num_passes": config.update.num_passes,
+        "update.num_updates": config.update.num_updates,
+        "update.micro_batch_size": config.update.micro_batch_size,
+        "evaluation.num_images": config.evaluation.num_images,
+        "evaluation.micro_batch_size": config.evaluation.micro_batch_size,
+        "checkpoint.keep": config.checkpoint.keep,
+        "tracking.grid_images": config.tracking.grid_images,
+    }
+    at_least_zero = {
+        "seed": config.seed,
+        "evaluation.seed": config.evaluation.seed,
+        "evaluation.every": config.evaluation.every,
+        "checkpoint.every": config.checkpoint.every,
+        "tracking.grid_every": config.tracking.grid_every,
+        "optimizer.warmup_updates": config.optimizer.warmup_updates,
+    }
+    for field, value in at_least_one.items():
+        yield _Bound(field, value, value >= 1, "1 or more")
+    for field, value in at_least_zero.items():
+        yield _Bound(field, value, value >= 0, "0 or more")
+
+
+def _check_policy(config: Config) -> None:
+    policy = config.policy
+    most = 50 if policy.kind == "consistency" else 1000
+    if policy.num_steps > most:
+        raise ValueError(f"policy.num_steps={policy.num_steps} exceeds the {most} steps of {policy.kind}; give fewer")
+    if num_actions(config) == 0:
+        raise ValueError(_ONE_STEP)
+
+
+def _check_rewards(config: Config) -> None:
+    if not config.rewards:
+        raise ValueError("rewards=[] leaves nothing to optimise; name one, as {name: jpeg_compressibility}")
+    for index, reward in enumerate(config.rewards):
+        if not math.isfinite(reward.weight) or reward.weight == 0:
+            remedy = "give another, or move the reward to evaluation.rewards to only measure it"
+            raise ValueError(f"rewards[{index}].weight={reward.weight} of {reward.name} has no use; {remedy}")
+    _check_names("rewards", config.rewards, {})
+    taken = {reward.name: "rewards, and what is trained is always evaluated" for reward in config.rewards}
+    _check_names("evaluation.rewards", config.evaluation.rewards, taken)
+
+
+def _check_names(field: str, rewards: list[RewardConfig], taken: dict[str, str]) -> None:
+    taken = dict(taken)
+    for index, reward in enumerate(rewards):
+        if not reward.name.strip():
+            raise ValueError(f"{field}[{index}].name='{reward.name}' is empty; name a reward or package.module:Class")
+        if reward.name in taken:
+            raise ValueError(f"{field}[{index}].name={reward.name} is already in {taken[reward.name]}; drop one")
+        taken[reward.name] = field
+
+
+def _check_advantages(config: Config) -> None:
+    advantages, images = config.advantages, config.prompts.images_per_prompt
+    if advantages.kind == "group" and images < 2:
+        raise ValueError(f"prompts.images_per_prompt={images} makes no group for advantages.kind=group; give 2 or more")
+    if advantages.kind == "prompt" and not 2 <= advantages.min_count <= advantages.buffer_size:
+        remedy = f"give 2 to {advantages.buffer_size}, or a larger advantages.buffer_size"
+        raise ValueError(
+            f"advantages.min_count={advantages.min_count} must lie between 2 and "
+            f"advantages.buffer_size={advantages.buffer_size}; {remedy}"
+        )
+    if config.prompts.num_prompts * images < 2:
+        raise ValueError("prompts.num_prompts=1 with images_per_prompt=1 has no spread of rewards; give 2 samples")
+
+
+def _check_sizes(config: Config, world_size: int) -> None:
+    """Processes share prompts evenly, updates share transitions evenly, micro-batches fill an update exactly."""
+    num_prompts, update = config.prompts.num_prompts, config.update
+    if num_prompts % world_size:
+        up = -(-num_prompts // world_size) * world_size
+        raise ValueError(f"prompts.num_prompts={num_prompts} does not divide by the {world_size} processes; try {up}")
+    transitions = num_prompts * config.prompts.images_per_prompt * num_actions(config) // world_size
+    if transitions % update.num_updates:
+        raise ValueError(
+            f"update.num_updates={update.num_updates} does not divide the {transitions} transitions of a pass "
+            f"on each process; try {_near_divisors(transitions, update.num_updates)}"
+        )
+    in_update = transitions // update.num_updates
+    if in_update % update.micro_batch_size:
+        raise ValueError(
+            f"update.micro_batch_size={update.micro_batch_size} does not divide the {in_update} transitions "
+            f"of an update on each process; try {_near_divisors(in_update, update.micro_batch_size)}"
+        )
+
+
+def _near_divisors(number: int, wish: int) -> str:
+    """The divisors of `number` around `wish`, as '32 or 48'."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below = [n for n in divisors if n < wish][-1:]
+    above = [n for n in divisors if n > wish][:1]
+    return " or ".join(str(n) for n in below + above)
+
+
+def _check_engine(config: Config) -> None:
+    engine, optimizer = config.engine, config.optimizer
+    if engine.dtype == "bf16" and engine.zero_stage == 0:
+        raise ValueError(
+            "engine.dtype=bf16 needs engine.zero_stage >= 1: at stage 0 DeepSpeed takes a dummy optimizer step at "
+            "start, which puts Adam's bias correction off by one; set engine.zero_stage=1 (the same on one process)"
+        )
+    if optimizer.name == "adam" and optimizer.weight_decay > 0:
+        raise ValueError(
+            f"optimizer.weight_decay={optimizer.weight_decay} is not decoupled in adam; set optimizer.name=adamw"
+        )
+
+
+def _check_resume(config: Config) -> None:
+    resume = config.resume
+    if resume is not None and resume != "latest" and not Path(resume).is_dir():
+        raise ValueError(f"resume={resume} is no folder; give 'latest' or a folder in {config.run_dir}/checkpoints")

@@ -1,0 +1,169 @@
+"""The mistakes in a YAML file or on the command line, worded for the person who made them.
+
+jsonargparse checks types and merges; this file finds unknown keys first, so that the message can name the closest
+known one, and turns jsonargparse's messages into one line. It knows nothing of the config but its dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_HELP = "--help lists every field"
+_OUTSIDE_CONFIG = {"--config", "--help", "-h"}
+
+
+def split_arguments(argv: Sequence[str], config_class: type) -> tuple[list[str], list[str]]:
+    """(config files, the other arguments); drops the launcher's --local_rank and gives bare switches their true."""
+    switches = {f"--{name}" for name, hint in _fields(config_class) if hint is bool}
+    files, arguments, rest = [], [], list(argv)
+    while rest:
+        name, has_value, value = rest.pop(0).partition("=")
+        follows = bool(rest) and not rest[0].startswith("--")
+        if name in ("--local_rank", "--local-rank"):
+            if not has_value and follows:
+                rest.pop(0)
+        elif name == "--config":
+            if not has_value and not follows:
+                raise ValueError("--config needs a YAML file, for example --config configs/shapes/compressibility.yaml")
+            files.append(value if has_value else rest.pop(0))
+        elif name in switches and not has_value and not follows:
+            arguments.append(f"{name}=true")
+        else:
+            arguments.append(name + has_value + value)
+    return files, arguments
+
+
+def check_file(file: str, config_class: type) -> None:
+    """Raise ValueError unless `file` is a YAML mapping with known keys only."""
+    if not Path(file).is_file():
+        raise ValueError(f"config={file} is not a file; give the path of a YAML file, as in configs/")
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config={file} is not YAML: {_one_line(str(error))}; correct that line") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config={file} holds no fields; write lines like 'seed: 0', or leave --config out")
+    _check_keys(content, config_class, "", f" in {file}")
+
+
+def check_arguments(arguments: Sequence[str], config_class: type) -> None:
+    """Raise ValueError for an option that is no field, or a list of rewards with an unknown key."""
+    known = dict(_fields(config_class))
+    helps = {f"{name}.help" for name, hint in known.items() if _item_class(hint)}
+    option = ""
+    for argument in arguments:
+        is_option = argument.startswith("--")
+        if not is_option and argument not in _OUTSIDE_CONFIG and not option:
+            raise ValueError(f"{argument} belongs to no option; write --field value, and quote values with spaces")
+        name, has_value, value = argument.removeprefix("--").partition("=")
+        if is_option and argument not in _OUTSIDE_CONFIG and name.rstrip("+") not in known | dict.fromkeys(helps):
+            raise ValueError(f"--{name} is no field of the config; {_closest(name, list(known), '--')}{_HELP}")
+        text = value if has_value else "" if is_option else argument
+        field = name if is_option else option
+        item_class = _item_class(known.get(field.rstrip("+")))
+        if text and item_class:
+            _check_item_text(field, text, item_class)
+        option = "" if has_value or not is_option else name
+
+
+def explain(message: str) -> str:
+    """jsonargparse's message as one line: field=value, what was expected, the way out."""
+    found = re.match(r'Parser key "(?P<field>[^"]+)":\s*(?P<rest>.*)', message, re.DOTALL)
+    if not found:
+        return f"{_one_line(message)}; {_HELP}"
+    field, rest = found["field"], re.sub(r"Problem with given class_path '[^']*':\s*", "", found["rest"])
+    inner = re.match(r'Parser key "([^"]+)":\s*', rest)  # of an item in a list
+    if inner:
+        field, rest = f"{field}[].{inner[1]}", rest[inner.end() :]
+    expected = re.match(r"Expected (?:a|an) (?P<type>.*?)\. Got value: (?P<value>.*)", rest, re.DOTALL)
+    if not expected:
+        return f"{field}: {_one_line(rest)}; {_HELP}"
+    return f"{field}={_one_line(expected['value'])} is not allowed; give {_in_words(expected['type'])}"
+
+
+def _fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of every field below, sections left out."""
+    for name, hint in typing.get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _fields(hint, f"{prefix}{name}.")
+        else:
+            yield prefix + name, hint
+
+
+def _check_keys(node: dict[Any, Any], config_class: type, prefix: str, where: str) -> None:
+    hints = typing.get_type_hints(config_class)
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            known = list(hints) if prefix else [*hints, *dict(_fields(config_class))]
+            remedy = "write its section, and the field indented below it; " if "." in str(key) else ""
+            raise ValueError(f"{name}{where} is no field of the config; {remedy or _closest(str(key), known)}{_HELP}")
+        hint = hints[key]
+        if value is None and type(None) not in typing.get_args(hint):
+            raise ValueError(f"{name}={value}{where} has no value; give one or leave the line out")
+        item_class = _item_class(hint)
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            if not isinstance(value, dict):
+                raise ValueError(f"{name}={value}{where} is a section; indent its fields below it or leave it out")
+            _check_keys(value, hint, f"{name}.", where)
+        elif item_class:
+            _check_items(value, item_class, name, where)
+
+
+def _check_items(value: Any, item_class: type, name: str, where: str) -> None:
+    required = [f.name for f in dataclasses.fields(item_class) if f.default is f.default_factory]
+    remedy = f"write a list of {{{', '.join(f.name + ': ...' for f in dataclasses.fields(item_class))}}}"
+    if not isinstance(value, list):
+        raise ValueError(f"{name}={value}{where} is not a list; {remedy}")
+    for index, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise ValueError(f"{name}[{index}]={item}{where} is not a mapping; {remedy}")
+        _check_keys(item, item_class, f"{name}[{index}].", where)
+        missing = [key for key in required if key not in item]
+        if missing:
+            raise ValueError(f"{name}[{index}]{where} lacks {missing[0]}; {remedy}")
+
+
+def _check_item_text(field: str, text: str, item_class: type) -> None:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{field}={text} is not YAML: {_one_line(str(error))}; quote it for the shell") from error
+    _check_items([value] if field.endswith("+") and isinstance(value, dict) else value, item_class, field, "")
+
+
+def _item_class(hint: Any) -> type | None:
+    """The dataclass D of list[D]."""
+    items = typing.get_args(hint) if typing.get_origin(hint) is list else ()
+    return items[0] if items and dataclasses.is_dataclass(items[0]) and isinstance(items[0], type) else None
+
+
+def _closest(name: str, known: list[str], dashes: str = "") -> str:
+    """'did you mean ...? ', by the whole name or by its last part; empty where nothing is near."""
+    leaves = {}
+    for candidate in known:
+        leaves.setdefault(candidate.rpartition(".")[2], candidate)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    if not near:
+        near = [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], list(leaves), n=1)]
+    return f"did you mean {dashes}{near[0]}? " if near else ""
+
+
+def _in_words(type_text: str) -> str:
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    words |= {"list": "a list", "tuple": "a list", "dict": "a mapping like {key: value}"}
+    plain = re.sub(r"<class '([\w.]+)'>", lambda m: words.get(m[1], m[1]), _one_line(type_text))
+    choices = re.fullmatch(r"typing\.Literal\[(.*)\]", plain)
+    return "one of " + choices[1].replace("'", "") if choices else plain.replace("typing.", "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

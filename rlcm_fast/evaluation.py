@@ -1,0 +1,89 @@
+"""Held-out images at fixed seeds, scored by the trained rewards and by rewards that the run does not optimise.
+
+The same prompts and noise every time, so that a difference is the policy's. Micro-batch i has the noise of (seed, i)
+and goes to rank i mod world size, so the numbers do not depend on how many processes share the work.
+"""
+
+# B images of this process
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor
+
+from rlcm_fast import parallel
+from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.rewards.base import Reward
+from rlcm_fast.rewards.service import RewardService
+from rlcm_fast.shapes.reward import image_diversity
+from rlcm_fast.trajectory import Conditioning, Prompt
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What is drawn (`num_images` over `prompts` in turn, noise from `seed`) and what scores it."""
+
+    prompts: Sequence[Prompt]
+    num_images: int
+    seed: int
+    micro_batch_size: int
+    rewards: Mapping[str, tuple[Reward, float]]
+    encode: Callable[[Sequence[Prompt]], Conditioning]
+    decode: Callable[[Tensor], Tensor]
+
+    def __call__(self, policy: GaussianPolicy, iteration: int) -> dict[str, float]:
+        """`eval/<reward>/mean`, `eval/<reward>/std` and `eval/diversity`, the same on every rank."""
+        images, prompts = draw(policy, self._all_prompts(), self.seed, self.micro_batch_size, self.encode, self.decode)
+        scores = self._scores(images, prompts, iteration)
+        metrics: dict[str, float] = {}
+        for name in sorted(self.rewards):
+            values = torch.tensor(parallel.all_gather_list(scores[name]), dtype=torch.float64)
+            metrics[f"eval/{name}/mean"] = values.mean().item()
+            metrics[f"eval/{name}/std"] = values.std(correction=0).item()
+        thumbnails = parallel.all_gather_list(list(torch.nn.functional.adaptive_avg_pool2d(images, 8).cpu()))
+        metrics["eval/diversity"] = image_diversity(torch.stack(thumbnails)) if len(thumbnails) > 1 else 0.0
+        return metrics
+
+    def _all_prompts(self) -> list[Prompt]:
+        return list(islice(cycle(self.prompts), self.num_images))
+
+    def _scores(self, images: Tensor, prompts: list[Prompt], iteration: int) -> dict[str, list[float]]:
+        if not prompts:  # fewer micro-batches than ranks
+            return {name: [] for name in self.rewards}
+        service = RewardService(self.rewards, num_workers=1)
+        try:
+            service.submit(images, prompts)
+            return {name: values.tolist() for name, values in service.gather(iteration).by_name.items()}
+        finally:
+            service.shutdown()
+
+
+def draw(
+    policy: GaussianPolicy,
+    prompts: Sequence[Prompt],
+    seed: int,
+    micro_batch_size: int,
+    encode: Callable[[Sequence[Prompt]], Conditioning],
+    decode: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, list[Prompt]]:
+    """This rank's share of the images (B, 3, H, W) and their prompts, noise fixed by `seed`.
+
+    Under ZeRO-3 a forward pass needs all ranks: each takes part in every round, and keeps its own micro-batches only.
+    """
+    micro_batches = [list(prompts[i : i + micro_batch_size]) for i in range(0, len(prompts), micro_batch_size)]
+    images: list[Tensor] = []
+    kept: list[Prompt] = []
+    for first in range(0, len(micro_batches), parallel.world_size()):
+        index = first + parallel.rank()
+        is_mine = index < len(micro_batches)
+        batch = micro_batches[index if is_mine else first]
+        _, x_0 = policy.sample(encode(batch), parallel.generator(seed, index))
+        if is_mine:
+            images.append(decode(x_0))
+            kept += batch
+    empty = torch.empty(0, 3, 1, 1)
+    return (torch.cat(images) if images else empty), kept

@@ -1,0 +1,74 @@
+"""The processes of a run: who am I, what do all of us have, which seed is mine.
+
+A thin layer over torch.distributed that also works for a single process without a process group.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number in [0, world_size)."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes the run folder and speaks to the terminal."""
+    return rank() == 0
+
+
+def all_gather(values: Tensor) -> Tensor:
+    """The tensors of all ranks, equal shapes (N, ...), along the first dimension in rank order: (N * world, ...)."""
+    if world_size() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
+def all_gather_list(values: list[T]) -> list[T]:
+    """The lists of all ranks joined in rank order; for small Python objects."""
+    if world_size() == 1:
+        return values
+    parts: list[list[T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; every rank must ask."""
+    if world_size() == 1:
+        return flag
+    return any(all_gather_list([flag]))
+
+
+def generator(seed: int, *place: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Random numbers that depend on (seed, place...) alone, for example (seed, rank, iteration).
+
+    So nothing about randomness needs saving, and a resumed run draws what an uninterrupted one would have drawn.
+    """
+    mixed = seed & 0xFFFFFFFF
+    for number in place:  # splitmix64's finaliser: neighbouring places give unrelated streams
+        mixed = (mixed * 0x9E3779B97F4A7C15 + number + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return torch.Generator(device).manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()

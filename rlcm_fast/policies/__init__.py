@@ -1,0 +1,17 @@
+"""Samplers as Gaussian policies: schedule tables, and a policy per kind of network."""
+
+from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.policies.build import build_policy
+from rlcm_fast.policies.consistency import ConsistencyPolicy
+from rlcm_fast.policies.diffusion import DiffusionPolicy
+from rlcm_fast.policies.schedules import Schedule, consistency_schedule, ddim_schedule
+
+__all__ = [
+    "ConsistencyPolicy",
+    "DiffusionPolicy",
+    "GaussianPolicy",
+    "Schedule",
+    "build_policy",
+    "consistency_schedule",
+    "ddim_schedule",
+]

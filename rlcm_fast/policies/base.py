@@ -1,0 +1,104 @@
+"""What the policies share: sampling and log-probabilities of affine Gaussian steps around a network's output.
+
+    x_s = A_t x_t + B_t m + sigma_t z,      log p(x_s | x_t) = MEAN over C, H, W
+
+Sits between the schedules (tables), the kernels (arithmetic) and the stages (rollout, update). A policy differs from
+another only in how a network output m is made (`network_output`).
+
+The ratio is one before the first update because nothing differs between rollout and training: both cast the same
+stored float32 state to the network's dtype, and the rollout's log-probability is computed from the ROUNDED next state
+by the arithmetic that training uses, not from the noise. What remains is the network itself, whose result may depend
+on the shape of its batch: a float32 difference of 1e-7 moves the log-ratio by about 1e-7 B / sigma (tested below 1e-6
+for consistency and for DDIM with eta = 1; sigma is ten times smaller with eta = .1).
+"""
+
+# B samples, S steps, K actions, N transitions, C H W latent
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlcm_fast.kernels import functional
+from rlcm_fast.policies.schedules import Schedule
+from rlcm_fast.trajectory import Conditioning, Trajectory, Transitions
+
+
+class GaussianPolicy(ABC):
+    """A network and a schedule; `unet` is called as UNet2DConditionModel.forward is (the module or its engine).
+
+    unet_config: the network's config (in_channels, sample_size, time_cond_proj_dim); dtype: that of its parameters.
+    device: where the schedule's tables live, the network's device.
+    """
+
+    def __init__(
+        self,
+        unet: Callable[..., Any],
+        schedule: Schedule,
+        guidance_scale: float,
+        unet_config: Mapping[str, Any],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.unet = unet
+        self.schedule = schedule.to(device)
+        self.guidance_scale = guidance_scale
+        self.dtype = dtype
+        self.device = torch.device(device)
+        size = unet_config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        self.latent_shape: tuple[int, int, int] = (unet_config["in_channels"], height, width)
+
+    @property
+    def num_steps(self) -> int:
+        return self.schedule.num_steps
+
+    @property
+    def num_actions(self) -> int:
+        return self.schedule.num_actions
+
+    @abstractmethod
+    def network_output(self, x_t: Tensor, step: Tensor, conditioning: Conditioning) -> Tensor:
+        """m (N, C, H, W) float32 after guidance, of one network call; x_t (N, C, H, W), step (N,) int64, mixed."""
+
+    def coefficients(self, step: Tensor) -> Tensor:
+        """(N, 3) float32, A, B, sigma of each step (N,)."""
+        return self.schedule.coefficients[step]
+
+    def log_prob(self, transitions: Transitions) -> Tensor:
+        """(N,) float32, mean over C, H, W, with the gradient into the network."""
+        self.schedule.require_actions()
+        m = self.network_output(transitions.x_t, transitions.step, transitions.conditioning)
+        return functional.gaussian_log_prob(transitions.x_t, m, transitions.x_s, self.coefficients(transitions.step))
+
+    @torch.no_grad()
+    def sample(self, conditioning: Conditioning, generator: torch.Generator) -> tuple[Trajectory, Tensor]:
+        """Draw a trajectory, and x_0 (B, C, H, W) float32, the latents of its images (not divided by a scaling factor).
+
+        Draws the first state, then one noise tensor an action, as diffusers' pipelines do: the same seed gives the same
+        image. A generator of another device than the policy's draws there and copies (diffusers' habit too).
+        """
+        x_t = self._noise(len(conditioning.index), generator)
+        states, log_probs, x_0 = [x_t], [], x_t
+        for k in range(self.num_steps):
+            step = torch.full((len(x_t),), k, device=x_t.device)
+            m = self.network_output(x_t, step, conditioning)
+            if k == self.num_steps - 1:
+                x_0 = functional.gaussian_mean(x_t, m, self.schedule.image_coefficients.expand(len(x_t), 3))
+            if k < self.num_actions:
+                noise = self._noise(len(x_t), generator)
+                x_t, log_prob = functional.gaussian_step(x_t, m, self.coefficients(step), noise)
+                states.append(x_t)
+                log_probs.append(log_prob)
+            else:
+                x_t = functional.gaussian_mean(x_t, m, self.coefficients(step))
+        actions = torch.stack(log_probs, dim=1) if log_probs else x_t.new_zeros(len(x_t), 0)
+        return Trajectory(torch.stack(states, dim=1), actions, conditioning), x_0
+
+    def _noise(self, num_samples: int, generator: torch.Generator) -> Tensor:
+        shape = (num_samples, *self.latent_shape)
+        return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(self.device)

@@ -1,0 +1,59 @@
+"""The consistency policy: a latent consistency model's multistep sampling as a Gaussian policy (RLCM, 2404.03673).
+
+Guidance is an input of the network, the embedding of w - 1 that it was distilled with, so a step is one forward pass.
+"""
+
+# N rows, B samples, L tokens, E embedding, C H W latent, W width of the guidance embedding
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.policies.schedules import Schedule
+from rlcm_fast.trajectory import Conditioning
+
+
+class ConsistencyPolicy(GaussianPolicy):
+    """Use with `consistency_schedule`; `guidance_scale` counts as in diffusers (1 is no guidance)."""
+
+    def __init__(
+        self,
+        unet: Callable[..., Any],
+        schedule: Schedule,
+        guidance_scale: float,
+        unet_config: Mapping[str, Any],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(unet, schedule, guidance_scale, unet_config, dtype, device)
+        width = unet_config.get("time_cond_proj_dim")
+        if width is None:
+            raise ValueError(
+                "policy.kind=consistency, but the model's UNet has time_cond_proj_dim=None (no guidance embedding): it"
+                " is no latent consistency model; use policy.kind=ddim"
+            )
+        self._timestep_cond = guidance_embedding(guidance_scale, width).to(device, dtype)  # (1, W)
+
+    def network_output(self, x_t: Tensor, step: Tensor, conditioning: Conditioning) -> Tensor:
+        m = self.unet(
+            x_t.to(self.dtype),
+            self.schedule.timesteps[step],
+            encoder_hidden_states=conditioning.embeds.to(self.dtype),
+            timestep_cond=self._timestep_cond.expand(len(x_t), -1),
+            return_dict=False,
+        )[0]
+        return m.float()
+
+
+def guidance_embedding(guidance_scale: float, width: int) -> Tensor:
+    """(1, width) float32: sine and cosine of 1000 (w - 1) at geometric frequencies 1 .. 1e-4, zero-padded if odd."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half) * (-math.log(10000.0) / (half - 1)))
+    angles = torch.tensor([[(guidance_scale - 1.0) * 1000.0]]) * frequencies
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))

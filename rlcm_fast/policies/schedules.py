@@ -1,0 +1,216 @@
+"""Schedules: every sampler here as a table of x_s = A x_t + B m + sigma z, one row a step.
+
+With alpha_bar_t = cumprod(1 - beta) and the network output m read as x_0 = a_0 x_t + b_0 m and eps = a_1 x_t + b_1 m
+(by prediction type), where s is the next timestep:
+
+    consistency   f = c_skip x_t + c_out x_0;  x_s = sqrt(alpha_bar_s) f + sqrt(1 - alpha_bar_s) z
+                  c_skip = .25 / ((k t)^2 + .25), c_out = k t / sqrt((k t)^2 + .25), k = timestep_scaling
+    DDIM(eta)     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
+                  sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
+
+(LCM: arXiv 2310.04378; DDIM: 2010.02502, eq. 12 and 16). alpha_bar is diffusers' own (float32: the noise levels that
+networks are trained on; near t = 0 its rounding is 3e-5 of 1 - alpha_bar); everything from it is computed once in
+float64 and kept in float32. Timesteps are those of diffusers' LCMScheduler and DDIMScheduler, also where DDIMScheduler
+steps to t - T // S although the next timestep is another (S does not divide T).
+
+The last step is deterministic and makes the image: it is no action. With last_step="renoise" it is one:
+ - consistency: the paper's letter. The action re-noises f to the level of its own t, and the image is decoded from f.
+ - DDIM: the scheduler's own last noise is kept (it has some if set_alpha_to_one is false and eta is not 0).
+
+Departures from diffusers:
+ 1. In DDIM the image is the MEAN of the last step even where diffusers adds noise to it (Stable Diffusion's folders
+    with eta = 1: sigma = .02 in the latent).
+ 2. A folder of another noise scheduler (Stable Diffusion comes with PNDM, others with DPM-Solver or Euler) is sampled
+    by DDIM: its betas, prediction type, timestep spacing, steps_offset and set_alpha_to_one are taken, nothing else.
+ 3. What is not affine or divides by zero is refused: clip_sample, thresholding, rescale_betas_zero_snr.
+ 4. steps_offset is the folder's; StableDiffusionPipeline (not DDIMScheduler) overwrites it with 1.
+"""
+
+# S steps, K actions, T training timesteps
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+_SIGMA_DATA = 0.5
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a sampler, noisiest first; the first `num_actions` of them are actions."""
+
+    timesteps: Tensor  # (S,) int64
+    coefficients: Tensor  # (S, 3) float32, A, B, sigma of each step
+    image_coefficients: Tensor  # (3,) float32, A, B, 0: the image's latent from the state before the last step
+    num_actions: int  # K: S - 1 if the last step is deterministic, S if it re-noises, 0 for DDIM with eta = 0
+
+    @property
+    def num_steps(self) -> int:
+        return self.timesteps.shape[0]
+
+    def to(self, device: torch.device | str) -> Schedule:
+        return Schedule(
+            self.timesteps.to(device),
+            self.coefficients.to(device),
+            self.image_coefficients.to(device),
+            self.num_actions,
+        )
+
+    def require_actions(self) -> None:
+        """Refuse to train where there is nothing to train."""
+        if self.num_actions == 0:
+            raise ValueError(
+                f"policy.num_steps={self.num_steps} has no action to train: the last step is deterministic (it makes"
+                " the image, sigma = 0, so it has no log-probability), and so is every step of DDIM with eta=0; use"
+                " policy.num_steps >= 2 (and policy.eta > 0 for DDIM), or policy.last_step=renoise"
+            )
+
+
+def consistency_schedule(
+    scheduler_config: Mapping[str, Any], num_steps: int, last_step: str = "deterministic"
+) -> Schedule:
+    """The table of multistep consistency sampling for an LCMScheduler config."""
+    _check(scheduler_config, num_steps, last_step)
+    alpha_bar = _alpha_bar(scheduler_config)
+    t = _consistency_timesteps(len(alpha_bar), int(scheduler_config.get("original_inference_steps", 50)), num_steps)
+    a_0, b_0, _, _ = _prediction(scheduler_config, alpha_bar[t])
+    scaled = t * float(scheduler_config.get("timestep_scaling", 10.0))
+    c_skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
+    c_out = scaled / np.sqrt(scaled**2 + _SIGMA_DATA**2)
+    f = np.stack([c_skip + c_out * a_0, c_out * b_0], axis=1)  # (S, 2)
+    level = alpha_bar[np.append(t[1:], t[-1])]  # the last step returns to its own level
+    table = np.concatenate([np.sqrt(level)[:, None] * f, np.sqrt(1.0 - level)[:, None]], axis=1)
+    image = np.append(f[-1], 0.0)
+    if last_step == "deterministic":
+        table[-1] = image
+    return _schedule(t, table, image)
+
+
+def ddim_schedule(
+    scheduler_config: Mapping[str, Any], num_steps: int, eta: float = 1.0, last_step: str = "deterministic"
+) -> Schedule:
+    """The table of DDIM(eta), eta in [0, 1], for the config of a DDIM, PNDM, DPM-Solver or Euler scheduler."""
+    _check(scheduler_config, num_steps, last_step)
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"policy.eta={eta} is outside [0, 1]; 1 is DDPM's noise, 0 deterministic")
+    alpha_bar = _alpha_bar(scheduler_config)
+    t = _ddim_timesteps(scheduler_config, len(alpha_bar), num_steps)
+    s = t - len(alpha_bar) // num_steps
+    final = 1.0 if scheduler_config.get("set_alpha_to_one", True) else alpha_bar[0]
+    ab_t, ab_s = alpha_bar[t], np.where(s >= 0, alpha_bar[np.maximum(s, 0)], final)
+    a_0, b_0, a_1, b_1 = _prediction(scheduler_config, ab_t)
+    sigma = eta * np.sqrt((1.0 - ab_s) / (1.0 - ab_t) * (1.0 - ab_t / ab_s))
+    direction = np.sqrt(np.maximum(1.0 - ab_s - sigma**2, 0.0))
+    table = np.stack(
+        [np.sqrt(ab_s) * a_0 + direction * a_1, np.sqrt(ab_s) * b_0 + direction * b_1, sigma], axis=1
+    )  # (S, 3)
+    image = table[-1] * np.array([1.0, 1.0, 0.0])
+    if last_step == "deterministic":
+        table[-1] = image
+    elif table[-1, 2] == 0.0:
+        raise ValueError(
+            "policy.last_step=renoise, but this DDIM schedule's last step has no noise of its own (eta=0 or"
+            " set_alpha_to_one=true); use policy.last_step=deterministic"
+        )
+    return _schedule(t, table, image)
+
+
+def _schedule(t: NDArray[np.int64], table: Array, image: Array) -> Schedule:
+    is_action = table[:, 2] > 0.0
+    num_actions = int(is_action.sum())
+    assert is_action[:num_actions].all(), "a step without noise between actions"
+    return Schedule(
+        torch.from_numpy(t.astype(np.int64)),
+        torch.from_numpy(table).float(),
+        torch.from_numpy(image).float(),
+        num_actions,
+    )
+
+
+def _check(config: Mapping[str, Any], num_steps: int, last_step: str) -> None:
+    if last_step not in ("deterministic", "renoise"):
+        raise ValueError(f"policy.last_step={last_step!r} is unknown; use deterministic or renoise")
+    if num_steps < 1:
+        raise ValueError(f"policy.num_steps={num_steps} must be at least 1")
+    for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+        if config.get(key, False):
+            raise ValueError(
+                f"scheduler config {key}={config[key]}: the step would no longer be an affine Gaussian, whose"
+                f" log-probability is known; set {key} to false in the folder's scheduler_config.json"
+            )
+
+
+def _alpha_bar(config: Mapping[str, Any]) -> Array:
+    """cumprod(1 - beta), (T,): rounded to float32 as diffusers has it, which is what the network was trained with."""
+    return torch.cumprod(1.0 - _betas(config), dim=0).double().numpy()
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    """(T,) float32"""
+    if config.get("trained_betas") is not None:
+        return torch.tensor(config["trained_betas"], dtype=torch.float32)
+    missing = [key for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps") if key not in config]
+    if missing:
+        raise ValueError(
+            f"scheduler config of {config.get('_class_name', 'unknown class')} has no {missing[0]}: it is not a"
+            " variance-preserving diffusion schedule; use a model with an LCM, DDIM, PNDM, DPM-Solver or Euler one"
+        )
+    kind, num = config["beta_schedule"], config["num_train_timesteps"]
+    start, end = config["beta_start"], config["beta_end"]
+    if kind == "linear":
+        return torch.linspace(start, end, num, dtype=torch.float32)
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, num, dtype=torch.float32) ** 2
+    if kind == "squaredcos_cap_v2":
+        bar = np.cos((np.arange(num + 1) / num + 0.008) / 1.008 * math.pi / 2) ** 2
+        return torch.from_numpy(np.minimum(1.0 - bar[1:] / bar[:-1], 0.999)).float()
+    raise ValueError(f"scheduler config beta_schedule={kind!r}; use linear, scaled_linear or squaredcos_cap_v2")
+
+
+def _prediction(config: Mapping[str, Any], alpha_bar: Array) -> tuple[Array, Array, Array, Array]:
+    """a_0, b_0, a_1, b_1, each (S,), of x_0 = a_0 x_t + b_0 m and eps = a_1 x_t + b_1 m."""
+    kind = config.get("prediction_type", "epsilon")
+    signal, noise = np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar)
+    zero, one = np.zeros_like(signal), np.ones_like(signal)
+    if kind == "epsilon":
+        return 1.0 / signal, -noise / signal, zero, one
+    if kind == "v_prediction":
+        return signal, -noise, noise, signal
+    if kind == "sample":
+        return zero, one, 1.0 / noise, -signal / noise
+    raise ValueError(f"scheduler config prediction_type={kind!r}; use epsilon, v_prediction or sample")
+
+
+def _consistency_timesteps(num_train: int, origin: int, num_steps: int) -> NDArray[np.int64]:
+    """S of the `origin` timesteps that the model was distilled on, evenly spaced, noisiest first."""
+    if num_steps > origin:
+        raise ValueError(f"policy.num_steps={num_steps} is above the {origin} that the model was distilled on")
+    origin_timesteps = (np.arange(1, origin + 1) * (num_train // origin) - 1)[::-1]
+    return origin_timesteps[np.floor(np.linspace(0, origin, num_steps, endpoint=False)).astype(np.int64)]
+
+
+def _ddim_timesteps(config: Mapping[str, Any], num_train: int, num_steps: int) -> NDArray[np.int64]:
+    spacing = config.get("timestep_spacing", "leading")
+    if spacing == "leading":
+        t = np.arange(num_steps)[::-1] * (num_train // num_steps) + int(config.get("steps_offset", 0))
+    elif spacing == "trailing":
+        t = np.round(np.arange(num_train, 0, -num_train / num_steps)).astype(np.int64) - 1
+    elif spacing == "linspace":
+        t = np.linspace(0, num_train - 1, num_steps).round()[::-1].astype(np.int64)
+    else:
+        raise ValueError(f"scheduler config timestep_spacing={spacing!r}; use leading, trailing or linspace")
+    if len(t) != num_steps or t[0] >= num_train:
+        raise ValueError(
+            f"policy.num_steps={num_steps} does not fit {num_train} training timesteps with timestep_spacing={spacing};"
+            " use fewer steps, e.g. 50"
+        )
+    return t

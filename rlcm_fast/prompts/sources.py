@@ -1,0 +1,90 @@
+"""Where prompts come from: a text file, a JSON-lines file, or a named list made by code.
+
+    animals.txt                  one prompt a line; blank lines are skipped
+    animals.jsonl                one object a line: {"text": "a cat", "task": "animals"}; the task may be left out
+    shapes:one                   a name of BUILT_IN
+    package.module:function      your own: called without arguments, returns a list of str or of Prompt
+
+The order is that of the source and a prompt listed twice counts twice; the sampler shuffles.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rlcm_fast.plugins import load_class
+from rlcm_fast.trajectory import Prompt
+
+_SHAPES = {"one": "one_shape", "two": "two_shapes", "neutral": "neutral", "all": "all_captions"}
+
+# Plug-in strings, not imports: the parts of floor 2 do not know each other.
+BUILT_IN = {f"shapes:{name}": f"rlcm_fast.shapes.prompts:{function}" for name, function in _SHAPES.items()} | {
+    f"shapes:{name}:held_out": f"rlcm_fast.shapes.prompts:{function}_held_out" for name, function in _SHAPES.items()
+}
+
+
+def load_prompts(source: str, field: str = "prompts.source") -> list[Prompt]:
+    """All prompts of `source`, at least one. `field`: the config field that errors name."""
+    where = f"{field}={source}"
+    if source in BUILT_IN:
+        prompts = _call(source, where)
+    elif source.endswith((".txt", ".jsonl")):
+        prompts = _read_file(Path(source), where)
+    elif ":" in source and not source.startswith("shapes:"):
+        prompts = _call(source, where)
+    else:
+        raise ValueError(
+            f"{where} is no prompt source; give a .txt file (one prompt a line), a .jsonl file, package.module:function"
+            f" or one of {', '.join(BUILT_IN)}"
+        )
+    if not prompts:
+        raise ValueError(f"{where} holds no prompts; give at least one")
+    return prompts
+
+
+def _call(source: str, where: str) -> list[Prompt]:
+    """The prompts that the function named by `source` returns."""
+    try:
+        items = load_class(source, BUILT_IN)()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    prompts = [Prompt(item) if isinstance(item, str) else item for item in items]
+    wrong = next((item for item in prompts if not isinstance(item, Prompt) or not item.text.strip()), None)
+    if wrong is not None:
+        raise ValueError(f"{where} returned the prompt {wrong!r}; return a list of non-empty str or of Prompt")
+    return prompts
+
+
+def _read_file(path: Path, where: str) -> list[Prompt]:
+    if not path.is_file():
+        raise ValueError(
+            f"{where}: there is no such file under {Path.cwd()}; give the path of a .txt file (one prompt a line), of a"
+            f" .jsonl file, or one of {', '.join(BUILT_IN)}"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    filled = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not filled:
+        raise ValueError(f"{where} is an empty file; write one prompt a line")
+    if path.suffix == ".txt":
+        return [Prompt(line) for _, line in filled]
+    return [_parse(line, f"{where}, line {number}") for number, line in filled]
+
+
+def _parse(line: str, where: str) -> Prompt:
+    """One line of a .jsonl file."""
+    remedy = 'write {"text": "a cat"} or {"text": "a cat", "task": "animals"}'
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is no JSON ({error}); {remedy}") from error
+    if not isinstance(record, dict) or "text" not in record or not record.keys() <= {"text", "task"}:
+        raise ValueError(f"{where} is {line}; {remedy}")
+    if not all(isinstance(value, str) and value.strip() for value in record.values()):
+        raise ValueError(f"{where} is {line}, where a value is no text or empty; {remedy}")
+    return Prompt(**record)

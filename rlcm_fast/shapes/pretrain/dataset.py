@@ -1,0 +1,28 @@
+"""Rendered training scenes as tensors, the same for the same seed."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rlcm_fast.shapes.renderer import render
+from rlcm_fast.shapes.scenes import training_scenes
+
+
+def training_images(num_images: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Images (N, 3, 64, 64) uint8 and their captions."""
+    scenes = islice(training_scenes(np.random.default_rng(seed)), num_images)
+    images, captions = [], []
+    for scene in tqdm(scenes, total=num_images, desc="rendering"):
+        images.append(torch.from_numpy(np.asarray(render(scene)).copy()))
+        captions.append(str(scene.caption))
+    return torch.stack(images).permute(0, 3, 1, 2).contiguous(), captions
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1], the range diffusers' VAEs take and give."""
+    return images.float() / 127.5 - 1

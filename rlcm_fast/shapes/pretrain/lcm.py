@@ -1,0 +1,109 @@
+"""Latent consistency distillation (Luo et al., arXiv 2310.04378, algorithm 1) of the teacher.
+
+For a start t_n on the 50-step DDIM grid and s = t_n - 20, a guidance scale w ~ U[w_min, w_max] and z_t ~ q(z_t | z_0):
+
+    z_s   = DDIM step of the teacher from t_n to s with its guided output (1 + w) eps_c - w eps_u
+    loss  = huber( f(z_t, w, c, t_n), f_ema(z_s, w, c, s) ),   f = c_skip(t) z_t + c_out(t) x0hat(z_t, eps, t)
+
+with c_skip, c_out of sigma_data 0.5 and timestep scaling 10, and the guidance scale given to the student through the
+w-embedding (`time_cond_proj_dim`), so that sampling needs one forward a step. `w` is the paper's: guidance_scale - 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from rlcm_fast.shapes.pretrain.stage import StageConfig, run_stage
+from rlcm_fast.shapes.pretrain.teacher import Denoiser, new_unet, noise_schedule
+from rlcm_fast.shapes.pretrain.text import new_tokenizer, tokenize
+
+LCM = StageConfig(num_steps=2000, batch_size=48, lr=3e-4, ema_decay=0.95, weight_decay=0.0, warmup_steps=50)
+GUIDANCE_RANGE = (2.0, 6.0)  # as `guidance_scale`
+W_EMBEDDING_SIZE = 64
+_GRID_STEP = 20  # 50 DDIM steps of 1000
+_SIGMA_DATA, _TIMESTEP_SCALING = 0.5, 10.0
+_HUBER_C = 0.001
+
+
+def distil(
+    teacher: Denoiser, latents: Tensor, captions: list[str], folder: Path, seed: int, config: StageConfig = LCM
+) -> UNet2DConditionModel:
+    """The student UNet, started from the teacher's weights; latents (N, 8, 8, 8) scaled."""
+    device = next(teacher.parameters()).device
+    torch.manual_seed(seed)
+    student = new_unet(W_EMBEDDING_SIZE).to(device)
+    student.load_state_dict(teacher.unet.state_dict(), strict=False)  # all but the new w-embedding projection
+    nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    tokenizer = new_tokenizer()
+    distinct, rows = _distinct_embeddings(teacher, tokenize(tokenizer, captions))
+    empty = teacher.text_encoder(tokenize(tokenizer, [""]).to(device)).last_hidden_state
+    alpha_bar = noise_schedule().alphas_cumprod.to(device)
+
+    def loss(model: nn.Module, target: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
+        count = len(indices)
+        x_0 = latents[indices].to(device)
+        t = (torch.randint(1, 51, (count,), generator=generator) * _GRID_STEP - 1).to(device)
+        s = (t - _GRID_STEP).clamp(min=0)
+        low, high = GUIDANCE_RANGE
+        w = (low + (high - low) * torch.rand(count, generator=generator) - 1).to(device)
+        noise = torch.randn(x_0.shape, generator=generator).to(device)
+        z_t = _mix(x_0, noise, alpha_bar[t])
+        prompt = distinct[rows[indices]]
+        with torch.no_grad():
+            z_s = _teacher_step(teacher.unet, z_t, t, s, w, prompt, empty, alpha_bar)
+            goal = consistency(target, z_s, s, w, prompt, alpha_bar)
+        error = consistency(model, z_t, t, w, prompt, alpha_bar) - goal
+        return ((error.square() + _HUBER_C**2).sqrt() - _HUBER_C).mean()
+
+    trained = run_stage("lcm", student, loss, len(latents), config, folder, seed)
+    assert isinstance(trained, UNet2DConditionModel)
+    return trained
+
+
+def consistency(unet: nn.Module, z_t: Tensor, t: Tensor, w: Tensor, prompt: Tensor, alpha_bar: Tensor) -> Tensor:
+    """f(z_t, w, c, t), the prediction of z_0 (N, 8, 8, 8)."""
+    scaled = _column(t.float() * _TIMESTEP_SCALING)
+    c_skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
+    c_out = scaled / (scaled**2 + _SIGMA_DATA**2).sqrt()
+    embedding = LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+        None,  # type: ignore[arg-type]  # the method uses no state
+        w.cpu(),
+        W_EMBEDDING_SIZE,
+    ).to(z_t.device)
+    eps = unet(z_t, t, encoder_hidden_states=prompt, timestep_cond=embedding).sample
+    return c_skip * z_t + c_out * _x_0_hat(z_t, eps, alpha_bar[t])
+
+
+def _teacher_step(
+    unet: nn.Module, z_t: Tensor, t: Tensor, s: Tensor, w: Tensor, prompt: Tensor, empty: Tensor, alpha_bar: Tensor
+) -> Tensor:
+    """One guided DDIM step from t to s, both halves of the guidance in one forward."""
+    both = torch.cat([prompt, empty.expand_as(prompt)])
+    eps_c, eps_u = unet(torch.cat([z_t, z_t]), torch.cat([t, t]), encoder_hidden_states=both).sample.chunk(2)
+    eps = eps_c + _column(w) * (eps_c - eps_u)
+    return _mix(_x_0_hat(z_t, eps, alpha_bar[t]), eps, alpha_bar[s])
+
+
+@torch.no_grad()
+def _distinct_embeddings(teacher: Denoiser, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Text embeddings of the distinct captions (D, L, E) and the row of each sample (N,)."""
+    distinct, rows = tokens.unique(dim=0, return_inverse=True)
+    device = next(teacher.parameters()).device
+    embeds = [teacher.text_encoder(part.to(device)).last_hidden_state for part in distinct.split(512)]
+    return torch.cat(embeds), rows
+
+
+def _x_0_hat(z_t: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    return (z_t - _column((1 - alpha_bar).sqrt()) * eps) / _column(alpha_bar.sqrt())
+
+
+def _mix(x_0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    return _column(alpha_bar.sqrt()) * x_0 + _column((1 - alpha_bar).sqrt()) * noise
+
+
+def _column(values: Tensor) -> Tensor:
+    return values[:, None, None, None]

@@ -1,0 +1,106 @@
+"""One resumable training run: modules, optimizer, cosine learning rate, EMA, progress bar, checkpoints.
+
+Every batch is drawn from a generator seeded by (seed, step), so a resumed run continues as an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+_SAVE_EVERY_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """The size of one run; batch sizes are per step, the learning rate is the peak of a cosine."""
+
+    num_steps: int
+    batch_size: int
+    lr: float
+    ema_decay: float = 0.995
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+
+
+def run_stage(
+    name: str,
+    module: nn.Module,
+    loss: Callable[[nn.Module, nn.Module, Tensor, torch.Generator], Tensor],
+    num_samples: int,
+    config: StageConfig,
+    folder: Path,
+    seed: int,
+) -> nn.Module:
+    """Minimises `loss(module, ema_module, indices, generator)` and returns the module with its EMA weights.
+
+    The state is kept in `folder/<name>.pt`; a second call with a finished state returns at once.
+    """
+    device = next(module.parameters()).device
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.num_steps)
+    target = _frozen_copy(module)
+    ema = EMAModel(module.parameters(), decay=config.ema_decay, use_ema_warmup=False)
+    state_file = folder / f"{name}.pt"
+    first = _load(state_file, module, optimizer, schedule, ema)
+    saved_at = time.monotonic()
+    bar = tqdm(range(first, config.num_steps), initial=first, total=config.num_steps, desc=name, mininterval=2)
+    for step in bar:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        indices = torch.randint(num_samples, (config.batch_size,), generator=generator)
+        ema.copy_to(target.parameters())
+        value = loss(module, target, indices, generator)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.step(module.parameters())
+        if step % 25 == 0:
+            bar.set_postfix(loss=f"{value.item():.4f}")
+        if time.monotonic() - saved_at > _SAVE_EVERY_SECONDS or step + 1 == config.num_steps:
+            _save(state_file, step + 1, module, optimizer, schedule, ema)
+            saved_at = time.monotonic()
+    ema.copy_to(module.parameters())
+    return module.to(device).eval().requires_grad_(False)
+
+
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(module).eval().requires_grad_(False)
+
+
+def _save(path: Path, step: int, module: nn.Module, optimizer, schedule, ema: EMAModel) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "step": step,
+        "module": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "ema": ema.state_dict(),
+    }
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _load(path: Path, module: nn.Module, optimizer, schedule, ema: EMAModel) -> int:
+    """Restores a saved state, if there is one; the number of steps done."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location=next(module.parameters()).device, weights_only=True)
+    module.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    ema.load_state_dict(state["ema"])
+    return state["step"]

@@ -1,0 +1,137 @@
+"""The door to training: `deepspeed rlcm_fast/train.py --config FILE`, or `python rlcm_fast/train.py` for one process.
+
+Reads and checks the config before it imports torch, so that a mistake costs a second and one line on stderr (exit
+code 2). The loop itself is in `trainer.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlcm_fast.config import Config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, train. Returns the exit code: 0 done, 2 a mistake in the config, 130 interrupted."""
+    rank, world_size = set_process_environment()
+    try:
+        config = _read_config(sys.argv[1:] if argv is None else argv, rank, world_size)
+    except ValueError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    if config.dry_run:
+        return 0
+    try:
+        _train(config)
+    except ValueError as error:
+        if not is_worded_by_us(error):
+            raise
+        print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before the trainer handles signals, or a second Ctrl-C
+        if rank == 0:
+            print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def set_process_environment() -> tuple[int, int]:
+    """(rank, world size); describes a single process to DeepSpeed where no launcher did, or it would want MPI."""
+    if "RANK" not in os.environ:
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def find_own_package() -> None:
+    """Takes rlcm_fast/ itself off sys.path, where Python puts the folder of a script: its modules are no top level."""
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
+    if importlib.util.find_spec("rlcm_fast") is None:  # not installed: last, so that it shadows nothing
+        sys.path.append(str(here.parent))
+
+
+def _train(config: Config) -> None:
+    from rlcm_fast.trainer import Trainer
+
+    Trainer(config).run()
+
+
+def is_worded_by_us(error: BaseException) -> bool:
+    """Whether rlcm_fast itself raised it: then the message says it all, while a library's needs its traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    here = Path(__file__).resolve().parent
+    return trace is not None and here in Path(trace.tb_frame.f_code.co_filename).resolve().parents
+
+
+def _read_config(argv: Sequence[str], rank: int, world_size: int) -> Config:
+    """The checked config; raises ValueError for everything that can be known to fail before weights load."""
+    from rlcm_fast.backbones.loading import resolve_model_path
+    from rlcm_fast.config import parse_config
+    from rlcm_fast.config_checks import validate
+
+    with _silent_unless(rank == 0):
+        config = parse_config(argv)
+        validate(config, world_size)
+        resolve_model_path(config.model.path)
+        _check_plugins(config)
+        if config.dry_run:
+            _print_plan(config, world_size)
+    return config
+
+
+def _check_plugins(config: Config) -> None:
+    """Rewards and prompts exist; needs torch, so it comes after all other checks."""
+    from rlcm_fast.plugins import load_class
+    from rlcm_fast.prompts import load_prompts
+    from rlcm_fast.rewards import BUILT_IN
+
+    for field, rewards in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
+        for index, reward in enumerate(rewards):
+            load_class(reward.name, BUILT_IN, field=f"{field}[{index}].name")
+    load_prompts(config.prompts.source)
+    load_prompts(config.evaluation.prompts, "evaluation.prompts")
+
+
+def _print_plan(config: Config, world_size: int) -> None:
+    """The resolved config, itself a file for --config, and the numbers that follow from it as comments."""
+    from rlcm_fast.config import to_yaml
+    from rlcm_fast.config_checks import derived
+
+    print(to_yaml(replace(config, dry_run=False)) + "\n# derived")
+    for name, value in derived(config, world_size).items():
+        print(f"# {name}: {value}")
+
+
+@contextlib.contextmanager
+def _silent_unless(speaks: bool) -> Iterator[None]:
+    """Drops what is printed to stdout on the processes that do not speak: --help and the plan appear once."""
+    with contextlib.ExitStack() as stack:
+        if not speaks:
+            sink = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(sink))
+        yield
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    find_own_package()
+    sys.exit(main())

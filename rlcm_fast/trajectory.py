@@ -1,0 +1,108 @@
+"""What a rollout leaves behind: prompts, their encodings, the states that were visited and the actions' log-probs.
+
+Data flow: a policy's `sample` makes a `Trajectory` (floor 3); the rollout concatenates those of its micro-batches; the
+update takes `transitions` of it in any order, mixing samples and steps, and hands them back to the policy's `log_prob`.
+
+Latents are float32 here whatever the network's dtype: rollout and training cast the SAME stored state to the network's
+dtype, which is what makes the ratio exactly one before the first update.
+"""
+
+# B samples, K actions, N transitions, D distinct prompts, L tokens, E embedding, C H W latent
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text to draw, and the task (prompt source with its rewards and statistics) that it belongs to."""
+
+    text: str
+    task: str = "default"
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The text encodings of a batch: one row per distinct prompt and, for each sample, which row is its own."""
+
+    prompt_embeds: Tensor  # (D, L, E)
+    index: Tensor  # (B,) int64, the row of prompt_embeds of each sample
+    negative_embeds: Tensor | None = None  # (1, L, E), for classifier-free guidance; None for consistency models
+
+    @property
+    def embeds(self) -> Tensor:
+        """The encoding of each sample, (B, L, E), gathered on every access."""
+        return self.prompt_embeds[self.index]
+
+    def take(self, rows: Tensor) -> Conditioning:
+        """The conditioning of the samples `rows` (N,); the encodings are shared, not copied."""
+        return Conditioning(self.prompt_embeds, self.index[rows], self.negative_embeds)
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Single actions out of a trajectory, in any order: the unit that updates shuffle and split."""
+
+    x_t: Tensor  # (N, C, H, W) float32, the state before the action
+    x_s: Tensor  # (N, C, H, W) float32, the action: the next state
+    step: Tensor  # (N,) int64 in [0, K), the row of the schedule
+    sample: Tensor  # (N,) int64 in [0, B), the sample of the trajectory: the row of its advantage
+    log_prob_old: Tensor  # (N,) float32, mean over C, H, W, at rollout time
+    conditioning: Conditioning  # its index is (N,)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The visited states and the actions' log-probs of a batch of samples."""
+
+    latents: Tensor  # (B, K + 1, C, H, W) float32, the state before each action and after the last
+    log_probs: Tensor  # (B, K) float32, mean over C, H, W, at rollout time
+    conditioning: Conditioning
+
+    @property
+    def num_samples(self) -> int:
+        return self.log_probs.shape[0]
+
+    @property
+    def num_actions(self) -> int:
+        return self.log_probs.shape[1]
+
+    @property
+    def num_transitions(self) -> int:
+        return self.log_probs.numel()
+
+    def transitions(self, rows: Tensor) -> Transitions:
+        """The transitions `rows` (N,) int64, each a flat index b * K + k; copies the states, on the latents' device."""
+        rows = rows.to(self.latents.device)
+        sample, step = rows // self.num_actions, rows % self.num_actions
+        return Transitions(
+            x_t=self.latents[sample, step],
+            x_s=self.latents[sample, step + 1],
+            step=step,
+            sample=sample,
+            log_prob_old=self.log_probs[sample, step],
+            conditioning=self.conditioning.take(sample),
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Trajectory]) -> Trajectory:
+        """One trajectory of the samples of all `parts`, in order; all must share one prompt_embeds object."""
+        if not parts:
+            raise ValueError("parts=[] holds no trajectory; give at least one")
+        first = parts[0].conditioning
+        if any(part.conditioning.prompt_embeds is not first.prompt_embeds for part in parts):
+            raise ValueError(
+                "parts=... have different prompt_embeds tables; encode the distinct prompts of the batch once and give"
+                " each part Conditioning.take(rows) of it"
+            )
+        index = torch.cat([part.conditioning.index for part in parts])
+        return Trajectory(
+            latents=torch.cat([part.latents for part in parts]),
+            log_probs=torch.cat([part.log_probs for part in parts]),
+            conditioning=Conditioning(first.prompt_embeds, index, first.negative_embeds),
+        )

@@ -1,0 +1,53 @@
+"""Installs rlcm_fast; pyproject.toml holds settings of tools only."""
+
+from __future__ import annotations
+
+from setuptools import find_namespace_packages, find_packages, setup
+
+# ../kernels is installed as rlcm_fast.kernels, never as a top-level `kernels`: that name is Hugging Face's. The
+# symbolic link rlcm_fast/kernels is there for a checkout that is not installed, and for type checkers.
+KERNELS = ["rlcm_fast.kernels", *(f"rlcm_fast.kernels.{name}" for name in find_namespace_packages("kernels"))]
+
+# One `pip install -e .` must choose all of these together: the cap on torch selects its CPU build on a machine without
+# a GPU index, and whatever asks for torch first without a cap would bring gigabytes of CUDA libraries.
+REQUIREMENTS = [
+    "torch>=2.11,<2.14",
+    "triton>=3.6,<3.8; platform_system == 'Linux' and platform_machine == 'x86_64'",
+    "numpy>=1.26,<3",
+    "diffusers>=0.42,<0.43",
+    "transformers>=5.20,<6",
+    "peft>=0.21,<0.22",
+    "accelerate>=1.10,<2",
+    "safetensors>=0.6,<1",
+    "deepspeed>=0.19.8,<0.20",
+    "bitsandbytes>=0.50,<0.51",
+    "jsonargparse>=4.49,<5",
+    "docstring_parser>=0.17,<1",
+    "PyYAML>=6,<7",
+    "Pillow>=11,<14",
+    "tqdm>=4.66,<5",
+    "tensorboard>=2.20,<3",
+    "matplotlib>=3.9,<4",
+]
+TEST = ["pytest>=9,<10", "hypothesis>=6.130,<7", "kernels>=0.17,<1"]
+LINT = ["ruff>=0.15,<0.18", "pyright[nodejs]>=1.1.400,<2"]
+
+setup(
+    name="rlcm_fast",
+    version="0.1.0",
+    description="Fast, memory-frugal reinforcement learning for latent consistency and diffusion models",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["rlcm_fast", "rlcm_fast.*"], exclude=["rlcm_fast.kernels*"]), *KERNELS],
+    package_dir={"rlcm_fast.kernels": "kernels"},
+    package_data={"rlcm_fast.shapes": ["models/**/*"]},
+    install_requires=REQUIREMENTS,
+    extras_require={
+        "test": TEST + LINT,
+        "dev": TEST + LINT,
+        "wandb": ["wandb>=0.20,<1"],
+        "xformers": ["xformers>=0.0.35"],
+    },
+    entry_points={"console_scripts": ["rlcm-fast = rlcm_fast.cli.main:main"]},
+)

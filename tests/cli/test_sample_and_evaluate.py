@@ -1,0 +1,123 @@
+"""rlcm-fast sample and evaluate, on pipelines with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from rlcm_fast.cli.evaluate import deal, statistics
+from rlcm_fast.cli.main import main
+from rlcm_fast.cli.pipelines import draw, load_pipeline
+from rlcm_fast.trajectory import Prompt
+
+
+@pytest.fixture(params=["lcm", "sd"])
+def folder(request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue(f"tiny_{request.param}_folder")
+
+
+def evaluate(folder: str, tmp_path: Path, *more: str) -> dict:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\na star\n")
+    arguments = ["--model", folder, "--prompts", str(prompts), "--rewards", "jpeg_compressibility"]
+    out = tmp_path / "report.json"
+    assert main(["evaluate", *arguments, "--num-images", "5", "--seed", "3", *more, "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def test_sample_writes_a_grid_with_a_row_for_each_prompt(folder: str, tmp_path: Path):
+    sizes = []
+    for prompts in (["a red circle"], ["a red circle", "a star"]):
+        out = tmp_path / "new" / f"{len(prompts)}.png"
+        arguments = ["--model", folder, "--num-steps", "2", "--num-images", "3", "--out", str(out)]
+        assert main(["sample", *arguments, "--prompt", *prompts]) == 0
+        sizes.append(Image.open(out).size)
+    assert sizes[0][0] == sizes[1][0]
+    assert sizes[1][1] > 1.5 * sizes[0][1]
+
+
+def test_an_image_depends_on_its_seed_and_not_on_the_batch_it_is_drawn_in(folder: str):
+    pipeline = load_pipeline(folder, device="cpu")
+    texts = ["a red circle", "a star", "a blue square"]
+    whole, _ = draw(pipeline, texts, num_steps=2, guidance_scale=3.0, seed=5, batch_size=3)
+    parts, _ = draw(pipeline, texts, num_steps=2, guidance_scale=3.0, seed=5, batch_size=2)
+    other, _ = draw(pipeline, texts, num_steps=2, guidance_scale=3.0, seed=6, batch_size=3)
+    assert whole.shape == (3, 3, 16, 16)
+    assert 0 <= whole.min() < whole.max() <= 1
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+    assert not torch.allclose(other, whole, atol=1e-2)
+
+
+def test_evaluate_reports_each_number_of_steps_and_reward(folder: str, tmp_path: Path):
+    more = ["--rewards", "jpeg_compressibility", "jpeg_incompressibility", "--num-steps", "1", "2"]
+    report = evaluate(folder, tmp_path, *more)
+    assert [result["num_steps"] for result in report["results"]] == [1, 2]
+    for result in report["results"]:
+        assert result["seconds_per_image"] > 0
+        compressibility, size = (result["rewards"][f"jpeg_{name}"] for name in ("compressibility", "incompressibility"))
+        assert compressibility["mean"] == -size["mean"] < 0
+        assert size["standard_error"] == pytest.approx(size["std"] / 5**0.5)
+
+
+def test_evaluate_gives_the_same_numbers_for_the_same_seed(tiny_lcm_folder: str, tmp_path: Path):
+    first, second = (evaluate(tiny_lcm_folder, tmp_path)["results"][0]["rewards"] for _ in range(2))
+    assert first == second
+    assert evaluate(tiny_lcm_folder, tmp_path, "--seed", "4")["results"][0]["rewards"] != first
+
+
+def test_evaluate_prints_nothing_but_json_to_stdout(tiny_lcm_folder: str, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--model", tiny_lcm_folder, "--rewards", "jpeg_compressibility", "--num-images", "2"]
+    assert main(["evaluate", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["prompts"] == "shapes:one:held_out"
+
+
+def test_prompts_are_dealt_out_evenly_in_an_order_of_the_seed():
+    prompts = [Prompt(str(i)) for i in range(10)]
+    assert deal(prompts, 25, seed=0) == deal(prompts, 25, seed=0) != deal(prompts, 25, seed=1)
+    assert sorted(p.text for p in deal(prompts, 10, seed=0)) == [str(i) for i in range(10)]
+    assert deal(prompts, 20, seed=0)[10:] == deal(prompts, 10, seed=0)
+
+
+def test_statistics_are_those_of_a_sample():
+    assert statistics(torch.tensor([1.0, 2.0, 3.0, 6.0])) == pytest.approx(
+        {"mean": 3.0, "std": (14 / 3) ** 0.5, "standard_error": (14 / 3) ** 0.5 / 2}
+    )
+    assert statistics(torch.tensor([2.0])) == {"mean": 2.0, "std": 0.0, "standard_error": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--model", "/no/where", "--prompt", "x"], "model=/no/where is not there; give"),
+        (["sample", "--model", ".", "--prompt", "x"], "no diffusers folder: it has no model_index.json; give"),
+        (["sample", "--model", "shapes/lcm", "--prompt", "x", "--out", "grid.txt"], "out=grid.txt is no image file"),
+        (["evaluate", "--model", ".", "--rewards", "jpeg_size"], "=jpeg_size is not known; "),
+        (["sample", "--model", "runs/typo", "--prompt", "x"], "model=runs/typo is not there; give"),
+        (["evaluate", "--model", ".", "--rewards", "jpeg_compressibility", "--prompts", "no.txt"], "prompts=no.txt"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_way_out(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["sampel"], ["sample"], ["sample", "--model", "x", "--prompt", "y", "--num-steps", "0"]]
+)
+def test_a_wrong_argument_is_one_line_too(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")

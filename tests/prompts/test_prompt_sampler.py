@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlcm_fast.prompts import PromptSampler
+from rlcm_fast.trajectory import Prompt
+
+
+def numbered(num_prompts: int) -> list[Prompt]:
+    return [Prompt(f"prompt {number}") for number in range(num_prompts)]
+
+
+def drawn(sampler: PromptSampler, num_batches: int) -> list[Prompt]:
+    return [prompt for _ in range(num_batches) for prompt in sampler.next_batch()]
+
+
+@st.composite
+def sizes(draw: st.DrawFn) -> tuple[int, int]:
+    """A number of prompts, and how many of them to draw at a time."""
+    total = draw(st.integers(1, 30))
+    return total, draw(st.integers(1, total))
+
+
+@given(sizes=sizes(), seed=st.integers(0, 2**32))
+@settings(deadline=None)
+def test_every_prompt_comes_once_a_pass(sizes: tuple[int, int], seed: int):
+    total, count = sizes
+    prompts = numbered(total)
+    order = drawn(PromptSampler(prompts, count, 1, seed), num_batches=3 * total)
+    for start in range(0, len(order), total):
+        assert sorted(order[start : start + total], key=prompts.index) == prompts
+
+
+@given(sizes=sizes(), seed=st.integers(0, 2**32))
+@settings(deadline=None)
+def test_the_prompts_of_one_iteration_are_distinct_even_across_passes(sizes: tuple[int, int], seed: int):
+    sampler = PromptSampler(numbered(sizes[0]), sizes[1], 1, seed)
+    for _ in range(20):
+        assert len(set(sampler.next_batch())) == sizes[1]
+
+
+@given(num_prompts=st.integers(1, 5), world_size=st.integers(1, 4), extra=st.integers(0, 9), seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_ranks_share_out_the_order_of_a_single_process(num_prompts: int, world_size: int, extra: int, seed: int):
+    prompts = numbered(num_prompts * world_size + extra)
+    alone = PromptSampler(prompts, num_prompts * world_size, 2, seed)
+    ranks = [PromptSampler(prompts, num_prompts, 2, seed, rank, world_size) for rank in range(world_size)]
+    for _ in range(8):
+        parts = [rank.next_batch() for rank in ranks]
+        assert [prompt for part in parts for prompt in part] == alone.next_batch()
+        assert sum(len(set(part)) for part in parts) == len(set().union(*parts))
+
+
+@given(sizes=sizes(), seed=st.integers(0, 2**32), num_before=st.integers(0, 12))
+@settings(deadline=None)
+def test_a_resumed_sampler_goes_on_as_if_nothing_had_happened(sizes: tuple[int, int], seed: int, num_before: int):
+    uninterrupted = PromptSampler(numbered(sizes[0]), sizes[1], 3, seed)
+    drawn(uninterrupted, num_before)
+    resumed = PromptSampler(numbered(sizes[0]), sizes[1], 3, seed)
+    drawn(resumed, 2)  # whatever was drawn before loading is forgotten
+    resumed.load_state_dict(json.loads(json.dumps(uninterrupted.state_dict())))
+    assert drawn(resumed, 10) == drawn(uninterrupted, 10)
+
+
+def test_a_run_may_be_resumed_on_another_number_of_processes():
+    prompts = numbered(11)
+    alone = PromptSampler(prompts, 4, 1, seed=5)
+    drawn(alone, 7)
+    pair = [PromptSampler(prompts, 2, 1, 5, rank, world_size=2) for rank in range(2)]
+    for sampler in pair:
+        sampler.load_state_dict(alone.state_dict())
+    assert [prompt for sampler in pair for prompt in sampler.next_batch()] == alone.next_batch()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        PromptSampler(numbered(8), 2, 1, seed=1),
+        PromptSampler(numbered(9), 2, 1, seed=0),
+        PromptSampler(numbered(8), 3, 1, seed=0),
+        PromptSampler([Prompt(prompt.text, "pets") for prompt in numbered(8)], 2, 1, seed=0),
+    ],
+)
+def test_a_checkpoint_of_other_prompts_is_refused(other: PromptSampler):
+    with pytest.raises(ValueError, match=r"the checkpoint was made with prompts .*; resume with those"):
+        PromptSampler(numbered(8), 2, 1, seed=0).load_state_dict(other.state_dict())
+
+
+def test_seeds_and_passes_are_shuffled_differently():
+    prompts = numbered(50)
+    sampler = PromptSampler(prompts, 50, 1, seed=0)
+    first, second = sampler.next_batch(), sampler.next_batch()
+    assert first != prompts and first != second
+    assert first != PromptSampler(prompts, 50, 1, seed=1).next_batch()
+    assert first == PromptSampler(prompts, 50, 1, seed=0).next_batch()
+
+
+def test_the_images_of_a_prompt_lie_side_by_side():
+    batch = PromptSampler(numbered(6), 3, images_per_prompt=4, seed=0).next_batch()
+    assert len(batch) == 12
+    assert all(len(set(batch[start : start + 4])) == 1 for start in (0, 4, 8))
+
+
+def test_more_prompts_an_iteration_than_there_are_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"prompts.num_prompts=8 .* exceed the 6 of prompts.source; lower it"):
+        PromptSampler(numbered(6), 4, 1, seed=0, rank=0, world_size=2)
+
+
+@pytest.mark.parametrize(("num_prompts", "images", "field"), [(0, 1, "num_prompts"), (1, 0, "images_per_prompt")])
+def test_counts_below_one_are_refused(num_prompts: int, images: int, field: str):
+    with pytest.raises(ValueError, match=f"prompts.{field}=0 must be at least 1"):
+        PromptSampler(numbered(3), num_prompts, images, seed=0)

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlcm_fast.prompts import load_prompts, sources
+from rlcm_fast.trajectory import Prompt
+
+texts = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1).map(str.strip).filter(bool)
+
+
+def two_pets() -> list[str | Prompt]:
+    return ["a cat", Prompt("a dog", task="dogs")]
+
+
+def nothing() -> list[str]:
+    return []
+
+
+def a_blank() -> list[str]:
+    return ["a cat", " "]
+
+
+def a_number() -> list[int]:
+    return [3]
+
+
+def test_a_text_file_has_one_prompt_a_line(tmp_path):
+    path = tmp_path / "pets.txt"
+    path.write_text("a cat\n\n  a dog \r\na cat\n")
+    assert load_prompts(str(path)) == [Prompt("a cat"), Prompt("a dog"), Prompt("a cat")]
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_prompt(tmp_path):
+    path = tmp_path / "pets.txt"
+    path.write_bytes(b"\xef\xbb\xbfa cat\n")
+    assert load_prompts(str(path)) == [Prompt("a cat")]
+
+
+def test_a_json_lines_file_may_name_tasks(tmp_path):
+    path = tmp_path / "pets.jsonl"
+    path.write_text('{"text": "a cat"}\n\n{"text": "a dog", "task": "dogs"}\n')
+    assert load_prompts(str(path)) == [Prompt("a cat"), Prompt("a dog", "dogs")]
+
+
+@given(prompts=st.lists(st.builds(Prompt, texts, texts), min_size=1))
+@settings(deadline=None)
+def test_any_text_survives_a_json_lines_file(tmp_path_factory, prompts: list[Prompt]):
+    path = tmp_path_factory.mktemp("prompts") / "any.jsonl"
+    lines = [json.dumps({"text": prompt.text, "task": prompt.task}, ensure_ascii=False) for prompt in prompts]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert load_prompts(str(path)) == prompts
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["a cat", '"a cat"', "{}", '{"prompt": "a cat"}', '{"text": 3}', '{"text": " "}', '{"text": "a", "weight": 2}'],
+)
+def test_a_bad_json_line_is_named_with_its_number_and_a_good_example(tmp_path, line: str):
+    path = tmp_path / "pets.jsonl"
+    path.write_text('{"text": "a cat"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r'pets.jsonl, line 2 is .*write \{"text": "a cat"\}'):
+        load_prompts(str(path))
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl"])
+def test_a_missing_file_is_named_with_the_field_and_the_remedy(name: str):
+    with pytest.raises(ValueError, match=rf"^evaluation.prompts={name}: there is no such file under .*; give the path"):
+        load_prompts(name, field="evaluation.prompts")
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
+def test_an_empty_file_is_named_with_the_remedy(tmp_path, name: str, content: str):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"prompts.source=.*{name} is an empty file; write one prompt a line"):
+        load_prompts(str(tmp_path / name))
+
+
+def test_a_file_that_is_no_utf_8_is_named_with_the_remedy(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 text .*; save it as UTF-8"):
+        load_prompts(str(tmp_path / "latin.txt"))
+
+
+@pytest.mark.parametrize("source", ["animals", "shapes", "shapes:three", "shapes:one:heldout", "animals.csv"])
+def test_an_unknown_source_lists_the_built_in_ones(source: str):
+    with pytest.raises(ValueError, match=rf"prompts.source={source} is no prompt source; .*shapes:one.*shapes:all"):
+        load_prompts(source)
+
+
+def test_a_function_of_the_users_own_gives_texts_or_prompts():
+    assert load_prompts(f"{__name__}:two_pets") == [Prompt("a cat"), Prompt("a dog", "dogs")]
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"), [("nothing", "holds no prompts"), ("a_blank", "non-empty"), ("a_number", "the prompt 3")]
+)
+def test_what_a_function_returns_is_checked(function: str, problem: str):
+    with pytest.raises(ValueError, match=rf"prompts.source={__name__}:{function} .*{problem}"):
+        load_prompts(f"{__name__}:{function}")
+
+
+@pytest.mark.parametrize("name", ["one", "two", "neutral", "all"])
+def test_the_captions_of_shapes_world_have_names(name: str):
+    prompts = load_prompts(f"shapes:{name}")
+    assert prompts and len(set(prompts)) == len(prompts)
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_held_out_captions_are_not_among_those_of_training(name: str):
+    held_out = set(load_prompts(f"shapes:{name}:held_out"))
+    assert held_out and held_out.isdisjoint(load_prompts("shapes:all"))
+
+
+def test_a_kind_that_holds_nothing_out_says_so_and_names_the_field():
+    with pytest.raises(ValueError, match=r"^evaluation.prompts=shapes:neutral:held_out: .*; use shapes:neutral"):
+        load_prompts("shapes:neutral:held_out", field="evaluation.prompts")
+
+
+def test_a_plug_in_that_is_not_there_names_the_field():
+    with pytest.raises(ValueError, match=r"^prompts.source=no_such_module:prompts: .*no_such_module"):
+        load_prompts("no_such_module:prompts")
+
+
+def test_every_kind_of_shapes_captions_has_a_held_out_counterpart():
+    trained = {name for name in sources.BUILT_IN if not name.endswith(":held_out")}
+    assert {f"{name}:held_out" for name in trained} == sources.BUILT_IN.keys() - trained
+    assert len(trained) == 4

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlcm_fast.rewards import BUILT_IN, Reward, RewardError, build_reward, check
+from rlcm_fast.rewards.jpeg import JpegCompressibility
+from rlcm_fast.trajectory import Prompt
+
+PROMPTS = [Prompt("a cat"), Prompt("a dog")]
+
+
+def test_good_scores_pass_through_unchanged():
+    values = torch.tensor([1.0, -2.0])
+    assert check("size", values, PROMPTS, iteration=3) is values
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_score_that_is_not_finite_names_reward_prompt_and_iteration(bad: float):
+    with pytest.raises(RewardError, match=r"reward 'size', prompt 'a dog', iteration 3: returned -?(nan|inf) for"):
+        check("size", torch.tensor([1.0, bad]), PROMPTS, iteration=3)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (torch.zeros(3), r"torch.float32 of shape \(3,\)"),
+        (torch.zeros(2, 1), r"torch.float32 of shape \(2, 1\)"),
+        (torch.zeros(()), r"of shape \(\)"),
+        (torch.zeros(2, dtype=torch.float64), "torch.float64 of shape"),
+        (torch.zeros(2, dtype=torch.int64), "torch.int64 of shape"),
+        ([1.0, 2.0], "returned list"),
+        (None, "returned NoneType"),
+    ],
+)
+def test_what_is_no_score_per_image_names_what_came_and_what_is_wanted(values: object, problem: str):
+    with pytest.raises(RewardError, match=rf"reward 'size', prompt 'a cat', iteration 0: .*{problem}.*\(2,\)"):
+        check("size", values, PROMPTS, iteration=0)
+
+
+class NotAReward:
+    pass
+
+
+class SetReward:
+    scope = "set"
+
+    def __call__(self, images: torch.Tensor, prompts: object) -> torch.Tensor:
+        return images.mean(dim=(1, 2, 3))
+
+
+class GreenReward(SetReward):
+    scope = "image"
+
+
+def test_a_built_in_reward_is_made_with_its_arguments():
+    reward = build_reward("jpeg_compressibility", {"quality": 50})
+    assert isinstance(reward, JpegCompressibility) and reward.quality == 50
+    assert isinstance(reward, Reward)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_reward_scores_images(name: str):
+    prompts = [Prompt("a red circle"), Prompt("a blue star")]
+    scores = build_reward(name, {})(torch.rand(2, 3, 64, 64), prompts)
+    assert check(name, scores, prompts, iteration=0) is scores
+
+
+def test_a_reward_of_the_users_own_is_found_by_module_and_class():
+    assert type(build_reward(f"{__name__}:GreenReward", {})).__name__ == "GreenReward"
+
+
+def test_an_unknown_reward_lists_the_known_ones():
+    with pytest.raises(ValueError, match="jpeg_compresibility") as caught:
+        build_reward("jpeg_compresibility", {})
+    assert "jpeg_compressibility" in str(caught.value) and "shapes_alignment" in str(caught.value)
+
+
+def test_an_unknown_argument_is_named_with_those_that_exist():
+    with pytest.raises(ValueError, match=r"name=jpeg_compressibility .*'quailty'; it takes quality"):
+        build_reward("jpeg_compressibility", {"quailty": 95})
+
+
+def test_a_bad_argument_names_the_reward_and_the_remedy():
+    with pytest.raises(ValueError, match=r"name=jpeg_incompressibility.*quality=0 .*from 1 to 100"):
+        build_reward("jpeg_incompressibility", {"quality": 0})
+
+
+def test_a_class_that_is_no_reward_is_refused_before_it_is_used():
+    with pytest.raises(ValueError, match="NotAReward, which is no reward; give it an attribute"):
+        build_reward(f"{__name__}:NotAReward", {})
+
+
+def test_a_set_reward_is_refused_until_it_is_supported():
+    with pytest.raises(ValueError, match="scope='set'; only"):
+        build_reward(f"{__name__}:SetReward", {})
