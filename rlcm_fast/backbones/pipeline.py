@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
@@ -36,9 +38,13 @@ class Backbone:
         Raises:
             ValueError: nothing loads from there, or it has no UNet2DConditionModel.
         """
+        _silence_loading()
         try:
             pipeline: Any = DiffusionPipeline.from_pretrained(
-                resolve_model_path(path), revision=revision, torch_dtype=torch.float32, safety_checker=None
+                resolve_model_path(path),
+                revision=revision,
+                dtype={"unet": dtype, "default": torch.float32},
+                safety_checker=None,
             )
         except OSError as error:
             reason = " ".join(str(error).split())[:200]
@@ -48,7 +54,7 @@ class Backbone:
         pipeline.to(device)
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
             part.requires_grad_(False)
-        pipeline.unet.to(dtype=dtype).requires_grad_(True)
+        pipeline.unet.requires_grad_(True)
         pipeline.unet.eval()  # dropout would make the ratio differ from 1
         return cls(pipeline, device, dtype)
 
@@ -92,3 +98,10 @@ class Backbone:
         unet.load_state_dict(dict(unet_weights))
         components = {**self._pipeline.components, "unet": unet}
         type(self._pipeline)(**components, requires_safety_checker=False).save_pretrained(folder)
+
+
+def _silence_loading() -> None:
+    """diffusers and transformers tell much while loading that no user can act on; errors are still raised."""
+    for library in (diffusers.logging, transformers.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

@@ -6,12 +6,16 @@ stage. Everything else (VAE, text encoder, rewards, the frozen reference) is pla
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to find out
+import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
@@ -39,6 +43,7 @@ class Engine:
         torch_optimizer = _build_optimizer(network, optimizer)
         factor = _lr_factor(optimizer.warmup_updates, optimizer.final_lr_fraction, num_updates)
         self.zero_stage = engine.zero_stage
+        self._max_grad_norm = max_grad_norm
         self._engine, *_ = deepspeed.initialize(
             model=network,
             optimizer=torch_optimizer,
@@ -54,10 +59,18 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self) -> float | None:
-        """Ends a micro-batch; on an update's last one takes the optimizer step and returns the gradient norm."""
-        is_update = self._engine.is_gradient_accumulation_boundary()
+        """Ends a micro-batch; on an update's last one takes the optimizer step and returns the norm before clipping."""
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return None
+        norm = self._clip() if self.zero_stage == 0 else None
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0) if is_update else None
+        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+
+    def _clip(self) -> float:
+        """At stage 0 DeepSpeed clips without telling the norm, so we do it; gradients are averaged over ranks by now."""
+        limit = self._max_grad_norm or float("inf")
+        return torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit).item()
 
     @property
     def lr(self) -> float:
@@ -121,7 +134,7 @@ def _deepspeed_config(
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
-        "gradient_clipping": max_grad_norm,
+        "gradient_clipping": max_grad_norm if engine.zero_stage > 0 else 0.0,
         "zero_optimization": {"stage": engine.zero_stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,

@@ -6,6 +6,7 @@ float32, and a pipeline of both kinds would not run without a `torch_dtype`.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,4 +65,7 @@ def _save(pipeline: Any, folder: Path) -> Any:
     pipeline.unet.half()
     pipeline.vae.half()
     pipeline.save_pretrained(folder)
+    config = folder / "vae" / "config.json"  # the class derives block_out_channels itself and warns where it is given
+    values = {key: value for key, value in json.loads(config.read_text()).items() if key != "block_out_channels"}
+    config.write_text(json.dumps(values, indent=2) + "\n")
     return pipeline

@@ -21,7 +21,7 @@ from rlcm_fast.shapes.pretrain.stage import StageConfig, run_stage
 from rlcm_fast.shapes.pretrain.teacher import Denoiser, new_unet, noise_schedule
 from rlcm_fast.shapes.pretrain.text import new_tokenizer, tokenize
 
-LCM = StageConfig(num_steps=2000, batch_size=48, lr=3e-4, ema_decay=0.95, weight_decay=0.0, warmup_steps=50)
+LCM = StageConfig(num_steps=1200, batch_size=48, lr=3e-4, ema_decay=0.95, weight_decay=0.0, warmup_steps=50)
 GUIDANCE_RANGE = (2.0, 6.0)  # as `guidance_scale`
 W_EMBEDDING_SIZE = 64
 _GRID_STEP = 20  # 50 DDIM steps of 1000

@@ -1,10 +1,13 @@
 """One resumable training run: modules, optimizer, cosine learning rate, EMA, progress bar, checkpoints.
 
 Every batch is drawn from a generator seeded by (seed, step), so a resumed run continues as an uninterrupted one would.
+Under torchrun each process takes its share of the batch on one core and gradients are averaged: the networks are so
+small that a second thread gains a tenth, a second process 1.7 times (2-core Xeon, 2.5 GHz).
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -49,36 +53,46 @@ def run_stage(
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.num_steps)
-    target = _frozen_copy(module)
+    target = copy.deepcopy(module).eval().requires_grad_(False)
     ema = EMAModel(module.parameters(), decay=config.ema_decay, use_ema_warmup=False)
     state_file = folder / f"{name}.pt"
     first = _load(state_file, module, optimizer, schedule, ema)
     saved_at = time.monotonic()
-    bar = tqdm(range(first, config.num_steps), initial=first, total=config.num_steps, desc=name, mininterval=2)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    steps = range(first, config.num_steps)
+    bar = tqdm(steps, initial=first, total=config.num_steps, desc=name, mininterval=2, disable=rank > 0)
     for step in bar:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        indices = torch.randint(num_samples, (config.batch_size,), generator=generator)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * world_size + rank)
+        indices = torch.randint(num_samples, (config.batch_size // world_size,), generator=generator)
         ema.copy_to(target.parameters())
         value = loss(module, target, indices, generator)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
+        _average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         ema.step(module.parameters())
         if step % 25 == 0:
             bar.set_postfix(loss=f"{value.item():.4f}")
-        if time.monotonic() - saved_at > _SAVE_EVERY_SECONDS or step + 1 == config.num_steps:
+        is_due = time.monotonic() - saved_at > _SAVE_EVERY_SECONDS or step + 1 == config.num_steps
+        if is_due and rank == 0:
             _save(state_file, step + 1, module, optimizer, schedule, ema)
             saved_at = time.monotonic()
     ema.copy_to(module.parameters())
     return module.to(device).eval().requires_grad_(False)
 
 
-def _frozen_copy(module: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(module).eval().requires_grad_(False)
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Over the processes, in one message."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def _save(path: Path, step: int, module: nn.Module, optimizer, schedule, ema: EMAModel) -> None:

@@ -1,0 +1,146 @@
+"""Training runs as subprocesses, one a seed, and their metrics as curves.
+
+A run that is finished (it has an export) is not repeated, one that was cut off goes on from its last checkpoint, and one
+of other settings is refused. Lines of metrics.jsonl become rows whose `queries` and `seconds` are what had been spent on
+the weights that the row's numbers describe: line i holds the rollout and the evaluation of the weights after i
+iterations, so the first row stands at 0. Seconds are the sum of seconds/iteration: start-up, evaluation and checkpoints
+are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reporting import ROOT
+
+Row = dict[str, Any]
+_OWN = ("seed", "run_dir", "resume", "dry_run")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, config: str) -> None:
+    """--config, --seeds, --override and --runs."""
+    parser.add_argument("--config", default=config, help=f"config of the runs (default {config})")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default 0 1 2)")
+    text = "pairs of a dotted config field and its value, as: num_iterations 10 update.clip_range 2e-4"
+    parser.add_argument("--override", nargs="+", action="extend", default=[], metavar="FIELD VALUE", help=text)
+    parser.add_argument("--runs", type=Path, help="folder of the run folders (default runs/ and the name of --out)")
+
+
+def train_arguments(config: str, overrides: Sequence[str], seed: int, run_dir: Path) -> list[str]:
+    """The arguments of train.py; `overrides` are pairs of field and value."""
+    if len(overrides) % 2:
+        raise ValueError(f"override={' '.join(overrides)} must be pairs of field and value")
+    pairs = list(zip(overrides[::2], overrides[1::2], strict=True))
+    taken = [field for field, _ in pairs if field in _OWN]
+    if taken:
+        raise ValueError(f"override={taken[0]} is set by the benchmark; use --seeds and --runs")
+    options = [text for field, value in pairs for text in (f"--{field}", value)]
+    return ["--config", config, *options, "--seed", str(seed), "--run_dir", str(run_dir)]
+
+
+def train(arguments: Sequence[str], run_dir: Path) -> None:
+    """Runs train.py to its end, unless an equal run in `run_dir` is finished already; goes on with a half-done one.
+
+    Raises:
+        ValueError: the folder holds a run of other settings, or training failed.
+    """
+    is_begun = (run_dir / "config.yaml").exists()
+    if is_begun:
+        _refuse_other_settings(arguments, run_dir)
+    if is_finished(run_dir):
+        print(f"{run_dir} is finished", file=sys.stderr)
+        return
+    resume = ["--resume", "latest"] if is_begun else []
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, str(ROOT / "rlcm_fast" / "train.py"), *arguments, *resume], check=False)
+    if done.returncode != 0 or not is_finished(run_dir):
+        raise ValueError(f"training in {run_dir} ended early (exit code {done.returncode}); the same command goes on")
+    if not is_begun:  # a run in pieces has no such number
+        (run_dir / "wall_seconds.json").write_text(json.dumps(time.perf_counter() - start))
+
+
+def is_finished(run_dir: Path) -> bool:
+    """The export is the last thing a run writes, and its index the last file of it."""
+    return (run_dir / "export" / "model_index.json").exists()
+
+
+def wall_seconds(run_dir: Path) -> float | None:
+    """From the start of the process to its end, everything included; None for a run in pieces."""
+    path = run_dir / "wall_seconds.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def curve(run_dir: Path, seed: int) -> list[Row]:
+    """One row a line of metrics.jsonl: seed, iteration, queries, seconds, every reward/* and eval/* mean, diversity."""
+    rows: list[Row] = []
+    queries, seconds = 0, 0.0
+    for text in (run_dir / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        kept = {key: value for key, value in line.items() if _is_curve(key)}
+        rows.append({"seed": seed, "iteration": line["iteration"], "queries": queries, "seconds": seconds, **kept})
+        queries = line["queries"]
+        seconds += line.get("seconds/iteration", 0.0)
+    return rows
+
+
+def evaluated(rows: Sequence[Row], metric: str, until_seconds: float = float("inf")) -> list[Row]:
+    """The rows that hold `metric`, up to that much training time."""
+    return [row for row in rows if row.get(metric) is not None and row["seconds"] <= until_seconds]
+
+
+def eval_metrics(rows: Sequence[Row]) -> list[str]:
+    """The keys eval/... of all rows, in order of first appearance."""
+    return list(dict.fromkeys(key for row in rows for key in row if key.startswith("eval/")))
+
+
+def mean_and_spread(curves: Sequence[Sequence[Row]], metric: str, x: str) -> tuple[list[float], list[float], list[float]]:
+    """x, mean and standard deviation over seeds of `metric`, at the iterations that all seeds have evaluated.
+
+    x ("seconds" or "queries") is the mean over seeds at that iteration.
+    """
+    by_seed = [{row["iteration"]: row for row in evaluated(rows, metric)} for rows in curves]
+    shared = sorted(set.intersection(*(set(rows) for rows in by_seed)))
+    xs, means, spreads = [], [], []
+    for iteration in shared:
+        values = [rows[iteration][metric] for rows in by_seed]
+        mean = sum(values) / len(values)
+        xs.append(sum(rows[iteration][x] for rows in by_seed) / len(by_seed))
+        means.append(mean)
+        variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+        spreads.append(variance**0.5)
+    return xs, means, spreads
+
+
+def at(rows: Sequence[Row], metric: str, x: str, place: float) -> float:
+    """`metric` where `x` is `place`, linear between evaluations, constant beyond them."""
+    points = [(row[x], row[metric]) for row in evaluated(rows, metric)]
+    for (x_0, y_0), (x_1, y_1) in zip(points, points[1:], strict=False):
+        if x_0 <= place <= x_1 and x_1 > x_0:
+            return y_0 + (y_1 - y_0) * (place - x_0) / (x_1 - x_0)
+    return points[-1][1] if place > points[-1][0] else points[0][1]
+
+
+def _is_curve(key: str) -> bool:
+    return key == "eval/diversity" or (key.startswith(("reward/", "eval/")) and key.endswith("/mean"))
+
+
+def _refuse_other_settings(arguments: Sequence[str], run_dir: Path) -> None:
+    import yaml
+
+    from rlcm_fast.config import parse_config, to_dict
+
+    wanted, found = to_dict(parse_config(arguments)), yaml.safe_load((run_dir / "config.yaml").read_text())
+    differing = [key for key in wanted if key not in ("resume", "dry_run") and wanted[key] != found.get(key)]
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"{run_dir} holds a run with {key}={found.get(key)}, but {key}={wanted[key]} was asked for; "
+            "delete that folder, or give another --runs"
+        )
