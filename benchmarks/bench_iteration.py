@@ -5,12 +5,13 @@
  (a) full: an iteration of `Trainer.run` itself, wall clock from the end of one evaluation hook to the next: prompts,
      rollout with rewards, advantages, update under DeepSpeed, metrics, log, state for a checkpoint.
  (b) bare: S network passes a sample, the VAE decode, forward and backward of every transition, one optimizer step an
-     update, and the reference's forward where update.kl_weight is above 0; on a copy of the UNet in plain torch, with the
-     same batch sizes, guidance and optimizer class, on tensors made beforehand. No rewards, log-probs, clipping or log.
+     update, and the reference's forward where update.kl_weight is above 0; on a copy of the UNet in plain torch, with
+     the same batch sizes, guidance and optimizer class, on tensors made beforehand. No rewards, log-probs, clipping.
 
-overhead = a / b of neighbouring measurements, so that a slow minute of the machine counts for both. The share of a stage
-is its median over the median full iteration; "other" is the rest. Evaluation, grids and checkpoints are switched off.
-With --micro-batch-sizes the trainer is built anew for each size of rollout.micro_batch_size and update.micro_batch_size.
+overhead = a / b of neighbouring measurements, so that a slow minute of the machine counts for both; overhead_cpu is the
+same of processor time, which other processes disturb less. The share of a stage is the median over the pairs of its
+part of (a), "other" that of what the stages leave. Evaluation, grids and checkpoints are switched off. For each of
+--micro-batch-sizes the trainer is built anew, with that rollout.micro_batch_size and update.micro_batch_size.
 Writes OUT.csv (pairs), OUT_stages.csv, OUT_micro_batches.csv; the last line on stdout is the summary.
 """
 
@@ -89,7 +90,9 @@ def _config(arguments: argparse.Namespace) -> Config:
     config = parse_config(["--config", arguments.config, *options, *off])
     validate(config, 1)
     if config.engine.dtype != "fp32":
-        raise ValueError(f"engine.dtype={config.engine.dtype} keeps master weights, which the bare passes do not; use fp32")
+        raise ValueError(
+            f"engine.dtype={config.engine.dtype} keeps master weights, which the bare passes do not; use fp32"
+        )
     return config
 
 
@@ -101,11 +104,15 @@ def measure_pairs(config: Config, num_pairs: int, num_warm_up: int) -> list[Seco
         full = _run_with_hook(trainer, lambda: bare.append(passes()))
     # The last iteration ends with a checkpoint, those before the first pairs warm up.
     chosen = slice(num_warm_up, num_warm_up + num_pairs)
-    rows = []
-    for seconds, stages in zip(full[chosen], bare[chosen], strict=True):
-        total = sum(stages.values())
-        rows.append({"full": seconds, "bare": total, "overhead": seconds / total, **stages})
-    return rows
+    return [pair(times, stages) for times, stages in zip(full[chosen], bare[chosen], strict=True)]
+
+
+def pair(full: Seconds, bare: Seconds) -> Seconds:
+    """A row from wall and cpu seconds of an iteration and the seconds of the bare stages, with the bare cpu seconds."""
+    total = sum(bare[stage] for stage in _STAGES)
+    row = {"full": full["wall"], "bare": total, "overhead": full["wall"] / total}
+    cpu = {"full_cpu": full["cpu"], "bare_cpu": bare["cpu"], "overhead_cpu": full["cpu"] / bare["cpu"]}
+    return {**row, **cpu, **{stage: bare[stage] for stage in _STAGES}}
 
 
 @contextmanager
@@ -117,19 +124,19 @@ def _trainer(config: Config, num_iterations: int) -> Iterator[Trainer]:
         yield Trainer(replace(config, run_dir=f"{folder}/run", num_iterations=num_iterations, resume=None))
 
 
-def _run_with_hook(trainer: Trainer, between: Callable[[], Any]) -> list[float]:
-    """Seconds of each iteration of `trainer.run()`; `between` runs before each, where a run would evaluate."""
-    seconds: list[float] = []
-    start = float("nan")
+def _run_with_hook(trainer: Trainer, between: Callable[[], Any]) -> list[Seconds]:
+    """Wall and cpu seconds of each iteration of `trainer.run()`; `between` runs where a run would evaluate."""
+    seconds: list[Seconds] = []
+    start, cpu_start = 0.0, 0.0
 
     def evaluate(iteration: int) -> dict[str, float]:
-        nonlocal start
+        nonlocal start, cpu_start
         _finish_device_work()
         if iteration > 0:
-            seconds.append(time.perf_counter() - start)
+            seconds.append({"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu_start})
         if iteration < trainer.config.num_iterations:
             between()
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         return {}
 
     trainer.evaluate = evaluate
@@ -181,12 +188,13 @@ class BarePasses:
         )
 
     def __call__(self) -> Seconds:
-        """Seconds of each stage of one iteration."""
+        """Seconds of each stage of one iteration, and the processor's of all."""
+        cpu_start = time.process_time()
         self.spent = dict.fromkeys(_STAGES, 0.0)
         self._sample()
         for _ in range(self.config.update.num_passes * self.config.update.num_updates):
             self._update()
-        return self.spent
+        return {**self.spent, "cpu": time.process_time() - cpu_start}
 
     def _sample(self) -> None:
         import torch
@@ -251,16 +259,19 @@ def summarise(pairs: list[Seconds]) -> dict[str, Any]:
         "overhead_quartiles": [percentile(overheads, 0.25), percentile(overheads, 0.75)],
         "full_seconds_median": statistics.median(row["full"] for row in pairs),
         "bare_seconds_median": statistics.median(row["bare"] for row in pairs),
+        "overhead_cpu_median": statistics.median(row["overhead_cpu"] for row in pairs),
         "pairs": len(pairs),
     }
 
 
 def stage_shares(pairs: list[Seconds]) -> list[dict[str, Any]]:
-    """One row a stage: median seconds and share of the median full iteration; "other" is what the stages leave."""
-    full = statistics.median(row["full"] for row in pairs)
-    seconds = {stage: statistics.median(row[stage] for row in pairs) for stage in _STAGES}
-    seconds["other"] = full - sum(seconds.values())
-    return [{"stage": stage, "seconds": value, "share": value / full} for stage, value in seconds.items()]
+    """One row a stage: medians over the pairs of its seconds and its share of the full iteration."""
+    rows = []
+    for stage in (*_STAGES, "other"):
+        seconds = [row["full"] - row["bare"] if stage == "other" else row[stage] for row in pairs]
+        shares = [part / row["full"] for part, row in zip(seconds, pairs, strict=True)]
+        rows.append({"stage": stage, "seconds": statistics.median(seconds), "share": statistics.median(shares)})
+    return rows
 
 
 def _throughput(config: Config, size: int, num_iterations: int) -> dict[str, Any]:
@@ -274,8 +285,8 @@ def _throughput(config: Config, size: int, num_iterations: int) -> dict[str, Any
     )
     validate(sized, 1)
     with _trainer(sized, num_iterations + 2) as trainer:
-        seconds = _run_with_hook(trainer, lambda: None)[1:-1]
-    median = statistics.median(seconds)
+        times = _run_with_hook(trainer, lambda: None)[1:-1]
+    median = statistics.median(row["wall"] for row in times)
     images = derived(sized, 1)["samples_per_iteration"]
     return {"micro_batch_size": size, "images_per_second": images / median, "seconds_per_iteration": median}
 

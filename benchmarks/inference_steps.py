@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tuned", nargs="+", required=True, metavar="DIR", help="export/ folders of runs")
     parser.add_argument("--base", default="shapes/lcm", metavar="DIR", help="the model they started from")
     parser.add_argument("--rewards", nargs="+", default=["jpeg_compressibility", "shapes_alignment"], metavar="NAME")
-    parser.add_argument("--prompts", default="shapes:one:held_out", metavar="SOURCE", help="as prompts.source in a config")
+    parser.add_argument(
+        "--prompts", default="shapes:one:held_out", metavar="SOURCE", help="as prompts.source in a config"
+    )
     parser.add_argument("--num-steps", nargs="+", type=int, default=[1, 2, 4, 8], help="with 2 and 4 among them")
     parser.add_argument("--num-images", type=int, default=500, help="for each model and number of steps (default 500)")
     parser.add_argument("--guidance-scale", type=float, default=4.0, help="default 4")
@@ -51,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
 def _models(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     missing = {_TUNED_STEPS, _BASE_STEPS} - set(arguments.num_steps)
     if missing:
-        raise ValueError(f"num_steps={arguments.num_steps} lacks {sorted(missing)}, which the comparison needs; add them")
+        raise ValueError(
+            f"num_steps={arguments.num_steps} lacks {sorted(missing)}, which the comparison needs; add them"
+        )
     return [("base", arguments.base), *(("tuned", folder) for folder in arguments.tuned)]
 
 
@@ -85,7 +89,7 @@ def summarise(rows: Sequence[dict[str, Any]], rewards: Sequence[str]) -> dict[st
     return {
         "table": {reward: _table(rows, reward) for reward in rewards},
         "two_step_tuned_minus_four_step_base": compared,
-        "two_step_tuned_beats_four_step_base": compared[rewards[0]]["mean"] > 0,
+        "two_step_tuned_beats_four_step_base": (compared[rewards[0]]["mean"] or 0) > 0,
         "num_tuned_models": len(tuned_models),
     }
 
@@ -101,13 +105,9 @@ def _table(rows: Sequence[dict[str, Any]], reward: str) -> dict[str, dict[str, f
 
 
 def _compare(rows: Sequence[dict[str, Any]], tuned_models: Sequence[str], reward: str) -> dict[str, float | None]:
-    base = next(
-        row for row in rows if (row["kind"], row["num_steps"], row["reward"]) == ("base", _BASE_STEPS, reward)
-    )
+    base = next(row for row in rows if (row["kind"], row["num_steps"], row["reward"]) == ("base", _BASE_STEPS, reward))
     tuned = [
-        row
-        for row in rows
-        if row["kind"] == "tuned" and row["num_steps"] == _TUNED_STEPS and row["reward"] == reward
+        row for row in rows if row["kind"] == "tuned" and row["num_steps"] == _TUNED_STEPS and row["reward"] == reward
     ]
     assert len(tuned) == len(tuned_models)
     difference = mean_and_error([row["mean"] - base["mean"] for row in tuned])

@@ -4,8 +4,8 @@
         --out benchmarks/results/learning/last_step
 
 With S steps, renoise trains S actions, of which the last noises an image that is thrown away; deterministic trains
-S - 1. Compared is the gain of a held-out reward over its start, at equal queries (all of them) and at equal training time
-(that of the shortest run), seed by seed. Writes OUT.csv, OUT.png, OUT.json; the last line on stdout is the summary.
+S - 1. Compared is the gain of a held-out reward over its start, at equal queries (all of them) and at equal training
+time (that of the shortest run), seed by seed. Writes OUT.csv, OUT.png and OUT.json, which is also the last line.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def _metric(curves: Curves, wish: str | None) -> str:
     known = eval_metrics(rows)
     metric = wish or next((key for key in trained if key in known), known[0] if known else "")
     if metric not in known:
-        raise ValueError(f"metric={metric} was not evaluated; give one of {', '.join(known) or 'none: evaluation is off'}")
+        raise ValueError(
+            f"metric={metric} was not evaluated; give one of {', '.join(known) or 'none: evaluation is off'}"
+        )
     return metric
 
 

@@ -3,9 +3,10 @@
     python benchmarks/learning_curves.py --config configs/shapes/compressibility.yaml --seeds 0 1 2 \
         --out benchmarks/results/learning/compressibility
 
-writes OUT.csv (one row an iteration and seed), OUT.png (mean and standard deviation over seeds of everything measured on
-held-out prompts, against seconds and queries) and OUT.json, whose content is also the last line on stdout. `seconds` is
-training time, the sum of seconds/iteration: start-up, evaluation and checkpoints are left out; `wall_seconds` has them.
+writes OUT.csv (one row an iteration and seed), OUT.png (mean and standard deviation over seeds of all that is measured
+on held-out prompts, against seconds and queries) and OUT.json, whose content is also the last line on stdout. `seconds`
+is training time, the sum of seconds/iteration: start-up, evaluation and checkpoints are left out; `wall_seconds` has
+them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all benchmarks share: CSV files, the JSON document on the last line, statistics over seeds, the machine's name."""
+"""What benchmarks share: CSV files, the JSON document on the last line, statistics over seeds, the machine's name."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
 """Training runs as subprocesses, one a seed, and their metrics as curves.
 
-A run that is finished (it has an export) is not repeated, one that was cut off goes on from its last checkpoint, and one
-of other settings is refused. Lines of metrics.jsonl become rows whose `queries` and `seconds` are what had been spent on
-the weights that the row's numbers describe: line i holds the rollout and the evaluation of the weights after i
-iterations, so the first row stands at 0. Seconds are the sum of seconds/iteration: start-up, evaluation and checkpoints
-are left out.
+A run that is finished (it has an export) is not repeated, one that was cut off goes on from its last checkpoint, and
+one of other settings is refused. Lines of metrics.jsonl become rows whose `queries` and `seconds` are what had been
+spent on the weights that the row's numbers describe: line i holds the rollout and the evaluation of the weights after
+i iterations, so the first row stands at 0. Seconds are the sum of seconds/iteration: start-up, evaluation and
+checkpoints are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -100,7 +101,9 @@ def eval_metrics(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row if key.startswith("eval/")))
 
 
-def mean_and_spread(curves: Sequence[Sequence[Row]], metric: str, x: str) -> tuple[list[float], list[float], list[float]]:
+def mean_and_spread(
+    curves: Sequence[Sequence[Row]], metric: str, x: str
+) -> tuple[list[float], list[float], list[float]]:
     """x, mean and standard deviation over seeds of `metric`, at the iterations that all seeds have evaluated.
 
     x ("seconds" or "queries") is the mean over seeds at that iteration.
@@ -121,7 +124,7 @@ def mean_and_spread(curves: Sequence[Sequence[Row]], metric: str, x: str) -> tup
 def at(rows: Sequence[Row], metric: str, x: str, place: float) -> float:
     """`metric` where `x` is `place`, linear between evaluations, constant beyond them."""
     points = [(row[x], row[metric]) for row in evaluated(rows, metric)]
-    for (x_0, y_0), (x_1, y_1) in zip(points, points[1:], strict=False):
+    for (x_0, y_0), (x_1, y_1) in itertools.pairwise(points):
         if x_0 <= place <= x_1 and x_1 > x_0:
             return y_0 + (y_1 - y_0) * (place - x_0) / (x_1 - x_0)
     return points[-1][1] if place > points[-1][0] else points[0][1]

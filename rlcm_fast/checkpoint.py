@@ -44,10 +44,13 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
         (partial / "state.json").write_text(json.dumps({**state, "num_processes": parallel.world_size()}))
     parallel.barrier()
     if parallel.is_main():
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            _set_aside(folder)
         os.replace(partial, folder)
         for old in _complete(run_dir)[:-keep]:
-            shutil.rmtree(old)
+            _set_aside(old)
+        for trash in folder.parent.glob(".trash_*"):
+            shutil.rmtree(trash)
     parallel.barrier()
     return folder
 
@@ -68,12 +71,21 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
     """The folder that `resume` names; None where it is "latest" and the run was stopped before its first checkpoint."""
     if resume != "latest":
         if not (Path(resume) / "state.json").is_file():
-            raise ValueError(f"resume={resume} is no checkpoint: it has no state.json; give latest or a folder in "
-                             f"{run_dir}/checkpoints")
+            raise ValueError(
+                f"resume={resume} is no checkpoint: it has no state.json; give latest or a folder in "
+                f"{run_dir}/checkpoints"
+            )
         return Path(resume)
     if not run_dir.is_dir():
         raise ValueError(f"resume=latest finds no run in run_dir={run_dir}; check run_dir, or leave resume out")
     return (_complete(run_dir) or [None])[-1]
+
+
+def _set_aside(folder: Path) -> None:
+    """Takes its final name away: a folder that is half deleted is no checkpoint."""
+    trash = folder.with_name(f".trash_{folder.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(folder, trash)
 
 
 def _complete(run_dir: Path) -> list[Path]:

@@ -6,6 +6,7 @@ Only the main process writes. README.md has the table of every key.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -110,14 +111,18 @@ def _drop_lines_from(path: Path, iteration: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:  # the line during which the run was killed
             break
-    path.write_text("".join(kept))
+    whole = path.with_name(".metrics.jsonl")
+    whole.write_text("".join(kept))
+    os.replace(whole, path)  # never half of them, whenever the run is killed
 
 
 def _start_wandb(run_dir: Path, config: Config) -> Any:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
-        raise ValueError("tracking.wandb=true needs wandb; pip install 'rlcm_fast[wandb]', or set it to false") from error
+        raise ValueError(
+            "tracking.wandb=true needs wandb; pip install 'rlcm_fast[wandb]', or set it to false"
+        ) from error
     return wandb.init(project="rlcm_fast", dir=str(run_dir), name=run_dir.name, config=to_dict(config), resume="allow")
 
 

@@ -136,7 +136,7 @@ class Trainer:
         )
 
     def check_ratio(self, batch: Rollout) -> dict[str, float]:
-        """Before the first update every ratio should be 1: what is left is rounding, and the clip must not act on it."""
+        """Before the first update every ratio should be 1; what is left is rounding, and no clip should act on it."""
         generator = parallel.generator(self.config.seed, 3, parallel.rank())
         noise = ratio_noise(self.policy, batch.trajectory, self.config.update.micro_batch_size, generator)
         noise = max(parallel.all_gather_list([noise]))
@@ -151,12 +151,12 @@ class Trainer:
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Scores held-out images and draws the grid, where one is due; of the weights after `iteration` iterations."""
         config = self.config
-        if _due(config.tracking.grid_every, iteration):
+        if self._due(config.tracking.grid_every, iteration):
             texts = [prompt.text for prompt in self.grid_prompts]
             sample = (config.evaluation.seed, len(texts), self.encode, self.backbone.decode)
             images, _ = draw(self.policy, self.grid_prompts, *sample)
             self.tracker.grid(iteration, images, texts)
-        return self.evaluator(self.policy, iteration) if _due(config.evaluation.every, iteration) else {}
+        return self.evaluator(self.policy, iteration) if self._due(config.evaluation.every, iteration) else {}
 
     def finish(self) -> None:
         """The evaluation of the final weights, and a folder that stock diffusers loads."""
@@ -172,7 +172,7 @@ class Trainer:
         """A checkpoint every so often, at the end and where any process was asked to stop."""
         stop = self.interruption.agreed()
         is_last = self.iteration == self.config.num_iterations
-        if _due(self.config.checkpoint.every, self.iteration) or is_last:
+        if is_last or self._due(self.config.checkpoint.every, self.iteration):
             self.save()
         if stop and not is_last:
             self.unfinished = self.state_dict()
@@ -251,6 +251,10 @@ class Trainer:
         """Of an iteration, over all processes."""
         return self.config.prompts.num_prompts * self.config.prompts.images_per_prompt
 
+    def _due(self, every: int, iteration: int) -> bool:
+        """Every so often and for the final weights; never where `every` is 0."""
+        return every > 0 and (iteration % every == 0 or iteration == self.config.num_iterations)
+
     def _refuse_to_overwrite(self) -> None:
         if self.config.resume is None and (self.run_dir / "metrics.jsonl").exists():
             raise ValueError(
@@ -260,10 +264,6 @@ class Trainer:
 
 def _build_rewards(configs: list[RewardConfig]) -> dict[str, tuple[Reward, float]]:
     return {config.name: (build_reward(config.name, config.arguments), config.weight) for config in configs}
-
-
-def _due(every: int, iteration: int) -> bool:
-    return every > 0 and iteration % every == 0
 
 
 def _reward_metrics(batch: Rollout) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,24 @@ settings.load_profile("rlcm_fast")
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """A process group of this process alone; what it says in the environment is gone after the module."""
+    from rlcm_fast.memory.engine import init_processes
+    from rlcm_fast.train import set_process_environment
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "")  # so that it is undone
+            patch.delenv(name)
+        set_process_environment()
+        init_processes()
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_lcm_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A LatentConsistencyModelPipeline of 16 x 16 images, 8 x 8 x 4 latents and about 70,000 weights."""
+    """A LatentConsistencyModelPipeline of 16 x 16 images, 8 x 8 x 4 latents and about 30,000 weights."""
     from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 
     scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -52,13 +68,13 @@ def _unet(time_cond_proj_dim: int | None) -> UNet2DConditionModel:
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(16, 32),
+        block_out_channels=(8, 16),
         layers_per_block=1,
-        norm_num_groups=8,
+        norm_num_groups=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=24,
-        attention_head_dim=8,
+        attention_head_dim=2,
         time_cond_proj_dim=time_cond_proj_dim,
     )
 

@@ -1,6 +1,6 @@
 """A diffusers pipeline as the parts that training needs: UNet, text encoding, image decoding, export.
 
-    folder or hub id -> Backbone;   prompts -> Conditioning (encoded once each);   latents -> images;   weights -> folder
+folder or hub id -> Backbone;   prompts -> Conditioning (encoded once each);   latents -> images;   weights -> folder
 """
 
 # B images, D distinct prompts, L tokens, E embedding, C H W latent
@@ -79,10 +79,11 @@ class Backbone:
         )
 
     def _encode_missing(self, texts: list[str]) -> None:
-        missing = [text for text in texts if text not in self._encodings]
-        if missing:
-            embeds, _ = self._pipeline.encode_prompt(missing, self.device, 1, False)  # (D, L, E)
-            self._encodings.update(zip(missing, embeds, strict=True))
+        """One by one: in a batch the last bits depend on the company, which a resumed run meets in another order."""
+        for text in texts:
+            if text not in self._encodings:
+                embeds, _ = self._pipeline.encode_prompt([text], self.device, 1, False)  # (1, L, E)
+                self._encodings[text] = embeds[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self) -> float | None:
-        """Ends a micro-batch; on an update's last one takes the optimizer step and returns the norm before clipping."""
+        """Ends a micro-batch; an update's last one takes the optimizer step and returns the norm before clipping."""
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return None
@@ -68,7 +68,7 @@ class Engine:
         return float(self._engine.get_global_grad_norm()) if norm is None else norm
 
     def _clip(self) -> float:
-        """At stage 0 DeepSpeed clips without telling the norm, so we do it; gradients are averaged over ranks by now."""
+        """At stage 0 DeepSpeed clips without telling the norm, so we do; the gradients are averaged over ranks by now."""
         limit = self._max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit).item()
 
@@ -90,8 +90,8 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote, with the same number of processes and ZeRO stage."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
+        is_there = (folder / _TAG).is_dir()  # else DeepSpeed fails an assertion
+        if not is_there or self._engine.load_checkpoint(str(folder), tag=_TAG)[0] is None:
             raise ValueError(f"resume={folder} holds no state that DeepSpeed can read; give another checkpoint")
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import product
 
 SHAPES = ("circle", "square", "triangle", "star")
-COLOURS: dict[str, tuple[int, int, int]] = {  # sRGB, at least 45 degrees of hue apart
+COLOURS: dict[str, tuple[int, int, int]] = {  # sRGB, at least 44 degrees of hue apart
     "red": (220, 40, 40),
     "yellow": (235, 205, 30),
     "green": (40, 165, 60),

@@ -60,7 +60,7 @@ class Scene:
 
 
 def training_scenes(rng: np.random.Generator) -> Iterator[Scene]:
-    """An endless stream of training scenes: 30 % one shape, 15 % neutral, 55 % two shapes."""
+    """An endless stream of training scenes: about 35 % one shape, 20 % neutral, 45 % two shapes."""
     while True:
         yield scene_of(_training_caption(rng), rng)
 

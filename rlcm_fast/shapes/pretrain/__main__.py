@@ -1,4 +1,4 @@
-"""Makes the shipped models from a seed: VAE, decoder, teacher, latent consistency model, report. Every stage is resumable.
+"""Makes the shipped models from a seed: VAE, decoder, teacher, LCM, report. Every stage is resumable.
 
 On two cores: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m rlcm_fast.shapes.pretrain all --seed 0 --out DIR
 In one process (also on a GPU):           python -m rlcm_fast.shapes.pretrain all --seed 0 --out DIR
@@ -79,9 +79,7 @@ def _decoder(arguments: argparse.Namespace) -> None:
 
 def _teacher(arguments: argparse.Namespace) -> None:
     made = _trained_teacher(arguments)
-    folders.save_teacher(
-        _load_vae(arguments, "vae_final"), made.text_encoder, made.unet, arguments.out / "teacher"
-    )
+    folders.save_teacher(_load_vae(arguments, "vae_final"), made.text_encoder, made.unet, arguments.out / "teacher")
 
 
 def _lcm(arguments: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """The diffusion teacher: UNet and text encoder, trained to predict the noise of captioned latents.
 
-Epsilon prediction on the scaled-linear schedule of Stable Diffusion (0.00085 to 0.012, 1000 steps); 10 % of the captions
-are dropped for classifier-free guidance (Ho & Salimans, arXiv 2207.12598); min-SNR weights (arXiv 2303.09556, eq. 5,
-gamma 5) turn the effort to the noisy steps, where the layout of a scene is decided.
+Epsilon prediction on the scaled-linear schedule of Stable Diffusion (0.00085 to 0.012, 1000 steps); 10 % of the
+captions are dropped for classifier-free guidance (Ho & Salimans, arXiv 2207.12598); min-SNR weights (arXiv 2303.09556,
+eq. 5, gamma 5) turn the effort to the noisy steps, where the layout of a scene is decided.
 """
 
 from __future__ import annotations

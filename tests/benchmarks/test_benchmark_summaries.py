@@ -1,0 +1,179 @@
+"""The benchmarks' numbers on metrics written by hand; nothing is trained here."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+SCRIPTS = ("bench_iteration", "learning_curves", "last_step", "inference_steps")
+CONFIG = str(FOLDER.parent / "configs" / "shapes" / "compressibility.yaml")
+DETECTOR, JPEG = "eval/shapes_alignment/mean", "eval/jpeg_compressibility/mean"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A module of benchmarks/, which Python finds because a script's own folder is on its path."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def write_metrics(folder: Path, kilobytes: list[float], scores: list[float], seconds: float = 2.0) -> Path:
+    """A run of len(kilobytes) - 1 iterations of 64 queries, evaluated before each and at the end."""
+    lines = []
+    for i, (size, score) in enumerate(zip(kilobytes, scores, strict=True)):
+        evaluated = {JPEG: -size, "eval/jpeg_compressibility/std": 0.1, DETECTOR: score, "eval/diversity": 0.25}
+        if i < len(kilobytes) - 1:
+            rollout = {"reward/total/mean": float(i), "seconds/iteration": seconds, "seconds/update": 1.0}
+            lines.append({"iteration": i, "queries": 64 * (i + 1), **rollout, **evaluated})
+        else:
+            lines.append({"iteration": i, "queries": 64 * i, **evaluated})
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_benchmark_answers_help(name: str):
+    done = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--out" in done.stdout and "JSON" not in done.stderr
+
+
+def test_a_row_stands_where_its_weights_had_been_paid_for(load, tmp_path: Path):
+    rows = load("training_runs").curve(write_metrics(tmp_path / "run", [2.0, 1.8, 1.5], [0.9, 0.8, 0.7]), seed=7)
+    assert [row["queries"] for row in rows] == [0, 64, 128]
+    assert [row["seconds"] for row in rows] == [0, 2, 4]
+    assert {row["seed"] for row in rows} == {7}
+    assert set(rows[0]) == {
+        "seed", "iteration", "queries", "seconds", "reward/total/mean", JPEG, DETECTOR, "eval/diversity"
+    }  # fmt: skip
+
+
+def test_the_summary_takes_the_flat_image_off_and_compares_seed_by_seed(load, tmp_path: Path):
+    runs, learning = load("training_runs"), load("learning_curves")
+    curves = [
+        runs.curve(write_metrics(tmp_path / "0", [1.7, 1.5, 1.2], [0.9, 0.9, 0.9]), 0),
+        runs.curve(write_metrics(tmp_path / "1", [2.7, 2.5, 1.7], [0.8, 0.8, 0.6]), 1),
+    ]
+    summary = learning.summarise(curves, flat_kb=0.7)
+    assert summary["payload_kb"]["start"]["mean"] == pytest.approx((1.0 + 2.0) / 2)
+    assert summary["payload_kb"]["relative_change"]["mean"] == pytest.approx(-0.5)
+    assert summary["payload_kb"]["relative_change"]["standard_error"] == pytest.approx(0, abs=1e-12)
+    assert summary["detector_ratio"]["mean"] == pytest.approx((1 + 0.75) / 2)
+    assert summary["detector_ratio"]["standard_error"] == pytest.approx(0.125)
+    assert summary["held_out"][DETECTOR]["change"]["mean"] == pytest.approx(-0.1)
+    assert summary["rollouts"]["reward/total/mean"]["start"]["mean"] == pytest.approx(0.5)
+    assert summary["queries"]["mean"] == 128 and summary["seconds"]["mean"] == 4
+
+
+def test_a_time_limit_judges_the_last_evaluation_before_it(load, tmp_path: Path):
+    rows = load("training_runs").curve(write_metrics(tmp_path / "0", [1.7, 1.5, 1.2], [0.9, 0.9, 0.9]), 0)
+    summary = load("learning_curves").summarise([rows], flat_kb=0.7, until_seconds=3)
+    assert summary["held_out"][JPEG]["end"] == {"mean": -1.5, "standard_error": None}
+    assert summary["seconds"]["mean"] == 2
+
+
+def test_incompressibility_has_a_payload_too(load, tmp_path: Path):
+    rows = load("training_runs").curve(write_metrics(tmp_path / "0", [1.7, 2.7], [0.9, 0.9]), 0)
+    name = "eval/jpeg_incompressibility/mean"
+    turned = [{**{k: v for k, v in row.items() if k != JPEG}, name: -row[JPEG]} for row in rows]
+    assert load("learning_curves").summarise([turned], 0.7)["payload_kb"]["relative_change"]["mean"] == pytest.approx(1)
+
+
+def test_a_flat_image_has_the_size_that_the_readme_states(load):
+    assert load("learning_curves").flat_image_kilobytes(64, 95) == pytest.approx(0.69, abs=0.01)
+
+
+def test_curves_are_averaged_where_all_seeds_were_evaluated(load):
+    curves = [
+        [{"iteration": 0, "seconds": 0.0, "m": 1.0}, {"iteration": 5, "seconds": 10.0, "m": 3.0}],
+        [{"iteration": 0, "seconds": 0.0, "m": 3.0}, {"iteration": 5, "seconds": 20.0, "m": 3.0}],
+    ]
+    curves[1].append({"iteration": 9, "seconds": 30.0, "m": 0.0})  # one seed alone
+    assert load("training_runs").mean_and_spread(curves, "m", "seconds") == ([0, 15], [2, 3], [2**0.5, 0])
+
+
+def test_csv_and_picture_are_written(load, tmp_path: Path):
+    curves = [load("training_runs").curve(write_metrics(tmp_path / "0", [1.7, 1.5], [0.9, 0.9]), 0)]
+    load("reporting").write_csv(tmp_path / "new" / "a.csv", curves[0])
+    with (tmp_path / "new" / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row[JPEG]) for row in rows] == [-1.7, -1.5]
+    assert rows[1]["reward/total/mean"] == ""
+    load("learning_curves").plot(curves, tmp_path / "a.png", "title")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_last_steps_are_compared_at_equal_queries_and_at_equal_seconds(load, tmp_path: Path):
+    curve = load("training_runs").curve
+    quick = curve(write_metrics(tmp_path / "d", [2.0, 1.8, 1.6], [1, 1, 1], seconds=1.0), 0)
+    slow = curve(write_metrics(tmp_path / "r", [2.0, 1.9, 1.8], [1, 1, 1], seconds=2.0), 0)
+    summary = load("last_step").summarise({"deterministic": [quick], "renoise": [slow]}, JPEG)
+    assert summary["at_equal_queries"]["queries"] == 128
+    assert summary["at_equal_queries"]["deterministic_ahead_by"]["mean"] == pytest.approx(0.2)
+    assert summary["at_equal_queries"]["ratio_of_mean_gains"] == pytest.approx(2)
+    assert summary["at_equal_seconds"]["seconds"] == 2
+    assert summary["at_equal_seconds"]["gain"]["renoise"]["mean"] == pytest.approx(0.1)
+    assert summary["seconds_per_iteration"]["renoise"]["mean"] == pytest.approx(2)
+
+
+def test_two_tuned_steps_are_held_against_four_base_steps(load):
+    def row(kind: str, model: str, steps: int, mean: float) -> dict:
+        numbers = {"mean": mean, "std": 1.0, "standard_error": 0.3, "seconds_per_image": 0.1}
+        return {"kind": kind, "model": model, "num_steps": steps, "reward": "r", **numbers}
+
+    rows = [row("base", "b", 2, 0.0), row("base", "b", 4, 1.0), row("tuned", "t", 2, 1.5), row("tuned", "t", 4, 9.0)]
+    summary = load("inference_steps").summarise(rows, ["r"])
+    assert summary["two_step_tuned_beats_four_step_base"] is True
+    assert summary["two_step_tuned_minus_four_step_base"]["r"]["mean"] == 0.5
+    assert summary["two_step_tuned_minus_four_step_base"]["r"]["standard_error"] == pytest.approx(0.18**0.5)
+    assert summary["table"]["r"] == {"base": {"2": 0.0, "4": 1.0}, "tuned": {"2": 1.5, "4": 9.0}}
+
+
+def test_overheads_are_ratios_of_neighbours(load):
+    bench = load("bench_iteration")
+    bare = {"sampling": 2.0, "decode": 1.0, "forward_backward": 6.0, "reference": 0.0, "optimizer": 1.0, "cpu": 8.0}
+    pairs = [bench.pair({"wall": wall, "cpu": 8.8}, bare) for wall in (10.0, 11.0, 12.0)]
+    summary = bench.summarise(pairs)
+    assert summary["overhead_median"] == pytest.approx(1.1)
+    assert summary["overhead_p90"] == pytest.approx(1.18)
+    assert summary["overhead_cpu_median"] == pytest.approx(1.1)
+    shares = {row["stage"]: row["share"] for row in bench.stage_shares(pairs)}
+    assert shares["sampling"] == pytest.approx(2 / 11) and shares["other"] == pytest.approx(1 / 11)
+
+
+def test_a_finished_run_is_not_repeated_and_one_of_other_settings_is_refused(load, tmp_path: Path):
+    from rlcm_fast.config import parse_config, to_yaml
+
+    runs = load("training_runs")
+    folder = tmp_path / "seed_0"
+    arguments = runs.train_arguments(CONFIG, ["num_iterations", "3"], 0, folder)
+    (folder / "export").mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(parse_config([*arguments, "--resume", "latest"])))
+    (folder / "export" / "model_index.json").write_text("{}")
+    runs.train(arguments, folder)
+    others = runs.train_arguments(CONFIG, ["num_iterations", "4"], 0, folder)
+    with pytest.raises(ValueError, match="num_iterations=3, but num_iterations=4"):
+        runs.train(others, folder)
+
+
+@pytest.mark.parametrize("overrides", [["num_iterations"], ["run_dir", "x"]])
+def test_wrong_overrides_are_refused(load, overrides: list[str]):
+    with pytest.raises(ValueError, match="override="):
+        load("training_runs").train_arguments("c.yaml", overrides, 0, Path("runs/x"))
+
+
+def test_the_last_line_is_one_json_document(load, capsys: pytest.CaptureFixture[str]):
+    load("reporting").print_summary({"overhead_median": 1.0})
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["overhead_median"] == 1.0
+    assert {"machine", "command", "threads"} <= document.keys()

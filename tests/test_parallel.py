@@ -1,0 +1,39 @@
+"""Random numbers by place, and what the helpers do in a single process; tests/test_processes.py has two."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+
+from rlcm_fast import parallel
+
+
+def draw(seed: int, *place: int) -> torch.Tensor:
+    return torch.randn(64, generator=parallel.generator(seed, *place))
+
+
+def test_a_place_has_the_same_random_numbers_every_time():
+    assert torch.equal(draw(7, 1, 2), draw(7, 1, 2))
+
+
+def test_neighbouring_places_have_unrelated_random_numbers():
+    places = [(seed, *place) for seed in range(3) for place in [(), *product(range(3)), *product(range(3), repeat=2)]]
+    draws = torch.stack([draw(*place) for place in places])
+    correlation = torch.corrcoef(draws) - torch.eye(len(places))
+    assert correlation.abs().max() < 0.6  # five standard deviations of 64 independent numbers
+
+
+def test_no_two_places_of_a_run_share_a_seed():
+    places = product(range(4), range(8), range(50))  # purpose, rank, iteration
+    seeds = [parallel.generator(0, *place).initial_seed() for place in places]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_a_single_process_has_its_own_values_only():
+    assert (parallel.rank(), parallel.world_size(), parallel.is_main()) == (0, 1, True)
+    values = torch.arange(3)
+    assert torch.equal(parallel.all_gather(values), values)
+    assert parallel.all_gather_list(["a"]) == ["a"]
+    assert parallel.any_rank(True) and not parallel.any_rank(False)
+    parallel.barrier()

@@ -1,0 +1,125 @@
+"""Two processes over gloo: who draws what, what they share, ZeRO's stages, and what happens when one dies."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+import two_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rlcm_fast.algorithms import build_advantages
+from rlcm_fast.trajectory import Prompt
+
+STAGES = (0, 1, 2, 3)
+# A large eps keeps Adam from blowing up the rounding noise of gradients that are zero but for it.
+SETTINGS = {"prompts.num_prompts": 4, "num_iterations": 2, "optimizer.eps": 1e-3, "evaluation.every": 1}
+RUNS: dict[str, dict[str, object]] = {
+    **{f"stage_{stage}": {**SETTINGS, "engine.zero_stage": stage} for stage in STAGES},
+    "again": SETTINGS,
+    "few_images": {**SETTINGS, "evaluation.num_images": 2, "num_iterations": 1, "tracking.grid_every": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_lcm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two_processes")
+    group = (2, tiny_runs.free_port())
+    target = (two_ranks.run_watched, tiny_lcm_folder, folder, RUNS)
+    processes = [tiny_runs.start(*target, log=folder / f"{rank}.log", rank=rank, group=group) for rank in range(2)]
+    for rank, process in enumerate(processes):
+        process.join(timeout=600)
+        assert process.exitcode == 0, (folder / f"{rank}.log").read_text()[-3000:]
+    return folder
+
+
+def seen(folder: Path, run: str = "stage_0") -> list[dict[str, Any]]:
+    """By rank; lists by iteration."""
+    return [torch.load(folder / f"{run}_{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def test_prompts_of_an_iteration_are_disjoint_between_ranks(folder: Path):
+    for mine, other in zip(*(rank["prompts"] for rank in seen(folder)), strict=True):
+        assert len(mine) == len(other) == 4
+        assert not set(mine) & set(other)
+
+
+def test_no_noise_is_drawn_twice(folder: Path):
+    noise = torch.cat([batch.flatten(1) for rank in seen(folder) for batch in rank["noise"]])
+    assert len(noise.unique(dim=0)) == len(noise) == 16
+
+
+def test_advantages_come_from_the_rewards_of_all_ranks(folder: Path):
+    advantages = build_advantages("prompt", 6, 3)
+    first, second = seen(folder)
+    for i in range(2):
+        prompts = [Prompt(text) for text in first["prompts"][i] + second["prompts"][i]]
+        expected = advantages(torch.cat([first["rewards"][i], second["rewards"][i]]), prompts)
+        assert torch.equal(torch.cat([first["advantages"][i], second["advantages"][i]]), expected)
+
+
+def test_metrics_are_of_all_processes_and_written_once(folder: Path):
+    lines = tiny_runs.metrics(folder / "stage_0")
+    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    assert [line["queries"] for line in lines] == [8, 16, 16]
+    for i, line in enumerate(lines[:2]):
+        rewards = torch.cat([rank["rewards"][i] for rank in seen(folder)]).double()
+        advantages = torch.cat([rank["advantages"][i] for rank in seen(folder)])
+        assert line["reward/total/mean"] == pytest.approx(rewards.mean().item())
+        assert line["reward/total/std"] == pytest.approx(rewards.std(correction=0).item())
+        assert line["advantage/abs_mean"] == pytest.approx(advantages.abs().mean().item())
+
+
+def test_all_ranks_have_the_same_weights_and_they_are_those_of_the_export(folder: Path):
+    for run in RUNS:
+        first, second = (rank["weights"] for rank in seen(folder, run))
+        assert largest_difference(first, second) == 0.0
+    (weights,) = (folder / "stage_3" / "export" / "unet").glob("*.safetensors")
+    assert largest_difference(seen(folder, "stage_3")[0]["weights"], load_file(weights)) == 0.0
+
+
+def test_a_run_repeats_itself_exactly(folder: Path):
+    assert tiny_runs.metrics(folder / "stage_0") == tiny_runs.metrics(folder / "again")
+    assert largest_difference(seen(folder)[0]["weights"], seen(folder, "again")[0]["weights"]) == 0.0
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_zero_stages_agree_after_four_updates(stage: int, folder: Path):
+    weights, others = seen(folder)[0]["weights"], seen(folder, f"stage_{stage}")[0]["weights"]
+    assert largest_difference(weights, others) < 1e-6
+    for line, other in zip(*(tiny_runs.metrics(folder / run) for run in ("stage_0", f"stage_{stage}")), strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_a_rank_without_images_takes_part_in_the_evaluation(folder: Path):
+    first = tiny_runs.metrics(folder / "few_images")[0]
+    assert first["eval/diversity"] > 0
+    assert (folder / "few_images" / "grids" / "000001.png").exists()
+
+
+def test_when_one_process_dies_the_other_fails_within_a_minute(tiny_lcm_folder: str, tmp_path: Path):
+    reward = {"name": "plugin_rewards:DiesOnRank1", "arguments": {"call": 3}}  # in the second iteration
+    settings = {"prompts.num_prompts": 4, "rewards": [reward], "checkpoint.every": 1}
+    argv = tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run", settings)
+    group = (2, tiny_runs.free_port())
+    survivor, victim = (
+        tiny_runs.start(tiny_runs.train, argv, log=tmp_path / f"{rank}.log", rank=rank, group=group)
+        for rank in range(2)
+    )
+    victim.join(timeout=600)
+    died = time.monotonic()
+    assert victim.exitcode == 9
+    survivor.join(timeout=60)
+    assert time.monotonic() - died < 60
+    assert survivor.exitcode not in (None, 0), (tmp_path / "0.log").read_text()[-3000:]
+    assert len(tiny_runs.metrics(tmp_path / "run")) == 1
+    assert (tmp_path / "run" / "checkpoints" / "iteration_000001" / "state.json").exists()

@@ -1,0 +1,62 @@
+"""The README's reward is a reward, and its commands name options, keys and files that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found
+    return found.group(1)
+
+
+def test_the_reward_of_the_readme_can_be_named_and_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    from rlcm_fast.config import parse_config
+    from rlcm_fast.rewards import build_reward, check
+    from rlcm_fast.trajectory import Prompt
+
+    (tmp_path / "my_rewards.py").write_text(block("python"))
+    (tmp_path / "my_config.yaml").write_text(block("yaml"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first, second = parse_config(["--config", str(tmp_path / "my_config.yaml")]).rewards
+    reward = build_reward(first.name, first.arguments)
+    build_reward(second.name, second.arguments)
+    images = torch.zeros(2, 3, 8, 8)
+    images[0, 0], images[1, 1] = 1.0, 1.0  # red, green
+    prompts = [Prompt("a red circle"), Prompt("a green circle")]
+    assert check(first.name, reward(images, prompts), prompts, iteration=0).tolist() == [2.0, -1.0]
+
+
+def test_every_training_option_of_the_readme_is_a_field():
+    from rlcm_fast.config import build_parser
+
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    commands = re.findall(r"rlcm_fast/train\.py((?:[^\n\\#`]|\\\n)*)", README)
+    used = {option for command in commands for option in re.findall(r"--[\w.]+", command)}
+    assert used
+    assert used <= known
+
+
+def test_every_config_of_the_readme_is_there():
+    for name in re.findall(r"configs/shapes/\w+\.yaml", README):
+        assert (ROOT / name).is_file(), name
+
+
+def test_every_key_that_the_trainer_logs_is_in_the_table():
+    source = "".join((ROOT / "rlcm_fast" / name).read_text() for name in ("trainer.py", "evaluation.py"))
+    keys = re.findall(r'"((?:advantage|ratio|seconds|eval|reward)/[\w/{}]+)"', source)
+    keys += ["iteration", "queries", "lr", "clip_fraction", "approx_kl", "loss", "kl_to_start", "grad_norm"]
+    table = "".join(line for line in README.splitlines() if line.startswith("| `"))
+    assert len(keys) > 15
+    for key in keys:
+        shown = re.sub(r"\{\w+\}", "<reward>" if key.startswith("eval/") else "<name>", key)
+        assert f"`{shown}`" in table, shown

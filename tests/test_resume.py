@@ -1,0 +1,160 @@
+"""Runs that are killed, interrupted and resumed equal a run that was left alone, bitwise.
+
+The signals are real ones to real processes; `uninterrupted` goes through `python rlcm_fast/train.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from safetensors.torch import load_file
+
+import rlcm_fast
+from rlcm_fast.config import parse_config
+
+NUM_ITERATIONS = 10
+SETTINGS: dict[str, object] = {
+    "num_iterations": NUM_ITERATIONS,
+    "rewards": [{"name": "plugin_rewards:Slow", "arguments": {"seconds": 0.02}}],  # leaves time for a signal
+    "checkpoint.every": 2,
+    "evaluation.every": 3,
+    "update.kl_weight": 0.1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """In all processes: sums over threads round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_lcm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was left alone."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    script = Path(rlcm_fast.__file__).parent / "train.py"  # type: ignore[arg-type]
+    command = [sys.executable, str(script), *tiny_runs.arguments(tiny_lcm_folder, run_dir, SETTINGS)]
+    environment = tiny_runs.clean_environment(OMP_NUM_THREADS="1")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "export is a diffusers folder" in done.stderr
+    return run_dir
+
+
+def assert_equal_runs(run_dir: Path, other: Path) -> None:
+    """Metrics (times aside), final weights, and all else that a further resume would start from."""
+    assert tiny_runs.metrics(run_dir) == tiny_runs.metrics(other)
+    last = f"checkpoints/iteration_{NUM_ITERATIONS:06d}"
+    assert (run_dir / last / "state.json").read_text() == (other / last / "state.json").read_text()
+    weights, expected = (load_file(folder / last / "unet.safetensors") for folder in (run_dir, other))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    moments, expected = (_optimizer_state(folder / last) for folder in (run_dir, other))
+    assert moments.keys() == expected.keys()
+    for index in expected:
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(moments[index][name], expected[index][name])
+
+
+def _optimizer_state(checkpoint: Path) -> dict[int, dict[str, Any]]:
+    file = checkpoint / "deepspeed" / "mp_rank_00_model_states.pt"
+    return torch.load(file, weights_only=False)["optimizer"]["state"]
+
+
+def wait_for_lines(process: BaseProcess, run_dir: Path, count: int) -> None:
+    deadline = time.monotonic() + 300
+    while len(tiny_runs.metrics(run_dir)) < count:
+        assert process.is_alive() and time.monotonic() < deadline, f"no {count} lines from {process}"
+        time.sleep(0.002)
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("*"))
+
+
+def test_a_run_killed_and_interrupted_again_and_again_equals_one_left_alone(
+    tiny_lcm_folder: str, tmp_path: Path, uninterrupted: Path
+):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+
+    def start(resume: bool = True, **more: object) -> BaseProcess:
+        argv = tiny_runs.arguments(tiny_lcm_folder, run_dir, {**SETTINGS, **more})
+        return tiny_runs.start(tiny_runs.train, [*argv, *["--resume=latest"] * resume], log=log)
+
+    def signalled(process: BaseProcess, number: int, at_line: int) -> int | None:
+        wait_for_lines(process, run_dir, at_line)
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join(timeout=100)
+        return process.exitcode
+
+    # Killed before the first checkpoint, and after it.
+    assert signalled(start(resume=False), signal.SIGKILL, at_line=1) == -signal.SIGKILL
+    assert signalled(start(), signal.SIGKILL, at_line=3) == -signal.SIGKILL
+    assert "iteration_000002" in checkpoints(run_dir)
+
+    # Killed while it writes a checkpoint: the half of it is not taken for one.
+    process = start(**{"evaluation.rewards": [{"name": "plugin_rewards:KilledWhileSaving"}]})
+    process.join(timeout=300)
+    assert process.exitcode == -signal.SIGKILL
+    assert [name for name in checkpoints(run_dir) if name.startswith(".partial")]
+
+    # Asked to stop: saves and exits cleanly.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = len(tiny_runs.metrics(run_dir))
+        process = start()
+        assert signalled(process, number, at_line=before + 1) == 0, log.read_text()[-3000:]
+        finished = len(tiny_runs.metrics(run_dir))
+        assert finished < NUM_ITERATIONS
+        assert f"stopped after {finished} iterations; go on with --resume latest" in log.read_text()
+        assert checkpoints(run_dir)[-1] == f"iteration_{finished:06d}"
+
+    process = start()
+    process.join(timeout=300)
+    assert process.exitcode == 0, log.read_text()[-3000:]
+    assert_equal_runs(run_dir, uninterrupted)
+    assert checkpoints(run_dir)[-2:] == ["iteration_000008", "iteration_000010"]
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("moment", ["rollout", "update"])
+def test_a_stop_in_the_middle_of_an_iteration_undoes_it_and_the_resumed_run_does_it_again(
+    moment: str, tiny_lcm_folder: str, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from rlcm_fast.trainer import Trainer
+
+    config = parse_config(tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run", SETTINGS))
+    trainer = Trainer(config)
+    # An iteration decodes 2 micro-batches (an evaluation 2 more) and takes 4 steps of backward.
+    part, name, at_call = {
+        "rollout": (trainer.backbone, "decode", 2 + 2 + 1),
+        "update": (trainer.engine, "backward", 4 + 1),
+    }[moment]
+    original, calls = getattr(part, name), []
+
+    def and_signal(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at_call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(part, name, and_signal)
+    trainer.run()
+    assert trainer.iteration == 1
+    assert checkpoints(tmp_path / "run") == ["iteration_000001"]
+    Trainer(replace(config, resume="latest")).run()
+    assert_equal_runs(tmp_path / "run", uninterrupted)

@@ -1,0 +1,170 @@
+"""The optimizer steps on a rollout, on a network of 300 weights under the real engine."""
+
+# B samples, K actions: 8 x 2 transitions
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_policies import TinyNetwork, engine_of, policy_of, trajectory_of
+from torch import Tensor
+
+from rlcm_fast.algorithms import PPO
+from rlcm_fast.config import UpdateConfig
+from rlcm_fast.interruption import Interrupted
+from rlcm_fast.policies import GaussianPolicy
+from rlcm_fast.trajectory import Trajectory
+from rlcm_fast.update import UpdateMetrics, ratio_noise, update
+
+pytestmark = pytest.mark.usefixtures("one_process")
+NUM_SAMPLES, NUM_TRANSITIONS = 8, 16
+ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, -2.0, 0.1, -0.4])
+
+
+class Setting:
+    """A network under an engine, its policy, and a trajectory that the policy drew."""
+
+    def __init__(self, micro_batch_size: int = 4, num_updates: int = 1, num_passes: int = 1, **engine: Any) -> None:
+        in_update = NUM_TRANSITIONS // num_updates
+        self.network = TinyNetwork()
+        self.reference = policy_of(copy.deepcopy(self.network))
+        self.engine = engine_of(self.network, in_update // micro_batch_size, **engine)
+        self.policy: GaussianPolicy = policy_of(self.engine)
+        self.trajectory: Trajectory = trajectory_of(self.policy, NUM_SAMPLES)
+        self.config = UpdateConfig(
+            clip_range=1e-2, num_updates=num_updates, num_passes=num_passes, micro_batch_size=micro_batch_size
+        )
+
+    def update(self, advantages: Tensor = ADVANTAGES, kl_weight: float = 0.0, **keywords: Any) -> UpdateMetrics:
+        config = UpdateConfig(**{**vars(self.config), "kl_weight": kl_weight})
+        reference = self.reference if kl_weight else None
+        generator = torch.Generator().manual_seed(4)
+        algorithm = keywords.pop("algorithm", PPO(config.clip_range, config.advantage_clip))
+        arguments = (self.policy, algorithm, self.trajectory, advantages, self.engine, config, generator, reference)
+        return update(*arguments, **keywords)
+
+    @torch.no_grad()
+    def log_probs(self) -> Tensor:
+        """(B, K) under the present weights."""
+        every = self.trajectory.transitions(torch.arange(NUM_TRANSITIONS))
+        return self.policy.log_prob(every).reshape(NUM_SAMPLES, -1)
+
+
+def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
+    return torch.cat([(first[name] - second[name]).flatten() for name in first])
+
+
+def test_micro_batches_add_up_to_one_batch():
+    # With eps = 1 Adam's first step is about lr * gradient, so weights compare as gradients do.
+    changes, norms = [], []
+    for micro_batch_size in (16, 8, 2, 1):
+        setting = Setting(micro_batch_size, eps=1.0, lr=1.0)
+        before = setting.engine.full_weights()
+        norms.append(setting.update().grad_norm)
+        changes.append(difference(setting.engine.full_weights(), before).double())
+    assert changes[0].norm() > 1e-3
+    for change, norm in zip(changes[1:], norms[1:], strict=True):
+        assert (change - changes[0]).norm() / changes[0].norm() < 1e-6
+        assert norm == pytest.approx(norms[0], rel=1e-6)
+
+
+def test_an_update_makes_good_actions_likelier_and_bad_ones_less_likely():
+    setting = Setting(lr=1e-4)
+    before = setting.log_probs()
+    setting.update()
+    change = (setting.log_probs() - before).mean(dim=1)
+    assert torch.dot(change, ADVANTAGES) > 0
+
+
+def test_with_one_update_a_rollout_the_ratio_is_exactly_one():
+    metrics = Setting().update()
+    assert (metrics.ratio_mean, metrics.ratio_max_deviation, metrics.clip_fraction, metrics.approx_kl) == (1, 0, 0, 0)
+    assert metrics.grad_norm > 0
+
+
+@pytest.mark.parametrize("num_updates, num_passes", [(2, 1), (1, 2)])
+def test_from_the_second_update_on_the_ratio_moves_and_is_clipped(num_updates: int, num_passes: int):
+    metrics = Setting(num_updates=num_updates, num_passes=num_passes, lr=0.1).update()
+    assert metrics.ratio_max_deviation > 1e-2
+    assert 0 < metrics.clip_fraction <= 0.5  # the first update of two is on-policy
+    assert metrics.approx_kl > 0
+
+
+def test_every_transition_is_trained_on_once_a_pass_and_steps_are_mixed():
+    setting = Setting(num_passes=2, num_updates=2)
+    seen: list[tuple[int, int]] = []
+    steps: list[set[int]] = []
+    transitions = setting.trajectory.transitions
+
+    class Watched(Trajectory):
+        def transitions(self, rows: Tensor) -> Any:
+            taken = transitions(rows)
+            seen.extend(zip(taken.sample.tolist(), taken.step.tolist(), strict=True))
+            steps.append(set(taken.step.tolist()))
+            return taken
+
+    setting.trajectory = Watched(**vars(setting.trajectory))
+    setting.update()
+    every = [(sample, step) for sample in range(NUM_SAMPLES) for step in range(2)]
+    assert sorted(seen[:NUM_TRANSITIONS]) == every and sorted(seen[NUM_TRANSITIONS:]) == every
+    assert seen[:NUM_TRANSITIONS] != seen[NUM_TRANSITIONS:] != every
+    assert {0, 1} in steps
+
+
+def test_the_kl_to_the_start_is_zero_at_first_and_then_its_closed_form():
+    setting = Setting(lr=1e-3)
+    assert setting.update(kl_weight=0.1).kl_to_start == 0
+    every = setting.trajectory.transitions(torch.arange(NUM_TRANSITIONS))
+    with torch.no_grad():
+        inputs = (every.x_t, every.step, every.conditioning)
+        shift = setting.policy.network_output(*inputs) - setting.reference.network_output(*inputs)
+    _, b, sigma = setting.policy.coefficients(every.step).T
+    closed_form = ((b / sigma) ** 2 * shift.square().flatten(1).mean(dim=1) / 2).mean()
+    assert closed_form > 0
+    torch.testing.assert_close(setting.update(kl_weight=0.1).kl_to_start, closed_form, rtol=1e-5, atol=0)
+
+
+def test_the_kl_term_alone_pulls_back_to_the_start():
+    setting = Setting(lr=1e-3)
+    setting.update()
+    nothing = torch.zeros(NUM_SAMPLES)
+    kls = [setting.update(nothing, kl_weight=1.0).kl_to_start.item() for _ in range(15)]
+    assert kls[-1] < 0.5 * max(kls)
+
+
+def test_stopping_is_offered_before_each_micro_batch_of_the_first_update_only():
+    setting = Setting(num_updates=2)
+    calls: list[int] = []
+    setting.update(before_first_step=lambda: calls.append(1))
+    assert len(calls) == 2  # 8 transitions of an update in micro-batches of 4
+
+
+def test_stopping_there_leaves_the_weights_alone():
+    setting = Setting()
+    before = setting.engine.full_weights()
+    with pytest.raises(Interrupted):
+        setting.update(before_first_step=_stop_at(3))
+    assert not difference(setting.engine.full_weights(), before).any()
+
+
+def _stop_at(number: int) -> Callable[[], None]:
+    calls: list[int] = []
+
+    def stop() -> None:
+        calls.append(1)
+        if len(calls) == number:
+            raise Interrupted
+
+    return stop
+
+
+def test_ratio_noise_is_rounding_under_unchanged_weights_and_sees_changed_ones():
+    setting = Setting(lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    assert ratio_noise(setting.policy, setting.trajectory, 4, generator) < 1e-6
+    setting.update()
+    assert ratio_noise(setting.policy, setting.trajectory, 4, generator) > 1e-3
