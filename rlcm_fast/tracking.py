@@ -31,7 +31,7 @@ class Tracker:
     def __init__(self, run_dir: Path, config: Config, first_iteration: int) -> None:
         """first_iteration: 0, or where a resumed run goes on; later lines of an earlier life are dropped."""
         self._run_dir = run_dir
-        self._bar: tqdm[int] | None = None
+        self._bar: Any = None  # a tqdm, on the main rank
         self._events: Any = None
         self._wandb: Any = None
         if not parallel.is_main():

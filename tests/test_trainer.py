@@ -163,9 +163,9 @@ def test_a_clip_range_below_the_rounding_is_warned_of(run: FinishedRun, monkeypa
     monkeypatch.setattr(run.trainer.tracker, "say", said.append)
     trajectory = run.trainer.policy.sample(run.trainer.encode([Prompt("a star")]), parallel.generator(0))[0]
     batch = type("Batch", (), {"trajectory": trajectory})()
-    monkeypatch.setattr(trainer_module, "ratio_noise", lambda *_: 0.0125)
-    assert run.trainer.check_ratio(batch) == {"ratio/noise_floor": 0.0125}
-    assert "rounding alone moves the ratio by 1.2e-02, as much as update.clip_range=0.01" in said[0]
+    monkeypatch.setattr(trainer_module, "ratio_noise", lambda *_: 0.02)
+    assert run.trainer.check_ratio(batch) == {"ratio/noise_floor": 0.02}
+    assert "rounding alone moves the ratio by 2.0e-02, as much as update.clip_range=0.01" in said[0]
     assert "set engine.dtype=fp32" in said[0]
     monkeypatch.setattr(trainer_module, "ratio_noise", lambda *_: 0.0075)
     run.trainer.check_ratio(batch)

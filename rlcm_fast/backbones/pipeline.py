@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from rlcm_fast.backbones.loading import resolve_model_path
 from rlcm_fast.trajectory import Conditioning, Prompt
@@ -103,6 +103,6 @@ class Backbone:
 
 def _silence_loading() -> None:
     """diffusers and transformers tell much while loading that no user can act on; errors are still raised."""
-    for library in (diffusers.logging, transformers.logging):
+    for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

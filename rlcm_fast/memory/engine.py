@@ -44,10 +44,11 @@ class Engine:
         factor = _lr_factor(optimizer.warmup_updates, optimizer.final_lr_fraction, num_updates)
         self.zero_stage = engine.zero_stage
         self._max_grad_norm = max_grad_norm
+        self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=network,
             optimizer=torch_optimizer,
-            lr_scheduler=LambdaLR(torch_optimizer, factor),
+            lr_scheduler=LambdaLR(torch_optimizer, factor),  # pyright: ignore[reportArgumentType]
             config=_deepspeed_config(engine, max_grad_norm, micro_batch_size, num_micro_batches),
         )
 
@@ -68,7 +69,7 @@ class Engine:
         return float(self._engine.get_global_grad_norm()) if norm is None else norm
 
     def _clip(self) -> float:
-        """At stage 0 DeepSpeed clips without telling the norm, so we do; the gradients are averaged over ranks by now."""
+        """At stage 0 DeepSpeed clips without telling the norm, so we do; ranks have been averaged by now."""
         limit = self._max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit).item()
 

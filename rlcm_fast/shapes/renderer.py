@@ -21,7 +21,7 @@ def render(scene: Scene) -> Image.Image:
         mask = Image.new("L", (size, size))
         draw_shape(ImageDraw.Draw(mask), item, _SUPERSAMPLING)
         coverage = np.asarray(mask.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), dtype=np.float32) / 255
-        image += coverage[..., None] * (np.float32(COLOURS[item.colour]) - image)
+        image += coverage[..., None] * (np.array(COLOURS[item.colour], np.float32) - image)
     return Image.fromarray(image.round().astype(np.uint8))
 
 
@@ -49,5 +49,5 @@ def _draw_background(background: Background) -> np.ndarray:
     angle = math.radians(background.angle)
     ramp = grid[None, :] * math.cos(angle) + grid[:, None] * math.sin(angle)  # (64, 64), at most +- sqrt(1/2)
     share = np.clip(ramp / math.sqrt(2) + 0.5, 0, 1)[..., None]
-    start, end = np.float32(background.start), np.float32(background.end)
+    start, end = np.array(background.start, np.float32), np.array(background.end, np.float32)
     return start + share * (end - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,12 @@ def backbone(tiny_lcm_folder: str) -> Backbone:
 
 
 @pytest.fixture
-def encoded_rows(backbone: Backbone) -> list[int]:
+def encoded_rows(backbone: Backbone) -> Iterator[list[int]]:
     """How many texts each call of the text encoder had; starts with an empty cache."""
     rows: list[int] = []
     backbone._encodings.clear()
     hook = backbone._pipeline.text_encoder.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    yield rows  # type: ignore[misc]
+    yield rows
     hook.remove()
 
 

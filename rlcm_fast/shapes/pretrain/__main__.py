@@ -123,7 +123,7 @@ def _latents(arguments: argparse.Namespace) -> Tensor:
 def _load_vae(arguments: argparse.Namespace, name: str) -> AutoencoderTiny:
     made = AutoencoderTiny.from_pretrained(arguments.out / name)
     assert isinstance(made, AutoencoderTiny)
-    return made.to("cuda" if torch.cuda.is_available() else "cpu")
+    return made.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
 
 
 def _scaled(config: StageConfig, arguments: argparse.Namespace) -> StageConfig:

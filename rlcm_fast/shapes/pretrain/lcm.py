@@ -12,6 +12,7 @@ w-embedding (`time_cond_proj_dim`), so that sampling needs one forward a step. `
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
@@ -35,7 +36,7 @@ def distil(
     """The student UNet, started from the teacher's weights; latents (N, 8, 8, 8) scaled."""
     device = next(teacher.parameters()).device
     torch.manual_seed(seed)
-    student = new_unet(W_EMBEDDING_SIZE).to(device)
+    student: Any = new_unet(W_EMBEDDING_SIZE).to(device)  # pyright: ignore[reportArgumentType]
     student.load_state_dict(teacher.unet.state_dict(), strict=False)  # all but the new w-embedding projection
     nn.init.zeros_(student.time_embedding.cond_proj.weight)
     tokenizer = new_tokenizer()

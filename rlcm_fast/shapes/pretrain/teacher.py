@@ -18,7 +18,7 @@ from transformers import CLIPTextModel
 from rlcm_fast.shapes.pretrain.stage import StageConfig, run_stage
 from rlcm_fast.shapes.pretrain.text import EMBEDDING_SIZE, new_text_encoder, new_tokenizer, tokenize
 
-TEACHER = StageConfig(num_steps=2500, batch_size=64, lr=8e-4, ema_decay=0.998)
+TEACHER = StageConfig(num_steps=6000, batch_size=64, lr=8e-4, ema_decay=0.998)
 _CAPTION_DROPOUT = 0.1
 _SNR_GAMMA = 5.0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -26,12 +28,17 @@ def new_tokenizer() -> CLIPTokenizer:
             merges[prefix, piece] = None
             prefix += piece
             tokens[prefix] = None
-    vocabulary = {token: index for index, token in enumerate([*tokens, _START, _END])}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=MAX_TOKENS)
+    vocabulary: Any = {token: index for index, token in enumerate([*tokens, _START, _END])}
+    pairs: Any = list(merges)
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=MAX_TOKENS)
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Two layers of width 128; trained together with the teacher."""
+    special: dict[str, Any] = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+        for name, token in {"bos": _START, "eos": _END, "pad": _END}.items()
+    }
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=EMBEDDING_SIZE,
@@ -39,10 +46,8 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         projection_dim=EMBEDDING_SIZE,
+        **special,
     )
     return CLIPTextModel(config)
 

@@ -13,6 +13,7 @@ latents do not change in it, so the teacher may train meanwhile.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
@@ -46,7 +47,7 @@ def train_joint(images: Tensor, folder: Path, seed: int, config: StageConfig = J
     """Trains encoder and decoder on uint8 `images` and sets `scaling_factor` to 1 / std of the latents."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def loss(vae: nn.Module, _: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(vae: Any, _: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
         pixels = to_model_range(_crops(images, indices, generator)).to(device)
         latents = vae.encoder(pixels)
         noise = torch.randn(latents.shape, generator=generator).to(device)
@@ -54,7 +55,8 @@ def train_joint(images: Tensor, folder: Path, seed: int, config: StageConfig = J
         saturation = pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)  # (B, 1, h, w) in [0, 2]
         return ((1 + 2 * saturation) * error.square()).mean()
 
-    vae = run_stage("vae_joint", new_vae(seed).to(device), loss, len(images), config, folder, seed)
+    fresh: Any = new_vae(seed)
+    vae = run_stage("vae_joint", fresh.to(device), loss, len(images), config, folder, seed)
     assert isinstance(vae, AutoencoderTiny)
     vae.register_to_config(scaling_factor=round(1 / encode(vae, images[:2048]).std().item(), 4))
     return vae
@@ -68,7 +70,7 @@ def train_decoder(
     vae.decoder.requires_grad_(True)
     noise_scale = _DECODER_NOISE / vae.config["scaling_factor"]
 
-    def loss(model: nn.Module, _: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(model: Any, _: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
         pixels = to_model_range(images[indices]).to(device)
         with torch.no_grad():
             latents = model.encoder(pixels)
