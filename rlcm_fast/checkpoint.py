@@ -47,7 +47,9 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
         if folder.exists():
             _set_aside(folder)
         os.replace(partial, folder)
-        for old in _complete(run_dir)[:-keep]:
+        earlier = [other for other in _complete(run_dir) if other <= folder]
+        abandoned = [other for other in _complete(run_dir) if other > folder]  # by resuming from before them
+        for old in [*earlier[:-keep], *abandoned]:
             _set_aside(old)
         for trash in folder.parent.glob(".trash_*"):
             shutil.rmtree(trash)
