@@ -136,7 +136,8 @@ def _deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": max_grad_norm if engine.zero_stage > 0 else 0.0,
-        "zero_optimization": {"stage": engine.zero_stage},
+        # stage 3 would replace torch's linear in the whole process: other rounding, also for what it does not own
+        "zero_optimization": {"stage": engine.zero_stage, "memory_efficient_linear": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
     }
