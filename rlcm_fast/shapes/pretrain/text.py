@@ -16,21 +16,31 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def new_tokenizer() -> CLIPTokenizer:
-    """Byte-pair merges that build each word from its letters; other words are spelt by their letters."""
+    """Byte-pair merges that make each word of the grammar one token; other words are spelt in pieces."""
     words = sorted({"a", *COLOURS, *SHAPES, *(word for relation in RELATIONS for word in relation.split())})
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     tokens = dict.fromkeys(letters + [f"{letter}</w>" for letter in letters])
-    merges: dict[tuple[str, str], None] = {}
+    merges: list[tuple[str, str]] = []
     for word in words:
-        pieces = [*word[:-1], f"{word[-1]}</w>"]
-        prefix = pieces[0]
-        for piece in pieces[1:]:
-            merges[prefix, piece] = None
-            prefix += piece
-            tokens[prefix] = None
+        pieces = _apply(merges, [*word[:-1], f"{word[-1]}</w>"])
+        while len(pieces) > 1:  # what is added comes last in rank, so words before this one stay one token
+            merges.append((pieces[0], pieces[1]))
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+            tokens[pieces[0]] = None
     vocabulary: Any = {token: index for index, token in enumerate([*tokens, _START, _END])}
-    pairs: Any = list(merges)
+    pairs: Any = merges
     return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=MAX_TOKENS)
+
+
+def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
+    """Byte-pair encoding: each merge in the order of its rank, wherever it fits."""
+    for first, second in merges:
+        index = 0
+        while index < len(pieces) - 1:
+            if (pieces[index], pieces[index + 1]) == (first, second):
+                pieces = [*pieces[:index], first + second, *pieces[index + 2 :]]
+            index += 1
+    return pieces
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
