@@ -1,8 +1,8 @@
 """The autoencoder: 64 x 64 RGB <-> 8 x 8 x 8 latents, 0.4 M parameters, diffusers' AutoencoderTiny.
 
 Why this form, on two CPU cores: without normalisation layers a colour's level passes straight through, and being fully
-convolutional it learns from 32 x 32 crops, of which we take those that show a shape. AutoencoderKL with thin layers
-still drew grey blobs after 12 minutes of full images; this one has the colours after 40 seconds.
+convolutional it learns from 32 x 32 crops, of which we take those that show a shape. AutoencoderKL with thin layers and
+an L1 loss on full images still drew grey blobs after 12 minutes (which of the three changes did most was not tried).
 
 Stage 1 trains both halves on crops: squared error, coloured pixels weighing up to three times as much (most pixels are
 background; with L1 the median, an empty image, is where training stays). Stage 2 tunes the decoder alone, on whole
