@@ -18,7 +18,7 @@ from typing import Any
 
 from learning_curves import draw_curve
 from reporting import mean_and_error, print_summary, write_csv
-from training_runs import Row, add_run_arguments, at, curve, eval_metrics, evaluated, train, train_arguments
+from training_runs import Row, add_run_arguments, at, curve, eval_metrics, evaluated, train_all, train_arguments
 
 VARIANTS = ("deterministic", "renoise")
 Curves = Mapping[str, Sequence[Sequence[Row]]]  # variant -> seeds -> rows
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--metric", help=metric)
     arguments = parser.parse_args()
     try:
-        curves = {variant: _train_variant(arguments, variant) for variant in VARIANTS}
+        curves = _train_variants(arguments)
         metric = _metric(curves, arguments.metric)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -44,16 +44,16 @@ def main() -> int:
     return 0
 
 
-def _train_variant(arguments: argparse.Namespace, variant: str) -> list[list[Row]]:
-    """The curves of all seeds."""
-    runs = (arguments.runs or Path("runs") / arguments.out.name) / variant
-    overrides = [*arguments.override, "policy.last_step", variant]
-    curves = []
-    for seed in arguments.seeds:
-        folder = runs / f"seed_{seed}"
-        train(train_arguments(arguments.config, overrides, seed, folder), folder)
-        curves.append(curve(folder, seed))
-    return curves
+def _train_variants(arguments: argparse.Namespace) -> dict[str, list[list[Row]]]:
+    """variant -> the curves of all seeds."""
+    runs = arguments.runs or Path("runs") / arguments.out.name
+    folders = {(seed, variant): runs / variant / f"seed_{seed}" for seed in arguments.seeds for variant in VARIANTS}
+    wanted = {}
+    for (seed, variant), folder in folders.items():
+        overrides = [*arguments.override, "policy.last_step", variant]
+        wanted[folder] = train_arguments(arguments.config, overrides, seed, folder)
+    train_all(wanted, arguments.jobs)
+    return {variant: [curve(folders[seed, variant], seed) for seed in arguments.seeds] for variant in VARIANTS}
 
 
 def _metric(curves: Curves, wish: str | None) -> str:

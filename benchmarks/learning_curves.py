@@ -25,7 +25,7 @@ from training_runs import (
     eval_metrics,
     evaluated,
     mean_and_spread,
-    train,
+    train_all,
     train_arguments,
     wall_seconds,
 )
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--image-size", type=int, default=64, help="of the flat image that JPEG payloads leave out")
     arguments = parser.parse_args()
     try:
-        folders = train_all(arguments)
+        folders = train_seeds(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -53,17 +53,18 @@ def main() -> int:
     plot(curves, arguments.out.with_suffix(".png"), Path(arguments.config).stem)
     flat = flat_image_kilobytes(arguments.image_size, _jpeg_quality(folders[arguments.seeds[0]]))
     summary: dict[str, Any] = summarise(curves, flat, arguments.within_seconds)
+    summary["jobs"] = arguments.jobs
     summary["wall_seconds"] = [wall_seconds(folder) for folder in folders.values()]
     print_summary(summary, arguments.out.with_suffix(".json"))
     return 0
 
 
-def train_all(arguments: argparse.Namespace) -> dict[int, Path]:
+def train_seeds(arguments: argparse.Namespace) -> dict[int, Path]:
     """seed -> run folder, all finished."""
     runs = arguments.runs or Path("runs") / arguments.out.name
     folders = {seed: runs / f"seed_{seed}" for seed in arguments.seeds}
-    for seed, folder in folders.items():
-        train(train_arguments(arguments.config, arguments.override, seed, folder), folder)
+    wanted = {f: train_arguments(arguments.config, arguments.override, seed, f) for seed, f in folders.items()}
+    train_all(wanted, arguments.jobs)
     return folders
 
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,16 @@ _OWN = ("seed", "run_dir", "resume", "dry_run")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, config: str) -> None:
-    """--config, --seeds, --override and --runs."""
+    """--config, --seeds, --override, --runs and --jobs."""
     parser.add_argument("--config", default=config, help=f"config of the runs (default {config})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default 0 1 2)")
     text = "pairs of a dotted config field and its value, as: num_iterations 10 update.clip_range 2e-4"
     parser.add_argument("--override", nargs="+", action="extend", default=[], metavar="FIELD VALUE", help=text)
     parser.add_argument("--runs", type=Path, help="folder of the run folders (default runs/ and the name of --out)")
+    text = (
+        "runs at a time, each with its share of the cores and its output in RUN.log (default 1: all cores, and a bar)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help=text)
 
 
 def train_arguments(config: str, overrides: Sequence[str], seed: int, run_dir: Path) -> list[str]:
@@ -46,8 +52,24 @@ def train_arguments(config: str, overrides: Sequence[str], seed: int, run_dir: P
     return ["--config", config, *options, "--seed", str(seed), "--run_dir", str(run_dir)]
 
 
-def train(arguments: Sequence[str], run_dir: Path) -> None:
+def train_all(runs: Mapping[Path, Sequence[str]], jobs: int) -> None:
+    """`train` for each run folder and its arguments, `jobs` of them at a time.
+
+    Raises:
+        ValueError: of the first run that failed, after all have ended.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs} must be at least 1")
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train, arguments, folder, jobs) for folder, arguments in runs.items()]
+    for future in futures:
+        future.result()
+
+
+def train(arguments: Sequence[str], run_dir: Path, jobs: int = 1) -> None:
     """Runs train.py to its end, unless an equal run in `run_dir` is finished already; goes on with a half-done one.
+
+    With several `jobs` it takes its share of the cores, and what it prints goes to `<run_dir>.log`.
 
     Raises:
         ValueError: the folder holds a run of other settings, or training failed.
@@ -60,11 +82,20 @@ def train(arguments: Sequence[str], run_dir: Path) -> None:
         return
     resume = ["--resume", "latest"] if is_begun else []
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, str(ROOT / "rlcm_fast" / "train.py"), *arguments, *resume], check=False)
+    done = _run([sys.executable, str(ROOT / "rlcm_fast" / "train.py"), *arguments, *resume], run_dir, jobs)
     if done.returncode != 0 or not is_finished(run_dir):
         raise ValueError(f"training in {run_dir} ended early (exit code {done.returncode}); the same command goes on")
     if not is_begun:  # a run in pieces has no such number
         (run_dir / "wall_seconds.json").write_text(json.dumps(time.perf_counter() - start))
+
+
+def _run(command: Sequence[str], run_dir: Path, jobs: int) -> subprocess.CompletedProcess[bytes]:
+    if jobs == 1:
+        return subprocess.run(command, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with run_dir.with_suffix(".log").open("ab") as log:
+        return subprocess.run(command, check=False, env=environment, stdout=log, stderr=log)
 
 
 def is_finished(run_dir: Path) -> bool:

@@ -166,6 +166,40 @@ def test_a_finished_run_is_not_repeated_and_one_of_other_settings_is_refused(loa
         runs.train(others, folder)
 
 
+FAKE_TRAINING = """
+import os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1])
+print("threads", os.environ["OMP_NUM_THREADS"])
+folder.mkdir(parents=True)
+other = folder.parent / {"seed_0": "seed_1", "seed_1": "seed_0"}[folder.name]
+while not other.exists():  # ends only if the two run at the same time
+    time.sleep(0.01)
+if "fail" in sys.argv:
+    sys.exit(3)
+(folder / "export").mkdir()
+(folder / "export" / "model_index.json").write_text("{}")
+"""
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_jobs_run_at_a_time_and_log_to_a_file_each(load, tmp_path: Path, monkeypatch, is_good: bool):
+    runs = load("training_runs")
+    (tmp_path / "rlcm_fast").mkdir()
+    (tmp_path / "rlcm_fast" / "train.py").write_text(FAKE_TRAINING)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(runs.os, "cpu_count", lambda: 6)
+    folders = [tmp_path / "runs" / f"seed_{seed}" for seed in (0, 1)]
+    wanted = {folder: ["--run_dir", str(folder)] for folder in folders}
+    if not is_good:
+        wanted[folders[1]].append("fail")
+        with pytest.raises(ValueError, match=r"seed_1 ended early \(exit code 3\)"):
+            runs.train_all(wanted, 2)
+    else:
+        runs.train_all(wanted, 2)
+    assert runs.is_finished(folders[0]) and runs.is_finished(folders[1]) == is_good
+    assert (tmp_path / "runs" / "seed_0.log").read_text() == "threads 3\n"
+
+
 @pytest.mark.parametrize("overrides", [["num_iterations"], ["run_dir", "x"]])
 def test_wrong_overrides_are_refused(load, overrides: list[str]):
     with pytest.raises(ValueError, match="override="):

@@ -64,7 +64,8 @@ def _save(pipeline: Any, folder: Path) -> Any:
     pipeline.unet.half()
     pipeline.vae.half()
     pipeline.save_pretrained(folder)
-    config = folder / "vae" / "config.json"  # the class derives block_out_channels itself and warns where it is given
-    values = {key: value for key, value in json.loads(config.read_text()).items() if key != "block_out_channels"}
+    config = folder / "vae" / "config.json"  # where the VAE came from, and what the class derives itself (it warns)
+    dropped = ("_name_or_path", "block_out_channels")
+    values = {key: value for key, value in json.loads(config.read_text()).items() if key not in dropped}
     config.write_text(json.dumps(values, indent=2) + "\n")
     return pipeline
