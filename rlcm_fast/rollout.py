@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlcm_fast import parallel
 from rlcm_fast.policies.base import GaussianPolicy
 from rlcm_fast.rewards.service import Rewards, RewardService
 from rlcm_fast.trajectory import Conditioning, Prompt, Trajectory
@@ -28,6 +29,15 @@ class Rollout:
     trajectory: Trajectory
     rewards: Rewards
     seconds: float  # sampling, decoding and waiting together
+
+    def metrics(self) -> dict[str, float]:
+        """Mean and standard deviation of each reward, and of their weighted sum, over all processes."""
+        metrics: dict[str, float] = {}
+        for name, values in {**self.rewards.by_name, "total": self.rewards.total}.items():
+            everyone = parallel.all_gather(values).double()
+            metrics[f"reward/{name}/mean"] = everyone.mean().item()
+            metrics[f"reward/{name}/std"] = everyone.std(correction=0).item()
+        return metrics
 
 
 def rollout(

@@ -88,8 +88,8 @@ class Trainer:
                     self.iteration, self.queries = iteration + 1, self.queries + self.num_samples
                     seconds = _seconds(batch, updated, time.perf_counter() - start, self.num_samples)
                     head = {"iteration": iteration, "queries": self.queries, "lr": lr}
-                    losses = _update_metrics(updated, advantages)
-                    self.tracker.log({**head, **_reward_metrics(batch), **losses, **noise, **seconds, **evaluated})
+                    stages = {**batch.metrics(), **updated.metrics(advantages)}
+                    self.tracker.log({**head, **stages, **noise, **seconds, **evaluated})
                     self.save_if_due()
                 self.finish()
             except Interrupted:
@@ -264,34 +264,6 @@ class Trainer:
 
 def _build_rewards(configs: list[RewardConfig]) -> dict[str, tuple[Reward, float]]:
     return {config.name: (build_reward(config.name, config.arguments), config.weight) for config in configs}
-
-
-def _reward_metrics(batch: Rollout) -> dict[str, float]:
-    """Mean and standard deviation of each reward, and of their weighted sum, over all processes."""
-    metrics: dict[str, float] = {}
-    for name, values in {**batch.rewards.by_name, "total": batch.rewards.total}.items():
-        everyone = parallel.all_gather(values).double()
-        metrics[f"reward/{name}/mean"] = everyone.mean().item()
-        metrics[f"reward/{name}/std"] = everyone.std(correction=0).item()
-    return metrics
-
-
-def _update_metrics(updated: UpdateMetrics, advantages: Tensor) -> dict[str, float]:
-    """Means over all processes, and the largest deviation of any."""
-    means = torch.stack(
-        [
-            advantages.abs().mean().to(updated.loss.device),
-            updated.ratio_mean,
-            updated.clip_fraction,
-            updated.approx_kl,
-            updated.loss,
-            updated.kl_to_start,
-        ]
-    )
-    names = ("advantage/abs_mean", "ratio/mean", "clip_fraction", "approx_kl", "loss", "kl_to_start")
-    averaged = parallel.all_gather(means[None]).mean(dim=0).tolist()
-    deviation = parallel.all_gather(updated.ratio_max_deviation[None]).max().item()
-    return {**dict(zip(names, averaged, strict=True)), "ratio/max_deviation": deviation, "grad_norm": updated.grad_norm}
 
 
 def _seconds(batch: Rollout, updated: UpdateMetrics, iteration_seconds: float, num_samples: int) -> dict[str, float]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlcm_fast import parallel
 from rlcm_fast.algorithms.ppo import PPO
 from rlcm_fast.config import UpdateConfig
 from rlcm_fast.kernels import functional
@@ -39,6 +40,24 @@ class UpdateMetrics:
     kl_to_start: Tensor  # 0 where update.kl_weight is 0
     grad_norm: float  # of the last update, before clipping, over all processes
     seconds: float
+
+    def metrics(self, advantages: Tensor) -> dict[str, float]:
+        """Means over all processes, and the largest deviation of any; advantages (B,) are this process's."""
+        means = {
+            "advantage/abs_mean": advantages.abs().mean().to(self.loss.device),
+            "ratio/mean": self.ratio_mean,
+            "clip_fraction": self.clip_fraction,
+            "approx_kl": self.approx_kl,
+            "loss": self.loss,
+            "kl_to_start": self.kl_to_start,
+        }
+        averaged = parallel.all_gather(torch.stack(list(means.values()))[None]).mean(dim=0).tolist()
+        deviation = parallel.all_gather(self.ratio_max_deviation[None]).max().item()
+        return {
+            **dict(zip(means, averaged, strict=True)),
+            "ratio/max_deviation": deviation,
+            "grad_norm": self.grad_norm,
+        }
 
 
 def update(
