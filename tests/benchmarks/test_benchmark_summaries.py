@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
-SCRIPTS = ("bench_iteration", "learning_curves", "last_step", "inference_steps")
+SCRIPTS = ("before_after", "bench_iteration", "learning_curves", "last_step", "inference_steps")
 CONFIG = str(FOLDER.parent / "configs" / "shapes" / "compressibility.yaml")
 DETECTOR, JPEG = "eval/shapes_alignment/mean", "eval/jpeg_compressibility/mean"
 
@@ -137,6 +137,16 @@ def test_two_tuned_steps_are_held_against_four_base_steps(load):
     assert summary["two_step_tuned_minus_four_step_base"]["r"]["mean"] == 0.5
     assert summary["two_step_tuned_minus_four_step_base"]["r"]["standard_error"] == pytest.approx(0.18**0.5)
     assert summary["table"]["r"] == {"base": {"2": 0.0, "4": 1.0}, "tuned": {"2": 1.5, "4": 9.0}}
+
+
+def test_a_model_is_drawn_before_and_after_with_the_same_noise(load, tmp_path: Path, monkeypatch):
+    bench = load("before_after")
+    out = tmp_path / "picture.png"
+    monkeypatch.setattr(sys, "argv", ["b.py", "--tuned", "shapes/lcm", "--columns", "2", "--out", str(out)])
+    means = bench.draw_rows(bench._parser().parse_args())
+    assert list(means) == ["before, 4 steps", "after, 4 steps", "after, 2 steps"] and out.exists()
+    before, same, fewer = means.values()
+    assert before == same != fewer
 
 
 def test_overheads_are_ratios_of_neighbours(load):

@@ -85,8 +85,8 @@ def _teacher(arguments: argparse.Namespace) -> None:
 def _lcm(arguments: argparse.Namespace) -> None:
     from_teacher = _trained_teacher(arguments)  # at once, from its finished state
     _, captions = _dataset(arguments)
-    config = _scaled(lcm.LCM, arguments)
-    made = lcm.distil(from_teacher, _latents(arguments), captions, arguments.out, arguments.seed, config)
+    cycles = _scaled(lcm.FIRST_CYCLE, arguments), _scaled(lcm.SECOND_CYCLE, arguments)
+    made = lcm.distil(from_teacher, _latents(arguments), captions, arguments.out, arguments.seed, cycles)
     folders.save_lcm(_load_vae(arguments, "vae_final"), from_teacher.text_encoder, made, arguments.out / "lcm")
 
 
@@ -98,8 +98,8 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _trained_teacher(arguments: argparse.Namespace) -> teacher.Denoiser:
     _, captions = _dataset(arguments)
-    config = _scaled(teacher.TEACHER, arguments)
-    return teacher.train_teacher(_latents(arguments), captions, arguments.out, arguments.seed, config)
+    cycles = _scaled(teacher.FIRST_CYCLE, arguments), _scaled(teacher.SECOND_CYCLE, arguments)
+    return teacher.train_teacher(_latents(arguments), captions, arguments.out, arguments.seed, cycles)
 
 
 def _dataset(arguments: argparse.Namespace) -> tuple[Tensor, list[str]]:

@@ -2,7 +2,8 @@
 
 Epsilon prediction on the scaled-linear schedule of Stable Diffusion (0.00085 to 0.012, 1000 steps); 10 % of the
 captions are dropped for classifier-free guidance (Ho & Salimans, arXiv 2207.12598); min-SNR weights (arXiv 2303.09556,
-eq. 5, gamma 5) turn the effort to the noisy steps, where the layout of a scene is decided.
+eq. 5, gamma 5) turn the effort to the noisy steps, where the layout of a scene is decided. A second, shorter cosine
+from a lower learning rate follows the first: after one, the arms of stars were still too rough for the detector.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from transformers import CLIPTextModel
 from rlcm_fast.shapes.pretrain.stage import StageConfig, run_stage
 from rlcm_fast.shapes.pretrain.text import EMBEDDING_SIZE, new_text_encoder, new_tokenizer, tokenize
 
-TEACHER = StageConfig(num_steps=6000, batch_size=64, lr=8e-4, ema_decay=0.998)
+FIRST_CYCLE = StageConfig(num_steps=6000, batch_size=64, lr=8e-4, ema_decay=0.998)
+SECOND_CYCLE = StageConfig(num_steps=3000, batch_size=64, lr=5e-4, ema_decay=0.998)
 _CAPTION_DROPOUT = 0.1
 _SNR_GAMMA = 5.0
 
@@ -66,7 +68,11 @@ class Denoiser(nn.Module):
 
 
 def train_teacher(
-    latents: Tensor, captions: list[str], folder: Path, seed: int, config: StageConfig = TEACHER
+    latents: Tensor,
+    captions: list[str],
+    folder: Path,
+    seed: int,
+    cycles: tuple[StageConfig, StageConfig] = (FIRST_CYCLE, SECOND_CYCLE),
 ) -> Denoiser:
     """Trains on scaled latents (N, 8, 8, 8) and their captions."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,6 +94,8 @@ def train_teacher(
         error = denoiser(x_t.to(device), t.to(device), prompt.to(device)) - noise.to(device)
         return (weights * error.square().mean(dim=(1, 2, 3))).mean()
 
-    trained = run_stage("teacher", model, loss, len(latents), config, folder, seed)
+    trained = run_stage("teacher", model, loss, len(latents), cycles[0], folder, seed)
+    trained.train().requires_grad_(True)
+    trained = run_stage("teacher_2", trained, loss, len(latents), cycles[1], folder, seed + 1)
     assert isinstance(trained, Denoiser)
     return trained

@@ -1,0 +1,85 @@
+"""The models in the package: stock diffusers loads and runs them, they are small, and they are worth optimising."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from rlcm_fast.backbones.loading import resolve_model_path
+from rlcm_fast.shapes.detector import score_images
+from rlcm_fast.shapes.grammar import Caption, one_shape_captions, two_shape_captions
+
+MODELS = Path(resolve_model_path("shapes/lcm", "model")).parent
+STOCK = """
+import sys
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+images = pipeline(["a red circle"], num_inference_steps=2, output_type="np").images
+print(type(pipeline).__name__, images.shape, "rlcm_fast" in sys.modules)
+"""
+
+
+def test_together_they_are_small():
+    files = [path for path in MODELS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 30e6
+
+
+@pytest.mark.parametrize("name", ["lcm", "teacher"])
+def test_unet_and_vae_are_stored_in_half_precision(name: str):
+    from safetensors.torch import load_file
+
+    for part in ("unet", "vae"):
+        weights = load_file(MODELS / name / part / "diffusion_pytorch_model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+
+
+def test_no_config_names_the_machine_they_were_made_on():
+    for path in MODELS.rglob("*.json"):
+        assert "/tmp" not in json.dumps(json.loads(path.read_text())), path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("lcm", "LatentConsistencyModelPipeline"), ("teacher", "StableDiffusionPipeline")]
+)
+def test_stock_diffusers_draws_with_them(name: str, kind: str, tmp_path: Path):
+    command = [sys.executable, "-c", STOCK, str(MODELS / name)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{kind} (1, 64, 64, 3) False"
+
+
+@pytest.mark.parametrize("name", ["lcm", "teacher"])
+def test_every_caption_fits_the_tokenizer_one_token_a_word(name: str):
+    tokenizer = CLIPTokenizer.from_pretrained(MODELS / name / "tokenizer")
+    for split in (False, True):
+        for caption in map(str, one_shape_captions(split) + two_shape_captions(split)):
+            assert len(tokenizer(caption).input_ids) == len(caption.split()) + 2 <= tokenizer.model_max_length
+
+
+def test_four_steps_show_most_captions_of_one_shape_and_some_of_two():
+    """Bounds: 0.85, and 0.3 to 0.8, less and plus two standard errors of 200 images (0.025)."""
+    one, two = (every_caption[:: max(1, len(every_caption) // 200)] for every_caption in (_one(), _two()))
+    assert _four_step_score(one) > 0.80
+    assert 0.25 < _four_step_score(two) < 0.85
+
+
+def _one() -> list[Caption]:
+    return one_shape_captions(False) * 10
+
+
+def _two() -> list[Caption]:
+    return two_shape_captions(False)
+
+
+def _four_step_score(captions: list[Caption]) -> float:
+    from rlcm_fast.cli.pipelines import draw, load_pipeline
+
+    texts = [str(caption) for caption in captions]
+    images, _ = draw(load_pipeline(str(MODELS / "lcm")), texts, 4, 4.0, seed=0, batch_size=50)
+    return score_images(images, captions).mean().item()
