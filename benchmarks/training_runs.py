@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,17 @@ def train_all(runs: Mapping[Path, Sequence[str]], jobs: int) -> None:
     """`train` for each run folder and its arguments, `jobs` of them at a time.
 
     Raises:
-        ValueError: of the first run that failed, after all have ended.
+        ValueError: of a run that failed, after those beside it have ended; what has not started is not begun.
     """
     if jobs < 1:
         raise ValueError(f"jobs={jobs} must be at least 1")
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(train, arguments, folder, jobs) for folder, arguments in runs.items()]
-    for future in futures:
-        future.result()
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def train(arguments: Sequence[str], run_dir: Path, jobs: int = 1) -> None:

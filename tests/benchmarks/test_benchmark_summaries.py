@@ -7,6 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -208,6 +209,22 @@ def test_jobs_run_at_a_time_and_log_to_a_file_each(load, tmp_path: Path, monkeyp
         runs.train_all(wanted, 2)
     assert runs.is_finished(folders[0]) and runs.is_finished(folders[1]) == is_good
     assert (tmp_path / "runs" / "seed_0.log").read_text() == "threads 3\n"
+
+
+def test_after_a_failed_run_no_other_is_begun(load, tmp_path: Path, monkeypatch):
+    runs = load("training_runs")
+    begun: list[Path] = []
+
+    def fail(_: list[str], folder: Path, jobs: int) -> None:
+        begun.append(folder)
+        if len(begun) == 1:
+            raise ValueError(f"{folder.name} ended early")
+        time.sleep(0.1)
+
+    monkeypatch.setattr(runs, "train", fail)
+    with pytest.raises(ValueError, match="ended early"):
+        runs.train_all({tmp_path / str(i): [] for i in range(50)}, 1)
+    assert len(begun) < 50
 
 
 @pytest.mark.parametrize("overrides", [["num_iterations"], ["run_dir", "x"]])
