@@ -45,9 +45,8 @@ def draw_rows(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Draws the picture; row -> reward -> mean of what is shown."""
     import torch
 
-    from rlcm_fast.cli.evaluate import deal
     from rlcm_fast.cli.pipelines import draw, load_pipeline
-    from rlcm_fast.prompts import load_prompts
+    from rlcm_fast.prompts import deal, load_prompts
     from rlcm_fast.rewards import build_reward
     from rlcm_fast.shapes.draw import captioned_grid
 

@@ -61,9 +61,9 @@ def _models(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 
 def measure_model(name: str, model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of steps and reward, measured as `rlcm-fast evaluate` does."""
-    from rlcm_fast.cli.evaluate import deal, measure
+    from rlcm_fast.cli.evaluate import measure
     from rlcm_fast.cli.pipelines import load_pipeline
-    from rlcm_fast.prompts import load_prompts
+    from rlcm_fast.prompts import deal, load_prompts
     from rlcm_fast.rewards import build_reward
 
     rewards = {reward: build_reward(reward, {}) for reward in arguments.rewards}

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 
 import torch
 from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.prompts import deal
 from rlcm_fast.rewards.base import Reward
 from rlcm_fast.rewards.service import RewardService
 from rlcm_fast.shapes.reward import image_diversity
@@ -25,7 +25,7 @@ from rlcm_fast.trajectory import Conditioning, Prompt
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What is drawn (`num_images` over `prompts` in turn, noise from `seed`) and what scores it."""
+    """What is drawn (`num_images` over `prompts`, their order and the noise from `seed`) and what scores it."""
 
     prompts: Sequence[Prompt]
     num_images: int
@@ -37,7 +37,14 @@ class Evaluator:
 
     def __call__(self, policy: GaussianPolicy, iteration: int) -> dict[str, float]:
         """`eval/<reward>/mean`, `eval/<reward>/std` and `eval/diversity`, the same on every rank."""
-        images, prompts = draw(policy, self._all_prompts(), self.seed, self.micro_batch_size, self.encode, self.decode)
+        images, prompts = draw(
+            policy,
+            deal(self.prompts, self.num_images, self.seed),
+            self.seed,
+            self.micro_batch_size,
+            self.encode,
+            self.decode,
+        )
         scores = self._scores(images, prompts, iteration)
         metrics: dict[str, float] = {}
         for name in sorted(self.rewards):
@@ -47,9 +54,6 @@ class Evaluator:
         thumbnails = parallel.all_gather_list(list(torch.nn.functional.adaptive_avg_pool2d(images, 8).cpu()))
         metrics["eval/diversity"] = image_diversity(torch.stack(thumbnails)) if len(thumbnails) > 1 else 0.0
         return metrics
-
-    def _all_prompts(self) -> list[Prompt]:
-        return list(islice(cycle(self.prompts), self.num_images))
 
     def _scores(self, images: Tensor, prompts: list[Prompt], iteration: int) -> dict[str, list[float]]:
         if not prompts:  # fewer micro-batches than ranks

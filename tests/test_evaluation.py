@@ -8,9 +8,11 @@ from plugin_rewards import Brightness, Faulty
 from tiny_policies import TinyNetwork, decode, encode, policy_of, prompts
 
 from rlcm_fast import parallel
-from rlcm_fast.evaluation import Evaluator, draw
+from rlcm_fast.evaluation import Evaluator
+from rlcm_fast.prompts import deal
 from rlcm_fast.rewards import RewardError
 from rlcm_fast.shapes.reward import image_diversity
+from rlcm_fast.trajectory import Conditioning, Prompt
 
 POLICY = policy_of(TinyNetwork())
 
@@ -40,15 +42,26 @@ def test_its_numbers_are_those_of_the_images_without_reward_weights():
 
 
 def _micro_batches() -> list:
-    five = prompts(2) * 3
+    five = deal(prompts(2), 5, 9)
     return [five[0:2], five[2:4], five[4:5]]
 
 
-def test_prompts_are_taken_in_turn_until_there_are_enough_images():
-    images, drawn = draw(POLICY, _micro_batches()[0], 1, 1, encode, decode)
-    assert len(images) == 2
-    assert [prompt.text for prompt in drawn] == ["a", "b"]
-    assert [prompt.text for prompt in evaluator()._all_prompts()] == ["a", "b", "a", "b", "a"]
+def test_a_part_of_the_prompts_is_a_sample_of_all_of_them_and_the_same_every_time():
+    drawn: list[str] = []
+
+    def encode_and_note(batch: list) -> Conditioning:
+        drawn.extend(prompt.text for prompt in batch)
+        return encode(prompts(len(batch)))
+
+    many = [Prompt(str(i)) for i in range(1000)]
+    rewards = {"brightness": (Brightness(), 3.0)}
+    evaluate = Evaluator(many, 50, 9, 25, rewards, encode_and_note, decode)
+    evaluate(POLICY, 0)
+    first = list(drawn)
+    evaluate(POLICY, 10)
+    assert drawn == first * 2
+    assert len(set(first)) == 50
+    assert sum(int(text) >= 500 for text in first) == pytest.approx(25, abs=10)  # 2.8 standard deviations
 
 
 def test_a_single_image_has_no_diversity():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from rlcm_fast.cli.pipelines import load_pipeline
-    from rlcm_fast.prompts import load_prompts
+    from rlcm_fast.prompts import deal, load_prompts
     from rlcm_fast.rewards import build_reward
 
     rewards = {name: build_reward(name, {}) for name in arguments.rewards}
@@ -52,12 +51,6 @@ def run(arguments: argparse.Namespace) -> None:
         return
     Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.out).write_text(text + "\n", encoding="utf-8")
-
-
-def deal(prompts: Sequence[Prompt], num_images: int, seed: int) -> list[Prompt]:
-    """`num_images` prompts: each once in a shuffled order, then again from the start."""
-    shuffled = random.Random(seed).sample(list(prompts), len(prompts))
-    return [shuffled[i % len(shuffled)] for i in range(num_images)]
 
 
 def measure(

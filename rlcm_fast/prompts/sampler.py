@@ -10,12 +10,22 @@ the prompts of one iteration are still distinct; every pass holds every prompt o
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from rlcm_fast.trajectory import Prompt
+
+
+def deal(prompts: Sequence[Prompt], num_images: int, seed: int) -> list[Prompt]:
+    """`num_images` prompts to measure with: each once in an order of the seed, then again from the start.
+
+    Shuffled, as sources list their prompts in an order: the first 128 of `shapes:two:held_out` all begin with a circle.
+    """
+    shuffled = random.Random(seed).sample(list(prompts), len(prompts))
+    return [shuffled[i % len(shuffled)] for i in range(num_images)]
 
 
 class PromptSampler:

@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rlcm_fast.cli.evaluate import deal, statistics
+from rlcm_fast.cli.evaluate import statistics
 from rlcm_fast.cli.main import main
 from rlcm_fast.cli.pipelines import draw, load_pipeline
-from rlcm_fast.trajectory import Prompt
 
 
 @pytest.fixture(params=["lcm", "sd"])
@@ -73,13 +72,6 @@ def test_evaluate_prints_nothing_but_json_to_stdout(tiny_lcm_folder: str, capsys
     arguments = ["--model", tiny_lcm_folder, "--rewards", "jpeg_compressibility", "--num-images", "2"]
     assert main(["evaluate", *arguments]) == 0
     assert json.loads(capsys.readouterr().out)["prompts"] == "shapes:one:held_out"
-
-
-def test_prompts_are_dealt_out_evenly_in_an_order_of_the_seed():
-    prompts = [Prompt(str(i)) for i in range(10)]
-    assert deal(prompts, 25, seed=0) == deal(prompts, 25, seed=0) != deal(prompts, 25, seed=1)
-    assert sorted(p.text for p in deal(prompts, 10, seed=0)) == [str(i) for i in range(10)]
-    assert deal(prompts, 20, seed=0)[10:] == deal(prompts, 10, seed=0)
 
 
 def test_statistics_are_those_of_a_sample():

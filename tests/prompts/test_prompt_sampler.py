@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlcm_fast.prompts import PromptSampler
+from rlcm_fast.prompts import PromptSampler, deal
 from rlcm_fast.trajectory import Prompt
 
 
@@ -114,3 +114,10 @@ def test_more_prompts_an_iteration_than_there_are_is_refused_with_the_remedy():
 def test_counts_below_one_are_refused(num_prompts: int, images: int, field: str):
     with pytest.raises(ValueError, match=f"prompts.{field}=0 must be at least 1"):
         PromptSampler(numbered(3), num_prompts, images, seed=0)
+
+
+def test_prompts_are_dealt_out_evenly_in_an_order_of_the_seed():
+    prompts = [Prompt(str(i)) for i in range(10)]
+    assert deal(prompts, 25, seed=0) == deal(prompts, 25, seed=0) != deal(prompts, 25, seed=1)
+    assert sorted(p.text for p in deal(prompts, 10, seed=0)) == [str(i) for i in range(10)]
+    assert deal(prompts, 20, seed=0)[10:] == deal(prompts, 10, seed=0)
