@@ -24,7 +24,7 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from rlcm_fast.shapes.pretrain.stage import StageConfig, run_stage
+from rlcm_fast.shapes.pretrain.stage import StageConfig, run_cycles
 from rlcm_fast.shapes.pretrain.teacher import Denoiser, new_unet, noise_schedule
 from rlcm_fast.shapes.pretrain.text import new_tokenizer, tokenize
 
@@ -78,9 +78,7 @@ def distil(
         return ((error.square() + _HUBER_C**2).sqrt() - _HUBER_C).mean()
 
     losses = [partial(loss, num_skips) for num_skips in _SKIPS]
-    trained = run_stage("lcm", student, losses[0], len(latents), cycles[0], folder, seed)
-    trained.train().requires_grad_(True)
-    trained = run_stage("lcm_2", trained, losses[1], len(latents), cycles[1], folder, seed + 1)
+    trained = run_cycles("lcm", student, losses, len(latents), cycles, folder, seed)
     assert isinstance(trained, UNet2DConditionModel)
     return trained
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 _SAVE_EVERY_SECONDS = 60
+
+
+# (module, its EMA copy, indices of the batch, generator) -> loss
+Loss = Callable[[nn.Module, nn.Module, Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class StageConfig:
 def run_stage(
     name: str,
     module: nn.Module,
-    loss: Callable[[nn.Module, nn.Module, Tensor, torch.Generator], Tensor],
+    loss: Loss,
     num_samples: int,
     config: StageConfig,
     folder: Path,
@@ -81,6 +85,23 @@ def run_stage(
             saved_at = time.monotonic()
     ema.copy_to(module.parameters())
     return module.to(device).eval().requires_grad_(False)
+
+
+def run_cycles(
+    name: str,
+    module: nn.Module,
+    losses: Sequence[Loss],
+    num_samples: int,
+    cycles: Sequence[StageConfig],
+    folder: Path,
+    seed: int,
+) -> nn.Module:
+    """`run_stage` once for each cycle and its loss, from the weights that the cycle before left."""
+    for number, (loss, config) in enumerate(zip(losses, cycles, strict=True)):
+        module.train().requires_grad_(True)
+        state_name = name if number == 0 else f"{name}_{number + 1}"
+        module = run_stage(state_name, module, loss, num_samples, config, folder, seed + number)
+    return module
 
 
 def _average_gradients(parameters: list[nn.Parameter]) -> None:

@@ -16,7 +16,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from rlcm_fast.shapes.pretrain.stage import StageConfig, run_stage
+from rlcm_fast.shapes.pretrain.stage import StageConfig, run_cycles
 from rlcm_fast.shapes.pretrain.text import EMBEDDING_SIZE, new_text_encoder, new_tokenizer, tokenize
 
 FIRST_CYCLE = StageConfig(num_steps=6000, batch_size=64, lr=8e-4, ema_decay=0.998)
@@ -94,8 +94,6 @@ def train_teacher(
         error = denoiser(x_t.to(device), t.to(device), prompt.to(device)) - noise.to(device)
         return (weights * error.square().mean(dim=(1, 2, 3))).mean()
 
-    trained = run_stage("teacher", model, loss, len(latents), cycles[0], folder, seed)
-    trained.train().requires_grad_(True)
-    trained = run_stage("teacher_2", trained, loss, len(latents), cycles[1], folder, seed + 1)
+    trained = run_cycles("teacher", model, [loss] * len(cycles), len(latents), cycles, folder, seed)
     assert isinstance(trained, Denoiser)
     return trained

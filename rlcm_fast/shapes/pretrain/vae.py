@@ -4,10 +4,10 @@ Why this form, on two CPU cores: without normalisation layers a colour's level p
 convolutional it learns from 32 x 32 crops, of which we take those that show a shape. AutoencoderKL with thin layers and
 an L1 loss on full images still drew grey blobs after 12 minutes (which of the three changes did most was not tried).
 
-Stage 1 trains both halves on crops: squared error, coloured pixels weighing up to three times as much (most pixels are
-background; with L1 the median, an empty image, is where training stays). Stage 2 tunes the decoder alone, on whole
-images and lightly noised latents: L1 on pixels and on edges, so sharper, and forgiving to what a UNet draws. The
-latents do not change in it, so the teacher may train meanwhile.
+Stage 1 trains both halves on crops: squared error, coloured pixels weighing about four times as much (most pixels are
+background; with L1 the median, an empty image, is where training stays). Stage 2 tunes the decoder alone, on windows of
+lightly noised latents: both errors, and L1 on edges, so sharper, and forgiving to what a UNet draws. The latents do not
+change in it, so the teacher may train meanwhile.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from rlcm_fast.shapes.pretrain.dataset import to_model_range
 from rlcm_fast.shapes.pretrain.stage import StageConfig, run_stage
 
 JOINT = StageConfig(num_steps=4000, batch_size=16, lr=2e-3, weight_decay=0.0)
-DECODER = StageConfig(num_steps=2000, batch_size=8, lr=1e-3, weight_decay=0.0)
+DECODER = StageConfig(num_steps=8000, batch_size=16, lr=1.5e-3, weight_decay=0.0)
 LATENT_CHANNELS = 8
-_CROP = 32
+_STRIDE = 8  # pixels of a latent
+_CROP = 32  # stage 1, pixels
+_WINDOW = 40  # stage 2, pixels
+_CUT = 6  # pixels from a window's edge on which the decoder misses its neighbours
 _LATENT_NOISE = 0.02  # stage 1, absolute: keeps neighbouring latents meaning neighbouring images
 _DECODER_NOISE = 0.06  # stage 2, of the latents' standard deviation
 
@@ -48,12 +51,12 @@ def train_joint(images: Tensor, folder: Path, seed: int, config: StageConfig = J
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def loss(vae: Any, _: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
-        pixels = to_model_range(_crops(images, indices, generator)).to(device)
+        whole = images[indices]
+        pixels = to_model_range(_cut(whole, _coloured_corners(whole, _CROP, 1, generator), _CROP)).to(device)
         latents = vae.encoder(pixels)
         noise = torch.randn(latents.shape, generator=generator).to(device)
         error = vae.decoder(latents + _LATENT_NOISE * noise) - pixels
-        saturation = pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)  # (B, 1, h, w) in [0, 2]
-        return ((1 + 2 * saturation) * error.square()).mean()
+        return (_weights(pixels) * error.square()).mean()
 
     fresh: Any = new_vae(seed)
     vae = run_stage("vae_joint", fresh.to(device), loss, len(images), config, folder, seed)
@@ -71,27 +74,56 @@ def train_decoder(
     noise_scale = _DECODER_NOISE / vae.config["scaling_factor"]
 
     def loss(model: Any, _: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
-        pixels = to_model_range(images[indices]).to(device)
+        whole = images[indices]
         with torch.no_grad():
-            latents = model.encoder(pixels)
+            latents = model.encoder(to_model_range(whole).to(device))
         noise = torch.randn(latents.shape, generator=generator).to(device)
-        error = model.decoder(latents + noise_scale * noise) - pixels
-        return error.abs().mean() + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        corners = _coloured_corners(whole, _WINDOW, _STRIDE, generator)
+        pixels = to_model_range(_cut(whole, corners, _WINDOW)).to(device)
+        inputs = _cut(latents + noise_scale * noise, corners, _WINDOW // _STRIDE, _STRIDE)
+        error = (model.decoder(inputs) - pixels) * _inside(corners, whole.shape[-1]).to(device)
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return (_weights(pixels) * (error.abs() + error.square())).mean() + edges
 
     trained = run_stage("vae_decoder", vae, loss, len(images), config, folder, seed + 1)
     assert isinstance(trained, AutoencoderTiny)
     return trained
 
 
-def _crops(images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
-    """A crop of each image, of two random ones the one that shows more of a shape: (B, 3, 32, 32) uint8."""
-    limit = images.shape[-1] - _CROP + 1
-    offsets = torch.randint(limit, (len(indices), 2, 2), generator=generator).tolist()
-    chosen = []
-    for image, pair in zip(images[indices], offsets, strict=True):
-        crops = [image[:, y : y + _CROP, x : x + _CROP] for y, x in pair]
-        chosen.append(max(crops, key=lambda crop: int((crop.amax(0) - crop.amin(0) > 70).sum())))
-    return torch.stack(chosen)
+def _coloured_corners(images: Tensor, size: int, step: int, generator: torch.Generator) -> list[tuple[int, int]]:
+    """(y, x) of a square of `size` pixels in each image, multiples of `step`: of two the one that shows more shape."""
+    limit = (images.shape[-1] - size) // step + 1
+    corners = (torch.randint(limit, (len(images), 2, 2), generator=generator) * step).tolist()
+
+    def coloured(image: Tensor, y: int, x: int) -> int:
+        square = image[:, y : y + size, x : x + size]
+        return int((square.amax(0) - square.amin(0) > 70).sum())
+
+    return [
+        max(map(tuple, pair), key=lambda c: coloured(image, *c)) for image, pair in zip(images, corners, strict=True)
+    ]
+
+
+def _cut(images: Tensor, corners: list[tuple[int, int]], size: int, stride: int = 1) -> Tensor:
+    """(B, C, size, size) squares of `images`, a pixel of which is `stride` pixels of the corners."""
+    pairs = zip(images, corners, strict=True)
+    return torch.stack([i[:, y // stride :, x // stride :][:, :size, :size] for i, (y, x) in pairs])
+
+
+def _inside(corners: list[tuple[int, int]], image_size: int) -> Tensor:
+    """(B, 1, `_WINDOW`, `_WINDOW`): 0 within `_CUT` pixels of a cut, which the image's own edges are not; else 1."""
+    mask = torch.zeros(len(corners), 1, _WINDOW, _WINDOW)
+    last = image_size - _WINDOW
+    for row, (y, x) in zip(mask, corners, strict=True):
+        top, left = (_CUT if start > 0 else 0 for start in (y, x))
+        bottom, right = (_WINDOW - (_CUT if start < last else 0) for start in (y, x))
+        row[:, top:bottom, left:right] = 1
+    return mask
+
+
+def _weights(pixels: Tensor) -> Tensor:
+    """(B, 1, h, w) of pixels in [-1, 1]: 1 for grey ones to 5 for the most saturated."""
+    return 1 + 2 * (pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True))
 
 
 @torch.no_grad()
