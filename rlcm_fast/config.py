@@ -62,7 +62,7 @@ class RewardConfig:
     """One reward."""
 
     name: str
-    """jpeg_compressibility, jpeg_incompressibility, shapes_alignment, or your own as package.module:Class."""
+    """A name of `rlcm_fast.rewards.BUILT_IN` (jpeg_compressibility, shapes_alignment, ...), or package.module:Class."""
     weight: float = 1.0
     """Its factor in the total reward."""
     arguments: dict = field(default_factory=dict)

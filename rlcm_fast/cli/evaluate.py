@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
-    names = "one or more of jpeg_compressibility, jpeg_incompressibility, shapes_alignment, or package.module:Class"
+    names = (
+        "one or more of jpeg_compressibility, shapes_alignment, ... (a wrong name lists all), or package.module:Class"
+    )
     parser.add_argument("--rewards", nargs="+", required=True, metavar="NAME", help=names)
     source = "prompt source, as prompts.source in a config: shapes:one, shapes:two:held_out, ..., a .txt or .jsonl file"
     parser.add_argument("--prompts", default="shapes:one:held_out", metavar="SOURCE", help=source)

@@ -19,6 +19,7 @@ BUILT_IN = {
     "jpeg_compressibility": "rlcm_fast.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "rlcm_fast.rewards.jpeg:JpegIncompressibility",
     "shapes_alignment": "rlcm_fast.shapes.reward:ShapesAlignment",
+    "shapes_alignment_graded": "rlcm_fast.shapes.graded:ShapesAlignmentGraded",
 }
 
 

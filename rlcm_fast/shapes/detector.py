@@ -53,7 +53,7 @@ _BLURS = (0.0, 0.08, 0.16)  # standard deviations, in units of the shape's radiu
 _TINT = 0.15  # coverage that the faint tint of a background may reach
 _FOUR_NEIGHBOURS = ndimage.generate_binary_structure(2, 1)
 _NAMES = tuple(COLOURS)
-_AXES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # (axis, sign of first - second)
+AXES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # (axis, sign of first - second)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Detection:
     y: float
     size: float
     confidence: float  # intersection over union with the best template, in [0, 1]; 0 if too large
+    likeness: tuple[float, ...] = ()  # the same with the best template of each of SHAPES; `shape` has the largest
 
 
 def detect(images: Tensor) -> list[list[Detection]]:
@@ -82,13 +83,15 @@ def detect(images: Tensor) -> list[list[Detection]]:
         return found
     masks = _soft_masks(labels, coverage[owners], owners)
     areas, x, y = _moments(masks)
-    shapes, confidences = _match(_normalised(masks, areas, x, y))
-    confidences[areas > _MAX_AREA_SHARE * masks[0].size] = 0  # or an image painted in one colour would be a square
+    likeness = _likeness(_normalised(masks, areas, x, y))
+    shapes = likeness.argmax(axis=1)
+    likeness[areas > _MAX_AREA_SHARE * masks[0].size] = 0  # or an image painted in one colour would be a square
     for k in np.argsort(-areas, kind="stable"):
         shape = SHAPES[shapes[k]]
         size = float(np.sqrt(areas[k] / _unit_area(shape)))
+        place = (float(x[k]), float(y[k]), size)
         found[owners[k]].append(
-            Detection(shape, _NAMES[classes[k]], float(x[k]), float(y[k]), size, float(confidences[k]))
+            Detection(shape, _NAMES[classes[k]], *place, float(likeness[k].max()), tuple(likeness[k].tolist()))
         )
     return found
 
@@ -96,7 +99,7 @@ def detect(images: Tensor) -> list[list[Detection]]:
 def score(detections: Sequence[Detection], caption: Caption) -> float:
     """How much of `caption` the detections show, in [0, 1]; 1 = every object, colour and relation and nothing else."""
     num_objects = len(caption.objects)
-    num_parts = num_objects + (caption.relation in _AXES)
+    num_parts = num_objects + (caption.relation in AXES)
     candidates = [*(found for found in detections if found.confidence >= MIN_CONFIDENCE), *[None] * num_objects]
     best = max(_parts_sum(chosen, caption) for chosen in permutations(candidates, num_objects))
     return best / num_parts * num_objects / max(num_objects, len(detections))
@@ -112,7 +115,7 @@ def score_images(images: Tensor, captions: Sequence[Caption]) -> Tensor:
 
 def _parts_sum(chosen: Sequence[Detection | None], caption: Caption) -> float:
     parts = [_object_part(found, item) for found, item in zip(chosen, caption.objects, strict=True)]
-    if caption.relation in _AXES and min(parts) == 1:
+    if caption.relation in AXES and min(parts) == 1:
         parts.append(float(_relation_holds(chosen[0], chosen[1], caption.relation)))
     return sum(parts)
 
@@ -126,7 +129,7 @@ def _object_part(found: Detection | None, item: Object) -> float:
 def _relation_holds(first: Detection | None, second: Detection | None, relation: str) -> bool:
     if first is None or second is None:
         return False
-    axis, sign = _AXES[relation]
+    axis, sign = AXES[relation]
     displacement = (first.x - second.x, first.y - second.y)
     return sign * displacement[axis] > abs(displacement[1 - axis])
 
@@ -244,14 +247,13 @@ def _lerp(padded: np.ndarray, batch: np.ndarray, row: np.ndarray, column: np.nda
     return left + share[:, None, :] * (right - left)
 
 
-def _match(normalised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Index into SHAPES (K,) and intersection over union (K,) of the best template."""
+def _likeness(normalised: np.ndarray) -> np.ndarray:
+    """(K, shapes): intersection over union with the best template of each of SHAPES."""
     templates, shapes = _templates()
     intersections = np.stack([np.minimum(normalised, template).sum(axis=1) for template in templates], axis=1)
     unions = normalised.sum(axis=1, keepdims=True) + templates.sum(axis=1) - intersections
     overlap = intersections / unions  # (K, T)
-    best = overlap.argmax(axis=1)
-    return shapes[best], overlap[np.arange(len(best)), best]
+    return np.stack([overlap[:, shapes == s].max(axis=1) for s in range(len(SHAPES))], axis=1)
 
 
 @cache
