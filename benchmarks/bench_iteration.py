@@ -21,7 +21,6 @@ import argparse
 import copy
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reporting import percentile, print_summary, write_csv
+from training_runs import override_options, temporary_trainer
 
 if TYPE_CHECKING:
     from rlcm_fast.config import Config
@@ -82,12 +82,8 @@ def _config(arguments: argparse.Namespace) -> Config:
 
     if arguments.pairs < 2 or arguments.warm_up < 1:
         raise ValueError(f"pairs={arguments.pairs}, warm_up={arguments.warm_up}: give 2 or more, and 1 or more")
-    if len(arguments.override) % 2:
-        raise ValueError(f"override={' '.join(arguments.override)} must be pairs of field and value")
-    pairs = zip(arguments.override[::2], arguments.override[1::2], strict=True)
     off = ["--evaluation.every", "0", "--tracking.grid_every", "0", "--checkpoint.every", "0"]
-    options = [text for name, value in pairs for text in (f"--{name}", value)]
-    config = parse_config(["--config", arguments.config, *options, *off])
+    config = parse_config(["--config", arguments.config, *override_options(arguments.override), *off])
     validate(config, 1)
     if config.engine.dtype != "fp32":
         raise ValueError(
@@ -98,7 +94,7 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 def measure_pairs(config: Config, num_pairs: int, num_warm_up: int) -> list[Seconds]:
     """One row a pair: full, bare, overhead and the stages of bare, in seconds."""
-    with _trainer(config, num_warm_up + num_pairs + 1) as trainer:
+    with temporary_trainer(config, num_warm_up + num_pairs + 1) as trainer:
         bare: list[Seconds] = []
         passes = BarePasses.beside(trainer)
         full = _run_with_hook(trainer, lambda: bare.append(passes()))
@@ -113,15 +109,6 @@ def pair(full: Seconds, bare: Seconds) -> Seconds:
     row = {"full": full["wall"], "bare": total, "overhead": full["wall"] / total}
     cpu = {"full_cpu": full["cpu"], "bare_cpu": bare["cpu"], "overhead_cpu": full["cpu"] / bare["cpu"]}
     return {**row, **cpu, **{stage: bare[stage] for stage in _STAGES}}
-
-
-@contextmanager
-def _trainer(config: Config, num_iterations: int) -> Iterator[Trainer]:
-    """A trainer whose run folder is thrown away."""
-    from rlcm_fast.trainer import Trainer
-
-    with tempfile.TemporaryDirectory() as folder:
-        yield Trainer(replace(config, run_dir=f"{folder}/run", num_iterations=num_iterations, resume=None))
 
 
 def _run_with_hook(trainer: Trainer, between: Callable[[], Any]) -> list[Seconds]:
@@ -284,7 +271,7 @@ def _throughput(config: Config, size: int, num_iterations: int) -> dict[str, Any
         update=replace(config.update, micro_batch_size=size),
     )
     validate(sized, 1)
-    with _trainer(sized, num_iterations + 2) as trainer:
+    with temporary_trainer(sized, num_iterations + 2) as trainer:
         times = _run_with_hook(trainer, lambda: None)[1:-1]
     median = statistics.median(row["wall"] for row in times)
     images = derived(sized, 1)["samples_per_iteration"]

@@ -15,13 +15,20 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reporting import ROOT
+
+if TYPE_CHECKING:
+    from rlcm_fast.config import Config
+    from rlcm_fast.trainer import Trainer
 
 Row = dict[str, Any]
 _OWN = ("seed", "run_dir", "resume", "dry_run")
@@ -42,14 +49,28 @@ def add_run_arguments(parser: argparse.ArgumentParser, config: str) -> None:
 
 def train_arguments(config: str, overrides: Sequence[str], seed: int, run_dir: Path) -> list[str]:
     """The arguments of train.py; `overrides` are pairs of field and value."""
-    if len(overrides) % 2:
-        raise ValueError(f"override={' '.join(overrides)} must be pairs of field and value")
-    pairs = list(zip(overrides[::2], overrides[1::2], strict=True))
-    taken = [field for field, _ in pairs if field in _OWN]
+    options = override_options(overrides)
+    taken = [field for field in overrides[::2] if field in _OWN]
     if taken:
         raise ValueError(f"override={taken[0]} is set by the benchmark; use --seeds and --runs")
-    options = [text for field, value in pairs for text in (f"--{field}", value)]
     return ["--config", config, *options, "--seed", str(seed), "--run_dir", str(run_dir)]
+
+
+def override_options(overrides: Sequence[str]) -> list[str]:
+    """Pairs of field and value as options of train.py."""
+    if len(overrides) % 2:
+        raise ValueError(f"override={' '.join(overrides)} must be pairs of field and value")
+    pairs = zip(overrides[::2], overrides[1::2], strict=True)
+    return [text for field, value in pairs for text in (f"--{field}", value)]
+
+
+@contextmanager
+def temporary_trainer(config: Config, num_iterations: int) -> Iterator[Trainer]:
+    """A trainer whose run folder is thrown away."""
+    from rlcm_fast.trainer import Trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield Trainer(replace(config, run_dir=f"{folder}/run", num_iterations=num_iterations, resume=None))
 
 
 def train_all(runs: Mapping[Path, Sequence[str]], jobs: int) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
-SCRIPTS = ("before_after", "bench_iteration", "learning_curves", "last_step", "inference_steps")
+SCRIPTS = ("before_after", "bench_iteration", "gradient_signal", "learning_curves", "last_step", "inference_steps")
 CONFIG = str(FOLDER.parent / "configs" / "shapes" / "compressibility.yaml")
 DETECTOR, JPEG = "eval/shapes_alignment/mean", "eval/jpeg_compressibility/mean"
 
@@ -238,3 +239,26 @@ def test_the_last_line_is_one_json_document(load, capsys: pytest.CaptureFixture[
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["overhead_median"] == 1.0
     assert {"machine", "command", "threads"} <= document.keys()
+
+
+def test_signal_and_noise_of_gradients_are_those_they_were_drawn_with(load):
+    bench = load("gradient_signal")
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.randn(20_000, generator=generator)
+    noisy = [signal + 3 * torch.randn(20_000, generator=generator) for _ in range(4)]
+    found = bench.signal(noisy, images=100)
+    assert found["signal_share"] == pytest.approx(0.1, abs=0.02)
+    assert found["images_needed"] == pytest.approx(900, rel=0.2)
+    nothing = bench.signal([torch.randn(20_000, generator=generator) for _ in range(4)], images=100)
+    assert nothing["signal_share"] == pytest.approx(0, abs=0.02) and nothing["images_needed"] is None
+
+
+def test_rows_are_for_every_action_plain_and_as_adam_sees_them(load):
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-6, 3, 1000)
+    batches = [[scale * (1 + torch.randn(1000, generator=generator)) for _ in range(2)] for _ in range(4)]
+    rows = load("gradient_signal").signal_rows(batches, images=10)
+    assert [(row["metric"], row["action"]) for row in rows] == [
+        (metric, action) for metric in ("plain", "adam") for action in ("0", "1", "all")
+    ]
+    assert rows[-1]["signal_share"] == pytest.approx(2 / 3, abs=0.1)  # two draws of signal 1, noise 1: 4 against 2
