@@ -77,10 +77,13 @@ def train_all(runs: Mapping[Path, Sequence[str]], jobs: int) -> None:
     """`train` for each run folder and its arguments, `jobs` of them at a time.
 
     Raises:
-        ValueError: of a run that failed, after those beside it have ended; what has not started is not begun.
+        ValueError: a folder holds a run of other settings (then nothing is begun); or of a run that failed, after those
+            beside it have ended, and what has not started is not begun.
     """
     if jobs < 1:
         raise ValueError(f"jobs={jobs} must be at least 1")
+    for folder, arguments in runs.items():  # not in the threads: reading a config changes the directory of them all
+        _refuse_other_settings(arguments, folder)
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(train, arguments, folder, jobs) for folder, arguments in runs.items()]
         try:
@@ -91,16 +94,14 @@ def train_all(runs: Mapping[Path, Sequence[str]], jobs: int) -> None:
 
 
 def train(arguments: Sequence[str], run_dir: Path, jobs: int = 1) -> None:
-    """Runs train.py to its end, unless an equal run in `run_dir` is finished already; goes on with a half-done one.
+    """Runs train.py to its end, unless the run in `run_dir` is finished already; goes on with a half-done one.
 
     With several `jobs` it takes its share of the cores, and what it prints goes to `<run_dir>.log`.
 
     Raises:
-        ValueError: the folder holds a run of other settings, or training failed.
+        ValueError: training failed.
     """
     is_begun = (run_dir / "config.yaml").exists()
-    if is_begun:
-        _refuse_other_settings(arguments, run_dir)
     if is_finished(run_dir):
         print(f"{run_dir} is finished", file=sys.stderr)
         return
@@ -190,6 +191,9 @@ def _is_curve(key: str) -> bool:
 
 
 def _refuse_other_settings(arguments: Sequence[str], run_dir: Path) -> None:
+    """Where there is a run in `run_dir` already."""
+    if not (run_dir / "config.yaml").exists():
+        return
     import yaml
 
     from rlcm_fast.config import parse_config, to_dict

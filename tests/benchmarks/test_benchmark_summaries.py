@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 SCRIPTS = ("before_after", "bench_iteration", "gradient_signal", "learning_curves", "last_step", "inference_steps")
-CONFIG = str(FOLDER.parent / "configs" / "shapes" / "compressibility.yaml")
+CONFIG = os.path.relpath(FOLDER.parent / "configs" / "shapes" / "compressibility.yaml")
 DETECTOR, JPEG = "eval/shapes_alignment/mean", "eval/jpeg_compressibility/mean"
 
 
@@ -167,15 +168,17 @@ def test_a_finished_run_is_not_repeated_and_one_of_other_settings_is_refused(loa
     from rlcm_fast.config import parse_config, to_yaml
 
     runs = load("training_runs")
-    folder = tmp_path / "seed_0"
-    arguments = runs.train_arguments(CONFIG, ["num_iterations", "3"], 0, folder)
-    (folder / "export").mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(parse_config([*arguments, "--resume", "latest"])))
-    (folder / "export" / "model_index.json").write_text("{}")
-    runs.train(arguments, folder)
-    others = runs.train_arguments(CONFIG, ["num_iterations", "4"], 0, folder)
+    wanted = {}
+    for seed in range(8):
+        folder = tmp_path / f"seed_{seed}"
+        wanted[folder] = runs.train_arguments(CONFIG, ["num_iterations", "3"], seed, folder)
+        (folder / "export").mkdir(parents=True)
+        (folder / "config.yaml").write_text(to_yaml(parse_config([*wanted[folder], "--resume", "latest"])))
+        (folder / "export" / "model_index.json").write_text("{}")
+    runs.train_all(wanted, jobs=4)
+    wanted[folder] = runs.train_arguments(CONFIG, ["num_iterations", "4"], 7, folder)
     with pytest.raises(ValueError, match="num_iterations=3, but num_iterations=4"):
-        runs.train(others, folder)
+        runs.train_all(wanted, jobs=4)
 
 
 FAKE_TRAINING = """
