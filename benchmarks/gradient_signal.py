@@ -41,8 +41,7 @@ def main() -> int:
     set_process_environment()
     try:
         config = _config(arguments)
-        with temporary_trainer(config, arguments.batches) as trainer:
-            batches = [gradients(trainer, i) for i in range(arguments.batches)]
+        batches = measure(config, arguments.batches)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,10 +77,23 @@ def _config(arguments: argparse.Namespace) -> Config:
     return config
 
 
+def measure(config: Config, num_batches: int) -> list[list[Tensor]]:
+    """The gradients of each rollout, action by action."""
+    from rlcm_fast.interruption import Interruption
+
+    with temporary_trainer(config, num_batches) as trainer, Interruption() as trainer.interruption:
+        try:
+            return [gradients(trainer, batch) for batch in range(num_batches)]
+        finally:
+            trainer.rewards.shutdown()
+            trainer.tracker.close()
+
+
 def gradients(trainer: Trainer, batch: int) -> list[Tensor]:
     """Of each action k, the gradient (number of weights,) of -mean(advantage * log_prob_k) over one rollout."""
     import torch
 
+    policy = trainer._build_policy(trainer.backbone.unet)  # the engine takes no gradients but its own
     prompts = trainer.prompts.next_batch()
     done = trainer.rollout(prompts, batch)
     advantages = trainer.shared_advantages(done, prompts)  # (B,)
@@ -92,7 +104,7 @@ def gradients(trainer: Trainer, batch: int) -> list[Tensor]:
         total = [torch.zeros_like(weight) for weight in weights]
         for samples in torch.arange(num_samples).split(trainer.config.update.micro_batch_size):
             transitions = done.trajectory.transitions(samples * num_actions + action)
-            log_prob = trainer.policy.log_prob(transitions)  # (N,)
+            log_prob = policy.log_prob(transitions)  # (N,)
             loss = -(advantages[transitions.sample] * log_prob).sum() / num_samples
             for part, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
                 part += gradient

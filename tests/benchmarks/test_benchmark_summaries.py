@@ -265,3 +265,15 @@ def test_rows_are_for_every_action_plain_and_as_adam_sees_them(load):
         (metric, action) for metric in ("plain", "adam") for action in ("0", "1", "all")
     ]
     assert rows[-1]["signal_share"] == pytest.approx(2 / 3, abs=0.1)  # two draws of signal 1, noise 1: 4 against 2
+
+
+def test_gradient_signal_measures_a_config(load, one_process: None, tiny_lcm_folder: str):
+    from rlcm_fast.config import parse_config
+
+    settings = {"model.path": tiny_lcm_folder, "prompts.num_prompts": 2, "update.micro_batch_size": 8}
+    options = [text for field, value in settings.items() for text in (f"--{field}", str(value))]
+    config = parse_config(["--config", CONFIG, *options])
+    batches = load("gradient_signal").measure(config, 3)
+    assert [len(batch) for batch in batches] == [3, 3, 3]  # three actions of four steps
+    assert len({batch[0].shape for batch in batches}) == 1 and not torch.equal(batches[0][0], batches[1][0])
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for batch in batches for gradient in batch)
