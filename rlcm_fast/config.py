@@ -16,7 +16,7 @@ import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from rlcm_fast.config_errors import check_arguments, check_file, explain, split_arguments
+from rlcm_fast.config_errors import check_arguments, check_file, complete_items, explain, split_arguments
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,8 @@ def parse_config(argv: Sequence[str]) -> Config:
     check_arguments(arguments, Config)
     parser = build_parser()
     try:
-        parsed = parser.parse_args([*(f"--config={file}" for file in files), *arguments])
+        options = complete_items(arguments, Config)
+        parsed = parser.parse_args([*(f"--config={file}" for file in files), *options])
         return _build(Config, parser.instantiate(parsed))
     except argparse.ArgumentError as error:
         raise ValueError(explain(str(error))) from error

@@ -1,13 +1,15 @@
 """The mistakes in a YAML file or on the command line, worded for the person who made them.
 
 jsonargparse checks types and merges; this file finds unknown keys first, so that the message can name the closest
-known one, and turns jsonargparse's messages into one line. It knows nothing of the config but its dataclass.
+known one, and turns jsonargparse's messages into one line. It knows nothing of the config but its dataclass. What it
+corrects on the way in is `split_arguments` (the launcher's and bare switches) and `complete_items` (lists of rewards).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -72,6 +74,36 @@ def check_arguments(arguments: Sequence[str], config_class: type) -> None:
         if text and item_class:
             _check_item_text(field, text, item_class)
         option = "" if has_value or not is_option else name
+
+
+def complete_items(arguments: Sequence[str], config_class: type) -> list[str]:
+    """The arguments with every field spelt out in lists of rewards, each the default where an item leaves it out.
+
+    jsonargparse would take it from the item that stands in the same place of the file: `--rewards '[{name: mine}]'`
+    inherited the weight and the arguments of another reward.
+    """
+    known = dict(_fields(config_class))
+    completed: list[str] = []
+    option = ""
+    for argument in arguments:
+        head, equals, text = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        option = head.removeprefix("--") or option
+        item_class = _item_class(known.get(option.rstrip("+")))
+        completed.append(head + equals + _completed(text, item_class) if item_class and text else argument)
+    return completed
+
+
+def _completed(text: str, item_class: type) -> str:
+    items = yaml.safe_load(text)
+    if not isinstance(items, list):  # of --rewards+, which adds one
+        return text
+    defaults: dict[str, Any] = {}
+    for item in dataclasses.fields(item_class):
+        if item.default is not dataclasses.MISSING:
+            defaults[item.name] = item.default
+        elif item.default_factory is not dataclasses.MISSING:
+            defaults[item.name] = item.default_factory()
+    return json.dumps([{**defaults, **item} for item in items])
 
 
 def explain(message: str) -> str:

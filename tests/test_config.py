@@ -205,6 +205,15 @@ def test_a_reward_is_named_once_and_has_a_weight():
     assert "rewards[0].weight=0.0 of a has no use" in mistake(["--rewards", "[{name: a, weight: 0}]"])
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_rewards_on_the_command_line_take_nothing_from_those_of_the_file(write, joined: bool):
+    file = write("rewards:\n- {name: a, weight: 3.0, arguments: {quality: 7}}\n- {name: b, arguments: {x: 1}}\n")
+    given = "[{name: c}, {name: b, weight: 2}]"
+    option = [f"--rewards={given}"] if joined else ["--rewards", given]
+    assert parse_config(["--config", file, *option]).rewards == [RewardConfig("c"), RewardConfig("b", 2.0)]
+    assert parse_config(["--config", file, "--seed", "3"]).rewards[0] == RewardConfig("a", 3.0, {"quality": 7})
+
+
 def test_processes_share_prompts_evenly():
     message = mistake(["--prompts.num_prompts", "15", "--update.micro_batch_size", "1"], world_size=2)
     assert message == "prompts.num_prompts=15 does not divide by the 2 processes; try 16"
