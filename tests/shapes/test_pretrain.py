@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["teacher", "lcm"])
 def test_one_command_makes_folders_that_stock_diffusers_loads(made: Path, name: str):
-    pipeline = DiffusionPipeline.from_pretrained(made / name)
+    pipeline: Any = DiffusionPipeline.from_pretrained(made / name)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(["a red circle"], num_inference_steps=2, output_type="np").images
     assert images.shape == (1, 64, 64, 3)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_the_autoencoder_keeps_what_a_scene_shows(captions: list[Caption], least
     chosen = [captions[i] for i in rng.integers(len(captions), size=128)]
     pixels = np.stack([np.asarray(render(scene_of(caption, rng))) for caption in chosen])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    vae = AutoencoderTiny.from_pretrained(MODELS / "lcm" / "vae")
+    vae: Any = AutoencoderTiny.from_pretrained(MODELS / "lcm" / "vae")
     with torch.no_grad():
         drawn = vae.decode(vae.encode(images).latents).sample
     assert score_images(drawn / 2 + 0.5, chosen).mean() >= least
