@@ -1,6 +1,6 @@
 """Samples of a model before and after a run, same prompts and noise: a picture with every image's scores.
 
-    python benchmarks/before_after.py --tuned runs/compressibility/seed_0/export --rewards jpeg_compressibility \
+    python benchmarks/before_after.py --tuned runs/compressibility/seed_0/export --rewards jpeg_compressibility \\
         shapes_alignment --out docs/before_after.png
 
 A column for each prompt; the rows are the base model, then the tuned one at four and at two steps.

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reporting import percentile, print_summary, write_csv
-from training_runs import override_options, temporary_trainer
+from training_runs import add_config_arguments, read_config, temporary_trainer
 
 if TYPE_CHECKING:
     from rlcm_fast.config import Config
@@ -62,10 +62,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = "configs/shapes/compressibility.yaml"
-    parser.add_argument("--config", default=default, help=f"default {default}")
-    overrides = "pairs of a dotted config field and its value, as: model.path DIR update.kl_weight 0"
-    parser.add_argument("--override", nargs="+", default=[], metavar="FIELD VALUE", help=overrides)
+    add_config_arguments(parser, "configs/shapes/compressibility.yaml")
     parser.add_argument("--pairs", type=int, default=20, help="measurements, at least 10 for a claim (default 20)")
     parser.add_argument("--warm-up", type=int, default=3, help="pairs before, not counted (default 3)")
     parser.add_argument("--micro-batch-sizes", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], metavar="N",
@@ -77,14 +74,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _config(arguments: argparse.Namespace) -> Config:
     """The config without what is not part of every iteration."""
-    from rlcm_fast.config import parse_config
-    from rlcm_fast.config_checks import validate
-
     if arguments.pairs < 2 or arguments.warm_up < 1:
         raise ValueError(f"pairs={arguments.pairs}, warm_up={arguments.warm_up}: give 2 or more, and 1 or more")
     off = ["--evaluation.every", "0", "--tracking.grid_every", "0", "--checkpoint.every", "0"]
-    config = parse_config(["--config", arguments.config, *override_options(arguments.override), *off])
-    validate(config, 1)
+    config = read_config(arguments, *off)
     if config.engine.dtype != "fp32":
         raise ValueError(
             f"engine.dtype={config.engine.dtype} keeps master weights, which the bare passes do not; use fp32"

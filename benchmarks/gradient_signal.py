@@ -11,7 +11,7 @@ of the same expectation. A product of two of them has the signal's power as its 
 Both are taken plain and as Adam sees a gradient, each weight's divided by the root of its mean square over the batches;
 for each action alone and for all together. `signal_share` = signal / (signal + noise) at the size of one rollout, and
 `images_needed` the size at which it would be one half; empty where the signal is below twice its standard error.
-A KL term is left out. Writes OUT.csv; the last line on stdout is the summary.
+A KL term is left out. Writes OUT.csv and OUT.json, whose content is also the last line on stdout.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reporting import print_summary, write_csv
-from training_runs import override_options, temporary_trainer
+from training_runs import add_config_arguments, read_config, temporary_trainer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,29 +49,23 @@ def main() -> int:
     rows = signal_rows(batches, images)
     write_csv(arguments.out.with_suffix(".csv"), rows)
     together = {row["metric"]: row for row in rows if row["action"] == "all"}
-    print_summary({"config": arguments.config, "batches": arguments.batches, "images": images, **together})
+    summary = {"config": arguments.config, "batches": arguments.batches, "images": images, **together}
+    print_summary(summary, arguments.out.with_suffix(".json"))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = "configs/shapes/alignment.yaml"
-    parser.add_argument("--config", default=default, help=f"default {default}")
-    overrides = "pairs of a dotted config field and its value, as: prompts.num_prompts 64 advantages.kind group"
-    parser.add_argument("--override", nargs="+", default=[], metavar="FIELD VALUE", help=overrides)
+    add_config_arguments(parser, "configs/shapes/alignment.yaml")
     parser.add_argument("--batches", type=int, default=4, help="independent rollouts, 3 or more (default 4)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gradient_signal/alignment"))
     return parser
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    from rlcm_fast.config import parse_config
-    from rlcm_fast.config_checks import validate
-
     if arguments.batches < 3:
         raise ValueError(f"batches={arguments.batches} leaves no spread to judge by; give 3 or more")
-    config = parse_config(["--config", arguments.config, *override_options(arguments.override)])
-    validate(config, 1)
+    config = read_config(arguments)
     if config.engine.zero_stage == 3:
         raise ValueError("engine.zero_stage=3 shares out the weights; this benchmark wants them whole: use 0")
     return config

@@ -1,6 +1,6 @@
 """Tuned models against the base model at 1, 2, 4 and 8 sampling steps, on the same prompts and noise.
 
-    python benchmarks/inference_steps.py --tuned runs/compressibility/seed_*/export --rewards jpeg_compressibility \
+    python benchmarks/inference_steps.py --tuned runs/compressibility/seed_*/export --rewards jpeg_compressibility \\
         shapes_alignment --out benchmarks/results/inference_steps
 
 One or several tuned folders (one a seed). The first reward is the tuned one: the summary says whether two tuned steps

@@ -1,6 +1,6 @@
 """Is the paper's last action worth its compute? policy.last_step deterministic against renoise, on the same seeds.
 
-    python benchmarks/last_step.py --config configs/shapes/compressibility.yaml --seeds 0 1 2 \
+    python benchmarks/last_step.py --config configs/shapes/compressibility.yaml --seeds 0 1 2 \\
         --out benchmarks/results/learning/last_step
 
 With S steps, renoise trains S actions, of which the last noises an image that is thrown away; deterministic trains

@@ -1,6 +1,6 @@
 """Learning curves of one config over several seeds: CSV, picture and summary.
 
-    python benchmarks/learning_curves.py --config configs/shapes/compressibility.yaml --seeds 0 1 2 \
+    python benchmarks/learning_curves.py --config configs/shapes/compressibility.yaml --seeds 0 1 2 \\
         --out benchmarks/results/learning/compressibility
 
 writes OUT.csv (one row an iteration and seed), OUT.png (mean and standard deviation over seeds of all that is measured

@@ -34,12 +34,31 @@ Row = dict[str, Any]
 _OWN = ("seed", "run_dir", "resume", "dry_run")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, config: str) -> None:
-    """--config, --seeds, --override, --runs and --jobs."""
-    parser.add_argument("--config", default=config, help=f"config of the runs (default {config})")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default 0 1 2)")
+def add_config_arguments(parser: argparse.ArgumentParser, config: str) -> None:
+    """--config and --override."""
+    parser.add_argument("--config", default=config, help=f"default {config}")
     text = "pairs of a dotted config field and its value, as: num_iterations 10 update.clip_range 2e-4"
     parser.add_argument("--override", nargs="+", action="extend", default=[], metavar="FIELD VALUE", help=text)
+
+
+def read_config(arguments: argparse.Namespace, *options: str) -> Config:
+    """The config of `add_config_arguments` for one process; `options` of train.py come last.
+
+    Raises:
+        ValueError: it is not valid.
+    """
+    from rlcm_fast.config import parse_config
+    from rlcm_fast.config_checks import validate
+
+    config = parse_config(["--config", arguments.config, *override_options(arguments.override), *options])
+    validate(config, 1)
+    return config
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, config: str) -> None:
+    """Those of `add_config_arguments`, --seeds, --runs and --jobs."""
+    add_config_arguments(parser, config)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default 0 1 2)")
     parser.add_argument("--runs", type=Path, help="folder of the run folders (default runs/ and the name of --out)")
     text = (
         "runs at a time, each with its share of the cores and its output in RUN.log (default 1: all cores, and a bar)"
@@ -82,7 +101,7 @@ def train_all(runs: Mapping[Path, Sequence[str]], jobs: int) -> None:
     """
     if jobs < 1:
         raise ValueError(f"jobs={jobs} must be at least 1")
-    for folder, arguments in runs.items():  # not in the threads: reading a config changes the directory of them all
+    for folder, arguments in runs.items():
         _refuse_other_settings(arguments, folder)
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(train, arguments, folder, jobs) for folder, arguments in runs.items()]

@@ -16,7 +16,7 @@ import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from rlcm_fast.config_errors import check_arguments, check_file, complete_items, explain, split_arguments
+from rlcm_fast.config_errors import check_arguments, complete_items, explain, read_file, split_arguments
 
 
 @dataclass(frozen=True)
@@ -247,13 +247,12 @@ def parse_config(argv: Sequence[str]) -> Config:
     Raises ValueError with one line: the field, its value and the way out. `--local_rank=N` of the launcher is ignored.
     """
     files, arguments = split_arguments(argv, Config)
-    for file in files:
-        check_file(file, Config)
+    contents = [read_file(file, Config) for file in files]
     check_arguments(arguments, Config)
     parser = build_parser()
     try:
         options = complete_items(arguments, Config)
-        parsed = parser.parse_args([*(f"--config={file}" for file in files), *options])
+        parsed = parser.parse_args([*(f"--config={content}" for content in contents), *options])
         return _build(Config, parser.instantiate(parsed))
     except argparse.ArgumentError as error:
         raise ValueError(explain(str(error))) from error

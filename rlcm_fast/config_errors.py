@@ -2,7 +2,9 @@
 
 jsonargparse checks types and merges; this file finds unknown keys first, so that the message can name the closest
 known one, and turns jsonargparse's messages into one line. It knows nothing of the config but its dataclass. What it
-corrects on the way in is `split_arguments` (the launcher's and bare switches) and `complete_items` (lists of rewards).
+corrects on the way in: the launcher's option and bare switches (`split_arguments`), and lists of rewards, whose items
+get every field spelt out (`read_file`, `complete_items`), since jsonargparse would take what an item leaves out from
+the item that an earlier file has in its place.
 """
 
 from __future__ import annotations
@@ -43,17 +45,21 @@ def split_arguments(argv: Sequence[str], config_class: type) -> tuple[list[str],
     return files, arguments
 
 
-def check_file(file: str, config_class: type) -> None:
-    """Raise ValueError unless `file` is a YAML mapping with known keys only."""
+def read_file(file: str, config_class: type) -> str:
+    """The content of a YAML file as JSON, items of lists complete.
+
+    Raises ValueError unless it is a mapping with known keys only.
+    """
     if not Path(file).is_file():
         raise ValueError(f"config={file} is not a file; give the path of a YAML file, as in configs/")
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = _load(Path(file).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"config={file} is not YAML: {_one_line(str(error))}; correct that line") from error
     if not isinstance(content, dict):
         raise ValueError(f"config={file} holds no fields; write lines like 'seed: 0', or leave --config out")
     _check_keys(content, config_class, "", f" in {file}")
+    return _to_json(_complete_sections(content, config_class))
 
 
 def check_arguments(arguments: Sequence[str], config_class: type) -> None:
@@ -77,33 +83,58 @@ def check_arguments(arguments: Sequence[str], config_class: type) -> None:
 
 
 def complete_items(arguments: Sequence[str], config_class: type) -> list[str]:
-    """The arguments with every field spelt out in lists of rewards, each the default where an item leaves it out.
-
-    jsonargparse would take it from the item that stands in the same place of the file: `--rewards '[{name: mine}]'`
-    inherited the weight and the arguments of another reward.
-    """
+    """The arguments, with the items of lists complete."""
     known = dict(_fields(config_class))
     completed: list[str] = []
     option = ""
     for argument in arguments:
         head, equals, text = argument.partition("=") if argument.startswith("--") else ("", "", argument)
         option = head.removeprefix("--") or option
-        item_class = _item_class(known.get(option.rstrip("+")))
-        completed.append(head + equals + _completed(text, item_class) if item_class and text else argument)
+        item_class = _item_class(known.get(option))  # not of --rewards+, which adds items
+        if item_class and text:
+            text = _to_json(_complete(_load(text), item_class))
+        completed.append(head + equals + text)
     return completed
 
 
-def _completed(text: str, item_class: type) -> str:
-    items = yaml.safe_load(text)
-    if not isinstance(items, list):  # of --rewards+, which adds one
-        return text
+def _complete_sections(node: dict[str, Any], config_class: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(config_class)
+    completed = dict(node)
+    for key, value in node.items():
+        item_class = _item_class(hints[key])
+        if item_class:
+            completed[key] = _complete(value, item_class)
+        elif dataclasses.is_dataclass(hints[key]):
+            completed[key] = _complete_sections(value, hints[key])
+    return completed
+
+
+def _complete(items: list[dict[str, Any]], item_class: type) -> list[dict[str, Any]]:
+    """Every field of every item, the default where it leaves one out."""
     defaults: dict[str, Any] = {}
     for item in dataclasses.fields(item_class):
         if item.default is not dataclasses.MISSING:
             defaults[item.name] = item.default
         elif item.default_factory is not dataclasses.MISSING:
             defaults[item.name] = item.default_factory()
-    return json.dumps([{**defaults, **item} for item in items])
+    return [{**defaults, **item} for item in items]
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as YAML 1.2 and jsonargparse do; to PyYAML it is a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def _to_json(content: Any) -> str:
+    return json.dumps(content, default=str)  # a date, which YAML makes of 2026-11-22, as it was written
 
 
 def explain(message: str) -> str:
@@ -166,7 +197,7 @@ def _check_items(value: Any, item_class: type, name: str, where: str) -> None:
 
 def _check_item_text(field: str, text: str, item_class: type) -> None:
     try:
-        value = yaml.safe_load(text)
+        value = _load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{field}={text} is not YAML: {_one_line(str(error))}; quote it for the shell") from error
     _check_items([value] if field.endswith("+") and isinstance(value, dict) else value, item_class, field, "")

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.policies.base import GaussianPolicy
-from rlcm_fast.prompts import deal
 from rlcm_fast.rewards.base import Reward
 from rlcm_fast.rewards.service import RewardService
 from rlcm_fast.shapes.reward import image_diversity
@@ -25,10 +24,9 @@ from rlcm_fast.trajectory import Conditioning, Prompt
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What is drawn (`num_images` over `prompts`, their order and the noise from `seed`) and what scores it."""
+    """What is drawn (an image for each of `prompts`, noise from `seed`) and what scores it."""
 
     prompts: Sequence[Prompt]
-    num_images: int
     seed: int
     micro_batch_size: int
     rewards: Mapping[str, tuple[Reward, float]]
@@ -37,14 +35,7 @@ class Evaluator:
 
     def __call__(self, policy: GaussianPolicy, iteration: int) -> dict[str, float]:
         """`eval/<reward>/mean`, `eval/<reward>/std` and `eval/diversity`, the same on every rank."""
-        images, prompts = draw(
-            policy,
-            deal(self.prompts, self.num_images, self.seed),
-            self.seed,
-            self.micro_batch_size,
-            self.encode,
-            self.decode,
-        )
+        images, prompts = draw(policy, self.prompts, self.seed, self.micro_batch_size, self.encode, self.decode)
         scores = self._scores(images, prompts, iteration)
         metrics: dict[str, float] = {}
         for name in sorted(self.rewards):

@@ -32,7 +32,7 @@ from rlcm_fast.evaluation import Evaluator, draw
 from rlcm_fast.interruption import Interrupted, Interruption
 from rlcm_fast.memory.engine import Engine, init_processes
 from rlcm_fast.policies import GaussianPolicy, build_policy
-from rlcm_fast.prompts import PromptSampler, load_prompts
+from rlcm_fast.prompts import PromptSampler, deal, load_prompts
 from rlcm_fast.rewards import Reward, RewardService, build_reward
 from rlcm_fast.rollout import Rollout, rollout
 from rlcm_fast.tracking import Tracker
@@ -242,9 +242,8 @@ class Trainer:
         rewards = {**trained, **_build_rewards(config.rewards)}
         if config.prompts.startswith("shapes:"):
             rewards.setdefault("shapes_alignment", (build_reward("shapes_alignment", {}), 1.0))
-        return Evaluator(
-            prompts, config.num_images, config.seed, config.micro_batch_size, rewards, self.encode, self.backbone.decode
-        )
+        dealt = deal(prompts, config.num_images, config.seed)
+        return Evaluator(dealt, config.seed, config.micro_batch_size, rewards, self.encode, self.backbone.decode)
 
     @property
     def num_samples(self) -> int:

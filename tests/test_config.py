@@ -214,6 +214,24 @@ def test_rewards_on_the_command_line_take_nothing_from_those_of_the_file(write, 
     assert parse_config(["--config", file, "--seed", "3"]).rewards[0] == RewardConfig("a", 3.0, {"quality": 7})
 
 
+def test_rewards_of_a_second_file_take_nothing_from_those_of_the_first(tmp_path: Path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("seed: 5\nrewards:\n- {name: a, weight: 3.0, arguments: {quality: 7}}\n")
+    second.write_text("rewards: [{name: b}]\nevaluation: {rewards: [{name: c}]}\n")
+    config = parse_config(["--config", str(first), "--config", str(second)])
+    assert (config.seed, config.rewards) == (5, [RewardConfig("b")])
+    assert config.evaluation.rewards == [RewardConfig("c")]
+
+
+@pytest.mark.parametrize("number", ["1e-3", "-1E+2", ".5e1", "1.e-4"])
+def test_numbers_with_an_exponent_are_numbers_everywhere(write, number: str):
+    text = f"[{{name: a, weight: {number}, arguments: {{x: {number}}}}}]"
+    expected = [RewardConfig("a", float(number), {"x": float(number)})]
+    assert parse_config(["--rewards", text]).rewards == expected
+    from_file = parse_config(["--config", write(f"rewards: {text}\nupdate: {{clip_range: {number}}}\n")])
+    assert (from_file.rewards, from_file.update.clip_range) == (expected, float(number))
+
+
 def test_processes_share_prompts_evenly():
     message = mistake(["--prompts.num_prompts", "15", "--update.micro_batch_size", "1"], world_size=2)
     assert message == "prompts.num_prompts=15 does not divide by the 2 processes; try 16"

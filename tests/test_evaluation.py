@@ -12,14 +12,13 @@ from rlcm_fast.evaluation import Evaluator
 from rlcm_fast.prompts import deal
 from rlcm_fast.rewards import RewardError
 from rlcm_fast.shapes.reward import image_diversity
-from rlcm_fast.trajectory import Conditioning, Prompt
 
 POLICY = policy_of(TinyNetwork())
 
 
 def evaluator(num_images: int = 5, micro_batch_size: int = 2, seed: int = 9) -> Evaluator:
     rewards = {"brightness": (Brightness(), 3.0)}
-    return Evaluator(prompts(2), num_images, seed, micro_batch_size, rewards, encode, decode)
+    return Evaluator(deal(prompts(2), num_images, seed), seed, micro_batch_size, rewards, encode, decode)
 
 
 def test_an_evaluation_repeats_exactly_and_depends_on_its_seed():
@@ -46,29 +45,11 @@ def _micro_batches() -> list:
     return [five[0:2], five[2:4], five[4:5]]
 
 
-def test_a_part_of_the_prompts_is_a_sample_of_all_of_them_and_the_same_every_time():
-    drawn: list[str] = []
-
-    def encode_and_note(batch: list) -> Conditioning:
-        drawn.extend(prompt.text for prompt in batch)
-        return encode(prompts(len(batch)))
-
-    many = [Prompt(str(i)) for i in range(1000)]
-    rewards = {"brightness": (Brightness(), 3.0)}
-    evaluate = Evaluator(many, 50, 9, 25, rewards, encode_and_note, decode)
-    evaluate(POLICY, 0)
-    first = list(drawn)
-    evaluate(POLICY, 10)
-    assert drawn == first * 2
-    assert len(set(first)) == 50
-    assert sum(int(text) >= 500 for text in first) == pytest.approx(25, abs=10)  # 2.8 standard deviations
-
-
 def test_a_single_image_has_no_diversity():
     assert evaluator(num_images=1)(POLICY, 0)["eval/diversity"] == 0.0
 
 
 def test_a_reward_that_fails_is_named_with_the_iteration():
-    faulty = Evaluator(prompts(2), 2, 1, 2, {"faulty": (Faulty("nan", 0), 1.0)}, encode, decode)
+    faulty = Evaluator(prompts(2), 1, 2, {"faulty": (Faulty("nan", 0), 1.0)}, encode, decode)
     with pytest.raises(RewardError, match=r"reward 'faulty', prompt 'b', iteration 30: returned nan"):
         faulty(POLICY, 30)

@@ -121,3 +121,9 @@ def test_prompts_are_dealt_out_evenly_in_an_order_of_the_seed():
     assert deal(prompts, 25, seed=0) == deal(prompts, 25, seed=0) != deal(prompts, 25, seed=1)
     assert sorted(p.text for p in deal(prompts, 10, seed=0)) == [str(i) for i in range(10)]
     assert deal(prompts, 20, seed=0)[10:] == deal(prompts, 10, seed=0)
+
+
+def test_a_part_of_the_prompts_is_dealt_from_all_over_their_list():
+    dealt = deal([Prompt(str(i)) for i in range(1000)], 50, seed=9)
+    assert len(set(dealt)) == 50
+    assert sum(int(prompt.text) >= 500 for prompt in dealt) == pytest.approx(25, abs=10)  # 2.8 standard deviations
