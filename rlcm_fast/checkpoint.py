@@ -6,7 +6,7 @@
         state.json       iteration, queries, prompt cursor, advantage statistics, number of processes
 
 A checkpoint is written under a temporary name and renamed when all ranks are done, so a run killed at any moment, or a
-full disk, leaves the checkpoints before it intact.
+full disk, leaves the checkpoints before it intact; what was written of it is deleted, at the latest by the next one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
     """Writes the state after `iteration` iterations and deletes all but the last `keep`; every rank must call.
 
     Raises:
-        OSError: the disk is full or not writable; earlier checkpoints are untouched.
+        OSError: the disk is full or not writable (where torch or safetensors was writing, an error of theirs: see
+            `is_full_disk`). Earlier checkpoints are untouched, and nothing is left of this one.
     """
     folder = run_dir / "checkpoints" / f"{_PREFIX}{iteration:06d}"
     partial = folder.with_name(f".partial_{folder.name}")
@@ -37,11 +38,11 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     parallel.barrier()
-    engine.save(partial)
-    weights = engine.full_weights()
-    if parallel.is_main():
-        save_file(weights, partial / "unet.safetensors")
-        (partial / "state.json").write_text(json.dumps({**state, "num_processes": parallel.world_size()}))
+    try:
+        _write(partial, engine, state)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     parallel.barrier()
     if parallel.is_main():
         if folder.exists():
@@ -55,6 +56,12 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
             shutil.rmtree(trash)
     parallel.barrier()
     return folder
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether that is what OSError, safetensors or torch (which forgets the reason) mean."""
+    texts = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos ")
+    return any(text in str(error) for text in texts)
 
 
 def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
@@ -81,6 +88,14 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
     if not run_dir.is_dir():
         raise ValueError(f"resume=latest finds no run in run_dir={run_dir}; check run_dir, or leave resume out")
     return (_complete(run_dir) or [None])[-1]
+
+
+def _write(folder: Path, engine: Engine, state: dict[str, Any]) -> None:
+    engine.save(folder)
+    weights = engine.full_weights()
+    if parallel.is_main():
+        save_file(weights, folder / "unet.safetensors")
+        (folder / "state.json").write_text(json.dumps({**state, "num_processes": parallel.world_size()}))
 
 
 def _set_aside(folder: Path) -> None:

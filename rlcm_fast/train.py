@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, train. Returns the exit code: 0 done, 2 a mistake in the config, 130 interrupted."""
+    """Parse, check, train. Returns the exit code: 0 done, 1 a full disk, 2 a mistake in the config, 130 interrupted."""
     rank, world_size = set_process_environment()
     try:
         config = _read_config(sys.argv[1:] if argv is None else argv, rank, world_size)
@@ -38,6 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
         return 2
+    except Exception as error:
+        from rlcm_fast.checkpoint import is_full_disk
+
+        if not is_full_disk(error):
+            raise
+        print(
+            f"error: run_dir={config.run_dir} is on a full disk; its checkpoints are whole: free some space and "
+            "go on with --resume latest, or lower checkpoint.keep",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:  # before the trainer handles signals, or a second Ctrl-C
         if rank == 0:
             print("interrupted", file=sys.stderr)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from rlcm_fast import checkpoint
-from rlcm_fast.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from rlcm_fast.checkpoint import find_checkpoint, is_full_disk, load_checkpoint, save_checkpoint
 
 
 class FakeEngine:
@@ -71,9 +72,22 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_the_next_try_works(tmp_p
     with pytest.raises(OSError, match="No space left on device"):
         save(tmp_path, 2, disk_is_full=True)
     assert latest(tmp_path) == (1, 1.0)
+    assert names(tmp_path) == ["iteration_000001"], "nothing half-written is left"
     save(tmp_path, 2)
     assert latest(tmp_path) == (2, 2.0)
-    assert names(tmp_path) == ["iteration_000001", "iteration_000002"], "nothing half-written is left"
+
+
+def test_a_full_disk_is_known_by_what_the_libraries_say():
+    def write() -> None:
+        with open("/dev/full", "w") as file:
+            file.write("text")
+
+    for fails in (write, lambda: torch.save(torch.zeros(100_000), "/dev/full")):
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            fails()
+        assert is_full_disk(caught.value)
+    assert is_full_disk(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert not is_full_disk(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from rlcm_fast import parallel
 from rlcm_fast import trainer as trainer_module
 from rlcm_fast.config import Config, parse_config
+from rlcm_fast.memory.engine import Engine
 from rlcm_fast.rewards import RewardError
+from rlcm_fast.train import main
 from rlcm_fast.trainer import Trainer
 from rlcm_fast.trajectory import Prompt
 
@@ -211,22 +213,24 @@ def test_a_failing_reward_stops_the_run_and_the_last_checkpoint_stays_good(
     assert all(torch.equal(value, weights[name]) for name, value in resumed.engine.full_weights().items())
 
 
-def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays_good(
-    tiny_lcm_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_stops_the_run_with_one_line_and_the_last_checkpoint_stays_good(
+    tiny_lcm_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    config = make_config(tiny_lcm_folder, tmp_path / "run", checkpoint__every=1)
-    trainer = Trainer(config)
-    save = trainer.engine.save
+    run_dir = tmp_path / "run"
+    arguments = tiny_runs.arguments(tiny_lcm_folder, run_dir, {"checkpoint.every": 1})
+    save, saved = Engine.save, []
 
-    def save_until_full(folder: Path) -> None:
-        save(folder)
-        if trainer.iteration == 2:
-            raise OSError(28, "No space left on device")
+    def save_until_full(engine: Engine, folder: Path) -> None:
+        save(engine, folder)
+        saved.append(folder)
+        if len(saved) == 2:
+            torch.save(torch.zeros(100_000), "/dev/full")
 
-    monkeypatch.setattr(trainer.engine, "save", save_until_full)
-    with pytest.raises(OSError, match="No space left on device"):
-        trainer.run()
-    resumed = Trainer(replace(config, resume="latest"))
-    assert resumed.iteration == 1
-    resumed.run()
-    assert [line["iteration"] for line in tiny_runs.metrics(tmp_path / "run")] == [0, 1, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "save", save_until_full)
+        assert main(arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: run_dir={run_dir} is on a full disk") and "--resume latest" in error
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["iteration_000001"]
+    assert main([*arguments, "--resume", "latest"]) == 0
+    assert [line["iteration"] for line in tiny_runs.metrics(run_dir)] == [0, 1, 2]
