@@ -17,7 +17,15 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
-SCRIPTS = ("before_after", "bench_iteration", "gradient_signal", "learning_curves", "last_step", "inference_steps")
+SCRIPTS = (
+    "before_after",
+    "bench_iteration",
+    "compare_curves",
+    "gradient_signal",
+    "inference_steps",
+    "last_step",
+    "learning_curves",
+)
 CONFIG = os.path.relpath(FOLDER.parent / "configs" / "shapes" / "compressibility.yaml")
 DETECTOR, JPEG = "eval/shapes_alignment/mean", "eval/jpeg_compressibility/mean"
 
@@ -127,6 +135,30 @@ def test_last_steps_are_compared_at_equal_queries_and_at_equal_seconds(load, tmp
     assert summary["at_equal_seconds"]["seconds"] == 2
     assert summary["at_equal_seconds"]["gain"]["renoise"]["mean"] == pytest.approx(0.1)
     assert summary["seconds_per_iteration"]["renoise"]["mean"] == pytest.approx(2)
+
+
+def test_settings_are_compared_where_they_have_come_equally_far(load, tmp_path: Path):
+    runs, bench = load("training_runs"), load("compare_curves")
+    fast = [[2.0, 1.6, 1.2], [2.0, 1.5, 1.3]]  # both at 1.4 after 96 queries
+    slow = [[2.0, 1.9, 1.8], [2.0, 1.6, 1.2]]  # the first seed never
+    paths = []
+    for name, seeds in (("fast", fast), ("slow", slow)):
+        folders = [write_metrics(tmp_path / name / str(i), sizes, [0.9, 0.7, 0.5]) for i, sizes in enumerate(seeds)]
+        rows = [row for seed, folder in enumerate(folders) for row in runs.curve(folder, seed)]
+        paths.append(tmp_path / f"{name}.csv")
+        load("reporting").write_csv(paths[-1], rows)
+    curves = {path.stem: bench.read_curves(path) for path in paths}
+    quick, late = bench.compare(curves, JPEG, -1.4)
+    assert (quick["seeds"], quick["seeds_there"], late["seeds"], late["seeds_there"]) == (2, 2, 2, 1)
+    assert quick["queries"] == pytest.approx((96 + 96) / 2)
+    assert quick[DETECTOR] == pytest.approx(0.6)
+    assert quick[f"{JPEG}/standard_error"] == pytest.approx(0, abs=1e-9)
+    assert late["queries"] == pytest.approx(96) and late["queries/standard_error"] is None
+    assert bench.compare(curves, JPEG, -1.0)[0] == {"setting": "fast", "seeds": 2, "seeds_there": 0}
+    with pytest.raises(ValueError, match="reach=eval/beauty/mean is not in the curves fast; give one of"):
+        bench.compare(curves, "eval/beauty/mean", 1.0)
+    bench.plot(curves, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
 
 
 def test_two_tuned_steps_are_held_against_four_base_steps(load):
