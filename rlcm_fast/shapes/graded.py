@@ -3,8 +3,10 @@
 `detector.score` is exact, and so it says nothing about how far off an image is: a star too rough to be known earns what
 a blank image earns, and most images of one caption earn the same. Here
 
-    part of an object    clip((likeness - 0.5) / 0.4, 0, 1), times 0.5 in a wrong colour; `likeness` is the detection's
-                         intersection over union with the best template of the shape that the caption asks for
+    part of an object    clip((likeness - 0.6) / 0.2, 0, 1) * clip((margin + 0.1) / 0.15, 0, 1), times 0.5 in a wrong
+                         colour; `likeness` is the detection's intersection over union with the best template of the
+                         shape that the caption asks for, `margin` what it is ahead of all other shapes' by (without it
+                         a star that has grown round would earn as much, and count as a circle)
     part of a relation   the lesser of its objects' parts, times clip(0.5 + (along - abs(across)) / 40, 0, 1) of the
                          displacement of their centres along the relation's axis and across it, in pixels
     score                weighted mean of the parts, relations by `relation_weight` and objects by 1, times
@@ -26,7 +28,8 @@ from rlcm_fast.shapes.detector import AXES, Detection, detect
 from rlcm_fast.shapes.grammar import SHAPES, Caption, Object, parse
 from rlcm_fast.trajectory import Prompt
 
-_NO_LIKENESS, _FULL_LIKENESS = 0.5, 0.9  # any two blobs overlap by a half; scenes reach 0.88
+_NO_LIKENESS, _FULL_LIKENESS = 0.6, 0.8  # around detector.MIN_CONFIDENCE
+_NO_MARGIN, _FULL_MARGIN = -0.1, 0.05  # scenes have 0.11 or more
 _RELATION_WIDTH = 40  # pixels of displacement from no part to a full one
 
 
@@ -73,8 +76,11 @@ def _parts_sum(chosen: Sequence[Detection | None], caption: Caption, relation_we
 def _object_part(found: Detection | None, item: Object) -> float:
     if found is None:
         return 0.0
-    likeness = found.likeness[SHAPES.index(item.shape)]
+    wanted = SHAPES.index(item.shape)
+    likeness = found.likeness[wanted]
+    margin = likeness - max(found.likeness[:wanted] + found.likeness[wanted + 1 :])
     part = _clip((likeness - _NO_LIKENESS) / (_FULL_LIKENESS - _NO_LIKENESS))
+    part *= _clip((margin - _NO_MARGIN) / (_FULL_MARGIN - _NO_MARGIN))
     return part if item.colour in (None, found.colour) else 0.5 * part
 
 

@@ -79,9 +79,18 @@ def test_a_wrong_colour_halves_a_part_and_a_shape_too_many_costs():
 
 def test_what_the_detector_does_not_know_still_counts_by_its_likeness():
     found = detect(image_of(STAR))[0][0]
-    rough = replace(found, shape="circle", confidence=MIN_CONFIDENCE - 0.1, likeness=(0.65, 0.6, 0.6, 0.6))
+    rough = replace(found, confidence=MIN_CONFIDENCE - 0.05, likeness=(0.6, 0.6, 0.6, MIN_CONFIDENCE - 0.05))
     assert score([rough], parse("a blue star")) == 0
-    assert graded_score([rough], parse("a blue star")) == pytest.approx(0.25)
+    assert graded_score([rough], parse("a blue star")) == pytest.approx(0.5)
+
+
+def test_a_star_that_looks_more_like_a_circle_counts_by_how_little_more():
+    found = detect(image_of(STAR))[0][0]
+    values = []
+    for circle in (0.7, 0.75, 0.8, 0.85, 0.9):
+        round_star = replace(found, shape="circle", confidence=circle, likeness=(circle, 0.6, 0.6, 0.8))
+        values.append(graded_score([round_star], parse("a blue star")))
+    assert values == pytest.approx([1, 1, 2 / 3, 1 / 3, 0])
 
 
 def test_a_relation_counts_by_its_weight():
