@@ -12,7 +12,7 @@ overhead = a / b of neighbouring measurements, so that a slow minute of the mach
 same of processor time, which other processes disturb less. The share of a stage is the median over the pairs of its
 part of (a), "other" that of what the stages leave. Evaluation, grids and checkpoints are switched off. For each of
 --micro-batch-sizes the trainer is built anew, with that rollout.micro_batch_size and update.micro_batch_size.
-Writes OUT.csv (pairs), OUT_stages.csv, OUT_micro_batches.csv; the last line on stdout is the summary.
+Writes OUT.csv (pairs), OUT_stages.csv, OUT_micro_batches.csv and OUT.json, which is also the last line on stdout.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def main() -> int:
     write_csv(stem.with_name(f"{stem.name}_stages.csv"), stage_shares(pairs))
     if sweep:
         write_csv(stem.with_name(f"{stem.name}_micro_batches.csv"), sweep)
-    print_summary({**summarise(pairs), "micro_batches": sweep, "config": arguments.config})
+    summary = {**summarise(pairs), "micro_batches": sweep, "config": arguments.config}
+    print_summary(summary, stem.with_suffix(".json"))
     return 0
 
 

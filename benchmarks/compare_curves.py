@@ -1,7 +1,8 @@
 """Learning curves of several settings in one picture, and what each has kept when all have come equally far.
 
-    python benchmarks/compare_curves.py --curves benchmarks/results/learning/compressibility*.csv \\
-        --reach eval/jpeg_compressibility/mean -1.2 --out benchmarks/results/learning/guards
+    python benchmarks/compare_curves.py --curves benchmarks/results/learning/compressibility.csv \\
+        benchmarks/results/learning/compressibility_paper.csv --reach eval/jpeg_compressibility/mean -1.2 \\
+        --out benchmarks/results/learning/guards
 
 Reads the CSV files that learning_curves.py wrote, one a setting, named by their files. For each setting and seed it
 finds where --reach METRIC first attains VALUE (linear between evaluations, from either side) and what everything else
