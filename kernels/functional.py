@@ -1,50 +1,102 @@
-"""One documented function per op; each dispatches to an implementation (today: the plain torch of reference.py).
+"""One documented function per op; each runs in Triton or in plain torch, as `dispatch.py` decides.
 
 Everything that turns a network output into a state, a log-probability, a divergence or a loss goes through here, from
-sampling as from training. Results are float32 whatever the inputs' dtype (float64 stays float64) and all ops are
-differentiable by autograd.
+sampling as from training. Inputs are float32, bfloat16 or float16, each on its own, contiguous or channels_last (rows
+of a larger tensor included); arithmetic and results are float32. The torch implementation also takes float64, which
+stays float64, and differentiates everything; what Triton differentiates is said below.
 """
 
 # N rows (samples or transitions), C H W latent; coef rows are A, B, sigma of x_s = A x_t + B m + sigma z
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from rlcm_fast.kernels import reference
+from rlcm_fast.kernels import dispatch, reference
 from rlcm_fast.kernels.reference import RatioStats
 
-__all__ = ["RatioStats", "clipped_ratio_loss", "gaussian_kl", "gaussian_log_prob", "gaussian_mean", "gaussian_step"]
+__all__ = [
+    "RatioStats",
+    "clipped_ratio_loss",
+    "gaussian_kl",
+    "gaussian_log_prob",
+    "gaussian_mean",
+    "gaussian_step",
+    "policy_loss",
+    "rebel_residual",
+]
 
 
 def gaussian_mean(x: Tensor, m: Tensor, coef: Tensor) -> Tensor:
-    """A x + B m, the mean of the next state, (N, C, H, W); x, m (N, C, H, W), coef (N, 3). sigma is not used."""
+    """A x + B m, the mean of the next state, (N, C, H, W); x, m (N, C, H, W), coef (N, 3). sigma is not used.
+
+    Always plain torch: it is needed once a sample, for the image.
+    """
     return reference.gaussian_mean(x, m, coef)
 
 
-def gaussian_log_prob(x: Tensor, m: Tensor, x_next: Tensor, coef: Tensor) -> Tensor:
+def gaussian_log_prob(
+    x: Tensor,
+    m: Tensor,
+    x_next: Tensor,
+    coef: Tensor,
+    m_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
     """The log-probability (N,) of x_next under N(A x + B m, sigma^2), mean over C, H, W, in nats per dimension.
 
     x, m, x_next (N, C, H, W); coef (N, 3) with sigma > 0 in every row (a row with sigma = 0 is no action, its
-    log-probability is infinite or NaN; not checked, as that would wait for the device).
+    log-probability is 0 in Triton and infinite or NaN in torch; not checked, as that would wait for the device).
+    With m_uncond (N, C, H, W) the network's output is m_uncond + guidance_scale (m - m_uncond), which is not stored.
+    Differentiable in x, m, m_uncond and x_next.
     """
-    return reference.gaussian_log_prob(x, m, x_next, coef)
+    if not dispatch.is_triton(x, m, x_next, coef, m_uncond):
+        m = m if m_uncond is None else reference.guided(m, m_uncond, guidance_scale)
+        return reference.gaussian_log_prob(x, m, x_next, coef)
+    from rlcm_fast.kernels.triton_ops import gaussian
+
+    keeps_residual = _wants_gradient(x, m, x_next, m_uncond)
+    return gaussian.gaussian_log_prob(x, m, m_uncond, x_next, _rows_of(coef), guidance_scale, keeps_residual)[0]
 
 
-def gaussian_step(x: Tensor, m: Tensor, coef: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def gaussian_step(
+    x: Tensor,
+    m: Tensor,
+    coef: Tensor,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    m_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """The next state A x + B m + sigma noise (N, C, H, W) and its log-probability (N,), mean over C, H, W.
+
+    Give noise (N, C, H, W), or seeds (N,) int64: then row n draws its own standard normal numbers (Philox, by the seed
+    and the place in the row, so whatever the batch or the block size). m_uncond as in gaussian_log_prob.
 
     Rows with sigma = 0 give the mean and log-probability 0. The log-probability is that of the ROUNDED next state, by
     the same arithmetic as gaussian_log_prob, rather than -mean(noise^2)/2 - log sigma - log(2 pi)/2: the two differ by
-    the rounding of x_next over sigma, and only the first makes the ratio of an unchanged network exactly one.
+    the rounding of x_next over sigma, and only the first makes the ratio of an unchanged network exactly one. No
+    gradient in Triton.
     """
-    return reference.gaussian_step(x, m, coef, noise)
+    if (noise is None) == (seeds is None):
+        raise ValueError("gaussian_step takes one of noise and seeds; give one of them")
+    if not dispatch.is_triton(x, m, coef, noise, m_uncond):
+        m = m if m_uncond is None else reference.guided(m, m_uncond, guidance_scale)
+        noise = noise if seeds is None else reference.philox_normal(seeds, x.shape[1:])
+        assert noise is not None
+        return reference.gaussian_step(x, m, coef, noise)
+    from rlcm_fast.kernels.triton_ops import gaussian
+
+    with torch.no_grad():
+        return gaussian.gaussian_step(x, m, m_uncond, _rows_of(coef), noise, seeds, guidance_scale)
 
 
 def gaussian_kl(m: Tensor, m_ref: Tensor, coef: Tensor) -> Tensor:
     """KL (N,) between two networks' actions in one state: mean over C, H, W of (B (m - m_ref))^2 / (2 sigma^2).
 
     m, m_ref (N, C, H, W); coef (N, 3), sigma > 0. Closed form, since both have the same sigma; nats per dimension.
+    Always plain torch.
     """
     return reference.gaussian_kl(m, m_ref, coef)
 
@@ -56,6 +108,72 @@ def clipped_ratio_loss(
 
     log_prob, log_prob_old, advantages (N,); rho = exp(log_prob - log_prob_old), the exponent clamped to +-20; a is the
     advantage clamped to +-advantage_clip. log_prob_old=None means on-policy: rho is exactly 1 with the gradient of
-    log_prob. The gradient flows into log_prob only if the old one carries none, as is the rule.
+    log_prob. Differentiable in log_prob; the old one is taken as a constant.
     """
-    return reference.clipped_ratio_loss(log_prob, log_prob_old, advantages, clip_range, advantage_clip)
+    if not dispatch.is_triton(log_prob, log_prob_old, advantages):
+        return reference.clipped_ratio_loss(log_prob, log_prob_old, advantages, clip_range, advantage_clip)
+    from rlcm_fast.kernels.triton_ops import loss
+
+    value, stats, _ = loss.clipped_ratio_loss(log_prob, log_prob_old, advantages, clip_range, advantage_clip)
+    return value, RatioStats(*stats.unbind())
+
+
+def policy_loss(
+    x: Tensor,
+    m: Tensor,
+    x_next: Tensor,
+    coef: Tensor,
+    log_prob_old: Tensor | None,
+    advantages: Tensor,
+    clip_range: float,
+    advantage_clip: float,
+    m_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+) -> tuple[Tensor, RatioStats]:
+    """`clipped_ratio_loss` of `gaussian_log_prob`: the loss () and the stats, differentiable in x, m, m_uncond, x_next.
+
+    In Triton two launches, and one more backward for each gradient that is wanted.
+    """
+    if not dispatch.is_triton(x, m, x_next, coef, m_uncond, log_prob_old, advantages):
+        log_prob = gaussian_log_prob(x, m, x_next, coef, m_uncond, guidance_scale)
+        return reference.clipped_ratio_loss(log_prob, log_prob_old, advantages, clip_range, advantage_clip)
+    from rlcm_fast.kernels.triton_ops import loss
+
+    keeps_residual = _wants_gradient(x, m, x_next, m_uncond)
+    arguments = (_rows_of(coef), guidance_scale, log_prob_old, advantages, clip_range, advantage_clip, keeps_residual)
+    value, stats, *_ = loss.policy_loss(x, m, m_uncond, x_next, *arguments)
+    return value, RatioStats(*stats.unbind())
+
+
+def rebel_residual(log_prob: Tensor, log_prob_old: Tensor, rewards: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """REBEL's residual (P,) of P pairs of trajectories, and the gradient (2 P,) of its mean square in their log-probs.
+
+    log_prob, log_prob_old (2 P, K) of the K actions of each trajectory, rewards (2 P,); rows 2 i and 2 i + 1 are the
+    pair y and y', two images of one prompt. With d = sum over k of log_prob - log_prob_old (REBEL, arXiv 2404.16767):
+
+        residual = (d(y) - d(y')) / eta - (r(y) - r(y')),      loss = mean(residual^2)
+        d loss / d log_prob_k(y) = 2 residual / (P eta) = -d loss / d log_prob_k(y'),      the same for every action k
+
+    So two passes need the memory of one: log-probs of all actions without gradients, then action by action
+    `(gradient * gaussian_log_prob(...)).sum().backward()`. Results are constants to autograd.
+    """
+    if log_prob.ndim != 2 or len(log_prob) % 2 or log_prob.shape != log_prob_old.shape or len(rewards) != len(log_prob):
+        raise ValueError(
+            f"log_prob {tuple(log_prob.shape)}, log_prob_old {tuple(log_prob_old.shape)}, rewards "
+            f"{tuple(rewards.shape)}: give (2 P, K), (2 P, K) and (2 P,), pairs in neighbouring rows"
+        )
+    with torch.no_grad():
+        if not dispatch.is_triton(log_prob, log_prob_old, rewards):
+            return reference.rebel_residual(log_prob, log_prob_old, rewards, eta)
+        from rlcm_fast.kernels.triton_ops import rebel
+
+        return rebel.rebel_residual(log_prob, log_prob_old, rewards, eta)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _rows_of(coef: Tensor) -> Tensor:
+    """(N, 3) float32, dense: 12 bytes a row."""
+    return coef.detach().float().contiguous()

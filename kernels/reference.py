@@ -28,8 +28,15 @@ class RatioStats:
 
     ratio_mean: Tensor  # ()
     ratio_max_deviation: Tensor  # (), max |ratio - 1|
-    clip_fraction: Tensor  # () in [0, 1], share of rows with |ratio - 1| above clip_range
-    approx_kl: Tensor  # (), mean(ratio - 1 - log ratio), never negative (Schulman's estimator k3)
+    clip_fraction_above: Tensor  # () in [0, 1], share of rows with ratio - 1 above clip_range
+    clip_fraction_below: Tensor  # () in [0, 1], share of rows with 1 - ratio above clip_range
+    mean_kl: Tensor  # (), mean(-log ratio): unbiased, of any sign (Schulman's estimator k1)
+    approx_kl: Tensor  # (), mean(ratio - 1 - log ratio), never negative (his k3)
+
+    @property
+    def clip_fraction(self) -> Tensor:
+        """() in [0, 1], share of rows with |ratio - 1| above clip_range."""
+        return self.clip_fraction_above + self.clip_fraction_below
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -51,6 +58,11 @@ def _log_prob_given_mean(mean: Tensor, x_next: Tensor, sigma: Tensor) -> Tensor:
     return -0.5 * r.square().mean(dim=(1, 2, 3)) - sigma.log() - _HALF_LOG_TWO_PI
 
 
+def guided(m: Tensor, m_uncond: Tensor, guidance_scale: float) -> Tensor:
+    uncond = _wide(m_uncond)
+    return uncond + guidance_scale * (_wide(m) - uncond)
+
+
 def gaussian_log_prob(x: Tensor, m: Tensor, x_next: Tensor, coef: Tensor) -> Tensor:
     return _log_prob_given_mean(gaussian_mean(x, m, coef), x_next, _wide(coef)[:, 2])
 
@@ -61,6 +73,36 @@ def gaussian_step(x: Tensor, m: Tensor, coef: Tensor, noise: Tensor) -> tuple[Te
     is_action = sigma > 0
     log_prob = _log_prob_given_mean(mean, x_next, torch.where(is_action, sigma, 1.0))
     return x_next, torch.where(is_action, log_prob, 0.0)
+
+
+def philox_normal(seeds: Tensor, shape: torch.Size) -> Tensor:
+    """Standard normal numbers (N, *shape) float32: Philox4x32-10 (Salmon et al. 2011) of (seed, place in the row).
+
+    seeds (N,) int64. The first two words make one number by Box-Muller, as triton.language.randn does.
+    """
+    size = math.prod(shape)
+    place = torch.arange(size, device=seeds.device).expand(len(seeds), size)
+    zero = torch.zeros_like(place)
+    counter = [place, zero, zero, zero]
+    key = [(seeds & _WORD)[:, None], (seeds >> 32 & _WORD)[:, None]]
+    for _ in range(10):
+        products = [_PHILOX_B * counter[2], _PHILOX_A * counter[0]]  # wrap around 2^64; the upper words are masked
+        (high_b, low_b), (high_a, low_a) = ((product >> 32 & _WORD, product & _WORD) for product in products)
+        counter = [high_b ^ counter[1] ^ key[0], low_b, high_a ^ counter[3] ^ key[1], low_a]
+        key = [key[0] + _KEY_A & _WORD, key[1] + _KEY_B & _WORD]
+    u_1, u_2 = (_uniform(word) for word in counter[:2])
+    radius = (-2.0 * u_1.clamp(min=1e-7).log()).sqrt()
+    return (radius * (2.0 * math.pi * u_2).cos()).view(len(seeds), *shape)
+
+
+_WORD = 0xFFFFFFFF
+_PHILOX_A, _PHILOX_B, _KEY_A, _KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
+
+
+def _uniform(word: Tensor) -> Tensor:
+    """[0, 1) float32 from 32 bits in an int64; the upper half of them is mirrored to the lower."""
+    folded = torch.where(word > 0x7FFFFFFF, _WORD - word, word)
+    return folded.float() * 4.6566127342e-10
 
 
 def gaussian_kl(m: Tensor, m_ref: Tensor, coef: Tensor) -> Tensor:
@@ -74,7 +116,9 @@ def _stats(log_ratio: Tensor, clip_range: float) -> RatioStats:
     return RatioStats(
         ratio_mean=1.0 + deviation.mean(),
         ratio_max_deviation=deviation.abs().max(),
-        clip_fraction=(deviation.abs() > clip_range).to(deviation.dtype).mean(),
+        clip_fraction_above=(deviation > clip_range).to(deviation.dtype).mean(),
+        clip_fraction_below=(deviation < -clip_range).to(deviation.dtype).mean(),
+        mean_kl=-log_ratio.mean(),
         approx_kl=(deviation - log_ratio).mean(),
     )
 
@@ -90,3 +134,11 @@ def clipped_ratio_loss(
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     loss = torch.maximum(-gain * ratio, -gain * clipped).mean()
     return loss, _stats(log_ratio.detach(), clip_range)
+
+
+def rebel_residual(log_prob: Tensor, log_prob_old: Tensor, rewards: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    moved = (_wide(log_prob) - _wide(log_prob_old)).sum(dim=1)  # (2 P,)
+    rewards = _wide(rewards)
+    residual = (moved[0::2] - moved[1::2]) / eta - (rewards[0::2] - rewards[1::2])
+    weight = 2.0 * residual / (len(residual) * eta)
+    return residual, torch.stack([weight, -weight], dim=1).flatten()

@@ -139,6 +139,8 @@ class EngineConfig:
     """ZeRO: what processes share out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the network in training; bf16 keeps fp32 master weights and needs zero_stage >= 1."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Log-probs, steps and loss by plain torch or by Triton; auto: Triton on a GPU, torch on a CPU."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from rlcm_fast.config import Config, RewardConfig
 from rlcm_fast.config_checks import derived
 from rlcm_fast.evaluation import Evaluator, draw
 from rlcm_fast.interruption import Interrupted, Interruption
+from rlcm_fast.kernels import dispatch
 from rlcm_fast.memory.engine import Engine, init_processes
 from rlcm_fast.policies import GaussianPolicy, build_policy
 from rlcm_fast.prompts import PromptSampler, deal, load_prompts
@@ -47,6 +48,8 @@ class Trainer:
         self.config = config
         self.run_dir = Path(config.run_dir)
         self.device = init_processes()
+        dispatch.set_default(config.engine.kernels)
+        dispatch.is_triton(torch.empty(0, device=self.device))  # refuses what cannot run, before weights load
         self.iteration, self.queries = 0, 0
         checkpoint = find_checkpoint(config.resume, self.run_dir) if config.resume else None
         self._refuse_to_overwrite()

@@ -116,9 +116,8 @@ def _policy_loss(
 ) -> tuple[Tensor, RatioStats]:
     """With one update a rollout the old policy is the present one: its log-prob is the new one's, detached (exact)."""
     coef = policy.coefficients(transitions.step)
-    log_prob = functional.gaussian_log_prob(transitions.x_t, m, transitions.x_s, coef)
     old = None if is_on_policy else transitions.log_prob_old
-    return algorithm.loss(log_prob, old, advantages[transitions.sample])
+    return algorithm.loss_of_output(transitions.x_t, m, transitions.x_s, coef, old, advantages[transitions.sample])
 
 
 def _kl_to(reference: GaussianPolicy, policy: GaussianPolicy, transitions: Transitions, m: Tensor) -> Tensor:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: they run in Triton's interpreter
 
 # No deadlines: the first example pays for what is set up once, and machines that run tests are busy.
 settings.register_profile("rlcm_fast", deadline=None, derandomize=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,14 @@ def test_the_reward_of_the_readme_can_be_named_and_called(tmp_path: Path, monkey
     images[0, 0], images[1, 1] = 1.0, 1.0  # red, green
     prompts = [Prompt("a red circle"), Prompt("a green circle")]
     assert check(first.name, reward(images, prompts), prompts, iteration=0).tolist() == [2.0, -1.0]
+
+
+def test_the_kernels_of_the_readme_run_in_another_trainer(capsys: pytest.CaptureFixture[str]):
+    example = next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "policy_loss" in code)
+    scope: dict[str, Any] = {}
+    exec(example, scope)  # noqa: S102
+    assert scope["m"].grad.abs().sum() > 0
+    assert "tensor(1" in capsys.readouterr().out
 
 
 def test_every_training_option_of_the_readme_is_a_field():

@@ -38,3 +38,10 @@ class PPO:
         log_prob_old None: the old policy is the present one; the ratio is exactly 1 and its gradient that of log_prob.
         """
         return functional.clipped_ratio_loss(log_prob, log_prob_old, advantages, self.clip_range, self.advantage_clip)
+
+    def loss_of_output(
+        self, x_t: Tensor, m: Tensor, x_s: Tensor, coef: Tensor, log_prob_old: Tensor | None, advantages: Tensor
+    ) -> tuple[Tensor, RatioStats]:
+        """`loss` of the log-probs of x_s (N, C, H, W), given a network's output m and coef (N, 3): A, B, sigma."""
+        arguments = (coef, log_prob_old, advantages, self.clip_range, self.advantage_clip)
+        return functional.policy_loss(x_t, m, x_s, *arguments)
