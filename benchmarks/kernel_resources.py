@@ -6,7 +6,7 @@ Each operation is called as a user calls it, on CPU tensors, and where it would 
 for the architecture instead. A row for each operation, kernel, architecture, dtype and memory format: registers a
 thread; spilled bytes (stack and local memory, which should be 0); shared memory; and the loads from global memory by
 their width: a `vector` load brings 16 bytes a thread, which is how every tensor of N rows should come in; `narrow` ones
-are scalars such as a row's coefficients, and the tables of a cosine. The last line on stdout is the summary.
+are scalars such as a row's coefficients. The last line on stdout is the summary.
 """
 
 from __future__ import annotations
