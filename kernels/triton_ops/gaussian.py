@@ -10,8 +10,8 @@ row and ends the formula. The backward pass is one launch for each input that wa
 
 # N rows, D = C H W elements of a row, K chunks of a row; coef rows are A, B, sigma
 
-# pyright: reportArgumentType=false, reportCallIssue=false
-# A launch gives numbers where the annotations, which are the kernel's, say constexpr.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# A launch gives numbers where the annotations, which are the kernel's, say constexpr; and triton's say NoReturn.
 
 from __future__ import annotations
 

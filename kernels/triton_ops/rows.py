@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import triton
 from torch import Tensor
 
 _TILE = 1024  # elements: 8 a thread with 4 warps; with 16, some architectures spill
@@ -34,7 +33,7 @@ class Walk:
 
     @property
     def num_chunks(self) -> int:
-        return triton.cdiv(self.positions, self.chunk_positions)
+        return -(-self.positions // self.chunk_positions)
 
     @property
     def size(self) -> int:
@@ -60,9 +59,9 @@ def walk_over(tensors: Sequence[Tensor]) -> tuple[Walk, list[tuple[int, int, int
 
 
 def _walk(channels: int, positions: int, interleaved: int = 1) -> Walk:
-    tile_channels = triton.next_power_of_2(channels)
+    tile_channels = 1 << (channels - 1).bit_length()
     tile_positions = max(1, _TILE // tile_channels)
-    num_tiles = min(_CHUNK // _TILE, triton.cdiv(positions, tile_positions))
+    num_tiles = min(_CHUNK // _TILE, -(-positions // tile_positions))
     return Walk(channels, positions, tile_channels, tile_positions, num_tiles * tile_positions, interleaved)
 
 
