@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learning_curves import draw_curve
+from learning_curves import draw_curve, save_figure
 from reporting import mean_and_error, print_summary, write_csv
 from training_runs import Row, eval_metrics, evaluated
 
@@ -95,10 +95,7 @@ def plot(curves: Curves, path: Path) -> None:
             draw_curve(axis, seeds, metric, "queries", name)
         axis.set(xlabel="reward queries", ylabel=metric.removeprefix("eval/").removesuffix("/mean"))
     axes[0][0].legend(fontsize="small")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

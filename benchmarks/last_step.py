@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learning_curves import draw_curve
+from learning_curves import draw_curve, save_figure
 from reporting import mean_and_error, print_summary, write_csv
 from training_runs import Row, add_run_arguments, at, curve, eval_metrics, evaluated, train_all, train_arguments
 
@@ -113,10 +113,7 @@ def plot(curves: Curves, metric: str, path: Path) -> None:
             draw_curve(axis, seeds, metric, x, f"last_step: {name}")
         axis.set(xlabel=label, ylabel=metric)
         axis.legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,13 @@ def plot(curves: Sequence[Sequence[Row]], path: Path, title: str) -> None:
             draw_curve(axes[row][column], curves, metric, x)
             axes[row][column].set(xlabel=label, ylabel=metric.removeprefix("eval/").removesuffix("/mean"))
     figure.suptitle(f"{title}: held-out prompts, mean and standard deviation of {len(curves)} seeds")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a picture of pyplot and lets go of it."""
+    from matplotlib import pyplot
+
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -2,9 +2,9 @@
 
     with dispatch.use("torch"): ...      for a block
     dispatch.set_default("triton")       from now on; the trainer does it with engine.kernels
-    RLCM_FAST_KERNELS=torch              where neither says anything; read once, at import
+    RLCM_FAST_KERNELS=torch              where that is auto, the default; read once, at import
 
-`auto`, the default, takes Triton for CUDA tensors and torch elsewhere. An explicit choice that cannot run is an error
+`auto` takes Triton for CUDA tensors and torch elsewhere. An explicit choice that cannot run is an error
 that says what is missing, never another implementation. The choice is one for the process, all threads alike, and is
 plain data, so that torch.compile traces through it.
 """
@@ -49,13 +49,14 @@ def is_triton(*tensors: Tensor | None) -> bool:
     Raises:
         ValueError: Triton was chosen explicitly, and is not installed, or cannot run on such tensors.
     """
-    if _choice == "torch":
+    choice = _environment if _choice == "auto" else _choice
+    if choice == "torch":
         return False
     given = [tensor for tensor in tensors if tensor is not None]
     problem = _problem(given)
-    if _choice == "triton" and problem:
+    if choice == "triton" and problem:
         raise ValueError(f"kernels=triton {problem}; or choose kernels=auto or torch")
-    return problem is None and (_choice == "triton" or given[0].is_cuda)
+    return problem is None and (choice == "triton" or given[0].is_cuda)
 
 
 def _problem(tensors: list[Tensor]) -> str | None:
@@ -75,4 +76,5 @@ def _known(choice: str, name: str = "kernels") -> str:
     return choice
 
 
-_choice = _known(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
+_choice = "auto"
+_environment = _known(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,23 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
 def test_triton_on_a_cpu_without_the_interpreter_says_what_is_missing():
     done = in_a_process("dispatch.is_triton(torch.zeros(1))", RLCM_FAST_KERNELS="triton")
     assert "ValueError: kernels=triton cannot run on cpu: start with TRITON_INTERPRET=1" in done.stderr
+
+
+def test_the_environment_variable_holds_where_the_choice_is_auto_as_in_a_config_without_one():
+    asks = "print(dispatch.is_triton(torch.zeros(1)))"
+    code = f"dispatch.set_default('auto'); {asks}\nwith dispatch.use('torch'): {asks}"
+    done = in_a_process(code, RLCM_FAST_KERNELS="triton", TRITON_INTERPRET="1")
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")
+def test_training_refuses_what_cannot_run_in_one_line(tmp_path: Path):
+    arguments = ["--run_dir", str(tmp_path / "run"), "--engine.kernels", "triton"]
+    done = in_a_process(f"from rlcm_fast.train import main; raise SystemExit(main({arguments}))")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: kernels=triton cannot run on cpu: start with TRITON_INTERPRET=1"
+    )
 
 
 def test_a_wrong_environment_variable_fails_at_import():
