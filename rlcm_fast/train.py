@@ -84,10 +84,9 @@ def is_worded_by_us(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
+    # By the module's name: the files of rlcm_fast.kernels lie in another folder.
     module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-    return module == __name__ or module.startswith(
-        "rlcm_fast."
-    )  # by name: the files of rlcm_fast.kernels lie elsewhere
+    return module == __name__ or module.startswith("rlcm_fast.")
 
 
 def _read_config(argv: Sequence[str], rank: int, world_size: int) -> Config:
