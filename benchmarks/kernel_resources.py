@@ -63,7 +63,7 @@ def operations(dtype: Any, memory_format: Any) -> dict[str, Callable[[], Any]]:
     """Every operation with its backward pass, all tensors of rows in one dtype and format."""
     import torch
 
-    from rlcm_fast.kernels.triton_ops import gaussian, loss, rebel
+    from rlcm_fast.kernels.triton_ops import adamw, gaussian, loss, rebel
 
     x, m, m_uncond, x_next = (torch.zeros(_SHAPE, dtype=dtype).to(memory_format=memory_format) for _ in range(4))
     residual = torch.zeros(_SHAPE).to(memory_format=memory_format)
@@ -71,7 +71,16 @@ def operations(dtype: Any, memory_format: Any) -> dict[str, Callable[[], Any]]:
     pairs = torch.zeros(_SHAPE[0], 4)
     seeds = torch.zeros(_SHAPE[0], dtype=torch.int64)
     clip = (rows, rows, 1e-4, 10.0)
+    states = [[torch.zeros(_SHAPE, dtype=torch.uint8).to(memory_format=memory_format)] for _ in range(2)]
+    absmax = [[torch.zeros(x.numel() // 256)] for _ in range(2)]
+    rounds = dtype == torch.bfloat16
+    of_weights = {
+        "adamw_8bit": lambda: adamw.adamw_8bit_(
+            [x], [m], *states, *absmax, [0], [1.0] * 8, 1, 0, rounds, rows[:1].squeeze()
+        )
+    }
     return {
+        **({} if dtype == torch.float16 else of_weights),
         "log_prob": lambda: gaussian.gaussian_log_prob(x, m, None, x_next, coef, 1.0, True),
         "log_prob, guided": lambda: gaussian.gaussian_log_prob(x, m, m_uncond, x_next, coef, 2.0, True),
         "gradient": lambda: gaussian.row_gradient(residual, rows, rows[:1].squeeze(), coef, 1, 1.0, m),

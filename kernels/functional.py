@@ -10,14 +10,22 @@ stays float64, and differentiates everything; what Triton differentiates is said
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
 import torch
 from torch import Tensor
 
-from rlcm_fast.kernels import dispatch, reference
+from rlcm_fast.kernels import dispatch, reference, reference_adamw
+from rlcm_fast.kernels.quantization import has_memory_order_of, in_memory_order
 from rlcm_fast.kernels.reference import RatioStats
+from rlcm_fast.kernels.reference_adamw import AdamWScalars
 
 __all__ = [
+    "Moments",
     "RatioStats",
+    "adamw_8bit_",
     "clipped_ratio_loss",
     "gaussian_kl",
     "gaussian_log_prob",
@@ -168,6 +176,83 @@ def rebel_residual(log_prob: Tensor, log_prob_old: Tensor, rewards: Tensor, eta:
         from rlcm_fast.kernels.triton_ops import rebel
 
         return rebel.rebel_residual(log_prob, log_prob_old, rewards, eta)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Adam's two moments of one weight, written in place: uint8 codes with a scale a block, or float32 without."""
+
+    state1: Tensor  # like the weight, of its strides; uint8 or float32
+    state2: Tensor  # likewise
+    absmax1: Tensor | None  # (ceil(numel / 256),) float32 for uint8, None for float32
+    absmax2: Tensor | None  # likewise
+
+
+def adamw_8bit_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    moments: Sequence[Moments],
+    indices: Sequence[int],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    seed: int = 0,
+    stochastic_rounding: bool = True,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """One step of AdamW (arXiv 1711.05101) in place, moments kept in 8 bits (arXiv 2110.02861, quantization.py).
+
+        g = grad_scale grad,   m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
+        p = (1 - lr weight_decay) p - lr / (1 - b1^step) m / (sqrt(v / (1 - b2^step)) + eps)
+
+    params float32 or bfloat16, dense, of any memory format; grads float32 or bfloat16, copied if their strides differ
+    from the weight's; arithmetic is float32. bfloat16 weights are rounded stochastically, so that updates below half a
+    unit of theirs are not lost but happen as often as they are large: with key `seed` and counter (place, step, index),
+    indices being one number for each weight, so that the result is one whether weights step together or each alone.
+    `step` counts from 1. grad_scale () float32, on the device: what clips gradients without a wait for their norm.
+
+    In Triton one launch for all weights of one dtype, gradients' dtype and kind of moments. ValueError for other dtypes
+    and for weights with gaps in memory.
+    """
+    scalars = AdamWScalars.at(step, lr, betas, eps, weight_decay)
+    kinds: dict[tuple, list[int]] = defaultdict(list)
+    for i, (param, grad, moment) in enumerate(zip(params, grads, moments, strict=True)):
+        _check_dtypes(param, grad)
+        kinds[param.dtype, grad.dtype, moment.state1.dtype, param.device].append(i)
+    for (param_dtype, *_), places in kinds.items():
+        rounds = stochastic_rounding and param_dtype == torch.bfloat16
+        _step_kind(
+            [params[i] for i in places], [_strided_like(params[i], grads[i]) for i in places],
+            [moments[i] for i in places], [indices[i] for i in places], scalars, step, seed, rounds, grad_scale,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def _step_kind(params, grads, moments, indices, scalars, step, seed, rounds, grad_scale) -> None:
+    absmax1 = [moment.absmax1 for moment in moments if moment.absmax1 is not None]
+    absmax2 = [moment.absmax2 for moment in moments if moment.absmax2 is not None]
+    states = ([moment.state1 for moment in moments], [moment.state2 for moment in moments], absmax1, absmax2)
+    if dispatch.is_triton(*params):
+        from rlcm_fast.kernels.triton_ops import adamw
+
+        numbers = list(astuple(scalars))
+        return adamw.adamw_8bit_(params, grads, *states, indices, numbers, step, seed, rounds, grad_scale)
+    return reference_adamw.adamw_8bit_(params, grads, *states, indices, scalars, step, seed, rounds, grad_scale)
+
+
+def _check_dtypes(param: Tensor, grad: Tensor) -> None:
+    for name, tensor in (("weights", param), ("gradients", grad)):
+        if tensor.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"adamw_8bit_ takes float32 or bfloat16 {name}, not {tensor.dtype}; convert them")
+
+
+def _strided_like(param: Tensor, grad: Tensor) -> Tensor:
+    """grad with its elements in memory in the weight's order."""
+    in_memory_order(param)
+    return grad if has_memory_order_of(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

@@ -83,16 +83,21 @@ def philox_normal(seeds: Tensor, shape: torch.Size) -> Tensor:
     size = math.prod(shape)
     place = torch.arange(size, device=seeds.device).expand(len(seeds), size)
     zero = torch.zeros_like(place)
-    counter = [place, zero, zero, zero]
-    key = [(seeds & _WORD)[:, None], (seeds >> 32 & _WORD)[:, None]]
+    words = philox_words([place, zero, zero, zero], seeds[:, None])
+    u_1, u_2 = (_uniform(word) for word in words[:2])
+    radius = (-2.0 * u_1.clamp(min=1e-7).log()).sqrt()
+    return (radius * (2.0 * math.pi * u_2).cos()).view(len(seeds), *shape)
+
+
+def philox_words(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
+    """The four words, each 32 bits in an int64, of four words of counter; seed int64, to be broadcast to them."""
+    key = [seed & _WORD, seed >> 32 & _WORD]
     for _ in range(10):
         products = [_PHILOX_B * counter[2], _PHILOX_A * counter[0]]  # wrap around 2^64; the upper words are masked
         (high_b, low_b), (high_a, low_a) = ((product >> 32 & _WORD, product & _WORD) for product in products)
         counter = [high_b ^ counter[1] ^ key[0], low_b, high_a ^ counter[3] ^ key[1], low_a]
         key = [key[0] + _KEY_A & _WORD, key[1] + _KEY_B & _WORD]
-    u_1, u_2 = (_uniform(word) for word in counter[:2])
-    radius = (-2.0 * u_1.clamp(min=1e-7).log()).sqrt()
-    return (radius * (2.0 * math.pi * u_2).cos()).view(len(seeds), *shape)
+    return counter
 
 
 _WORD = 0xFFFFFFFF

@@ -54,6 +54,12 @@ def test_rows_come_in_by_vector_loads_and_only_coefficients_by_narrow_ones(compi
             assert int(row["narrow_loads"]) <= 4, row
 
 
+def test_weights_and_gradients_come_in_by_vector_loads_and_moments_by_half_as_wide_ones(compiled: list[dict[str, str]]):
+    rows = [row for row in compiled if row["operation"] == "adamw_8bit"]
+    assert {(row["dtype"], row["vector_loads"]) for row in rows} == {("float32", "4"), ("bfloat16", "2")}
+    assert max(int(row["registers"]) for row in rows) <= 64  # eight programs of 128 threads a multiprocessor
+
+
 def test_the_committed_table_is_of_these_kernels_and_all_architectures(compiled: list[dict[str, str]]):
     committed = rows_of(ROOT / "benchmarks" / "results" / "kernel_resources.csv")
     assert {row["architecture"] for row in committed} == ARCHITECTURES

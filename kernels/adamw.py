@@ -1,0 +1,194 @@
+"""AdamW8bit: torch.optim.Optimizer over functional.adamw_8bit_, with bitsandbytes' state.
+
+    optimizer = AdamW8bit(unet.parameters(), lr=1e-5)
+    optimizer.step()                                              # all weights, one launch for each kind of tensor
+    for weight in unet.parameters():                              # or each as soon as its gradient is there, which is
+        weight.register_post_accumulate_grad_hook(optimizer.step_parameter)     # freed at once: in the backward pass
+
+    theirs.load_state_dict(optimizer.bitsandbytes_state_dict())   # bitsandbytes.optim.AdamW8bit, and back:
+    optimizer.load_bitsandbytes_state_dict(theirs.state_dict())
+
+6 bytes a weight with bfloat16 weights and gradients (2 + 2 + two states of 1), 4 in the backward pass. Not capturable:
+lr and the step count are numbers of the host, as in torch's AdamW by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlcm_fast.kernels import functional
+from rlcm_fast.kernels.functional import Moments
+from rlcm_fast.kernels.quantization import BLOCK, codebook, dequantize, has_memory_order_of, quantize
+
+_WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes puts these states in a state_dict
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) with block-wise 8-bit moments (arXiv 2110.02861) and stochastic rounding.
+
+    Weights may be float32 or bfloat16, contiguous, channels_last or dense otherwise, and stay as they are. Weights of
+    fewer than `min_8bit_size` elements have float32 moments. bfloat16 weights are rounded stochastically, by `seed`,
+    the step and the weight's place among the optimizer's: the same on every replica.
+
+    Raises:
+        ValueError: lr, eps or weight_decay is negative, or a beta not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        min_8bit_size: int = 4096,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if value < 0:
+                raise ValueError(f"{name}={value} must not be negative")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas} must both be in [0, 1)")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.min_8bit_size = min_8bit_size
+        self.stochastic_rounding = stochastic_rounding
+        self.seed = seed
+        self._places: dict[Tensor, tuple[int, int]] = {}  # of a weight: its own number and its group's
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None) -> Any:
+        """One update of every weight that has a gradient, which counts grad_scale () times, if that is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        first = 0
+        for group in self.param_groups:
+            weights = list(enumerate(group["params"], first))
+            first += len(weights)
+            self._step([(index, param) for index, param in weights if param.grad is not None], group, grad_scale)
+        return loss
+
+    def step_parameter(self, param: Tensor, grad_scale: Tensor | None = None) -> None:
+        """One update of this weight alone, after which its gradient is gone: a hook for the backward pass.
+
+        The result is that of `step`, bit for bit. For torch.Tensor.register_post_accumulate_grad_hook, and so for one
+        backward pass an update: a second one would be a second update.
+        """
+        if param not in self._places:
+            groups = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+            self._places = dict(zip(self._params(), enumerate(groups)))
+        if param not in self._places:
+            raise ValueError(
+                f"a weight of shape {tuple(param.shape)} is none of this optimizer's; give it to AdamW8bit"
+            )
+        index, group = self._places[param]
+        self._step([(index, param)], self.param_groups[group], grad_scale)
+        param.grad = None
+
+    def _step(self, weights: list[tuple[int, Tensor]], group: dict[str, Any], grad_scale: Tensor | None) -> None:
+        by_step: dict[int, list[tuple[int, Tensor]]] = {}
+        for index, param in weights:
+            state = self.state[param] or self._begin(param)
+            state["step"] += 1
+            by_step.setdefault(state["step"], []).append((index, param))
+        for step, pairs in by_step.items():
+            params = [param for _, param in pairs]
+            functional.adamw_8bit_(
+                params,
+                [param.grad for param in params],  # pyright: ignore[reportArgumentType]
+                [_moments_of(self.state[param]) for param in params],
+                [index for index, _ in pairs],
+                step=step,
+                **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+                seed=self.seed,
+                stochastic_rounding=self.stochastic_rounding,
+                grad_scale=grad_scale,
+            )
+
+    def _begin(self, param: Tensor) -> dict[str, Any]:
+        is_quantized = param.numel() >= self.min_8bit_size
+        dtype = torch.uint8 if is_quantized else torch.float32
+        state = {"step": 0, **{name: torch.zeros_like(param, dtype=dtype) for name in ("state1", "state2")}}
+        if is_quantized:
+            num_blocks = -(-param.numel() // BLOCK)
+            state |= {name: torch.zeros(num_blocks, device=param.device) for name in ("absmax1", "absmax2")}
+        self.state[param] = state
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A state_dict of this class; states follow their weight to its device and memory format.
+
+        Where the memory format differs from the saved weight's, the blocks do too, and states are quantised anew.
+        """
+        super().load_state_dict(state_dict)
+        for param, saved in self._saved_states(state_dict):
+            # torch casts states to the weight's dtype, which would end codes as well as scales
+            self.state[param] = {"step": int(saved["step"]), **_relaid(_moments_of(saved), param)}
+
+    def bitsandbytes_state_dict(self) -> dict[str, Any]:
+        """A state_dict for bitsandbytes.optim.AdamW8bit over the same weights; channels_last ones quantised anew."""
+        states = super().state_dict()
+        stepped = [(i, param) for i, param in enumerate(self._params()) if self.state[param]]
+        states["state"] = {i: self._bitsandbytes_state(param) for i, param in stepped}
+        return states
+
+    def _bitsandbytes_state(self, param: Tensor) -> dict[str, Any]:
+        relaid = _relaid(_moments_of(self.state[param]), param.contiguous())
+        if "absmax1" in relaid:
+            relaid |= {f"qmap{i}": codebook(i == 1, param.device).clone() for i in (1, 2)}
+        return {"step": self.state[param]["step"], _WRAPPED: relaid}
+
+    @torch.no_grad()
+    def load_bitsandbytes_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A state_dict of bitsandbytes.optim.AdamW8bit over the same weights, all of them contiguous when it was made.
+
+        Raises:
+            ValueError: a state is of a channels_last weight: where its blocks lie depends on bitsandbytes' device.
+        """
+        unwrapped = {i: {**state, **state.get(_WRAPPED, {})} for i, state in state_dict["state"].items()}
+        for i, state in unwrapped.items():
+            if not state["state1"].is_contiguous():
+                raise ValueError(
+                    f"state1 of weight {i} has strides {state['state1'].stride()}: bitsandbytes' states of weights "
+                    "that were channels_last cannot be read; make them contiguous before its first step"
+                )
+        groups = [{name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "params")}
+                  for group in state_dict["param_groups"]]  # fmt: skip
+        self.load_state_dict({"state": unwrapped, "param_groups": groups})
+
+    def _saved_states(self, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, dict[str, Any]]]:
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        pairs = zip(saved_ids, self._params())
+        return [(param, state_dict["state"][i]) for i, param in pairs if i in state_dict["state"]]
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+
+def _moments_of(state: dict[str, Any]) -> Moments:
+    return Moments(state["state1"], state["state2"], state.get("absmax1"), state.get("absmax2"))
+
+
+def _relaid(moments: Moments, like: Tensor) -> dict[str, Tensor]:
+    """New states on the device and in the memory format of `like`; the same bits if that is theirs already."""
+    relaid = {}
+    for i, is_signed in ((1, True), (2, False)):
+        state, absmax = getattr(moments, f"state{i}"), getattr(moments, f"absmax{i}")
+        if absmax is not None and not has_memory_order_of(state, like):
+            state, absmax = quantize(_laid_out(dequantize(state, absmax, is_signed), like), is_signed)
+        relaid[f"state{i}"] = _laid_out(state, like)
+        if absmax is not None:
+            relaid[f"absmax{i}"] = absmax.to(like.device, copy=True)
+    return relaid
+
+
+def _laid_out(state: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like, dtype=state.dtype).copy_(state)

@@ -1,0 +1,93 @@
+"""AdamW with moments of 8 bits and stochastically rounded bfloat16 weights, in plain torch: the specification.
+
+m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
+p = (1 - lr weight_decay) p - lr / (1 - b1^step) m / (sqrt(v) / sqrt(1 - b2^step) + eps)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlcm_fast.kernels.quantization import dequantize, in_memory_order, quantize
+from rlcm_fast.kernels.reference import philox_words
+
+
+@dataclass(frozen=True)
+class AdamWScalars:
+    """What an AdamW step multiplies by, made in double precision once for every implementation; see adamw_step."""
+
+    decay: float  # 1 - lr weight_decay
+    step_size: float  # lr / (1 - beta_1^step)
+    inverse_root: float  # 1 / sqrt(1 - beta_2^step)
+    beta_1: float
+    one_less_beta_1: float
+    beta_2: float
+    one_less_beta_2: float
+    eps: float
+
+    @classmethod
+    def at(cls, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> AdamWScalars:
+        """Of the step-th update, the first being 1."""
+        beta_1, beta_2 = betas
+        step_size, inverse_root = lr / (1 - beta_1**step), 1 / math.sqrt(1 - beta_2**step)
+        return cls(1 - lr * weight_decay, step_size, inverse_root, beta_1, 1 - beta_1, beta_2, 1 - beta_2, eps)
+
+
+def adamw_step(
+    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: AdamWScalars
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The new weights, first and second moment, all float32 and new tensors; inputs of one shape, m and v float32."""
+    g = grad.float()
+    m = scalars.beta_1 * m + scalars.one_less_beta_1 * g
+    v = scalars.beta_2 * v + scalars.one_less_beta_2 * (g * g)
+    change = m / (v.sqrt() * scalars.inverse_root + scalars.eps)
+    return scalars.decay * param.float() - scalars.step_size * change, m, v
+
+
+def round_stochastically(values: Tensor, seed: int, step: int, index: int) -> Tensor:
+    """bfloat16 from float32 (n,): up with probability (distance to the lower neighbour) / (distance of the two).
+
+    So the mean is the value itself. The 16 bits that fall away are added to 16 random ones, of Philox with key `seed`
+    and counter (place // 8, step, index, 0), which makes 8 places' worth. What is not finite stays as it is.
+    """
+    noise = philox_halves(seed, step, index, values.numel(), values.device)
+    bits = values.view(torch.int32)
+    rounded = ((bits + noise) & ~0xFFFF).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).bfloat16()
+
+
+def philox_halves(seed: int, step: int, index: int, size: int, device: torch.device) -> Tensor:
+    """(size,) int32 in [0, 2^16): each of Philox's four words is two numbers."""
+    place = torch.arange(-(-size // 8), device=device)
+    counter = [place, *(torch.full_like(place, value) for value in (step, index, 0))]
+    word_0, word_1, word_2, word_3 = philox_words(counter, torch.tensor(seed, device=device))
+    words = torch.stack([word_0, word_2, word_1, word_3], dim=1)  # in the order in which the kernel joins them
+    return torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten()[:size].int()
+
+
+def adamw_8bit_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], states_1: Sequence[Tensor], states_2: Sequence[Tensor],
+    absmax_1: Sequence[Tensor], absmax_2: Sequence[Tensor], indices: Sequence[int], scalars: AdamWScalars,
+    step: int, seed: int, rounds: bool, grad_scale: Tensor | None,
+) -> None:  # fmt: skip
+    """One step of every weight in place, one after the other; absmax lists are empty for float32 states."""
+    for i, (param, grad, state_1, state_2) in enumerate(zip(params, grads, states_1, states_2, strict=True)):
+        grad = grad if grad_scale is None else grad.float() * grad_scale
+        m = dequantize(state_1, absmax_1[i], is_signed=True) if absmax_1 else state_1
+        v = dequantize(state_2, absmax_2[i], is_signed=False) if absmax_2 else state_2
+        value, m, v = adamw_step(param, grad, m, v, scalars)
+        if rounds:
+            rounded = round_stochastically(in_memory_order(value), seed, step, indices[i])
+            value = rounded.as_strided(value.shape, value.stride())
+        param.copy_(value)
+        if absmax_1:
+            (m, largest_m), (v, largest_v) = quantize(m, is_signed=True), quantize(v, is_signed=False)
+            absmax_1[i].copy_(largest_m)
+            absmax_2[i].copy_(largest_v)
+        state_1.copy_(m)
+        state_2.copy_(v)
