@@ -76,7 +76,7 @@ def operations(dtype: Any, memory_format: Any) -> dict[str, Callable[[], Any]]:
     rounds = dtype == torch.bfloat16
     of_weights = {
         "adamw_8bit": lambda: adamw.adamw_8bit_(
-            [x], [m], *states, *absmax, [0], [1.0] * 8, 1, 0, rounds, rows[:1].squeeze()
+            [x], [m], *states, *absmax, [0], [1.0] * 8, 1, 0, rounds, rows[:1].squeeze(), None
         )
     }
     return {

@@ -32,7 +32,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     Weights may be float32 or bfloat16, contiguous, channels_last or dense otherwise, and stay as they are. Weights of
     fewer than `min_8bit_size` elements have float32 moments. bfloat16 weights are rounded stochastically, by `seed`,
-    the step and the weight's place among the optimizer's: the same on every replica.
+    the step and the weight's place among the optimizer's: the same on every replica. With counts_lost_updates, `counts`
+    (2,) int64 holds how many weights should have changed since it was last zeroed, and how many of them rounding kept.
 
     Raises:
         ValueError: lr, eps or weight_decay is negative, or a beta not in [0, 1).
@@ -49,6 +50,7 @@ class AdamW8bit(torch.optim.Optimizer):
         min_8bit_size: int = 4096,
         stochastic_rounding: bool = True,
         seed: int = 0,
+        counts_lost_updates: bool = False,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if value < 0:
@@ -59,6 +61,9 @@ class AdamW8bit(torch.optim.Optimizer):
         self.min_8bit_size = min_8bit_size
         self.stochastic_rounding = stochastic_rounding
         self.seed = seed
+        self.counts = (
+            torch.zeros(2, dtype=torch.int64, device=self._params()[0].device) if counts_lost_updates else None
+        )
         self._places: dict[Tensor, tuple[int, int]] = {}  # of a weight: its own number and its group's
 
     @torch.no_grad()
@@ -110,6 +115,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 seed=self.seed,
                 stochastic_rounding=self.stochastic_rounding,
                 grad_scale=grad_scale,
+                counts=self.counts,
             )
 
     def _begin(self, param: Tensor) -> dict[str, Any]:

@@ -202,6 +202,7 @@ def adamw_8bit_(
     seed: int = 0,
     stochastic_rounding: bool = True,
     grad_scale: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> None:
     """One step of AdamW (arXiv 1711.05101) in place, moments kept in 8 bits (arXiv 2110.02861, quantization.py).
 
@@ -213,6 +214,7 @@ def adamw_8bit_(
     unit of theirs are not lost but happen as often as they are large: with key `seed` and counter (place, step, index),
     indices being one number for each weight, so that the result is one whether weights step together or each alone.
     `step` counts from 1. grad_scale () float32, on the device: what clips gradients without a wait for their norm.
+    counts (2,) int64: to it are added the weights that should have changed, and those of them that rounding kept.
 
     In Triton one launch for all weights of one dtype, gradients' dtype and kind of moments. ValueError for other dtypes
     and for weights with gaps in memory.
@@ -226,21 +228,20 @@ def adamw_8bit_(
         rounds = stochastic_rounding and param_dtype == torch.bfloat16
         _step_kind(
             [params[i] for i in places], [_strided_like(params[i], grads[i]) for i in places],
-            [moments[i] for i in places], [indices[i] for i in places], scalars, step, seed, rounds, grad_scale,
+            [moments[i] for i in places], [indices[i] for i in places], scalars, step, seed, rounds, grad_scale, counts,
         )  # fmt: skip
 
 
 @torch.no_grad()
-def _step_kind(params, grads, moments, indices, scalars, step, seed, rounds, grad_scale) -> None:
+def _step_kind(params, grads, moments, indices, scalars, *step_and_rest) -> None:
     absmax1 = [moment.absmax1 for moment in moments if moment.absmax1 is not None]
     absmax2 = [moment.absmax2 for moment in moments if moment.absmax2 is not None]
     states = ([moment.state1 for moment in moments], [moment.state2 for moment in moments], absmax1, absmax2)
     if dispatch.is_triton(*params):
         from rlcm_fast.kernels.triton_ops import adamw
 
-        numbers = list(astuple(scalars))
-        return adamw.adamw_8bit_(params, grads, *states, indices, numbers, step, seed, rounds, grad_scale)
-    return reference_adamw.adamw_8bit_(params, grads, *states, indices, scalars, step, seed, rounds, grad_scale)
+        return adamw.adamw_8bit_(params, grads, *states, indices, list(astuple(scalars)), *step_and_rest)
+    return reference_adamw.adamw_8bit_(params, grads, *states, indices, scalars, *step_and_rest)
 
 
 def _check_dtypes(param: Tensor, grad: Tensor) -> None:

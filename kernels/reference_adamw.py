@@ -73,17 +73,21 @@ def philox_halves(seed: int, step: int, index: int, size: int, device: torch.dev
 def adamw_8bit_(
     params: Sequence[Tensor], grads: Sequence[Tensor], states_1: Sequence[Tensor], states_2: Sequence[Tensor],
     absmax_1: Sequence[Tensor], absmax_2: Sequence[Tensor], indices: Sequence[int], scalars: AdamWScalars,
-    step: int, seed: int, rounds: bool, grad_scale: Tensor | None,
+    step: int, seed: int, rounds: bool, grad_scale: Tensor | None, counts: Tensor | None,
 ) -> None:  # fmt: skip
     """One step of every weight in place, one after the other; absmax lists are empty for float32 states."""
     for i, (param, grad, state_1, state_2) in enumerate(zip(params, grads, states_1, states_2, strict=True)):
         grad = grad if grad_scale is None else grad.float() * grad_scale
         m = dequantize(state_1, absmax_1[i], is_signed=True) if absmax_1 else state_1
         v = dequantize(state_2, absmax_2[i], is_signed=False) if absmax_2 else state_2
-        value, m, v = adamw_step(param, grad, m, v, scalars)
+        exact, m, v = adamw_step(param, grad, m, v, scalars)
+        value = exact.to(param.dtype)
         if rounds:
-            rounded = round_stochastically(in_memory_order(value), seed, step, indices[i])
-            value = rounded.as_strided(value.shape, value.stride())
+            rounded = round_stochastically(in_memory_order(exact), seed, step, indices[i])
+            value = rounded.as_strided(exact.shape, exact.stride())
+        if counts is not None:
+            is_wanted = exact != param
+            counts += torch.stack([is_wanted.sum(), (is_wanted & (value == param)).sum()])
         param.copy_(value)
         if absmax_1:
             (m, largest_m), (v, largest_v) = quantize(m, is_signed=True), quantize(v, is_signed=False)

@@ -115,8 +115,8 @@ class UpdateConfig:
 class OptimizerConfig:
     """The optimizer and its learning rate."""
 
-    name: Literal["adamw", "adam"] = "adamw"
-    """adamw or adam, both of torch."""
+    name: Literal["adamw", "adam", "adamw_8bit", "bnb_adamw_8bit", "bnb_paged_adamw_8bit"] = "adamw"
+    """adamw and adam of torch; adamw_8bit, our kernel; bnb_...: bitsandbytes', paged: states may move to the CPU."""
     lr: float = 1e-4
     """Learning rate after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -133,14 +133,26 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """DeepSpeed."""
+    """Where weights, gradients and states live, and how the network runs."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
     """ZeRO: what processes share out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the network in training; bf16 keeps fp32 master weights and needs zero_stage >= 1."""
+    dtype: Literal["fp32", "bf16", "pure_bf16"] = "fp32"
+    """Precision of the trained network; bf16 has fp32 master weights and zero_stage >= 1, pure_bf16 has neither."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Log-probs, steps and loss by plain torch or by Triton; auto: Triton on a GPU, torch on a CPU."""
+    offload_optimizer: bool = False
+    """Keep states and master weights on the CPU and step there (DeepSpeedCPUAdam); needs zero_stage >= 1."""
+    optimizer_in_backward: bool = False
+    """Step each weight as soon as its gradient is there, so that gradients never all exist; one backward an update."""
+    recompute: Literal["none", "block", "selective"] = "none"
+    """Activations computed anew in the backward pass: of whole blocks, or all but convolutions and matrix products."""
+    channels_last: bool = False
+    """Keep weights and activations in channels_last, which convolutions on a GPU prefer; needs zero_stage=0."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """torch's scaled_dot_product_attention, or xformers' (needs the extra: pip install 'rlcm_fast[xformers]')."""
+    compile: Literal["off", "regional", "whole"] = "off"
+    """torch.compile of the network: of each transformer block (quick to compile), or of all of it in one graph."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +218,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Adam and its learning rate"""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """DeepSpeed"""
+    """where weights, gradients and states live, and how the network runs"""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """held-out images at fixed seeds"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

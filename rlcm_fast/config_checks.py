@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlcm_fast.config import Config, RewardConfig
+from rlcm_fast.config_engine import check_engine
 
 _ONE_STEP = (
     "policy.num_steps=1 leaves nothing to train: the last step is deterministic (sigma = 0), it makes the image and is "
@@ -32,7 +33,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_rewards(config)
     _check_advantages(config)
     _check_sizes(config, world_size)
-    _check_engine(config)
+    check_engine(config, derived(config, world_size))
     _check_resume(config)
 
 
@@ -183,19 +184,6 @@ def _near_divisors(number: int, wish: int) -> str:
     below = [n for n in divisors if n < wish][-1:]
     above = [n for n in divisors if n > wish][:1]
     return " or ".join(str(n) for n in below + above)
-
-
-def _check_engine(config: Config) -> None:
-    engine, optimizer = config.engine, config.optimizer
-    if engine.dtype == "bf16" and engine.zero_stage == 0:
-        raise ValueError(
-            "engine.dtype=bf16 needs engine.zero_stage >= 1: at stage 0 DeepSpeed takes a dummy optimizer step at "
-            "start, which puts Adam's bias correction off by one; set engine.zero_stage=1 (the same on one process)"
-        )
-    if optimizer.name == "adam" and optimizer.weight_decay > 0:
-        raise ValueError(
-            f"optimizer.weight_decay={optimizer.weight_decay} is not decoupled in adam; set optimizer.name=adamw"
-        )
 
 
 def _check_resume(config: Config) -> None:

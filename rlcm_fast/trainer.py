@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.algorithms import PPO, build_advantages
+from rlcm_fast.backbones.acceleration import accelerate
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rlcm_fast.config import Config, RewardConfig
@@ -31,7 +32,10 @@ from rlcm_fast.config_checks import derived
 from rlcm_fast.evaluation import Evaluator, draw
 from rlcm_fast.interruption import Interrupted, Interruption
 from rlcm_fast.kernels import dispatch
-from rlcm_fast.memory.engine import Engine, init_processes
+from rlcm_fast.memory.build import build_engine
+from rlcm_fast.memory.engine import Engine
+from rlcm_fast.memory.processes import init_processes
+from rlcm_fast.memory.recomputation import set_recomputation
 from rlcm_fast.policies import GaussianPolicy, build_policy
 from rlcm_fast.prompts import PromptSampler, deal, load_prompts
 from rlcm_fast.rewards import Reward, RewardService, build_reward
@@ -55,7 +59,7 @@ class Trainer:
         self._refuse_to_overwrite()
         torch.manual_seed(config.seed)
 
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.engine.dtype]
+        dtype = torch.float32 if config.engine.dtype == "fp32" else torch.bfloat16
         self.backbone = Backbone.load(config.model.path, config.model.revision, self.device, dtype)
         self.reference = self._frozen_start() if config.update.kl_weight > 0 else None
         self.engine = self._build_engine()
@@ -91,7 +95,7 @@ class Trainer:
                     self.iteration, self.queries = iteration + 1, self.queries + self.num_samples
                     seconds = _seconds(batch, updated, time.perf_counter() - start, self.num_samples)
                     head = {"iteration": iteration, "queries": self.queries, "lr": lr}
-                    stages = {**batch.metrics(), **updated.metrics(advantages)}
+                    stages = {**batch.metrics(), **updated.metrics(advantages), **self.engine.metrics()}
                     self.tracker.log({**head, **stages, **noise, **seconds, **evaluated})
                     self.save_if_due()
                 self.finish()
@@ -206,7 +210,9 @@ class Trainer:
 
     def _build_engine(self) -> Engine:
         config, numbers = self.config, derived(self.config, parallel.world_size())
-        return Engine(
+        accelerate(self.backbone.unet, config.engine)
+        set_recomputation(self.backbone.unet, config.engine.recompute)
+        return build_engine(
             self.backbone.unet,
             config.engine,
             config.optimizer,
@@ -223,7 +229,9 @@ class Trainer:
 
     def _frozen_start(self) -> GaussianPolicy:
         """The start model as a policy of its own, outside of DeepSpeed, for the KL term."""
-        return self._build_policy(copy.deepcopy(self.backbone.unet).requires_grad_(False))
+        unet = copy.deepcopy(self.backbone.unet).requires_grad_(False)
+        accelerate(unet, self.config.engine)
+        return self._build_policy(unet)
 
     def _build_prompts(self) -> PromptSampler:
         config, world_size = self.config, parallel.world_size()

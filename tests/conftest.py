@@ -27,7 +27,7 @@ SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
     """A process group of this process alone; what it says in the environment is gone after the module."""
-    from rlcm_fast.memory.engine import init_processes
+    from rlcm_fast.memory.processes import init_processes
     from rlcm_fast.train import set_process_environment
 
     with pytest.MonkeyPatch.context() as patch:

@@ -22,6 +22,16 @@ SETTINGS = {"prompts.num_prompts": 4, "num_iterations": 2, "optimizer.eps": 1e-3
 RUNS: dict[str, dict[str, object]] = {
     **{f"stage_{stage}": {**SETTINGS, "engine.zero_stage": stage} for stage in STAGES},
     "again": SETTINGS,
+    **{
+        f"pure_bf16_{i}": {
+            **SETTINGS,
+            "engine.dtype": "pure_bf16",
+            "engine.optimizer_in_backward": bool(i),
+            "update.micro_batch_size": 4,
+            "optimizer.name": "adamw_8bit",
+        }
+        for i in range(2)
+    },
     "few_images": {**SETTINGS, "evaluation.num_images": 2, "num_iterations": 1, "tracking.grid_every": 1},
 }
 
@@ -98,6 +108,14 @@ def test_zero_stages_agree_after_four_updates(stage: int, folder: Path):
     assert largest_difference(weights, others) < 1e-6
     for line, other in zip(*(tiny_runs.metrics(folder / run) for run in ("stage_0", f"stage_{stage}")), strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("in_backward", [0, 1])
+def test_weights_without_a_master_follow_those_of_float32_to_their_last_digits(in_backward: int, folder: Path):
+    weights, others = seen(folder)[0]["weights"], seen(folder, f"pure_bf16_{in_backward}")[0]["weights"]
+    pairs = [((others[name] - weight).flatten(), weight.flatten()) for name, weight in weights.items()]
+    apart, length = (torch.cat(parts).norm() for parts in zip(*pairs))
+    assert 0 < apart <= 2**-8 * length
 
 
 def test_a_rank_without_images_takes_part_in_the_evaluation(folder: Path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from rlcm_fast import parallel
 from rlcm_fast import trainer as trainer_module
 from rlcm_fast.config import Config, parse_config
-from rlcm_fast.memory.engine import Engine
+from rlcm_fast.memory.zero import ZeroEngine
 from rlcm_fast.rewards import RewardError
 from rlcm_fast.train import main
 from rlcm_fast.trainer import Trainer
@@ -187,6 +187,28 @@ def test_bf16_runs_and_its_noise_floor_is_logged(stage: int, tiny_lcm_folder: st
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_leanest_settings_train_together(tiny_lcm_folder: str, tmp_path: Path):
+    settings = {
+        "engine__dtype": "pure_bf16",
+        "engine__optimizer_in_backward": True,
+        "engine__recompute": "selective",
+        "engine__channels_last": True,
+        "optimizer__name": "adamw_8bit",
+        "update__micro_batch_size": 4,
+        "update__kl_weight": 0.1,
+        "num_iterations": 2,
+        "tracking__grid_every": 1,
+    }
+    trainer = Trainer(make_config(tiny_lcm_folder, tmp_path / "run", **settings))
+    trainer.run()
+    lines = tiny_runs.metrics(tmp_path / "run")
+    assert all(0 < line["lost_updates"] < 1 and line["grad_norm"] > 0 for line in lines)
+    assert 0 < lines[0]["kl_to_start"] < lines[1]["kl_to_start"]
+    for weight in trainer.backbone.unet.parameters():
+        assert weight.dtype == torch.bfloat16 and weight.grad is None
+        assert weight.ndim < 4 or weight.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(
     "fault, problem",
     [
@@ -218,16 +240,16 @@ def test_a_full_disk_stops_the_run_with_one_line_and_the_last_checkpoint_stays_g
 ):
     run_dir = tmp_path / "run"
     arguments = tiny_runs.arguments(tiny_lcm_folder, run_dir, {"checkpoint.every": 1})
-    save, saved = Engine.save, []
+    save, saved = ZeroEngine.save, []
 
-    def save_until_full(engine: Engine, folder: Path) -> None:
+    def save_until_full(engine: ZeroEngine, folder: Path) -> None:
         save(engine, folder)
         saved.append(folder)
         if len(saved) == 2:
             torch.save(torch.zeros(100_000), "/dev/full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "save", save_until_full)
+        patch.setattr(ZeroEngine, "save", save_until_full)
         assert main(arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: run_dir={run_dir} is on a full disk") and "--resume latest" in error

@@ -59,6 +59,11 @@ def _store_quantized(codes, absmax, place, block, inside, num_blocks, values, ed
 
 
 @triton.jit
+def _sum(flags):
+    return tl.sum(tl.sum(flags.to(tl.int32), axis=1), axis=0)
+
+
+@triton.jit
 def _word(numbers):
     return numbers.to(tl.uint32)
 
@@ -84,10 +89,10 @@ def _rounded(values, halves):
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _adamw_kernel(
-    table, tensor_of_program, first_program, codes_1, codes_2, edges_1, edges_2, grad_scale,
+    table, tensor_of_program, first_program, codes_1, codes_2, edges_1, edges_2, grad_scale, counted,
     decay, step_size, inverse_root, beta_1, one_less_beta_1, beta_2, one_less_beta_2, eps, step, seed,
     param_dtype: tl.constexpr, grad_dtype: tl.constexpr, is_quantized: tl.constexpr, rounds: tl.constexpr,
-    scales: tl.constexpr, is_aligned: tl.constexpr, blocks: tl.constexpr,
+    scales: tl.constexpr, counts: tl.constexpr, is_aligned: tl.constexpr, blocks: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(tensor_of_program + tl.program_id(0))
     row = table + tensor * _COLUMNS
@@ -115,10 +120,17 @@ def _adamw_kernel(
     m = beta_1 * m + one_less_beta_1 * g
     v = beta_2 * v + one_less_beta_2 * (g * g)
     change = tl.div_rn(m, tl.sqrt_rn(v) * inverse_root + eps)
-    p = decay * tl.load(param + place, mask=inside, other=0.0).to(tl.float32) - step_size * change
+    before = tl.load(param + place, mask=inside, other=0.0)
+    exact = decay * before.to(tl.float32) - step_size * change
     if rounds:
-        p = _rounded(p, _random_halves(seed, step, index, first_block, blocks))
-    tl.store(param + place, p.to(param_dtype), mask=inside)
+        after = _rounded(exact, _random_halves(seed, step, index, first_block, blocks)).to(param_dtype)
+    else:
+        after = exact.to(param_dtype)
+    tl.store(param + place, after, mask=inside)
+    if counts:
+        is_wanted = inside & (exact != before.to(tl.float32))
+        tl.store(counted + 2 * tl.program_id(0), _sum(is_wanted))
+        tl.store(counted + 2 * tl.program_id(0) + 1, _sum(is_wanted & (after == before)))
     if is_quantized:
         _store_quantized(state_1, absmax_1, place, block, inside, num_blocks, m, edges_1, True)
         _store_quantized(state_2, absmax_2, place, block, inside, num_blocks, v, edges_2, False)
@@ -127,14 +139,14 @@ def _adamw_kernel(
         tl.store(state_2 + place, v, mask=inside)
 
 
-_WRITTEN = ("params", "states_1", "states_2", "absmax_1", "absmax_2")
+_WRITTEN = ("params", "states_1", "states_2", "absmax_1", "absmax_2", "counts")
 
 
 @torch.library.custom_op("rlcm_fast::adamw_8bit_", mutates_args=_WRITTEN)
 def adamw_8bit_(
     params: Sequence[Tensor], grads: Sequence[Tensor], states_1: Sequence[Tensor], states_2: Sequence[Tensor],
     absmax_1: Sequence[Tensor], absmax_2: Sequence[Tensor], indices: Sequence[int], scalars: Sequence[float],
-    step: int, seed: int, rounds: bool, grad_scale: Tensor | None,
+    step: int, seed: int, rounds: bool, grad_scale: Tensor | None, counts: Tensor | None,
 ) -> None:  # fmt: skip
     """One step of T tensors of one dtype, their gradients of one dtype, states all uint8 or all float32: one launch.
 
@@ -151,15 +163,18 @@ def adamw_8bit_(
     first_program = [0, *accumulate(num_programs)][:-1]
     tensors = torch.arange(len(sizes), dtype=torch.int32, device=device)
     tensor_of_program = tensors.repeat_interleave(_on(device, num_programs), output_size=sum(num_programs))
+    counted = None if counts is None else torch.empty(sum(num_programs), 2, dtype=torch.int32, device=device)
     _adamw_kernel[(sum(num_programs),)](
         table, tensor_of_program, _on(device, first_program),
         codebook(True, device), codebook(False, device), edges_between(True, device), edges_between(False, device),
-        table if grad_scale is None else grad_scale, *scalars, step, seed,
+        table if grad_scale is None else grad_scale, table if counted is None else counted, *scalars, step, seed,
         param_dtype=_TRITON_DTYPES[params[0].dtype], grad_dtype=_TRITON_DTYPES[grads[0].dtype],
-        is_quantized=is_quantized, rounds=rounds, scales=grad_scale is not None,
+        is_quantized=is_quantized, rounds=rounds, scales=grad_scale is not None, counts=counts is not None,
         is_aligned=all(number % 16 == 0 for column in (*addresses[:4], sizes) for number in column),
         blocks=_BLOCKS, **EXACT,
     )  # fmt: skip
+    if counts is not None and counted is not None:
+        counts += counted.sum(dim=0)
 
 
 def _on(device: torch.device, numbers: list) -> Tensor:

@@ -84,14 +84,14 @@ def test_triton_is_the_reference(dtype: torch.dtype, memory_format: torch.memory
     results = []
     for choice in ("torch", "triton"):
         params = weights(dtype, memory_format)
-        optimizer = AdamW8bit(params, lr=3e-3, weight_decay=0.1, seed=7)
+        optimizer = AdamW8bit(params, lr=3e-3, weight_decay=0.1, seed=7, counts_lost_updates=True)
         for step in range(3):
             set_gradients(params, step)
             with dispatch.use(choice):
                 optimizer.step(grad_scale=torch.tensor(0.37) if step == 1 else None)
-        results.append(everything(optimizer))
+        results.append([*everything(optimizer), optimizer.counts])
         assert all(param.is_contiguous(memory_format=memory_format) for param in params if param.ndim == 4)
-    assert len(results[0]) == len(SHAPES) + 3 * 4 + 2 * 2
+    assert len(results[0]) == len(SHAPES) + 3 * 4 + 2 * 2 + 1
     for i, (theirs, ours) in enumerate(zip(*results, strict=True)):
         if dtype == torch.float32 and i < len(SHAPES):
             torch.testing.assert_close(ours, theirs, rtol=2**-22, atol=1e-9)
@@ -125,11 +125,18 @@ def test_updates_below_half_a_unit_are_lost_by_nearest_and_kept_by_stochastic_ro
     moved = {}
     for is_stochastic in (False, True):
         param = nn.Parameter(torch.ones(8192, dtype=torch.bfloat16))
-        optimizer = AdamW8bit([param], lr=1e-5, weight_decay=0.0, stochastic_rounding=is_stochastic)
+        optimizer = AdamW8bit(
+            [param], lr=1e-5, weight_decay=0.0, stochastic_rounding=is_stochastic, counts_lost_updates=True
+        )
         for _ in range(50):
             param.grad = torch.ones_like(param)
             optimizer.step()
         moved[is_stochastic] = 1.0 - param.double().mean().item()
+        assert optimizer.counts is not None
+        wanted, lost = optimizer.counts.tolist()
+        assert wanted == 50 * 8192
+        # the neighbour below 1 is 2^-8 away: a step of 1e-5 is taken by one weight of 391
+        assert lost / wanted == pytest.approx(1 - 1e-5 * 2**8, abs=3e-4) if is_stochastic else lost == wanted
     assert moved[False] == 0.0
     assert moved[True] == pytest.approx(50e-5, rel=0.1)
 
@@ -279,7 +286,18 @@ def test_the_operator_passes_torchs_own_checks():
     states = [torch.zeros(300, dtype=torch.uint8) for _ in range(2)]
     absmax = [torch.zeros(2) for _ in range(2)]
     scalars = list(vars(reference_adamw.AdamWScalars.at(1, 1e-3, (0.9, 0.99), 1e-8, 0.0)).values())
-    arguments = ([param], [grad], *([state] for state in (*states, *absmax)), [0], scalars, 1, 0, False, None)
+    arguments = (
+        [param],
+        [grad],
+        *([state] for state in (*states, *absmax)),
+        [0],
+        scalars,
+        1,
+        0,
+        False,
+        None,
+        torch.zeros(2, dtype=torch.int64),
+    )
     torch.library.opcheck(triton_adamw.adamw_8bit_, arguments)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlcm_fast.config import EngineConfig, OptimizerConfig
+from rlcm_fast.memory.build import build_engine
 from rlcm_fast.memory.engine import Engine
 from rlcm_fast.policies import GaussianPolicy
 from rlcm_fast.policies.consistency import ConsistencyPolicy
@@ -55,10 +56,12 @@ def policy_of(network: Any, num_steps: int = 3, dtype: torch.dtype = torch.float
 def engine_of(
     network: nn.Module, num_micro_batches: int, stage: int = 0, dtype: Any = "fp32", **settings: Any
 ) -> Engine:
-    """settings: max_grad_norm (0: off), num_updates and fields of OptimizerConfig."""
+    """settings: max_grad_norm (0: off), num_updates, in_backward, offload and fields of OptimizerConfig."""
     max_grad_norm, num_updates = settings.pop("max_grad_norm", 0.0), settings.pop("num_updates", 10)
+    in_backward, offload = settings.pop("in_backward", False), settings.pop("offload", False)
+    engine = EngineConfig(stage, dtype, optimizer_in_backward=in_backward, offload_optimizer=offload)  # type: ignore[arg-type]
     optimizer = replace(OptimizerConfig(lr=1e-2), **settings)
-    return Engine(network, EngineConfig(stage, dtype), optimizer, max_grad_norm, 1, num_micro_batches, num_updates)  # type: ignore[arg-type]
+    return build_engine(network, engine, optimizer, max_grad_norm, 1, num_micro_batches, num_updates)
 
 
 def encode(prompts: Sequence[Prompt]) -> Conditioning:

@@ -1,0 +1,25 @@
+"""How the network's passes run: memory format, attention, torch.compile. Weights and their names stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlcm_fast.config import EngineConfig
+
+
+def accelerate(unet: Any, engine: EngineConfig, backend: str = "inductor") -> None:
+    """In place, before the engine takes the UNet.
+
+    torch.compile makes a graph for each shape and for passes with and without gradients, at their first use; graphs
+    are kept between runs in torch's cache on the disk. `backend` is for tests.
+    """
+    if engine.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if engine.attention == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+    if engine.compile == "regional":
+        unet.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
+    elif engine.compile == "whole":
+        unet.compile(fullgraph=True, dynamic=False, backend=backend)

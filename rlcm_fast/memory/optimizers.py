@@ -1,0 +1,47 @@
+"""The optimizer that a config names, and its learning rate over the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.optim import Adam, AdamW, Optimizer
+
+from rlcm_fast.config import EngineConfig, OptimizerConfig
+from rlcm_fast.kernels.adamw import AdamW8bit
+
+
+def build_optimizer(network: nn.Module, config: OptimizerConfig, engine: EngineConfig, seed: int = 0) -> Optimizer:
+    """Over the weights that require gradients; `seed` is that of stochastic rounding."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    settings = {
+        "lr": config.lr,
+        "betas": (config.betas[0], config.betas[1]),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if engine.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at its first use
+
+        return DeepSpeedCPUAdam(parameters, adamw_mode=config.name == "adamw", **settings)
+    if config.name in ("bnb_adamw_8bit", "bnb_paged_adamw_8bit"):
+        import bitsandbytes.optim
+
+        paged = config.name == "bnb_paged_adamw_8bit"
+        kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
+        return kind(parameters, **settings)
+    if config.name == "adamw_8bit":
+        counts = engine.dtype == "pure_bf16"
+        return AdamW8bit(parameters, **settings, seed=seed, counts_lost_updates=counts)
+    return {"adamw": AdamW, "adam": Adam}[config.name](parameters, **settings)
+
+
+def lr_factor(config: OptimizerConfig, num_updates: int) -> Callable[[int], float]:
+    """update number -> factor on the learning rate: linear warm-up, then linear decay to `final_lr_fraction`."""
+
+    def factor(update: int) -> float:
+        warmup = min(1.0, (update + 1) / (config.warmup_updates + 1))
+        decay = 1.0 - (1.0 - config.final_lr_fraction) * min(1.0, update / max(1, num_updates))
+        return warmup * decay
+
+    return factor

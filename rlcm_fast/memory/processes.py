@@ -1,0 +1,28 @@
+"""Joining the processes of a run."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to find out
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
+
+
+def init_processes() -> torch.device:
+    """Joins the run's processes (gloo on CPU, NCCL on GPUs) and returns this one's device.
+
+    DeepSpeed's shared-memory collective is switched off: on a CPU it would be compiled at first use (26 s, and a
+    compiler and ninja on the user's machine), for messages that gloo carries as well.
+    """
+    deepspeed_logger.setLevel("ERROR")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", deepspeed.comm.get_local_rank())
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,38 @@
+"""Activation recomputation: memory of the forward pass against computing parts of it twice.
+
+block      each resnet and transformer block keeps its input only
+selective  also what convolutions, matrix products and attention put out: most of the time, a part of the memory
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+_aten = torch.ops.aten
+_KEPT = [
+    _aten.convolution.default,
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+def set_recomputation(unet: Any, kind: str) -> None:
+    """kind: none, block or selective; unet a diffusers model. Only passes with gradients are concerned."""
+    if kind == "block":
+        unet.enable_gradient_checkpointing()
+    elif kind == "selective":
+        unet.enable_gradient_checkpointing(_keeping_products)
+
+
+def _keeping_products(module: Any, *arguments: Any) -> Any:
+    contexts = partial(create_selective_checkpoint_contexts, _KEPT)
+    return checkpoint(module.__call__, *arguments, use_reentrant=False, context_fn=contexts)

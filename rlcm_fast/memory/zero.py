@@ -1,0 +1,106 @@
+"""The engine over DeepSpeed: ZeRO 0 to 3, float32 master weights, optimizer state on the CPU where that is wanted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to find out
+import deepspeed
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from rlcm_fast.config import EngineConfig, OptimizerConfig
+from rlcm_fast.memory.engine import Engine, copied_to_cpu
+from rlcm_fast.memory.optimizers import build_optimizer, lr_factor
+
+_TAG = "deepspeed"
+
+
+class ZeroEngine(Engine):
+    """The trained network under DeepSpeed."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        engine: EngineConfig,
+        optimizer: OptimizerConfig,
+        max_grad_norm: float,
+        micro_batch_size: int,
+        num_micro_batches: int,
+        num_updates: int,
+    ) -> None:
+        """num_micro_batches: of one update and process; num_updates: of the whole run, for the learning rate."""
+        torch_optimizer = build_optimizer(network, optimizer, engine)
+        factor = lr_factor(optimizer, num_updates)
+        self.zero_stage = engine.zero_stage
+        self._max_grad_norm = max_grad_norm
+        self._engine: Any
+        self._engine, *_ = deepspeed.initialize(
+            model=network,
+            optimizer=torch_optimizer,
+            lr_scheduler=LambdaLR(torch_optimizer, factor),  # pyright: ignore[reportArgumentType]
+            config=_deepspeed_config(engine, max_grad_norm, micro_batch_size, num_micro_batches),
+        )
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._engine(*arguments, **keywords)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> float | None:
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return None
+        norm = self._clip() if self.zero_stage == 0 else None
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+
+    def _clip(self) -> float:
+        """At stage 0 DeepSpeed clips without telling the norm, so we do; ranks have been averaged by now."""
+        limit = self._max_grad_norm or float("inf")
+        return torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit).item()
+
+    @property
+    def lr(self) -> float:
+        return self._engine.get_lr()[0]
+
+    def full_weights(self) -> dict[str, Tensor]:
+        module = self._engine.module
+        parameters = list(module.parameters()) if self.zero_stage == 3 else []
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
+            return copied_to_cpu(module)
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        is_there = (folder / _TAG).is_dir()  # else DeepSpeed fails an assertion
+        if not is_there or self._engine.load_checkpoint(str(folder), tag=_TAG)[0] is None:
+            raise ValueError(f"resume={folder} holds no state that DeepSpeed can read; give another checkpoint")
+
+
+def _deepspeed_config(
+    engine: EngineConfig, max_grad_norm: float, micro_batch_size: int, num_micro_batches: int
+) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": max_grad_norm if engine.zero_stage > 0 else 0.0,
+        # stage 3 would replace torch's linear in the whole process: other rounding, also for what it does not own
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "memory_efficient_linear": False,
+            "offload_optimizer": {"device": "cpu" if engine.offload_optimizer else "none", "pin_memory": True},
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,
+    }
+    if engine.dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    return config

@@ -1,0 +1,51 @@
+"""Memory format, attention and compilation leave the weights' names and the outputs as they were."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from rlcm_fast.backbones.acceleration import accelerate
+from rlcm_fast.config import EngineConfig
+
+
+@pytest.fixture(scope="module")
+def unet(tiny_lcm_folder: str) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(tiny_lcm_folder, subfolder="unet").eval()
+
+
+def output(unet: UNet2DConditionModel) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 24, generator=generator)
+    guidance = torch.randn(2, 16, generator=generator)
+    return unet(x, torch.tensor([5, 900]), text, timestep_cond=guidance, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("engine", [EngineConfig(channels_last=True), EngineConfig(compile="regional"),
+                                    EngineConfig(compile="whole")])  # fmt: skip
+def test_outputs_gradients_and_names_stay(unet: UNet2DConditionModel, engine: EngineConfig):
+    fast = copy.deepcopy(unet)
+    accelerate(fast, engine, backend="aot_eager")
+    assert list(fast.state_dict()) == list(unet.state_dict())
+    torch.testing.assert_close(output(fast), output(unet), rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(output(model).square().sum(), list(model.parameters())) for model in (fast, unet)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_is_that_of_every_convolution(unet: UNet2DConditionModel):
+    fast = copy.deepcopy(unet)
+    accelerate(fast, EngineConfig(channels_last=True))
+    weights = [weight for weight in fast.parameters() if weight.ndim == 4]
+    assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
+def test_compiled_blocks_are_called_compiled(unet: UNet2DConditionModel):
+    fast = copy.deepcopy(unet)
+    calls: list[int] = []
+    accelerate(fast, EngineConfig(compile="regional"), backend=lambda graph, _: calls.append(1) or graph.forward)  # type: ignore[arg-type]
+    output(fast)
+    assert calls
