@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from kernel_timing import Call, CopyTimes
 
 _ROWS, _QUICK_ROWS = (1, 4, 16, 64, 256), (16, 64, 256)
-_SIZES, _QUICK_SIZES = ("4x64x64", "4x128x128"), ("4x128x128",)
+_SIZES = ("4x64x64", "4x128x128")
 _DTYPES = ("float32", "bfloat16")
 _TARGET_ROWS, _TARGET_SIZE = 64, "4x128x128"  # where bandwidth is promised: from so many rows, of that size
 _NO_GPU = "torch sees no CUDA device; --device cpu tries it out without one"
@@ -69,10 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--operations", nargs="+", default=[""], metavar="NAME", help="beginnings of their names")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: all; without triton on a CPU")
     parser.add_argument("--rows", type=int, nargs="+", metavar="N", help=f"default {_words(_ROWS)}")
-    parser.add_argument("--sizes", nargs="+", metavar="CxHxW", help=f"default {_words(_SIZES)}")
+    parser.add_argument(
+        "--sizes", nargs="+", metavar="CxHxW", help=f"default {_words(_SIZES)}, or what an operation meets"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), default=_DTYPES,
                         help=f"of the network's outputs (default {_words(_DTYPES)})")  # fmt: skip
-    quick = f"N {_words(_QUICK_ROWS)} and size {_words(_QUICK_SIZES)} where they are not given"
+    quick = f"N {_words(_QUICK_ROWS)} and the largest size, where they are not given"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default cuda)")
     parser.add_argument(
@@ -159,7 +161,8 @@ def _version_of(package: str) -> str | None:
 def cases(operation: Operation, arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     """Small N first."""
     num_rows = arguments.rows or (_QUICK_ROWS if arguments.quick else _ROWS)
-    sizes = arguments.sizes or (_QUICK_SIZES if arguments.quick else _SIZES)
+    usual = operation.sizes or _SIZES
+    sizes = arguments.sizes or (usual[-1:] if arguments.quick else usual)
     latents = [(size, dtype) for size in sizes for dtype in arguments.dtypes]
     for size, dtype in latents if operation.has_latents else latents[:1]:
         for n in sorted(num_rows):

@@ -40,6 +40,7 @@ class Operation:
     num_bytes: Callable[[Inputs], int]
     wanted: tuple[int, ...] = ()  # places of the inputs whose gradients are taken
     has_latents: bool = True  # else its inputs have N numbers, whatever the latent's size and dtype
+    sizes: tuple[str, ...] = ()  # its own, smallest first, where those of latents are not what it meets
 
     def inputs(self, num_rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
         """Fresh ones, the same in every call."""

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import bench_kernels
@@ -89,6 +90,19 @@ def test_what_time_is_left_for_is_measured_and_the_rest_named(tmp_path: Path):
     summary = bench_kernels.run(parser.parse_args([*given, "--out", str(tmp_path)]))
     assert summary["measured"] == 0
     assert summary["cut"] == ["gaussian_step noise 2 1x2x2 float32", "gaussian_step noise 2 1x2x2 bfloat16"]
+
+
+def test_cases_are_all_sizes_and_the_largest_alone_when_it_must_be_quick():
+    wide = replace(find_operations(["gaussian_step noise"])[0], sizes=("32x8x8", "64x16x16"))
+    rebel = find_operations(["rebel"])[0]
+    sizes = {}
+    for words in ("", "--quick", "--sizes 1x2x2"):
+        arguments = bench_kernels._parser().parse_args([*words.split(), "--rows", "4", "2", "--dtypes", "float16"])
+        sizes[words] = [(case.size, case.num_rows) for case in bench_kernels.cases(wide, arguments, CPU)]
+        assert [case.num_rows for case in bench_kernels.cases(rebel, arguments, CPU)] == [2, 4]
+    assert sizes[""] == [("32x8x8", 2), ("32x8x8", 4), ("64x16x16", 2), ("64x16x16", 4)]
+    assert sizes["--quick"] == [("64x16x16", 2), ("64x16x16", 4)]
+    assert sizes["--sizes 1x2x2"] == [("1x2x2", 2), ("1x2x2", 4)]
 
 
 @WITHOUT_GPU
