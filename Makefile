@@ -1,4 +1,4 @@
-.PHONY: install test test-all lint typecheck format ci
+.PHONY: install test test-all gpu lint typecheck format ci
 
 install:
 	pip install -e '.[dev]'
@@ -8,6 +8,9 @@ test:
 
 test-all:
 	python -m pytest
+
+gpu: # WHEELS=FOLDER for a machine without pytest, OUT=FOLDER for the results
+	python benchmarks/gpu_suite.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)")
 
 lint:
 	ruff check .

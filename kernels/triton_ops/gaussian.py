@@ -267,9 +267,12 @@ def _keep_log_prob(ctx, inputs, output):
     x, m, m_uncond, x_next, coef, ctx.guidance, ctx.keeps_residual = inputs
     ctx.save_for_backward(x, m, m_uncond, x_next, coef, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or a backward pass fills zeros of the residual's size, in a launch of its own
 
 
 def _log_prob_backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 7
     assert ctx.keeps_residual, "a gradient is wanted of a call without keeps_residual"
     return *input_gradients(ctx, ctx.saved_tensors[5], grad, None), None, None, None
 

@@ -124,9 +124,12 @@ def _keep_loss(ctx, inputs, output):
     ctx.save_for_backward(output[2])
     ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)  # or a backward pass fills zeros for both, each in a launch of its own
 
 
 def _loss_backward(ctx, upstream, *_):
+    if upstream is None:
+        return (None,) * 5
     (grad,) = ctx.saved_tensors
     return (grad * upstream).to(ctx.dtype), None, None, None, None
 
@@ -163,9 +166,12 @@ def _keep_policy(ctx, inputs, output):
     ctx.keeps_residual = inputs[-1]
     ctx.save_for_backward(x, m, m_uncond, x_next, coef, *output[3:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or a backward pass fills zeros for all four, one as large as the residual
 
 
 def _policy_backward(ctx, upstream, *_):
+    if upstream is None:
+        return (None,) * 11
     assert ctx.keeps_residual, "a gradient is wanted of a call without keeps_residual"
     grad, residual = ctx.saved_tensors[5:]
     return *input_gradients(ctx, residual, grad, upstream), *[None] * 7

@@ -1,8 +1,4 @@
-"""The Triton operations on the CPU, in Triton's interpreter, against the reference in float64.
-
-The rule for errors: no larger than the reference's own in the same dtype, plus an absolute term for the order of
-summation (float32 has a rounding of 6e-8 of the value at each addition).
-"""
+"""The Triton operations on the CPU, in Triton's interpreter, against the reference in float64."""
 
 # N rows, C H W latent
 
@@ -14,6 +10,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from kernel_checks import assert_no_worse
 from torch import Tensor
 
 from rlcm_fast.kernels import dispatch, functional, reference
@@ -51,18 +48,6 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Tensor], Tensor, float]:
 
 def wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.double() for name, tensor in tensors.items()}
-
-
-def assert_no_worse(ours: Tensor, theirs: Tensor, truth: Tensor, per_unit: float) -> None:
-    """Largest error of ours at most that of the reference, plus `per_unit` of the largest true value.
-
-    To bfloat16 the interpreter cuts off where a GPU rounds: an error of one unit in the last place for one half.
-    """
-    per_unit += 2.0**-8 if ours.dtype == torch.bfloat16 else 0.0
-    assert torch.equal(ours.isfinite(), theirs.isfinite())  # float16 overflows for both
-    ours, theirs, truth = (values[theirs.isfinite()].double() for values in (ours, theirs, truth))
-    error, allowed = (ours - truth).abs().max(), (theirs - truth).abs().max() + per_unit * truth.abs().max()
-    assert error <= allowed, f"{error} > {allowed}"
 
 
 @given(case=cases(), is_guided=st.booleans())
