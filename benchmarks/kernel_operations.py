@@ -12,6 +12,7 @@ as reading the inputs once more would move more. What the caches save or an impl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ Inputs = tuple[Tensor, ...]
 CLIP_RANGE, ADVANTAGE_CLIP, GUIDANCE_SCALE, ETA = 1e-4, 10.0, 7.5, 1.0
 _NUM_ACTIONS = 8  # of a trajectory
 _FLOAT = 4  # bytes
+_HIDDEN_SIZES = ("1280x16x16", "640x64x64", "320x64x64")  # of SD1.5's and SDXL's UNets
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,24 @@ def _rebel_inputs(num_rows: int, shape: Shape, dtype: torch.dtype, device: torch
     return log_prob, log_prob_old, _advantages(2 * num_rows, device)
 
 
+def _norm_inputs(num_rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Hidden states x, weight, bias."""
+    generator, size = _generator(device), (num_rows, *shape)
+    x = 3 * torch.randn(size, generator=generator, device=device) + 1
+    weight, bias = torch.randn(2, shape[0], generator=generator, device=device)
+    return x.to(dtype), weight.to(dtype), bias.to(dtype)
+
+
+def _norm_training_inputs(num_rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    x, weight, bias = _norm_inputs(num_rows, shape, dtype, device)
+    dy = torch.randn(x.shape, generator=_generator(device).manual_seed(1), device=device).to(dtype)
+    return x, weight, bias, dy
+
+
+def _group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return functional.group_norm_silu(x, math.gcd(x.shape[1], 32), weight, bias)
+
+
 def _bytes_of_training(inputs: Inputs) -> int:
     """Of log-probs and their gradient in the network's output m."""
     x, m, x_next, coef, *of_rows = inputs
@@ -206,6 +226,22 @@ OPERATIONS = (
         partial(functional.rebel_residual, eta=ETA),
         lambda inputs: size_in_bytes(*inputs) + _FLOAT * 3 * len(inputs[0]) // 2,
         has_latents=False,
+    ),
+    Operation(
+        "group_norm_silu forward",
+        _norm_inputs,
+        _group_norm_silu,
+        lambda inputs: size_in_bytes(*inputs, inputs[0]),
+        sizes=_HIDDEN_SIZES,
+    ),
+    Operation(
+        "group_norm_silu forward+backward",
+        _norm_training_inputs,
+        _group_norm_silu,
+        # x, weight, bias -> y; then x, weight, bias, dy -> dx, dweight, dbias
+        lambda inputs: 3 * size_in_bytes(*inputs[:3]) + size_in_bytes(inputs[0], inputs[3]),
+        wanted=(0, 1, 2),
+        sizes=_HIDDEN_SIZES,
     ),
 )
 

@@ -25,6 +25,7 @@ from reporting import print_summary, write_csv
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 _SHAPE = (64, 4, 64, 64)
+_UNET_SHAPE = (2, 320, 64, 64)
 
 
 def main() -> int:
@@ -63,7 +64,7 @@ def operations(dtype: Any, memory_format: Any) -> dict[str, Callable[[], Any]]:
     """Every operation with its backward pass, all tensors of rows in one dtype and format."""
     import torch
 
-    from rlcm_fast.kernels.triton_ops import adamw, gaussian, loss, rebel
+    from rlcm_fast.kernels.triton_ops import adamw, gaussian, group_norm, loss, rebel
 
     x, m, m_uncond, x_next = (torch.zeros(_SHAPE, dtype=dtype).to(memory_format=memory_format) for _ in range(4))
     residual = torch.zeros(_SHAPE).to(memory_format=memory_format)
@@ -79,6 +80,9 @@ def operations(dtype: Any, memory_format: Any) -> dict[str, Callable[[], Any]]:
             [x], [m], *states, *absmax, [0], [1.0] * 8, 1, 0, rounds, rows[:1].squeeze(), None
         )
     }
+    hidden, dy = (torch.zeros(_UNET_SHAPE, dtype=dtype).to(memory_format=memory_format) for _ in range(2))
+    weight, group = torch.ones(_UNET_SHAPE[1], dtype=dtype), torch.ones(_UNET_SHAPE[0], 32)
+    norm = (hidden, dy, group, group, weight, weight)
     return {
         **({} if dtype == torch.float16 else of_weights),
         "log_prob": lambda: gaussian.gaussian_log_prob(x, m, None, x_next, coef, 1.0, True),
@@ -89,6 +93,11 @@ def operations(dtype: Any, memory_format: Any) -> dict[str, Callable[[], Any]]:
         "clipped_ratio_loss": lambda: loss.clipped_ratio_loss(rows, *clip),
         "rebel_residual": lambda: rebel.rebel_residual(pairs, pairs, rows, 1.0),
         "policy_loss": lambda: loss.policy_loss(x, m, None, x_next, coef, 1.0, *clip, True),
+        "group_norm_silu": lambda: group_norm.group_norm_silu(hidden, weight, weight, 32, 1e-5, True),
+        "group_norm_silu, sums": lambda: group_norm.group_norm_silu_sums(*norm, True),
+        "group_norm_silu, gradient": lambda: group_norm.group_norm_silu_input_gradient(
+            *norm, torch.ones(2, *group.shape), True
+        ),
     }
 
 

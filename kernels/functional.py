@@ -2,14 +2,15 @@
 
 Everything that turns a network output into a state, a log-probability, a divergence or a loss goes through here, from
 sampling as from training. Inputs are float32, bfloat16 or float16, each on its own, contiguous or channels_last (rows
-of a larger tensor included); arithmetic and results are float32. The torch implementation also takes float64, which
-stays float64, and differentiates everything; what Triton differentiates is said below.
+of a larger tensor included); arithmetic and results are float32 (of group_norm_silu like x). The torch implementation
+also takes float64, which stays float64, and differentiates everything; what Triton differentiates is said below.
 """
 
 # N rows (samples or transitions), C H W latent; coef rows are A, B, sigma of x_s = A x_t + B m + sigma z
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -31,6 +32,7 @@ __all__ = [
     "gaussian_log_prob",
     "gaussian_mean",
     "gaussian_step",
+    "group_norm_silu",
     "policy_loss",
     "rebel_residual",
 ]
@@ -254,6 +256,30 @@ def _strided_like(param: Tensor, grad: Tensor) -> Tensor:
     """grad with its elements in memory in the weight's order."""
     in_memory_order(param)
     return grad if has_memory_order_of(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, silu: bool = True
+) -> Tensor:
+    """silu(GroupNorm(x)) (N, C, H, W), in dtype and memory format like x; without `silu` GroupNorm alone.
+
+    x (N, C, H, W); weight, bias (C,). Differentiable in the three. torch rounds to the dtype of x after GroupNorm and
+    after SiLU, and takes such mixtures of dtypes as torch.nn.functional.group_norm does; Triton takes all, and rounds
+    once. Its statistics are float32, two-pass. It keeps x and 2 N num_groups numbers for the backward pass, where torch
+    keeps GroupNorm's output too; a gradient of y in another memory format than x is copied there.
+    """
+    channels = x.shape[1] if x.ndim == 4 else 0
+    if not channels or weight.shape != (channels,) or bias.shape != (channels,):
+        raise ValueError(
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}: give (N, C, H, W), (C,), (C,)"
+        )
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups={num_groups} must divide C={channels}; try {math.gcd(num_groups, channels)}")
+    if not dispatch.is_triton(x, weight, bias):
+        return reference.group_norm_silu(x, num_groups, weight, bias, eps, silu)
+    from rlcm_fast.kernels.triton_ops import group_norm
+
+    return group_norm.group_norm_silu(x, weight, bias, num_groups, eps, silu)[0]
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

@@ -5,7 +5,8 @@ action, as the MEAN over C, H, W of independent normal densities, is
 
     log p(x_s | x_t) = -mean(r^2) / 2 - log sigma - log(2 pi) / 2,     r = (x_s - A x_t - B m) / sigma
 
-Arithmetic and results are float32 for inputs of lower precision; float64 inputs stay float64 (for gradcheck).
+Arithmetic and results are float32 for inputs of lower precision; float64 inputs stay float64 (for gradcheck). Only
+group_norm_silu is what torch makes of it, in the dtype of x: a model's own layers, bit for bit.
 """
 
 # N rows (samples or transitions), C H W latent; coef rows are A, B, sigma
@@ -16,6 +17,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
@@ -147,3 +149,8 @@ def rebel_residual(log_prob: Tensor, log_prob_old: Tensor, rewards: Tensor, eta:
     residual = (moved[0::2] - moved[1::2]) / eta - (rewards[0::2] - rewards[1::2])
     weight = 2.0 * residual / (len(residual) * eta)
     return residual, torch.stack([weight, -weight], dim=1).flatten()
+
+
+def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+    normalised = F.group_norm(x, num_groups, weight, bias, eps)
+    return F.silu(normalised) if silu else normalised

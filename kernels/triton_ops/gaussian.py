@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.random import uint_to_uniform_float
 
+from rlcm_fast.kernels.triton_ops.noise import normal
 from rlcm_fast.kernels.triton_ops.rows import Walk, walk_over
 
 _HALF_LOG_TWO_PI = tl.constexpr(0.9189385332046727)
@@ -77,32 +77,6 @@ def _residual_kernel(
 
 
 @triton.jit
-def _normal(seed, place):
-    """As triton.language.randn: Philox, then Box-Muller."""
-    word_1, word_2, _, _ = tl.randint4x(seed, place)
-    u_1, u_2 = uint_to_uniform_float(word_1), uint_to_uniform_float(word_2)
-    return tl.sqrt(-2.0 * tl.log(tl.maximum(u_1, 1e-7))) * _cos_of_turns(u_2)
-
-
-@triton.jit
-def _cos_of_turns(u):
-    """cos(2 pi u) for u in [0, 1), folded to an eighth of a turn, where the series end below 1e-8.
-
-    tl.cos is for any angle and keeps 32 bytes of each thread in memory for the large ones.
-    """
-    t = tl.abs(u - 0.5)
-    is_far = t > 0.25
-    t = tl.where(is_far, 0.5 - t, t)
-    is_sine = t > 0.125
-    angle = 6.283185307179586 * tl.where(is_sine, 0.25 - t, t)
-    s = angle * angle
-    cosine = 1.0 + s * (-1 / 2 + s * (1 / 24 + s * (-1 / 720 + s * (1 / 40320 - s / 3628800))))
-    sine = angle * (1.0 + s * (-1 / 6 + s * (1 / 120 + s * (-1 / 5040 + s / 362880))))
-    value = tl.where(is_sine, sine, cosine)
-    return tl.where(is_far, value, -value)
-
-
-@triton.jit
 def _step_kernel(
     x, m, m_uncond, noise, seeds, coef, x_next, partial, guidance,
     x_n, m_n, u_n, z_n, s_n,
@@ -126,7 +100,7 @@ def _step_kernel(
         )  # fmt: skip
         if draws:
             run = c * P + p
-            z = _normal(tl.load(seeds + n), run % interleaved * (P // interleaved) + run // interleaved)
+            z = normal(tl.load(seeds + n), run % interleaved * (P // interleaved) + run // interleaved)
         else:
             z = tl.load(noise + n * z_n + c * z_c + p * z_p, mask=inside, other=0.0).to(tl.float32)
         x_s = mean + sigma * z

@@ -48,7 +48,7 @@ def walk_over(tensors: Sequence[Tensor]) -> tuple[Walk, list[tuple[int, int, int
     """
     _, channels, height, width = tensors[0].shape
     positions = height * width
-    strides = [_strides(tensor) for tensor in tensors]
+    strides = [strides_of(tensor) for tensor in tensors]
     if len({of_row[1:] for of_row in strides}) == 1:
         is_channels_last = strides[0][2] == channels > 1
         run = _walk(1, channels * positions, interleaved=channels if is_channels_last else 1)
@@ -65,7 +65,7 @@ def _walk(channels: int, positions: int, interleaved: int = 1) -> Walk:
     return Walk(channels, positions, tile_channels, tile_positions, num_tiles * tile_positions, interleaved)
 
 
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
+def strides_of(tensor: Tensor) -> tuple[int, int, int]:
     _, channels, height, width = tensor.shape
     row, channel, down, right = tensor.stride()
     if width == 1:

@@ -49,6 +49,10 @@ def test_bytes_are_those_counted_by_hand():
         "policy_loss forward+backward": (480 + 240 + 480 + 24 + 16 + 28 + 8 + 480) + (480 + 8 + 24 + 4 + 240),
         # 2 x 2 trajectories of 8 log-probs, twice, and 4 rewards -> 2 residuals, 4 gradients
         "rebel_residual": 2 * 4 * 8 * 4 + 16 + 8 + 16,
+        # x, weight, bias -> y
+        "group_norm_silu forward": 240 + 6 + 6 + 240,
+        # as before; x, weight, bias, dy -> dx, dweight, dbias
+        "group_norm_silu forward+backward": (240 + 12 + 240) + (240 + 12 + 240) + (240 + 12),
     }
     for operation in OPERATIONS:
         assert operation.num_bytes(operation.inputs(2, (3, 4, 5), torch.bfloat16, CPU)) == counted[operation.name]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rlcm_fast.kernels import dispatch, reference_adamw
 from rlcm_fast.kernels.adamw import AdamW8bit
-from rlcm_fast.kernels.quantization import codebook, dequantize, quantize
+from rlcm_fast.kernels.quantization import codebook, dequantize, edges_between, quantize
 from rlcm_fast.kernels.triton_ops import adamw as triton_adamw
 
 SHAPES = [(5, 8, 3, 37), (5000,), (3, 7), (16, 16, 4, 5), (1,)]  # large and uneven, large, small, large, tiny
@@ -56,6 +56,19 @@ def test_quantisation_takes_the_nearest_value_of_the_codebook(is_signed: bool):
     chosen = distance.gather(-1, codes.long()[..., None])[..., 0]
     assert (chosen <= distance.amin(dim=-1) + 1e-7).all()
     torch.testing.assert_close((dequantize(codes, absmax, is_signed) - values).abs(), chosen, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_codes_count_the_edges_below(is_signed: bool):
+    edges = edges_between(is_signed, torch.device("cpu"))[:-1]
+    near = [torch.nextafter(edges, torch.tensor(direction)) for direction in (-2.0, 2.0)]
+    values = torch.cat([edges, *near, torch.linspace(-1 if is_signed else 0, 1, 99_999), torch.tensor([1.0, 0.0])])
+    values = values[: len(values) // 256 * 256].view(-1, 256).clone()
+    values[:, 0] = 1.0  # so that a block's largest is 1
+    codes = torch.bucketize(values, edges_between(is_signed, values.device)).to(torch.uint8)
+    if not is_signed:
+        codes = torch.where(values > 0, codes.clamp(min=1), codes)
+    assert torch.equal(quantize(values, is_signed)[0], codes)
 
 
 def test_a_second_moment_above_zero_is_not_lost_nor_one_of_zero_found():
