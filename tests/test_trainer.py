@@ -209,6 +209,21 @@ def test_the_leanest_settings_train_together(tiny_lcm_folder: str, tmp_path: Pat
         assert weight.ndim < 4 or weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["regional", "whole"])
+def test_a_compiled_network_keeps_the_ratio_at_one_and_learns_the_same(kind: str, tiny_lcm_folder: str, tmp_path: Path):
+    """Its graphs with gradients (update) and without (rollout) round differently; in float32 that is far from a clip."""
+    lines = []
+    settings = {"num_iterations": 2, "optimizer__eps": 1e-3}  # a small eps blows up rounding of gradients that are zero
+    for compile_ in ("off", kind):
+        trainer = Trainer(make_config(tiny_lcm_folder, tmp_path / compile_, engine__compile=compile_, **settings))
+        trainer.run()
+        lines.append(tiny_runs.metrics(tmp_path / compile_))
+    assert lines[1][0]["ratio/noise_floor"] < 1e-5
+    for eager, compiled in zip(*lines, strict=True):
+        assert compiled == pytest.approx(eager, rel=1e-2, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "fault, problem",
     [

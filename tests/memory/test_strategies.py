@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -206,3 +207,14 @@ def _gradients_and_kept(unet: nn.Module) -> tuple[list[Tensor], int]:
         out = unet(x, torch.tensor([5, 900]), text, timestep_cond=guidance, return_dict=False)[0]
     gradients = torch.autograd.grad(out.square().sum(), list(unet.parameters()))
     return list(gradients), sum(kept.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeedCPUAdam is compiled here, and there is no compiler")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_states_on_the_cpu_train_as_those_on_the_device(stage: int):
+    """DeepSpeedCPUAdam is compiled at its first use, which takes most of a minute."""
+    engines = [engine_of(Large(), 2, stage=stage, lr=1e-3, offload=offload) for offload in (False, True)]
+    norms = [train(engine, 3) for engine in engines]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert distance(*(engine.full_weights() for engine in engines)) < 1e-6
