@@ -173,7 +173,7 @@ def measure(architecture: Architecture, strategy: Strategy, device: Literal["cud
     dtype, image_size = DTYPES[strategy.dtype], strategy.image_size or architecture.image_size
     setup = Setup(dtype, strategy.recompute, strategy.lora_rank, image_size, device)
     return Profiles(
-        profile_unet(architecture, setup),
+        profile_unet(architecture, setup, strategy.micro_batch_size * strategy.rows_per_sample),
         profile_decoder(architecture, image_size, FROZEN_DTYPE),
         sum(p.numel() for encoder in architecture.build_text_encoders() for p in encoder.parameters()),
         architecture.unet["in_channels"] * (image_size // architecture.pixels_per_latent) ** 2 * 4,

@@ -1,6 +1,6 @@
 """What a network's forward and backward pass allocate and compute, found by running its real code on meta tensors.
 
-    architecture, dtype, recomputation -> NetworkProfile: lines over the rows of a batch, FLOPs of a row
+    architecture, dtype, recomputation -> NetworkProfile: bytes over the rows of a batch, FLOPs of a row
 
 Meta tensors have shapes and no memory, so SDXL takes seconds on a laptop. Two things make the result true of a GPU:
  1. `LiveBytes` counts storages while they live, as a caching allocator does; activations are what the forward leaves.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -44,25 +44,24 @@ _KEPT = [  # by "selective"; the rest (norms, activations, additions) is cheap t
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 ]
-_ROWS = (1, 2)  # traced; lines go through them, and a test holds them against larger batches
+_FEW, _MANY = (1, 2), 64  # rows that are traced, and as many as there will be
 _MOST_FLASH_HEAD = 256  # channels of a head; torch chooses the memory-efficient kernel above
 
 
 @dataclass(frozen=True)
-class Line:
-    """Bytes over the rows of a batch."""
+class Curve:
+    """Bytes over the rows of a batch: exact where traced, straight between and beyond.
 
-    fixed: float
-    per_row: float
+    A peak is the largest of many sums of a constant and a multiple of the rows, so it is convex: between two traced
+    sizes the straight line lies on it or above. For full-size UNets it is one line through 0.
+    """
 
-    def __call__(self, rows: float) -> float:
-        return self.fixed + self.per_row * rows
+    points: tuple[tuple[int, int], ...]  # rows, bytes; two or more, ascending
 
-    @classmethod
-    def through(cls, bytes_at: Callable[[int], int]) -> Line:
-        first, second = (bytes_at(rows) for rows in _ROWS)
-        per_row = (second - first) / (_ROWS[1] - _ROWS[0])
-        return cls(first - per_row * _ROWS[0], per_row)
+    def __call__(self, rows: int) -> float:
+        pairs = list(zip(self.points, self.points[1:]))
+        (start, low), (end, high) = next((pair for pair in pairs if rows <= pair[1][0]), pairs[-1])
+        return low + (high - low) / (end - start) * (rows - start)
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,9 @@ class NetworkProfile:
 
     trainable: tuple[int, ...]  # elements of each trained tensor
     frozen: int  # elements of all others
-    saved: Line  # live between forward and backward
-    training_peak: Line  # while gradients are added to those of earlier micro-batches
-    sampling_peak: Line
+    saved: Curve  # live between forward and backward
+    training_peak: Curve  # while gradients are added to those of earlier micro-batches
+    sampling_peak: Curve
     forward_flops: float  # of a row
     training_flops: float  # of a row, forward, recomputation and backward
 
@@ -94,7 +93,7 @@ class DecoderProfile:
     """A VAE."""
 
     numel: int
-    peak: Line
+    peak: Curve
     flops: float  # of an image
 
 
@@ -146,18 +145,19 @@ class LiveBytes(TorchDispatchMode):
         del self._watches[key]
 
 
-def profile_unet(architecture: Architecture, setup: Setup) -> NetworkProfile:
-    """Traces training and sampling at two sizes of the batch; about 20 seconds for SDXL on two CPU cores."""
+def profile_unet(architecture: Architecture, setup: Setup, rows: int) -> NetworkProfile:
+    """Traces training at 1, at `rows` and at many rows, and sampling; about 20 seconds for SDXL on two CPU cores."""
     unet = prepare_unet(architecture.build_unet(), setup)
     parameters = list(unet.parameters())
-    training = {rows: trace_unet(unet, architecture, setup, rows, trains=True) for rows in _ROWS}
-    sampling = {rows: trace_unet(unet, architecture, setup, rows, trains=False) for rows in _ROWS}
+    sizes = sorted({1, rows, max(_MANY, 2 * rows)})
+    training = {n: trace_unet(unet, architecture, setup, n, trains=True) for n in sizes}
+    sampling = {n: trace_unet(unet, architecture, setup, n, trains=False) for n in _FEW}
     return NetworkProfile(
         trainable=tuple(p.numel() for p in parameters if p.requires_grad),
         frozen=sum(p.numel() for p in parameters if not p.requires_grad),
-        saved=Line.through(lambda rows: training[rows].saved),
-        training_peak=Line.through(lambda rows: training[rows].peak),
-        sampling_peak=Line.through(lambda rows: sampling[rows].peak),
+        saved=Curve(tuple((n, training[n].saved) for n in sizes)),
+        training_peak=Curve(tuple((n, training[n].peak) for n in sizes)),
+        sampling_peak=Curve(tuple((n, sampling[n].peak) for n in _FEW)),
         forward_flops=training[1].forward_flops,
         training_flops=training[1].flops,
     )
@@ -167,18 +167,16 @@ def profile_decoder(architecture: Architecture, image_size: int, dtype: torch.dt
     """The VAE's decoder; `numel` is of the whole VAE, which stays on the GPU."""
     vae = nn.Module.to(architecture.build_vae(), dtype).requires_grad_(False)
     side = image_size // architecture.pixels_per_latent
-    channels = architecture.unet["in_channels"]
 
-    def decode(rows: int) -> Pass:
+    def decode(rows: int) -> LiveBytes:
         with LiveBytes(vae.parameters()) as live, _fused_attention("cuda"):
-            latents = torch.empty(rows, channels, side, side, device="meta", dtype=dtype)
-            images = vae.decode(latents, return_dict=False)[0].float()
-        del images
-        return Pass(live.now, live.peak, live.flops, live.flops)
+            latents = torch.empty(rows, architecture.unet["in_channels"], side, side, device="meta", dtype=dtype)
+            vae.decode(latents, return_dict=False)[0].float()
+        return live
 
-    passes = {rows: decode(rows) for rows in _ROWS}
+    passes = {n: decode(n) for n in _FEW}
     numel = sum(p.numel() for p in vae.parameters())
-    return DecoderProfile(numel, Line.through(lambda rows: passes[rows].peak), passes[1].flops)
+    return DecoderProfile(numel, Curve(tuple((n, passes[n].peak) for n in _FEW)), passes[1].flops)
 
 
 def prepare_unet(unet: Any, setup: Setup) -> Any:

@@ -85,11 +85,13 @@ def test_bytes_are_those_of_a_real_update(recompute: Any, micro_batch_size: int)
 @pytest.mark.parametrize("recompute", ["none", "block", "selective"])
 def test_the_peak_of_a_real_backward_pass_is_the_traced_one(recompute: Any):
     setup = Setup(torch.float32, recompute, device="cpu")
-    profile = profile_unet(ARCHITECTURE, setup)
+    profile = profile_unet(ARCHITECTURE, setup, 16)
     backbone = Backbone.load("shapes/lcm", None, torch.device("cpu"), torch.float32)
-    real = trace_unet(prepare_unet(backbone.unet, setup), ARCHITECTURE, setup, 16, trains=True)
-    assert profile.training_peak(16) == close(real.peak)
-    assert profile.saved(16) == close(real.saved)
+    unet = prepare_unet(backbone.unet, setup)
+    for rows in (1, 16, 40, 64):
+        real = trace_unet(unet, ARCHITECTURE, setup, rows, trains=True)
+        assert profile.training_peak(rows) == close(real.peak)
+        assert profile.saved(rows) == close(real.saved)
 
 
 @pytest.mark.usefixtures("one_process")
