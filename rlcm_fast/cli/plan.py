@@ -74,8 +74,8 @@ def _head(planner: Planner, strategy: Strategy, name: str) -> list[str]:
     images = f"{work.samples} images of {strategy.image_size} pixels"
     of = "" if work.num_processes == 1 else f" on each of {work.num_processes} GPUs"
     return [
-        f"{name}: UNet of {millions:.1f} M parameters, {unet.forward_flops / 1e9:.0f} GFLOP forward, "
-        f"{unet.training_flops / 1e9:.0f} with backward",
+        f"{name}: UNet of {millions:.1f} M parameters, {unet.forward_flops.total / 1e9:.4g} GFLOP forward, "
+        f"{unet.training_flops.total / 1e9:.5g} with backward",
         f"an iteration{of}: {images}, {work.num_steps} steps each, {work.samples * work.num_actions} transitions; "
         f"micro-batches of {strategy.rollout_micro_batch_size} (rollout) and {strategy.micro_batch_size} (update)",
         "",
@@ -112,7 +112,7 @@ def _one_gpu(planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
     stages = ", ".join(f"{name} {getattr(seconds, name):.3g}" for name in ("sampling", "decoding", "update", "step"))
     return [
         f"{gpu.name}: {gpu.memory_gib:g} GiB, {gpu.bandwidth_gb_s:g} GB/s, {gpu.bf16_tflop_s:g} TFLOP/s bf16, "
-        f"{gpu.fp32_tflop_s:g} float32 ({gpu.source})",
+        f"{gpu.tf32_tflop_s:g} TF32, {gpu.fp32_tflop_s:g} float32 ({gpu.source})",
         f"  seconds an iteration: {seconds.iteration:.3g} ({stages}), if {MODEL_FLOPS_UTILISATION:.0%} of the rate is "
         "reached: an assumption until measured; rewards not counted",
         *(f"  {line}" for line in _verdict(planner, strategy, gpu)),

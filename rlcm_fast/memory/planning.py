@@ -9,9 +9,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args, get_type_hints
 
+import torch
+
 from rlcm_fast.config import Config
 from rlcm_fast.memory.architecture import Architecture
 from rlcm_fast.memory.estimate import (
+    FROZEN_DTYPE,
     GIB,
     SETTINGS,
     Memory,
@@ -22,6 +25,7 @@ from rlcm_fast.memory.estimate import (
     measure,
 )
 from rlcm_fast.memory.gpus import Gpu
+from rlcm_fast.memory.tracing import Flops
 
 Settings = dict[str, Any]  # config field -> value
 
@@ -78,14 +82,14 @@ class Planner:
         """At the assumed utilisation of the GPU."""
         profiles, work, memory = self.profiles(strategy), self.workload, self.memory(strategy)
         rows, unet = work.samples * strategy.rows_per_sample, profiles.unet
-        of_transition = unet.training_flops + (unet.forward_flops if strategy.has_reference else 0)
+        of_transition = unet.training_flops + unet.forward_flops * (1 if strategy.has_reference else 0)
         is_bf16 = strategy.dtype != "fp32"
         # weights, master copy and moments are read and written, gradients are read
         moved = 2 * (memory.weights + memory.master + memory.moments) + memory.gradients
         return Seconds(
-            sampling=gpu.seconds(rows * work.num_steps * unet.forward_flops, is_bf16),
-            decoding=gpu.seconds(work.samples * profiles.decoder.flops, dtype_is_bf16=False),
-            update=gpu.seconds(rows * work.num_actions * work.num_passes * of_transition, is_bf16),
+            sampling=_seconds(unet.forward_flops * (rows * work.num_steps), gpu, is_bf16),
+            decoding=_seconds(profiles.decoder.flops * work.samples, gpu, torch.bfloat16 == FROZEN_DTYPE),
+            update=_seconds(of_transition * (rows * work.num_actions * work.num_passes), gpu, is_bf16),
             step=work.num_updates * gpu.seconds_to_move(moved),
         )
 
@@ -156,6 +160,10 @@ class Planner:
         if rollout < min(strategy.rollout_micro_batch_size, self.workload.samples):
             found["rollout.micro_batch_size"] = rollout
         return found
+
+
+def _seconds(flops: Flops, gpu: Gpu, is_bf16: bool) -> float:
+    return gpu.seconds(flops.convolutions, flops.others, is_bf16)
 
 
 _RECOMPUTE = ("none", "selective", "block")

@@ -44,6 +44,7 @@ _KEPT = [  # by "selective"; the rest (norms, activations, additions) is cheap t
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 ]
+_CONVOLUTIONS = (_ATEN.convolution, _ATEN.convolution_backward)
 _FEW, _MANY = (1, 2), 64  # rows that are traced, and as many as there will be
 _MOST_FLASH_HEAD = 256  # channels of a head; torch chooses the memory-efficient kernel above
 
@@ -76,6 +77,24 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class Flops:
+    """Floating point operations; in float32 a GPU does convolutions on its tensor cores (TF32), by torch's default."""
+
+    convolutions: float
+    others: float
+
+    @property
+    def total(self) -> float:
+        return self.convolutions + self.others
+
+    def __add__(self, more: Flops) -> Flops:
+        return Flops(self.convolutions + more.convolutions, self.others + more.others)
+
+    def __mul__(self, times: float) -> Flops:
+        return Flops(self.convolutions * times, self.others * times)
+
+
+@dataclass(frozen=True)
 class NetworkProfile:
     """A UNet's weights and what its passes take; activations without weights and gradients."""
 
@@ -84,8 +103,8 @@ class NetworkProfile:
     saved: Curve  # live between forward and backward
     training_peak: Curve  # while gradients are added to those of earlier micro-batches
     sampling_peak: Curve
-    forward_flops: float  # of a row
-    training_flops: float  # of a row, forward, recomputation and backward
+    forward_flops: Flops  # of a row
+    training_flops: Flops  # of a row, forward, recomputation and backward
 
 
 @dataclass(frozen=True)
@@ -94,7 +113,7 @@ class DecoderProfile:
 
     numel: int
     peak: Curve
-    flops: float  # of an image
+    flops: Flops  # of an image
 
 
 @dataclass(frozen=True)
@@ -103,8 +122,8 @@ class Pass:
 
     saved: int
     peak: int
-    forward_flops: int
-    flops: int
+    forward_flops: Flops
+    flops: Flops
 
 
 class LiveBytes(TorchDispatchMode):
@@ -115,7 +134,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = self.flops = 0
+        self.now = self.peak = 0
+        self.flops = Flops(0, 0)
         self._sizes: dict[int, int] = {}
         self._watches: dict[int, weakref.ref] = {}
         for tensor in known:
@@ -124,7 +144,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+            count = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+            self.flops += Flops(count, 0) if func.overloadpacket in _CONVOLUTIONS else Flops(0, count)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf, leaf.untyped_storage().nbytes())
