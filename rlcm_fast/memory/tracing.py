@@ -186,7 +186,7 @@ def profile_unet(architecture: Architecture, setup: Setup, rows: int) -> Network
 
 def profile_decoder(architecture: Architecture, image_size: int, dtype: torch.dtype) -> DecoderProfile:
     """The VAE's decoder; `numel` is of the whole VAE, which stays on the GPU."""
-    vae = nn.Module.to(architecture.build_vae(), dtype).requires_grad_(False)
+    vae: Any = nn.Module.to(architecture.build_vae(), dtype).requires_grad_(False)
     side = image_size // architecture.pixels_per_latent
 
     def decode(rows: int) -> LiveBytes:

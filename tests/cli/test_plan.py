@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
 
+from rlcm_fast.backbones.loading import SHIPPED
 from rlcm_fast.cli.main import main
+from rlcm_fast.memory import planning
+from rlcm_fast.memory.architecture import load_architecture
+from rlcm_fast.memory.estimate import Profiles, Strategy, measure
 
-CONFIG = ["--config", "configs/shapes/compressibility.yaml"]
+CONFIG = ["--config", "configs/shapes/compressibility.yaml", "--update.micro_batch_size", "32"]
+
+
+@cache
+def _profiles(strategy: Strategy) -> Profiles:
+    return measure(load_architecture(str(SHIPPED["shapes/lcm"])), strategy)
+
+
+@pytest.fixture(autouse=True)
+def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "measure", lambda _, strategy: _profiles(strategy))
 
 
 def test_the_plan_of_all_gpus_is_a_table(capsys: pytest.CaptureFixture[str]):
-    assert main(["plan", *CONFIG, "--update.micro_batch_size", "32"]) == 0
+    assert main(["plan", *CONFIG]) == 0
     printed = capsys.readouterr().out
     for words in ("micro-batches of 64 (rollout) and 32 (update)", "reference copy (KL)", "a guess", "an assumption"):
         assert words in printed

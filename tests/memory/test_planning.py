@@ -16,7 +16,7 @@ from rlcm_fast.memory.architecture import load_architecture
 from rlcm_fast.memory.estimate import GIB, SETTINGS, Strategy, Workload, strategy_of
 from rlcm_fast.memory.gpus import GPUS, find_gpu
 from rlcm_fast.memory.planning import LADDER, Planner, changed
-from rlcm_fast.memory.tracing import Setup, prepare_unet, profile_decoder, profile_unet, trace_unet
+from rlcm_fast.memory.tracing import Setup, prepare_unet, profile_decoder, trace_unet
 
 SD15, SDXL = "SimianLuo/LCM_Dreamshaper_v7", "latent-consistency/lcm-sdxl"
 STRATEGY = strategy_of(Config())
@@ -33,14 +33,14 @@ def gpu_of(gib: float):
 
 def test_the_figures_of_the_sd15_consistency_model_are_the_known_ones():
     architecture, bf16 = load_architecture(SD15), Setup(torch.bfloat16, image_size=512)
-    unet = profile_unet(architecture, bf16, 2)
-    assert sum(unet.trainable) / 1e6 == pytest.approx(859.6, abs=0.05)
-    assert unet.forward_flops.total / 1e9 == pytest.approx(803, abs=0.5)
-    assert unet.training_peak(1) / GIB == pytest.approx(0.89, abs=0.005)
-    assert unet.saved(1) / GIB == pytest.approx(0.87, abs=0.005)
-    assert unet.training_peak(32) == pytest.approx(32 * unet.training_peak(1), rel=0.001)
+    unet = prepare_unet(architecture.build_unet(), bf16)
+    assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(859.6, abs=0.05)
+    training = trace_unet(unet, architecture, bf16, 1, trains=True)
+    assert training.forward_flops.total / 1e9 == pytest.approx(803, abs=0.5)
+    assert training.saved / GIB == pytest.approx(0.87, abs=0.005)
+    assert training.peak / GIB == pytest.approx(0.89, abs=0.005)
     block = replace(bf16, recompute="block")
-    checkpointed = trace_unet(prepare_unet(architecture.build_unet(), block), architecture, block, 1, trains=True)
+    checkpointed = trace_unet(prepare_unet(unet, block), architecture, block, 1, trains=True)
     assert checkpointed.peak / GIB == pytest.approx(0.225, abs=0.001)
     decoder = profile_decoder(architecture, 512, torch.bfloat16)
     assert decoder.peak(1) / GIB == pytest.approx(0.375, abs=0.001)
@@ -56,19 +56,12 @@ def test_sdxl_is_planned_within_a_minute_and_its_figures_are_the_known_ones():
     strategy = strategy_of(config)
     memory, unet = planner.memory(strategy), planner.profiles(strategy).unet
     assert time.perf_counter() - start < 60
+    assert unet.training_peak(64) == pytest.approx(64 * unet.training_peak(1), rel=0.001)
     assert sum(unet.trainable) / 1e6 == pytest.approx(2567, abs=1)
     assert unet.forward_flops.total / 1e9 == pytest.approx(6761, abs=1)
     assert unet.training_peak(1) / GIB == pytest.approx(6.45, abs=0.01)
     assert (memory.weights + memory.gradients + memory.master + memory.moments) / GIB == pytest.approx(38.3, abs=0.1)
     assert planner.profiles(strategy).decoder.flops.total / 1e9 == pytest.approx(10470, abs=1)
-
-
-def test_nothing_grows_with_the_square_of_the_tokens_in_attention():
-    """Of one head's scores alone there would be 4096 x 4096 x 2 bytes, at 8 heads 0.25 GiB a layer."""
-    architecture, setup = load_architecture(SD15), Setup(torch.bfloat16, image_size=512)
-    with torch.no_grad():
-        sampling = trace_unet(prepare_unet(architecture.build_unet(), setup), architecture, setup, 1, trains=False)
-    assert sampling.peak < 0.1 * GIB
 
 
 @pytest.mark.parametrize("gib", [1.4, 1.5, 1.6])
@@ -99,16 +92,16 @@ def test_where_nothing_helps_none_is_said(planner: Planner):
 
 
 def test_seconds_follow_the_rate_and_the_work(planner: Planner):
-    slow, fast = GPUS["a100-80gb"], GPUS["h100"]
-    bf16 = replace(STRATEGY, dtype="bf16", zero_stage=1)
-    ratio = planner.seconds(bf16, slow).update / planner.seconds(bf16, fast).update
-    assert ratio == pytest.approx(fast.bf16_tflop_s / slow.bf16_tflop_s)
+    slow, fast = GPUS["rtx3090"], GPUS["rtx4090"]
+    ratio = planner.seconds(STRATEGY, slow).update / planner.seconds(STRATEGY, fast).update
+    assert ratio == pytest.approx(fast.fp32_tflop_s / slow.fp32_tflop_s)
+    assert slow.seconds(1e12, 0, is_bf16=True) == pytest.approx(1 / 71 / 0.5)
     work = planner.workload
     twice = Planner(planner.architecture, replace(work, samples=2 * work.samples))
     twice._profiles = planner._profiles
     for stage in ("sampling", "decoding", "update"):
-        once = getattr(planner.seconds(bf16, slow), stage)
-        assert getattr(twice.seconds(bf16, slow), stage) == pytest.approx(2 * once)
+        once = getattr(planner.seconds(STRATEGY, slow), stage)
+        assert getattr(twice.seconds(STRATEGY, slow), stage) == pytest.approx(2 * once)
 
 
 def test_every_step_of_the_ladder_is_known_to_the_estimate():
