@@ -42,7 +42,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["rlcm_fast", "rlcm_fast.*"], exclude=["rlcm_fast.kernels*"]), *KERNELS],
     package_dir={"rlcm_fast.kernels": "kernels"},
-    package_data={"rlcm_fast.shapes": ["models/**/*"]},
+    package_data={"rlcm_fast.shapes": ["models/**/*"], "rlcm_fast.memory": ["architectures/*.json"]},
     install_requires=REQUIREMENTS,
     extras_require={
         "test": TEST + LINT,

@@ -1,1 +1,1 @@
-"""The console script rlcm-fast: look at a model (sample) and measure it (evaluate)."""
+"""The console script rlcm-fast: look at a model (sample), measure it (evaluate), plan its training (plan)."""

@@ -7,12 +7,17 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rlcm_fast.cli import evaluate, sample
+from rlcm_fast.cli import evaluate, plan, sample
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand. Returns the exit code: 0 done, 2 a user's mistake (one line on stderr), 130 interrupted."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.takes_overrides:
+        arguments.overrides = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         arguments.run(arguments)
     except ValueError as error:
@@ -25,13 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="rlcm-fast", description="Look at a model and measure it; training is rlcm_fast/train.py.")
+    parser = _Parser(
+        prog="rlcm-fast", description="Look at a model, measure it, plan its training, which is rlcm_fast/train.py."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module, name in ((sample, "sample"), (evaluate, "evaluate")):
+    for module, name in ((sample, "sample"), (evaluate, "evaluate"), (plan, "plan")):
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, takes_overrides=module is plan)
     return parser
 
 

@@ -1,0 +1,188 @@
+"""Tell whether a training config fits on a GPU and how long an iteration takes; needs no GPU, weights or network.
+
+The same config and overrides as train.py; bytes and FLOPs come from running the model's code on tensors without memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from rlcm_fast.cli.arguments import positive_int
+
+if TYPE_CHECKING:
+    from rlcm_fast.memory.estimate import Memory, Strategy
+    from rlcm_fast.memory.gpus import Gpu
+    from rlcm_fast.memory.planning import Planner, Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "rlcm-fast plan --config FILE.yaml [--gpu NAME] [--section.field VALUE ...]"
+    parser.add_argument(
+        "--config", action="append", metavar="FILE", help="as train.py takes it, whose --help has fields"
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="rtx4090, h100, ... (a wrong name lists all); left out: all")
+    parser.add_argument("--processes", type=positive_int, default=1, help="GPUs of the run")
+    size = "pixels of a side; left out: what the model's UNet says, which is what train.py draws"
+    parser.add_argument("--image-size", type=positive_int, metavar="PIXELS", help=size)
+    reward = "GiB that reward models take on each GPU; the built-in rewards of a config take none"
+    parser.add_argument("--reward-gib", type=float, default=0.0, metavar="GIB", help=reward)
+    parser.add_argument("--json", action="store_true", help="bytes and seconds as JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from rlcm_fast.backbones.loading import resolve_model_path
+    from rlcm_fast.config import parse_config
+    from rlcm_fast.config_checks import validate
+    from rlcm_fast.memory.gpus import GPUS, find_gpu
+
+    files = [part for file in arguments.config or [] for part in ("--config", file)]
+    config = parse_config([*files, *arguments.overrides])
+    validate(config, arguments.processes)
+    if not arguments.reward_gib >= 0:
+        raise ValueError(f"reward-gib={arguments.reward_gib} is no size; give 0 or more")
+    gpus = [find_gpu(arguments.gpu)] if arguments.gpu else list(GPUS.values())
+    path = resolve_model_path(config.model.path)
+
+    from rlcm_fast.memory.architecture import load_architecture
+    from rlcm_fast.memory.estimate import GIB, Workload, strategy_of
+    from rlcm_fast.memory.planning import Planner
+
+    architecture = load_architecture(path)
+    _check_image_size(arguments.image_size, architecture.pixels_per_latent)
+    planner = Planner(architecture, Workload.of(config, arguments.processes), round(arguments.reward_gib * GIB))
+    strategy = strategy_of(config, arguments.image_size or architecture.image_size)
+    if arguments.json:
+        print(json.dumps(_report(planner, strategy, gpus), indent=2))
+        return
+    print("\n".join(_head(planner, strategy, config.model.path)))
+    print("\n".join(_memory_table(planner.memory(strategy))))
+    print("\n".join(_one_gpu(planner, strategy, gpus[0]) if arguments.gpu else _all_gpus(planner, strategy, gpus)))
+
+
+def _check_image_size(image_size: int | None, pixels_per_latent: int) -> None:
+    if image_size is not None and image_size % (8 * pixels_per_latent):
+        step = 8 * pixels_per_latent
+        nearest = max(step, round(image_size / step) * step)
+        raise ValueError(f"image-size={image_size} must divide by {step}; try {nearest}")
+
+
+def _head(planner: Planner, strategy: Strategy, name: str) -> list[str]:
+    unet, work = planner.profiles(strategy).unet, planner.workload
+    millions = (sum(unet.trainable) + unet.frozen) / 1e6
+    images = f"{work.samples} images of {strategy.image_size} pixels"
+    of = "" if work.num_processes == 1 else f" on each of {work.num_processes} GPUs"
+    return [
+        f"{name}: UNet of {millions:.1f} M parameters, {unet.forward_flops.total / 1e9:.4g} GFLOP forward, "
+        f"{unet.training_flops.total / 1e9:.5g} with backward",
+        f"an iteration{of}: {images}, {work.num_steps} steps each, {work.samples * work.num_actions} transitions; "
+        f"micro-batches of {strategy.rollout_micro_batch_size} (rollout) and {strategy.micro_batch_size} (update)",
+        "",
+    ]
+
+
+_WORDS = {
+    "weights": "weights of the UNet",
+    "master": "float32 master copy",
+    "moments": "optimizer states",
+    "frozen": "VAE and text encoders",
+    "reference": "reference copy (KL)",
+    "ema": "EMA copy",
+    "rewards": "reward models",
+    "bucket": "DeepSpeed's bucket",
+    "activations": "activations (update)",
+    "sampling": "activations (sampling)",
+    "decoding": "activations (decoding)",
+    "step_temporaries": "temporaries of the step",
+    "overhead": "CUDA and allocator, a guess",
+}
+
+
+def _memory_table(memory: Memory) -> list[str]:
+    shown = {_WORDS.get(name, name): size for name, size in memory.parts().items() if size > 0}
+    shown |= {f"peak of {stage}": size for stage, size in memory.stages.items()}
+    return ["GiB on each GPU", *(f"  {name:<28}{_gib(size):>8}" for name, size in shown.items()), ""]
+
+
+def _one_gpu(planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
+    from rlcm_fast.memory.gpus import MODEL_FLOPS_UTILISATION
+
+    seconds = planner.seconds(strategy, gpu)
+    stages = ", ".join(f"{name} {getattr(seconds, name):.3g}" for name in ("sampling", "decoding", "update", "step"))
+    return [
+        f"{gpu.name}: {gpu.memory_gib:g} GiB, {gpu.bandwidth_gb_s:g} GB/s, {gpu.bf16_tflop_s:g} TFLOP/s bf16, "
+        f"{gpu.tf32_tflop_s:g} TF32, {gpu.fp32_tflop_s:g} float32 ({gpu.source})",
+        f"  seconds an iteration: {seconds.iteration:.3g} ({stages}), if {MODEL_FLOPS_UTILISATION:.0%} of the rate is "
+        "reached: an assumption until measured; rewards not counted",
+        *(f"  {line}" for line in _verdict(planner, strategy, gpu)),
+    ]
+
+
+def _verdict(planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
+    from rlcm_fast.memory.estimate import GIB
+
+    memory = planner.memory(strategy)
+    stage = max(memory.stages, key=lambda name: memory.stages[name])
+    of_total = f"{_gib(memory.peak)} of {gpu.memory_gib:g} GiB, at its peak in {stage}"
+    update, rollout = planner.largest_micro_batch(strategy, gpu), planner.largest_rollout_micro_batch(strategy, gpu)
+    largest = f"largest micro-batches that fit: {rollout or 'none'} (rollout), {update or 'none'} (update)"
+    if memory.peak <= gpu.memory_gib * GIB:
+        return [f"it fits: {of_total}", largest]
+    return [f"it does not fit: {of_total}", largest, _remedy(planner.cheaper(strategy, gpu))]
+
+
+def _remedy(settings: Settings | None) -> str:
+    if settings is None:
+        return "nothing that this version can set makes it fit; take a larger GPU, or more of them with ZeRO"
+    options = " ".join(f"--{field} {str(value).lower()}" for field, value in settings.items())
+    return f"it would fit with {options}"
+
+
+def _all_gpus(planner: Planner, strategy: Strategy, gpus: list[Gpu]) -> list[str]:
+    from rlcm_fast.memory.gpus import MODEL_FLOPS_UTILISATION
+
+    lines = [f"{'GPU':<12}{'GiB':>5}{'fits':>6}{'micro-batches':>17}{'s/iteration':>13}   sampling  decoding  update"]
+    for gpu in gpus:
+        seconds = planner.seconds(strategy, gpu)
+        rollout = planner.largest_rollout_micro_batch(strategy, gpu)
+        largest = f"{rollout or '-'}, {planner.largest_micro_batch(strategy, gpu) or '-'}"
+        fits = "yes" if planner.fits(strategy, gpu) else "no"
+        lines.append(
+            f"{gpu.name:<12}{gpu.memory_gib:>5g}{fits:>6}{largest:>17}{seconds.iteration:>13.3g}"
+            f"{seconds.sampling:>11.3g}{seconds.decoding:>10.3g}{seconds.update:>8.3g}"
+        )
+    return [
+        *lines,
+        "",
+        "micro-batches: the largest that fit, rollout and update",
+        f"seconds: if {MODEL_FLOPS_UTILISATION:.0%} of the rate is reached, an assumption until measured; rewards not "
+        "counted",
+        "--gpu NAME tells what to change where it does not fit",
+    ]
+
+
+def _report(planner: Planner, strategy: Strategy, gpus: list[Gpu]) -> dict[str, Any]:
+    memory = planner.memory(strategy)
+    return {
+        "bytes": memory.parts(),
+        "peak_bytes": memory.stages,
+        "gpus": {gpu.name: _report_of(planner, strategy, gpu) for gpu in gpus},
+    }
+
+
+def _report_of(planner: Planner, strategy: Strategy, gpu: Gpu) -> dict[str, Any]:
+    fits, seconds = planner.fits(strategy, gpu), planner.seconds(strategy, gpu)
+    stages = ("sampling", "decoding", "update", "step", "iteration")
+    return {
+        "fits": fits,
+        "memory_gib": gpu.memory_gib,
+        "largest_micro_batch": planner.largest_micro_batch(strategy, gpu),
+        "largest_rollout_micro_batch": planner.largest_rollout_micro_batch(strategy, gpu),
+        "seconds": {name: getattr(seconds, name) for name in stages},
+        "cheaper": None if fits else planner.cheaper(strategy, gpu),
+    }
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"

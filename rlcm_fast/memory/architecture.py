@@ -1,0 +1,99 @@
+"""A text-to-image model without its weights: the configs of its parts, and modules on the meta device made of them.
+
+folder, or id of a hub model whose configs are shipped in architectures/ -> Architecture -> modules without memory
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+_SHIPPED = Path(__file__).resolve().parent / "architectures"
+_VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+_TEXT_ENCODERS = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Configs as diffusers and transformers write them."""
+
+    name: str
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    text_encoders: tuple[dict[str, Any], ...]
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side, as the UNet's config has them; what the trainer draws."""
+        size = self.unet["sample_size"]
+        return (size if isinstance(size, int) else max(size)) * self.pixels_per_latent
+
+    @property
+    def pixels_per_latent(self) -> int:
+        blocks = self.vae.get("block_out_channels") or self.vae["decoder_block_out_channels"]
+        return 2 ** (len(blocks) - 1)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.text_encoders[0]["max_position_embeddings"]
+
+    def build_unet(self) -> Any:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(self.unet)
+
+    def build_vae(self) -> Any:
+        with torch.device("meta"):
+            return _VAES[self.vae["_class_name"]].from_config(self.vae)
+
+    def build_text_encoders(self) -> list[nn.Module]:
+        with torch.device("meta"):
+            return [_TEXT_ENCODERS[c["architectures"][0]](CLIPTextConfig(**c)) for c in self.text_encoders]
+
+
+def load_architecture(path: str) -> Architecture:
+    """Of a diffusers folder, by its config.json files, or of a hub id that we ship the configs of; no network.
+
+    Raises:
+        ValueError: the folder lacks a part or has one that the trainer cannot use; the hub id is not known here.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        second = folder / "text_encoder_2"
+        text_encoders = [_part(folder, "text_encoder")] + ([_part(folder, second.name)] if second.is_dir() else [])
+        unet, vae = _part(folder, "unet"), _part(folder, "vae")
+    else:
+        models = _shipped("models")
+        if path not in models:
+            known = ", ".join(models)
+            raise ValueError(f"model.path={path} is not known without a network; known are {known}; or give a folder")
+        parts = models[path]
+        unet, vae = _shipped(parts["unet"]) | parts["unet_changes"], _shipped(parts["vae"])
+        text_encoders = [_shipped(name) for name in parts["text_encoders"]]
+    _check(path, "unet", unet.get("_class_name"), ["UNet2DConditionModel"])
+    _check(path, "vae", vae.get("_class_name"), list(_VAES))
+    for config in text_encoders:
+        _check(path, "text_encoder", (config.get("architectures") or [None])[0], list(_TEXT_ENCODERS))
+    return Architecture(path, unet, vae, tuple(text_encoders))
+
+
+def _part(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / name / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model.path={folder} has no {name}/config.json; give a folder that diffusers saved whole")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    return json.loads((_SHIPPED / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _check(path: str, part: str, found: str | None, known: list[str]) -> None:
+    if found not in known:
+        raise ValueError(f"model.path={path} has a {part} of class {found}; the planner knows {', '.join(known)}")

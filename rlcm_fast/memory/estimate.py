@@ -1,0 +1,269 @@
+"""Bytes of a training process by what they are for, and the peak of each stage; nothing is run and nothing loaded.
+
+    Config -> Strategy;   Strategy, Profiles, Workload -> Memory
+
+    stage      what is there at its peak, besides weights, master copy, moments, frozen parts, trajectory, overhead
+    sampling   one UNet pass without gradients          update   gradients, activations, DeepSpeed's bucket
+    decoding   one pass of the VAE's decoder            step     gradients and the optimizer's temporaries
+
+As DeepSpeed 0.19 does it: from ZeRO 1 on there is a flat float32 master copy, of float32 weights too; its step holds
+the gradients flat and in float32 beside it; and a gradient bucket of fixed size is there during backward passes.
+An upper bound where an update has one micro-batch only: its gradients grow while activations are freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from rlcm_fast.config import Config, to_dict
+from rlcm_fast.config_checks import derived
+from rlcm_fast.memory.architecture import Architecture
+from rlcm_fast.memory.tracing import DecoderProfile, NetworkProfile, Recompute, Setup, profile_decoder, profile_unet
+
+GIB = 2**30
+OVERHEAD_BYTES = int(1.2 * GIB)
+"""CUDA context, libraries' workspaces, the allocator's fragments: a guess until measured."""
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default reduce_bucket_size and stage3_max_live_parameters / 2, which the engine leaves as they are."""
+FROZEN_DTYPE = torch.float32
+"""Of VAE and text encoders, as backbones/pipeline.py loads them."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "pure_bf16": torch.bfloat16}
+
+_BLOCK = 256  # elements of an 8-bit state with one float32 scale
+_LEAST_8BIT = 4096  # elements of a tensor; smaller ones have float32 states
+_CODEBOOKS = {"bnb_adamw_8bit": 2 * 256 * 4, "bnb_paged_adamw_8bit": 2 * 256 * 4}  # one pair for an optimizer
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What memory depends on; names and values are the config's."""
+
+    dtype: Literal["fp32", "bf16", "pure_bf16"] = "fp32"
+    optimizer: Literal["adamw", "adam", "bnb_adamw_8bit", "bnb_paged_adamw_8bit", "adamw_8bit"] = "adamw"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload_optimizer: bool = False  # master copy and moments on the CPU
+    optimizer_in_backward: bool = False  # each gradient is used and freed at once
+    recompute: Recompute = "none"
+    micro_batch_size: int = 64
+    rollout_micro_batch_size: int = 64
+    decode_batch_size: int | None = None  # None: as many as were sampled
+    lora_rank: int = 0  # 0: all weights
+    ema: Literal["off", "gpu", "cpu"] = "off"
+    has_reference: bool = False  # a frozen copy, for the KL term
+    rows_per_sample: int = 1  # of the network's batch; 2 under classifier-free guidance
+    image_size: int | None = None  # pixels; None: the model's own
+
+
+SETTINGS = {
+    "engine.dtype": "dtype",
+    "optimizer.name": "optimizer",
+    "engine.zero_stage": "zero_stage",
+    "engine.offload_optimizer": "offload_optimizer",
+    "engine.optimizer_in_backward": "optimizer_in_backward",
+    "engine.recompute": "recompute",
+    "update.micro_batch_size": "micro_batch_size",
+    "rollout.micro_batch_size": "rollout_micro_batch_size",
+    "rollout.decode_batch_size": "decode_batch_size",
+}
+"""Config field -> Strategy field; those that Config has not yet keep the Strategy's default."""
+
+
+def strategy_of(config: Config, image_size: int | None = None) -> Strategy:
+    """The memory side of a config."""
+    values = to_dict(config)
+    found: dict[str, Any] = {}
+    for setting, name in SETTINGS.items():
+        section, _, field = setting.partition(".")
+        if field in values[section]:
+            found[name] = values[section][field]
+    is_guided = config.policy.kind == "ddim" and config.policy.guidance_scale != 1
+    has_reference = config.update.kl_weight > 0
+    found |= {"has_reference": has_reference, "rows_per_sample": 2 if is_guided else 1, "image_size": image_size}
+    return replace(Strategy(), **found)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An iteration of one process."""
+
+    num_processes: int
+    samples: int
+    num_steps: int
+    num_actions: int
+    num_passes: int
+    transitions_per_update: int
+    num_updates: int  # of all passes
+
+    @classmethod
+    def of(cls, config: Config, num_processes: int) -> Workload:
+        numbers = derived(config, num_processes)
+        return cls(
+            num_processes,
+            numbers["samples_per_process"],
+            config.policy.num_steps,
+            numbers["actions_per_sample"],
+            config.update.num_passes,
+            numbers["transitions_per_update"] // num_processes,
+            numbers["updates_per_iteration"],
+        )
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """What tracing a model found."""
+
+    unet: NetworkProfile
+    decoder: DecoderProfile
+    text_numel: int
+    latent_bytes: int  # of one float32 state
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    weights: int
+    gradients: int
+    master: int
+    moments: int
+    frozen: int  # VAE and text encoders
+    reference: int
+    ema: int
+    rewards: int
+    trajectory: int
+    bucket: int
+    activations: int
+    sampling: int
+    decoding: int
+    step_temporaries: int
+    overhead: int
+
+    @property
+    def always(self) -> int:
+        return sum(
+            (self.weights, self.master, self.moments, self.frozen, self.reference, self.ema, self.rewards,
+             self.trajectory, self.overhead)
+        )  # fmt: skip
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """Peak of each stage."""
+        return {
+            "sampling": self.always + self.sampling,
+            "decoding": self.always + self.decoding,
+            "update": self.always + self.gradients + self.bucket + self.activations,
+            "step": self.always + self.gradients + self.step_temporaries,
+        }
+
+    @property
+    def peak(self) -> int:
+        return max(self.stages.values())
+
+    def parts(self) -> dict[str, int]:
+        """By name, in order."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def measure(architecture: Architecture, strategy: Strategy, device: Literal["cuda", "cpu"] = "cuda") -> Profiles:
+    """Traces what the strategy needs of the model; seconds, and no memory."""
+    dtype, image_size = DTYPES[strategy.dtype], strategy.image_size or architecture.image_size
+    setup = Setup(dtype, strategy.recompute, strategy.lora_rank, image_size, device)
+    return Profiles(
+        profile_unet(architecture, setup, strategy.micro_batch_size * strategy.rows_per_sample),
+        profile_decoder(architecture, image_size, FROZEN_DTYPE),
+        sum(p.numel() for encoder in architecture.build_text_encoders() for p in encoder.parameters()),
+        architecture.unet["in_channels"] * (image_size // architecture.pixels_per_latent) ** 2 * 4,
+    )
+
+
+def estimate_memory(strategy: Strategy, profiles: Profiles, workload: Workload, reward_bytes: int = 0) -> Memory:
+    """Of one process and GPU."""
+    unet, processes = profiles.unet, workload.num_processes
+    itemsize = DTYPES[strategy.dtype].itemsize
+    trained = sum(unet.trainable)
+    master, moments = _optimizer_bytes(strategy, unet.trainable, processes)
+    gradients = _gradient_bytes(strategy, unet.trainable, processes)
+    rows = strategy.micro_batch_size * strategy.rows_per_sample
+    activations = unet.training_peak(rows)
+    if strategy.has_reference:  # its pass comes when the policy's activations are saved
+        activations = max(activations, unet.saved(rows) + unet.sampling_peak(rows))
+    images = min(strategy.decode_batch_size or workload.samples, strategy.rollout_micro_batch_size, workload.samples)
+    sampled = min(strategy.rollout_micro_batch_size, workload.samples) * strategy.rows_per_sample
+    return Memory(
+        weights=_weight_bytes(strategy, trained, unet.frozen, processes),
+        gradients=gradients,
+        master=0 if strategy.offload_optimizer else master,
+        moments=0 if strategy.offload_optimizer else moments,
+        frozen=(profiles.decoder.numel + profiles.text_numel) * FROZEN_DTYPE.itemsize,
+        reference=(trained + unet.frozen) * itemsize if strategy.has_reference else 0,
+        ema=trained * 4 if strategy.ema == "gpu" else 0,
+        rewards=reward_bytes,
+        trajectory=workload.samples * (workload.num_actions + 1) * profiles.latent_bytes,
+        bucket=BUCKET_ELEMENTS * itemsize if strategy.zero_stage >= 1 else 0,
+        activations=round(activations),
+        sampling=round(unet.sampling_peak(sampled)),
+        decoding=round(profiles.decoder.peak(images)),
+        step_temporaries=_step_bytes(strategy, unet.trainable, processes, gradients),
+        overhead=OVERHEAD_BYTES,
+    )
+
+
+def moment_bytes(optimizer: str, sizes: Sequence[int], itemsize: int) -> int:
+    """The optimizer's state for tensors of so many elements, whose dtype has `itemsize` bytes."""
+    if optimizer in ("adamw", "adam"):
+        return 2 * itemsize * sum(sizes)
+    quantized = sum(2 * (size + 4 * -(-size // _BLOCK)) for size in sizes if size >= _LEAST_8BIT)
+    small = sum(2 * 4 * size for size in sizes if size < _LEAST_8BIT)
+    return quantized + small + (_CODEBOOKS.get(optimizer, 0) if quantized else 0)
+
+
+def _has_master(strategy: Strategy) -> bool:
+    return strategy.zero_stage >= 1 and strategy.dtype != "pure_bf16"
+
+
+def _partition(strategy: Strategy, sizes: Sequence[int], processes: int) -> list[int]:
+    """The tensors that this process' optimizer sees: all, or its share of one flat tensor."""
+    return list(sizes) if strategy.zero_stage == 0 else [-(-sum(sizes) // processes)]
+
+
+def _optimizer_bytes(strategy: Strategy, sizes: Sequence[int], processes: int) -> tuple[int, int]:
+    """(master copy, moments)"""
+    own = _partition(strategy, sizes, processes)
+    itemsize = 4 if _has_master(strategy) else DTYPES[strategy.dtype].itemsize
+    return (4 * sum(own) if _has_master(strategy) else 0), moment_bytes(strategy.optimizer, own, itemsize)
+
+
+def _gradient_bytes(strategy: Strategy, sizes: Sequence[int], processes: int) -> int:
+    itemsize = DTYPES[strategy.dtype].itemsize
+    if strategy.optimizer_in_backward:
+        return max(sizes) * itemsize
+    return -(-sum(sizes) // (processes if strategy.zero_stage >= 2 else 1)) * itemsize
+
+
+def _weight_bytes(strategy: Strategy, trained: int, frozen: int, processes: int) -> int:
+    """At stage 3 the own share, and what DeepSpeed keeps gathered: up to a billion elements."""
+    itemsize = DTYPES[strategy.dtype].itemsize
+    everything = trained + frozen
+    if strategy.zero_stage < 3 or processes == 1:
+        return everything * itemsize
+    return (-(-everything // processes) + min(everything, 2 * BUCKET_ELEMENTS)) * itemsize
+
+
+def _step_bytes(strategy: Strategy, sizes: Sequence[int], processes: int, gradients: int) -> int:
+    """Above weights, gradients, master copy and moments: torch's Adam takes the root of all second moments at once."""
+    if strategy.offload_optimizer:
+        return 0
+    own = _partition(strategy, sizes, processes)
+    is_torch = strategy.optimizer in ("adamw", "adam")
+    itemsize = 4 if _has_master(strategy) else DTYPES[strategy.dtype].itemsize
+    temporaries = (max(own) if strategy.optimizer_in_backward else sum(own)) * itemsize if is_torch else 0
+    if not _has_master(strategy):
+        return temporaries
+    flat = sum(own) * DTYPES[strategy.dtype].itemsize
+    cast = 0 if strategy.dtype == "fp32" else sum(own) * 4
+    stepping = sum(own) * 4 + temporaries - gradients  # gradients are freed when they are flat
+    return max(flat + cast, stepping)

@@ -1,0 +1,82 @@
+"""GPUs as their vendor describes them, for `rlcm-fast plan`; nothing here was measured by us.
+
+bf16 rates are dense (no sparsity) with float32 accumulation, which is what torch's matrix products do: on GeForce cards
+half of the figure that is advertised for float16 accumulation. In float32, torch takes TF32 for convolutions (dense
+too) and does matrix products without tensor cores, by its defaults.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MODEL_FLOPS_UTILISATION = 0.5
+"""Share of the rate that a network reaches: an assumption until measured, not a measurement."""
+BANDWIDTH_UTILISATION = 0.8
+"""Share of the bandwidth that an optimizer step reaches: an assumption until measured."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU."""
+
+    name: str
+    memory_gib: float
+    bandwidth_gb_s: float
+    bf16_tflop_s: float
+    tf32_tflop_s: float
+    fp32_tflop_s: float
+    source: str
+
+    def seconds(self, convolution_flops: float, other_flops: float, is_bf16: bool) -> float:
+        """For so many floating point operations of a network at the assumed utilisation."""
+        if is_bf16:
+            full_rate = (convolution_flops + other_flops) / (self.bf16_tflop_s * 1e12)
+        else:
+            full_rate = convolution_flops / (self.tf32_tflop_s * 1e12) + other_flops / (self.fp32_tflop_s * 1e12)
+        return full_rate / MODEL_FLOPS_UTILISATION
+
+    def seconds_to_move(self, num_bytes: float) -> float:
+        """To read or write so many bytes of its memory at the assumed utilisation."""
+        return num_bytes / (self.bandwidth_gb_s * 1e9 * BANDWIDTH_UTILISATION)
+
+
+_AMPERE = "NVIDIA Ampere GA102 white paper"
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
+            "rtx3060",
+            12,
+            360,
+            25.5,
+            12.7,
+            12.7,
+            f"NVIDIA product page; bf16: 28 multiprocessors at 1.777 GHz by the rate of each in the {_AMPERE}",
+        ),
+        Gpu("rtx3090", 24, 936, 71, 35.6, 35.6, _AMPERE),
+        Gpu("rtx4090", 24, 1008, 165.2, 82.6, 82.6, "NVIDIA Ada GPU architecture white paper"),
+        Gpu("rtx5090", 32, 1792, 209.5, 104.8, 104.8, "NVIDIA RTX Blackwell GPU architecture white paper"),
+        Gpu("a6000", 48, 768, 154.8, 77.4, 38.7, f"NVIDIA RTX A6000 data sheet and {_AMPERE}"),
+        Gpu("a100-40gb", 40, 1555, 312, 156, 19.5, "NVIDIA A100 data sheet (SXM and PCIe, 40 GB)"),
+        Gpu("a100-80gb", 80, 2039, 312, 156, 19.5, "NVIDIA A100 data sheet (SXM, 80 GB)"),
+        Gpu("h100", 80, 3350, 989, 495, 67, "NVIDIA H100 data sheet (SXM)"),
+        Gpu("h200", 141, 4800, 989, 495, 67, "NVIDIA H200 data sheet (SXM)"),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """Of that name, in any case and with or without spaces, dashes and "rtx".
+
+    Raises:
+        ValueError: the table has none of that name.
+    """
+    wanted = _plain(name)
+    for gpu in GPUS.values():
+        if _plain(gpu.name) == wanted:
+            return gpu
+    raise ValueError(f"gpu={name} is not in the table; give one of {', '.join(GPUS)}, or leave it out for all of them")
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum()).removeprefix("rtx")

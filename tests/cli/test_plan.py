@@ -1,0 +1,84 @@
+"""rlcm-fast plan on the shipped model: tables, JSON, mistakes."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import pytest
+
+from rlcm_fast.backbones.loading import SHIPPED
+from rlcm_fast.cli.main import main
+from rlcm_fast.memory import planning
+from rlcm_fast.memory.architecture import load_architecture
+from rlcm_fast.memory.estimate import Profiles, Strategy, measure
+
+CONFIG = ["--config", "configs/shapes/compressibility.yaml", "--update.micro_batch_size", "32"]
+
+
+@cache
+def _profiles(strategy: Strategy) -> Profiles:
+    return measure(load_architecture(str(SHIPPED["shapes/lcm"])), strategy)
+
+
+@pytest.fixture(autouse=True)
+def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "measure", lambda _, strategy: _profiles(strategy))
+
+
+def test_the_plan_of_all_gpus_is_a_table(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", *CONFIG]) == 0
+    printed = capsys.readouterr().out
+    for words in ("micro-batches of 64 (rollout) and 32 (update)", "reference copy (KL)", "a guess", "an assumption"):
+        assert words in printed
+    assert "rtx3060" in printed
+    assert "h200" in printed
+
+
+def test_the_plan_of_one_gpu_has_a_verdict(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", *CONFIG, "--gpu", "4090"]) == 0
+    printed = capsys.readouterr().out
+    assert "it fits: " in printed
+    assert "largest micro-batches that fit: 64 (rollout), 192 (update)" in printed
+    assert main(["plan", *CONFIG, "--gpu", "3060", "--reward-gib", "10.7"]) == 0
+    printed = capsys.readouterr().out
+    assert "it does not fit: " in printed
+    assert "it would fit with --" in printed
+
+
+def test_json_has_bytes_and_seconds_alone(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", *CONFIG, "--gpu=h100", "--json", "--processes", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["bytes"]["weights"] == pytest.approx(4 * 4.0e6, rel=0.05)
+    assert report["peak_bytes"]["update"] > report["bytes"]["activations"]
+    assert report["gpus"]["h100"]["fits"] is True
+    assert 0 < report["gpus"]["h100"]["seconds"]["update"] < report["gpus"]["h100"]["seconds"]["iteration"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "gtx1080"], "gpu=gtx1080 is not in the table; give one of rtx3060"),
+        (["--model.path", "some/one"], "model.path=some/one is not known without a network; known are "),
+        (["--engine.zero_stag", "1"], "--engine.zero_stag is no field of the config; did you mean --engine.zero_stage"),
+        (["--config", "no.yaml"], "config=no.yaml is not a file"),
+        (["--update.micro_batch_size", "7"], "update.micro_batch_size=7 does not divide"),
+        (["--image-size", "100"], "image-size=100 must divide by 64; try 128"),
+        (["--reward-gib", "nan"], "reward-gib=nan is no size"),
+        (["--processes", "3"], "does not divide by the 3 processes"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_way_out(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+def test_other_commands_take_no_overrides(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["sample", "--model", "x", "--prompt", "y", "--engine.dtype", "bf16"])
+    assert exit_info.value.code == 2
+    assert "unrecognized arguments: --engine.dtype bf16" in capsys.readouterr().err
