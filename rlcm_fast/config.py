@@ -24,9 +24,13 @@ class ModelConfig:
     """The model to fine-tune."""
 
     path: str = "shapes/lcm"
-    """A shipped model (shapes/lcm, shapes/teacher), a diffusers folder, or a hub id."""
+    """A shipped model (shapes/lcm, shapes/teacher), a diffusers folder, a hub id; with base: of a UNet alone."""
     revision: str | None = None
     """The revision of a hub id; null is its main branch."""
+    base: str | None = None
+    """The pipeline that path's UNet goes into (for latent-consistency/lcm-sdxl: SDXL); null: path is a pipeline."""
+    lora: str | None = None
+    """An LCM-LoRA to fuse into the UNet before training: a folder, a .safetensors file or a hub id."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class PolicyConfig:
     num_steps: int = 4
     """Denoising steps S of a sample; S - 1 of them are actions, since the last is deterministic."""
     guidance_scale: float = 4.0
-    """Classifier-free guidance; 1 is none. A consistency model takes it as an input (one UNet call)."""
+    """Classifier-free guidance; 1 is none. A consistency model takes it as an input; an LCM-LoRA model calls twice."""
     eta: float = 1.0
     """Noise of a ddim step, in (0, 1]; without meaning for consistency."""
     last_step: Literal["deterministic", "renoise"] = "deterministic"

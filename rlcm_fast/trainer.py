@@ -56,7 +56,7 @@ class Trainer:
         torch.manual_seed(config.seed)
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.engine.dtype]
-        self.backbone = Backbone.load(config.model.path, config.model.revision, self.device, dtype)
+        self.backbone = Backbone.load(config.model, self.device, dtype, config.policy.kind == "consistency")
         self.reference = self._frozen_start() if config.update.kl_weight > 0 else None
         self.engine = self._build_engine()
         self.policy = self._build_policy(self.engine)
@@ -202,7 +202,7 @@ class Trainer:
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """The prompts' text encodings, each distinct text encoded once in the run."""
-        return self.backbone.encode(prompts, with_negative=self.config.policy.kind == "ddim")
+        return self.backbone.encode(prompts, with_negative=self.policy.needs_negative)
 
     def _build_engine(self) -> Engine:
         config, numbers = self.config, derived(self.config, parallel.world_size())
