@@ -33,6 +33,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_advantages(config)
     _check_sizes(config, world_size)
     _check_engine(config)
+    _check_lora(config)
     _check_resume(config)
 
 
@@ -68,6 +69,7 @@ def _bounds(config: Config) -> Iterator[_Bound]:
     scale = policy.guidance_scale
     yield _Bound("policy.guidance_scale", scale, scale >= 1, "1 (no guidance) or more")
     yield _Bound("policy.eta", policy.eta, 0 < policy.eta <= 1, "a number in (0, 1]: without noise there is no action")
+    yield _Bound("lora.alpha", config.lora.alpha, config.lora.alpha > 0, "a positive number, as 16")
     yield _Bound("update.clip_range", update.clip_range, 0 < update.clip_range < 1, "a number in (0, 1), as 1e-4")
     yield _Bound("update.advantage_clip", update.advantage_clip, update.advantage_clip > 0, "a positive number, as 10")
     yield _Bound("update.max_grad_norm", update.max_grad_norm, update.max_grad_norm >= 0, "0 (off) or more")
@@ -100,6 +102,7 @@ def _counts(config: Config) -> Iterator[_Bound]:
     }
     at_least_zero = {
         "seed": config.seed,
+        "lora.rank": config.lora.rank,
         "evaluation.seed": config.evaluation.seed,
         "evaluation.every": config.evaluation.every,
         "checkpoint.every": config.checkpoint.every,
@@ -187,7 +190,7 @@ def _near_divisors(number: int, wish: int) -> str:
 
 def _check_engine(config: Config) -> None:
     engine, optimizer = config.engine, config.optimizer
-    if engine.dtype == "bf16" and engine.zero_stage == 0:
+    if engine.dtype == "bf16" and engine.zero_stage == 0 and config.lora.rank == 0:  # adapters are float32
         raise ValueError(
             "engine.dtype=bf16 needs engine.zero_stage >= 1: at stage 0 DeepSpeed takes a dummy optimizer step at "
             "start, which puts Adam's bias correction off by one; set engine.zero_stage=1 (the same on one process)"
@@ -196,6 +199,11 @@ def _check_engine(config: Config) -> None:
         raise ValueError(
             f"optimizer.weight_decay={optimizer.weight_decay} is not decoupled in adam; set optimizer.name=adamw"
         )
+
+
+def _check_lora(config: Config) -> None:
+    if not all(target.strip() for target in config.lora.targets) or not config.lora.targets:
+        raise ValueError(f"lora.targets={config.lora.targets} names no layer; give names of layers, as [to_q, to_v]")
 
 
 def _check_resume(config: Config) -> None:

@@ -13,9 +13,9 @@ whose only reward is the decoded image's. Departures from the paper:
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class Trainer:
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.engine.dtype]
         self.backbone = Backbone.load(config.model, self.device, dtype, config.policy.kind == "consistency")
+        if config.lora.rank > 0:
+            self.backbone.add_adapters(config.lora)
         self.reference = self._frozen_start() if config.update.kl_weight > 0 else None
         self.engine = self._build_engine()
         self.policy = self._build_policy(self.engine)
@@ -169,7 +171,12 @@ class Trainer:
         weights = self.engine.full_weights()
         if parallel.is_main():
             self.backbone.export(weights, self.run_dir / "export")
-        self.tracker.say(f"done: {self.run_dir}/export is a diffusers folder; {self.run_dir}/metrics.jsonl the curves")
+            if self.config.lora.rank > 0:
+                self.backbone.export_adapters(weights, self.run_dir / "lora")
+        adapters = f"; {self.run_dir}/lora its adapters for load_lora_weights" if self.config.lora.rank > 0 else ""
+        self.tracker.say(
+            f"done: {self.run_dir}/export is a diffusers folder{adapters}; {self.run_dir}/metrics.jsonl the curves"
+        )
 
     def save_if_due(self) -> None:
         """A checkpoint every so often, at the end and where any process was asked to stop."""
@@ -208,7 +215,8 @@ class Trainer:
         config, numbers = self.config, derived(self.config, parallel.world_size())
         return Engine(
             self.backbone.unet,
-            config.engine,
+            # DeepSpeed would cast adapters too; as fp32 it leaves every weight in the dtype that it has.
+            replace(config.engine, dtype="fp32") if config.lora.rank > 0 else config.engine,
             config.optimizer,
             config.update.max_grad_norm,
             config.update.micro_batch_size,
@@ -223,7 +231,7 @@ class Trainer:
 
     def _frozen_start(self) -> GaussianPolicy:
         """The start model as a policy of its own, outside of DeepSpeed, for the KL term."""
-        return self._build_policy(copy.deepcopy(self.backbone.unet).requires_grad_(False))
+        return self._build_policy(self.backbone.frozen_start())
 
     def _build_prompts(self) -> PromptSampler:
         config, world_size = self.config, parallel.world_size()

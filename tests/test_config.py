@@ -188,6 +188,10 @@ def test_a_mistake_in_the_file_names_the_file_the_field_and_the_way_out(
         ("--optimizer.lr .inf", "optimizer.lr"),
         ("--optimizer.betas.0 1.0", "optimizer.betas"),
         ("--optimizer.name adam --optimizer.weight_decay 0.1", "set optimizer.name=adamw"),
+        ("--lora.rank -1", "lora.rank=-1 is out of range; give 0 or more"),
+        ("--lora.rank 8 --lora.alpha 0", "lora.alpha=0.0 is out of range; give a positive number, as 16"),
+        ("--lora.targets []", "lora.targets=[] names no layer; give names of layers, as [to_q, to_v]"),
+        ("--lora.targets [to_q,'']", "names no layer"),
         ("--engine.dtype bf16", "engine.dtype=bf16 needs engine.zero_stage >= 1"),
         ("--checkpoint.keep 0", "checkpoint.keep=0 is out of range"),
         ("--seed -1", "seed=-1 is out of range"),
@@ -196,6 +200,13 @@ def test_a_mistake_in_the_file_names_the_file_the_field_and_the_way_out(
 )
 def test_a_value_that_cannot_work_is_refused_with_the_way_out(argv: str, message: str):
     assert message in mistake(argv.split(" "))
+
+
+def test_adapters_are_float32_and_need_no_stage_for_a_bf16_network():
+    argv = ["--engine.dtype", "bf16", "--lora.rank", "8", "--lora.targets", "[to_q, to_out.0]"]
+    config = parse_config(argv)
+    validate(config, world_size=1)
+    assert config.lora.targets == ["to_q", "to_out.0"]
 
 
 def test_a_reward_is_named_once_and_has_a_weight():

@@ -8,7 +8,7 @@ folder or hub id -> Backbone;   prompts -> Conditioning (encoded once each);   l
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from rlcm_fast.backbones.adapters import WithoutAdapters, add_adapters, has_adapters, merged, save_adapters
 from rlcm_fast.backbones.assembly import assemble
-from rlcm_fast.config import ModelConfig
+from rlcm_fast.config import LoraConfig, ModelConfig
 from rlcm_fast.trajectory import Conditioning, Prompt
 
 
@@ -55,6 +56,16 @@ class Backbone:
         backbone.unet.requires_grad_(True)
         backbone.unet.eval()  # dropout would make the ratio differ from 1
         return backbone
+
+    def add_adapters(self, config: LoraConfig) -> None:
+        """From here on only LoRA adapters are trained."""
+        add_adapters(self.unet, config)
+
+    def frozen_start(self) -> Callable[..., Any]:
+        """The network as it is now, to be called as the UNet is; with adapters it shares the UNet's weights."""
+        if has_adapters(self.unet):
+            return WithoutAdapters(self.unet)
+        return copy.deepcopy(self.unet).requires_grad_(False)
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -128,13 +139,14 @@ class Backbone:
         return (images / 2 + 0.5).clamp(0, 1).float()
 
     def export(self, unet_weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Writes a diffusers folder with these UNet weights, which stock diffusers loads."""
-        unet = UNet2DConditionModel.from_config(self.unet.config)
-        assert isinstance(unet, UNet2DConditionModel)
-        unet.load_state_dict(dict(unet_weights))
+        """Writes a diffusers folder with these UNet weights, which stock diffusers loads; adapters are merged in."""
         pipeline = copy.copy(self._pipeline)
-        pipeline.register_modules(unet=unet)
+        pipeline.register_modules(unet=merged(self.unet, unet_weights))
         pipeline.save_pretrained(folder)
+
+    def export_adapters(self, unet_weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Writes the adapters alone, for `load_lora_weights` of a stock pipeline with the start model."""
+        save_adapters(self.unet, unet_weights, self._pipeline, folder)
 
 
 def _stack(rows: Sequence[Tensor | None]) -> Tensor | None:

@@ -12,15 +12,20 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from rlcm_fast.backbones import assembly
-from rlcm_fast.backbones.loading import resolve_model_path
+from rlcm_fast.backbones.loading import resolve_lora_path, resolve_model_path
 
 
-def load_pipeline(model: str, revision: str | None = None, device: str | None = None) -> DiffusionPipeline:
-    """The pipeline of a folder or hub id in evaluation mode: float16 on a GPU, float32 elsewhere."""
+def load_pipeline(
+    model: str, revision: str | None = None, device: str | None = None, lora: str | None = None
+) -> DiffusionPipeline:
+    """The pipeline of a folder or hub id in evaluation mode, a LoRA fused in: float16 on a GPU, float32 elsewhere."""
     path = resolve_model_path(model, "model")
+    lora_path = None if lora is None else resolve_lora_path(lora, "lora")
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float16 if target.type == "cuda" else torch.float32
     pipeline = assembly.load_pipeline(path, revision, dtype, f"model={model}")
+    if lora_path is not None:
+        assembly.fuse_lora(pipeline, lora_path, f"lora={lora}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(target)
 
