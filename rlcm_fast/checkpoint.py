@@ -3,6 +3,7 @@
     run_dir/checkpoints/iteration_000050/     after 50 iterations
         deepspeed/       weights and optimizer state as DeepSpeed writes them
         unet.safetensors the weights alone, float32, for people; adapters.safetensors where only those are trained
+        ema.safetensors  their moving average, where ema.decay is not 0
         state.json       iteration, queries, prompt cursor, advantage statistics, number of processes
 
 A checkpoint is written under a temporary name and renamed when all ranks are done, so a run killed at any moment, or a

@@ -158,6 +158,16 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class EmaConfig:
+    """A moving average of the weights."""
+
+    decay: float = 0.0
+    """Evaluations, grids and the export use weights averaged with this decay, as 0.99; 0 is off."""
+    device: Literal["model", "cpu"] = "model"
+    """Where the average (float32) is kept: beside the network, or in the CPU's memory."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out images at fixed seeds."""
 
@@ -223,6 +233,8 @@ class Config:
     """Adam and its learning rate"""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """DeepSpeed"""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """a moving average of the weights"""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """held-out images at fixed seeds"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -74,6 +74,7 @@ def _bounds(config: Config) -> Iterator[_Bound]:
     yield _Bound("update.advantage_clip", update.advantage_clip, update.advantage_clip > 0, "a positive number, as 10")
     yield _Bound("update.max_grad_norm", update.max_grad_norm, update.max_grad_norm >= 0, "0 (off) or more")
     yield _Bound("update.kl_weight", update.kl_weight, update.kl_weight >= 0, "0 (off) or more")
+    yield _Bound("ema.decay", config.ema.decay, 0 <= config.ema.decay < 1, "a number in [0, 1), as 0.99; 0 is off")
     yield _Bound("optimizer.lr", optimizer.lr, optimizer.lr > 0, "a positive number, as 1e-4")
     yield _Bound("optimizer.eps", optimizer.eps, optimizer.eps > 0, "a positive number, as 1e-8")
     yield _Bound("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "0 (off) or more")
@@ -194,6 +195,11 @@ def _check_engine(config: Config) -> None:
         raise ValueError(
             "engine.dtype=bf16 needs engine.zero_stage >= 1: at stage 0 DeepSpeed takes a dummy optimizer step at "
             "start, which puts Adam's bias correction off by one; set engine.zero_stage=1 (the same on one process)"
+        )
+    if config.ema.decay > 0 and engine.zero_stage == 3:
+        raise ValueError(
+            f"ema.decay={config.ema.decay} needs whole weights on each process; set engine.zero_stage to 2 or less, or"
+            " ema.decay=0"
         )
     if optimizer.name == "adam" and optimizer.weight_decay > 0:
         raise ValueError(

@@ -24,17 +24,18 @@ from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.algorithms import PPO, build_advantages
+from rlcm_fast.averaging import AveragingEngine
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from rlcm_fast.config import Config, RewardConfig
+from rlcm_fast.config import Config
 from rlcm_fast.config_checks import derived
-from rlcm_fast.evaluation import Evaluator, draw
+from rlcm_fast.evaluation import build_evaluator, draw, grid_prompts
 from rlcm_fast.interruption import Interrupted, Interruption
 from rlcm_fast.kernels import dispatch
-from rlcm_fast.memory.engine import Engine, init_processes
+from rlcm_fast.memory.engine import init_processes
 from rlcm_fast.policies import GaussianPolicy, build_policy
-from rlcm_fast.prompts import PromptSampler, deal, load_prompts
-from rlcm_fast.rewards import Reward, RewardService, build_reward
+from rlcm_fast.prompts import PromptSampler, load_prompts
+from rlcm_fast.rewards import RewardService, build_rewards
 from rlcm_fast.rollout import Rollout, rollout
 from rlcm_fast.tracking import Tracker
 from rlcm_fast.trajectory import Conditioning, Prompt
@@ -64,13 +65,14 @@ class Trainer:
         self.policy = self._build_policy(self.engine)
 
         self.prompts = self._build_prompts()
-        trained = _build_rewards(config.rewards)
+        trained = build_rewards(config.rewards)
         self.rewards = RewardService(trained, config.rollout.reward_workers)
         self.advantages = build_advantages(
             config.advantages.kind, config.advantages.buffer_size, config.advantages.min_count
         )
         self.algorithm = PPO(config.update.clip_range, config.update.advantage_clip)
-        self.evaluator = self._build_evaluator(trained)
+        self.evaluator = build_evaluator(config.evaluation, trained, self.encode, self.backbone.decode)
+        self.grid_prompts = grid_prompts(config.evaluation, config.tracking.grid_images)
         if checkpoint:
             self.load_state_dict(load_checkpoint(checkpoint, self.engine))
         self.tracker = Tracker(self.run_dir, config, self.iteration)
@@ -156,19 +158,24 @@ class Trainer:
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Scores held-out images and draws the grid, where one is due; of the weights after `iteration` iterations."""
         config = self.config
-        if self._due(config.tracking.grid_every, iteration):
-            texts = [prompt.text for prompt in self.grid_prompts]
-            sample = (config.evaluation.seed, len(texts), self.encode, self.backbone.decode)
-            images, _ = draw(self.policy, self.grid_prompts, *sample)
-            self.tracker.grid(iteration, images, texts)
-        return self.evaluator(self.policy, iteration) if self._due(config.evaluation.every, iteration) else {}
+        is_scored = self._due(config.evaluation.every, iteration)
+        is_drawn = self._due(config.tracking.grid_every, iteration)
+        if not (is_scored or is_drawn):
+            return {}
+        with self.engine.averaged():
+            if is_drawn:
+                texts = [prompt.text for prompt in self.grid_prompts]
+                sample = (config.evaluation.seed, len(texts), self.encode, self.backbone.decode)
+                images, _ = draw(self.policy, self.grid_prompts, *sample)
+                self.tracker.grid(iteration, images, texts)
+            return self.evaluator(self.policy, iteration) if is_scored else {}
 
     def finish(self) -> None:
         """The evaluation of the final weights, and a folder that stock diffusers loads."""
         evaluated = self.evaluate(self.iteration)
         if evaluated:
             self.tracker.log({"iteration": self.iteration, "queries": self.queries, **evaluated})
-        weights = self.engine.full_weights()
+        weights = self.engine.final_weights()
         if parallel.is_main():
             self.backbone.export(weights, self.run_dir / "export")
             if self.config.lora.rank > 0:
@@ -211,9 +218,9 @@ class Trainer:
         """The prompts' text encodings, each distinct text encoded once in the run."""
         return self.backbone.encode(prompts, with_negative=self.policy.needs_negative)
 
-    def _build_engine(self) -> Engine:
+    def _build_engine(self) -> AveragingEngine:
         config, numbers = self.config, derived(self.config, parallel.world_size())
-        return Engine(
+        engine = AveragingEngine(
             self.backbone.unet,
             # DeepSpeed would cast adapters too; as fp32 it leaves every weight in the dtype that it has.
             replace(config.engine, dtype="fp32") if config.lora.rank > 0 else config.engine,
@@ -223,6 +230,8 @@ class Trainer:
             numbers["micro_batches_per_update_and_process"],
             numbers["total_updates"],
         )
+        engine.start_average(self.backbone.unet, config.ema)
+        return engine
 
     def _build_policy(self, unet: Any) -> GaussianPolicy:
         config = self.config.policy
@@ -244,18 +253,6 @@ class Trainer:
             world_size,
         )
 
-    def _build_evaluator(self, trained: dict[str, tuple[Reward, float]]) -> Evaluator:
-        """Trained rewards, those to watch, and on ShapesWorld always the detector: a reward alone proves nothing."""
-        config = self.config.evaluation
-        prompts = load_prompts(config.prompts, "evaluation.prompts")
-        self.grid_prompts = prompts[:: max(1, len(prompts) // self.config.tracking.grid_images)]
-        self.grid_prompts = self.grid_prompts[: self.config.tracking.grid_images]
-        rewards = {**trained, **_build_rewards(config.rewards)}
-        if config.prompts.startswith("shapes:"):
-            rewards.setdefault("shapes_alignment", (build_reward("shapes_alignment", {}), 1.0))
-        dealt = deal(prompts, config.num_images, config.seed)
-        return Evaluator(dealt, config.seed, config.micro_batch_size, rewards, self.encode, self.backbone.decode)
-
     @property
     def num_samples(self) -> int:
         """Of an iteration, over all processes."""
@@ -270,10 +267,6 @@ class Trainer:
             raise ValueError(
                 f"run_dir={self.run_dir} already holds a run; go on with --resume latest, or give another --run_dir"
             )
-
-
-def _build_rewards(configs: list[RewardConfig]) -> dict[str, tuple[Reward, float]]:
-    return {config.name: (build_reward(config.name, config.arguments), config.weight) for config in configs}
 
 
 def _seconds(batch: Rollout, updated: UpdateMetrics, iteration_seconds: float, num_samples: int) -> dict[str, float]:
