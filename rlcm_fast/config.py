@@ -91,6 +91,8 @@ class RolloutConfig:
     """Samples of one sampling pass, per process."""
     reward_workers: int = 2
     """Threads that compute rewards while the next samples are drawn, per process."""
+    decode_batch_size: int = 0
+    """Images that the VAE decodes at once, in evaluations too; 0: as many as were sampled."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ class EngineConfig:
     """Precision of the network in training; bf16 keeps fp32 master weights and needs zero_stage >= 1."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Log-probs, steps and loss by plain torch or by Triton; auto: Triton on a GPU, torch on a CPU."""
+    offload_idle: bool = False
+    """Text encoders and VAE wait in the CPU's memory, and are on the GPU only while they encode and decode."""
 
 
 @dataclass(frozen=True)

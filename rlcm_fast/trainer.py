@@ -57,7 +57,14 @@ class Trainer:
         torch.manual_seed(config.seed)
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.engine.dtype]
-        self.backbone = Backbone.load(config.model, self.device, dtype, config.policy.kind == "consistency")
+        self.backbone = Backbone.load(
+            config.model,
+            self.device,
+            dtype,
+            is_consistency=config.policy.kind == "consistency",
+            offload_idle=config.engine.offload_idle,
+            decode_batch_size=config.rollout.decode_batch_size,
+        )
         if config.lora.rank > 0:
             self.backbone.add_adapters(config.lora)
         self.reference = self._frozen_start() if config.update.kl_weight > 0 else None

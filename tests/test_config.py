@@ -188,6 +188,8 @@ def test_a_mistake_in_the_file_names_the_file_the_field_and_the_way_out(
         ("--optimizer.lr .inf", "optimizer.lr"),
         ("--optimizer.betas.0 1.0", "optimizer.betas"),
         ("--optimizer.name adam --optimizer.weight_decay 0.1", "set optimizer.name=adamw"),
+        ("--rollout.decode_batch_size -1", "rollout.decode_batch_size=-1 is out of range; give 0 or more"),
+        ("--engine.offload_idle 2", "engine.offload_idle=2 is not allowed; give true or false"),
         ("--ema.decay 1", "ema.decay=1.0 is out of range; give a number in [0, 1), as 0.99; 0 is off"),
         ("--ema.decay 0.9 --engine.zero_stage 3", "ema.decay=0.9 needs whole weights on each process; set engine.zero"),
         ("--ema.device gpu", "ema.device=gpu is not allowed; give one of model, cpu"),

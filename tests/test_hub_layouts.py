@@ -9,7 +9,7 @@ import pytest
 import tiny_pipelines
 import tiny_runs
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from rlcm_fast.config import parse_config
 from rlcm_fast.trainer import Trainer
@@ -56,9 +56,13 @@ def test_a_unet_alone_is_trained_in_its_base(tiny_unet_folder: str, tiny_sdxl_fo
     assert again.backbone.scheduler_config["original_inference_steps"] == 50
 
 
-def test_sdxl_is_trained_as_a_diffusion_model(tiny_sdxl_folder: str, tmp_path: Path):
-    settings = {"policy__kind": "ddim", "policy__guidance_scale": 3.0}
-    trainer = run(tiny_sdxl_folder, tmp_path / "run", **settings)
+def test_sdxl_is_trained_as_a_diffusion_model(tiny_sdxl_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saving = {"rollout__decode_batch_size": 1, "engine__offload_idle": True}
+    decoded: list[int] = []
+    decode = AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, z, **k: (decoded.append(len(z)), decode(vae, z, **k))[1])
+    trainer = run(tiny_sdxl_folder, tmp_path / "run", policy__kind="ddim", policy__guidance_scale=3.0, **saving)
+    assert decoded == [1] * 4
     stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / "run" / "export")
     stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config, clip_sample=False)
     assert_draws_the_same(trainer, stock, eta=1.0)

@@ -8,7 +8,8 @@ folder or hub id -> Backbone;   prompts -> Conditioning (encoded once each);   l
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,25 +35,38 @@ class Encoding:
 class Backbone:
     """A loaded text-to-image pipeline; everything but the UNet is frozen and stays out of DeepSpeed's hands."""
 
-    def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, pipeline: Any, device: torch.device, dtype: torch.dtype, offload_idle: bool, decode_batch_size: int
+    ) -> None:
         self._pipeline = pipeline
         self.device = device
         self.dtype = dtype
+        self._moves_parts = offload_idle and device.type != "cpu"
+        self._decode_batch_size = decode_batch_size
         self._encodings: dict[str, Encoding] = {}
         self._negative: Encoding | None = None
         self._is_sdxl = "text_encoder_2" in pipeline.components
 
     @classmethod
-    def load(cls, model: ModelConfig, device: torch.device, dtype: torch.dtype, is_consistency: bool) -> Backbone:
+    def load(
+        cls,
+        model: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        is_consistency: bool,
+        offload_idle: bool = False,
+        decode_batch_size: int = 0,
+    ) -> Backbone:
         """From what `model` names; `dtype` is the UNet's, the rest is float32. Raises ValueError as `assemble` does.
 
         is_consistency: it is sampled as a consistency model, so `model.base` and `model.lora` change the scheduler.
+        offload_idle: only the UNet stays on the device; decode_batch_size: images decoded at once, 0 is all.
         """
-        pipeline = assemble(model, dtype, is_consistency)
-        pipeline.to(device)
-        backbone = cls(pipeline, device, dtype)
+        backbone = cls(assemble(model, dtype, is_consistency), device, dtype, offload_idle, decode_batch_size)
         for part in (*backbone.frozen_parts, backbone.unet):
             part.requires_grad_(False)
+            if part is backbone.unet or not backbone._moves_parts:
+                part.to(device)
         backbone.unet.requires_grad_(True)
         backbone.unet.eval()  # dropout would make the ratio differ from 1
         return backbone
@@ -105,11 +119,15 @@ class Backbone:
 
     def _encode_missing(self, texts: list[str], with_negative: bool) -> None:
         """One by one: in a batch the last bits depend on the company, which a resumed run meets in another order."""
-        for text in texts:
-            if text not in self._encodings:
+        missing = [text for text in texts if text not in self._encodings]
+        lacks_negative = with_negative and self._negative is None
+        if not (missing or lacks_negative):
+            return
+        with self._on_device(*self.text_encoders):
+            for text in missing:
                 self._encodings[text], _ = self._encode_one(text, with_negative=False)
-        if with_negative and self._negative is None:
-            _, self._negative = self._encode_one("", with_negative=True)
+            if lacks_negative:
+                _, self._negative = self._encode_one("", with_negative=True)
 
     def _encode_one(self, text: str, with_negative: bool) -> tuple[Encoding, Encoding | None]:
         """A text, and what the pipeline guides away from: the empty text, or zeros where an SDXL folder says so."""
@@ -135,8 +153,24 @@ class Backbone:
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) float32 in [0, 1] of x_0 latents (B, C, H, W), as diffusers' pipelines decode them."""
         vae = self._pipeline.vae
-        images = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+        with self._on_device(vae):
+            slices = (latents / vae.config.scaling_factor).split(self._decode_batch_size or len(latents))
+            images = torch.cat([vae.decode(part, return_dict=False)[0] for part in slices])
         return (images / 2 + 0.5).clamp(0, 1).float()
+
+    @contextmanager
+    def _on_device(self, *parts: torch.nn.Module) -> Iterator[None]:
+        """Inside, the parts are on the device; idle they are not, where that was asked for."""
+        if not self._moves_parts:
+            yield
+            return
+        try:
+            for part in parts:
+                part.to(self.device)
+            yield
+        finally:
+            for part in parts:
+                part.to("cpu")
 
     def export(self, unet_weights: Mapping[str, Tensor], folder: Path) -> None:
         """Writes a diffusers folder with these UNet weights, which stock diffusers loads; adapters are merged in."""
