@@ -324,6 +324,8 @@ def test_the_door_answers_a_mistake_with_one_line_without_loading_torch():
         ),
         (["--prompts.source", "no.txt"], "prompts.source=no.txt"),
         (["--evaluation.prompts", "no.txt"], "evaluation.prompts=no.txt"),
+        (["--model.lora", "no.safetensors"], "model.lora=no.safetensors is no LoRA; give a folder with"),
+        (["--model.base", "shapes/teacher"], "model.base=shapes/teacher has no use"),
     ],
 )
 def test_the_door_finds_wrong_names_of_plugins_before_weights_load(argv: list[str], message: str, tiny_lcm_folder: str):

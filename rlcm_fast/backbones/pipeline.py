@@ -63,9 +63,10 @@ class Backbone:
         offload_idle: only the UNet stays on the device; decode_batch_size: images decoded at once, 0 is all.
         """
         backbone = cls(assemble(model, dtype, is_consistency), device, dtype, offload_idle, decode_batch_size)
-        for part in (*backbone.frozen_parts, backbone.unet):
+        backbone._pipeline.unet.to(device)
+        for part in backbone.frozen_parts:
             part.requires_grad_(False)
-            if part is backbone.unet or not backbone._moves_parts:
+            if not backbone._moves_parts:
                 part.to(device)
         backbone.unet.requires_grad_(True)
         backbone.unet.eval()  # dropout would make the ratio differ from 1
