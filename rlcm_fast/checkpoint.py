@@ -2,7 +2,8 @@
 
     run_dir/checkpoints/iteration_000050/     after 50 iterations
         deepspeed/       weights and optimizer state as DeepSpeed writes them
-        unet.safetensors the weights alone, float32, for people
+        unet.safetensors the weights alone, float32, for people; adapters.safetensors where only those are trained
+        ema.safetensors  their moving average, where ema.decay is not 0
         state.json       iteration, queries, prompt cursor, advantage statistics, number of processes
 
 A checkpoint is written under a temporary name and renamed when all ranks are done, so a run killed at any moment, or a
@@ -94,7 +95,8 @@ def _write(folder: Path, engine: Engine, state: dict[str, Any]) -> None:
     engine.save(folder)
     weights = engine.full_weights()
     if parallel.is_main():
-        save_file(weights, folder / "unet.safetensors")
+        adapters = {name: weight for name, weight in weights.items() if ".lora_" in name}
+        save_file(adapters or weights, folder / ("adapters.safetensors" if adapters else "unet.safetensors"))
         (folder / "state.json").write_text(json.dumps({**state, "num_processes": parallel.world_size()}))
 
 

@@ -1,22 +1,20 @@
 """The configuration: typed sections, read from defaults < YAML file < command line.
 
 Light on purpose: this module imports neither torch nor diffusers, so that a mistake is reported in under a second,
-before any weights load. `config_errors.py` words the mistakes of YAML files and command lines; what one field cannot
-know alone is checked in `config_checks.py`.
+before any weights load. `config_parser.py` reads files and command lines, `config_errors.py` words their mistakes;
+what one field cannot know alone is checked in `config_checks.py`.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, cast, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import yaml
-from docstring_parser import parse_from_object
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ArgumentParser
 
-from rlcm_fast.config_errors import check_arguments, complete_items, explain, read_file, split_arguments
+from rlcm_fast.config_parser import parse, parser_of
 
 
 @dataclass(frozen=True)
@@ -24,9 +22,25 @@ class ModelConfig:
     """The model to fine-tune."""
 
     path: str = "shapes/lcm"
-    """A shipped model (shapes/lcm, shapes/teacher), a diffusers folder, or a hub id."""
+    """A shipped model (shapes/lcm, shapes/teacher), a diffusers folder, a hub id; with base: of a UNet alone."""
     revision: str | None = None
     """The revision of a hub id; null is its main branch."""
+    base: str | None = None
+    """The pipeline that path's UNet goes into (for latent-consistency/lcm-sdxl: SDXL); null: path is a pipeline."""
+    lora: str | None = None
+    """An LCM-LoRA to fuse into the UNet before training: a folder, a .safetensors file or a hub id."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters to train instead of all weights."""
+
+    rank: int = 0
+    """Rank of the adapters B A, which are float32 beside a frozen UNet; 0: all weights of the UNet are trained."""
+    alpha: float = 16.0
+    """The adapters are scaled by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    """Layers of the UNet that get one, by the end of their names."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,7 @@ class PolicyConfig:
     num_steps: int = 4
     """Denoising steps S of a sample; S - 1 of them are actions, since the last is deterministic."""
     guidance_scale: float = 4.0
-    """Classifier-free guidance; 1 is none. A consistency model takes it as an input (one UNet call)."""
+    """Classifier-free guidance; 1 is none. A consistency model takes it as an input; an LCM-LoRA model calls twice."""
     eta: float = 1.0
     """Noise of a ddim step, in (0, 1]; without meaning for consistency."""
     last_step: Literal["deterministic", "renoise"] = "deterministic"
@@ -77,6 +91,8 @@ class RolloutConfig:
     """Samples of one sampling pass, per process."""
     reward_workers: int = 2
     """Threads that compute rewards while the next samples are drawn, per process."""
+    decode_batch_size: int = 0
+    """Images that the VAE decodes at once, in evaluations too; 0: as many as were sampled."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +169,18 @@ class EngineConfig:
     """torch's scaled_dot_product_attention, or xformers' (needs the extra: pip install 'rlcm_fast[xformers]')."""
     compile: Literal["off", "regional", "whole"] = "off"
     """torch.compile of the network: of each transformer block (quick to compile), or of all of it in one graph."""
+    offload_idle: bool = False
+    """Text encoders and VAE wait in the CPU's memory, and are on the GPU only while they encode and decode."""
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """A moving average of the weights."""
+
+    decay: float = 0.0
+    """Evaluations, grids and the export use weights averaged with this decay, as 0.99; 0 is off."""
+    device: Literal["model", "cpu"] = "model"
+    """Where the average (float32) is kept: beside the network, or in the CPU's memory."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +231,8 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """what is fine-tuned"""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """adapters to train instead of all weights"""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """the sampler that is trained"""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
@@ -219,6 +249,8 @@ class Config:
     """Adam and its learning rate"""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """where weights, gradients and states live, and how the network runs"""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """a moving average of the weights"""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """held-out images at fixed seeds"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -256,52 +288,10 @@ def _plain(value: Any) -> Any:
 
 
 def parse_config(argv: Sequence[str]) -> Config:
-    """Defaults < the files of `--config`, in order < dotted overrides, wherever they stand on the command line.
-
-    Raises ValueError with one line: the field, its value and the way out. `--local_rank=N` of the launcher is ignored.
-    """
-    files, arguments = split_arguments(argv, Config)
-    contents = [read_file(file, Config) for file in files]
-    check_arguments(arguments, Config)
-    parser = build_parser()
-    try:
-        options = complete_items(arguments, Config)
-        parsed = parser.parse_args([*(f"--config={content}" for content in contents), *options])
-        return _build(Config, parser.instantiate(parsed))
-    except argparse.ArgumentError as error:
-        raise ValueError(explain(str(error))) from error
+    """The config that a command line asks for; raises ValueError with one line: the field, its value, the way out."""
+    return parse(argv, Config)
 
 
 def build_parser() -> ArgumentParser:
-    """The parser behind `--help`: one group a section, one dotted option a field, its help the field's docstring."""
-    parser = ArgumentParser(
-        prog="train.py",
-        usage="deepspeed rlcm_fast/train.py [--config FILE.yaml] [--section.field VALUE ...]",
-        description="Fine-tune a few-step text-to-image model with reinforcement learning on any reward.",
-        exit_on_error=False,
-        allow_abbrev=False,
-        print_config=None,
-    )
-    parser.add_argument("--config", action=ActionConfigFile, metavar="FILE", help="YAML file; options override it")
-    _add_fields(parser, parser.add_argument_group("run"), Config, "")
-    return parser
-
-
-def _add_fields(parser: ArgumentParser, group: Any, config_class: type, prefix: str) -> None:
-    help_texts = {item.arg_name: item.description for item in parse_from_object(config_class).params}
-    hints = get_type_hints(config_class)
-    for item in fields(config_class):
-        hint, text = hints[item.name], help_texts[item.name]
-        if is_dataclass(hint):
-            section = parser.add_argument_group(f"{item.name}: {text}")
-            _add_fields(parser, section, cast(type, hint), f"{prefix}{item.name}.")
-        else:
-            default = item.default if item.default_factory is MISSING else item.default_factory()
-            group.add_argument(f"--{prefix}{item.name}", type=hint, default=default, help=text)
-
-
-def _build(config_class: type, values: Any) -> Any:
-    """Sections from the parser's nested namespaces, whose leaves have their types already."""
-    hints = get_type_hints(config_class)
-    arguments = {item.name: values[item.name] for item in fields(config_class)}
-    return config_class(**{k: _build(hints[k], v) if is_dataclass(hints[k]) else v for k, v in arguments.items()})
+    """The parser behind `--help`."""
+    return parser_of(Config)

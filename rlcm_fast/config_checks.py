@@ -34,6 +34,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_advantages(config)
     _check_sizes(config, world_size)
     check_engine(config, derived(config, world_size))
+    _check_lora(config)
     _check_resume(config)
 
 
@@ -69,10 +70,12 @@ def _bounds(config: Config) -> Iterator[_Bound]:
     scale = policy.guidance_scale
     yield _Bound("policy.guidance_scale", scale, scale >= 1, "1 (no guidance) or more")
     yield _Bound("policy.eta", policy.eta, 0 < policy.eta <= 1, "a number in (0, 1]: without noise there is no action")
+    yield _Bound("lora.alpha", config.lora.alpha, config.lora.alpha > 0, "a positive number, as 16")
     yield _Bound("update.clip_range", update.clip_range, 0 < update.clip_range < 1, "a number in (0, 1), as 1e-4")
     yield _Bound("update.advantage_clip", update.advantage_clip, update.advantage_clip > 0, "a positive number, as 10")
     yield _Bound("update.max_grad_norm", update.max_grad_norm, update.max_grad_norm >= 0, "0 (off) or more")
     yield _Bound("update.kl_weight", update.kl_weight, update.kl_weight >= 0, "0 (off) or more")
+    yield _Bound("ema.decay", config.ema.decay, 0 <= config.ema.decay < 1, "a number in [0, 1), as 0.99; 0 is off")
     yield _Bound("optimizer.lr", optimizer.lr, optimizer.lr > 0, "a positive number, as 1e-4")
     yield _Bound("optimizer.eps", optimizer.eps, optimizer.eps > 0, "a positive number, as 1e-8")
     yield _Bound("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "0 (off) or more")
@@ -101,6 +104,8 @@ def _counts(config: Config) -> Iterator[_Bound]:
     }
     at_least_zero = {
         "seed": config.seed,
+        "lora.rank": config.lora.rank,
+        "rollout.decode_batch_size": config.rollout.decode_batch_size,
         "evaluation.seed": config.evaluation.seed,
         "evaluation.every": config.evaluation.every,
         "checkpoint.every": config.checkpoint.every,
@@ -184,6 +189,11 @@ def _near_divisors(number: int, wish: int) -> str:
     below = [n for n in divisors if n < wish][-1:]
     above = [n for n in divisors if n > wish][:1]
     return " or ".join(str(n) for n in below + above)
+
+
+def _check_lora(config: Config) -> None:
+    if not all(target.strip() for target in config.lora.targets) or not config.lora.targets:
+        raise ValueError(f"lora.targets={config.lora.targets} names no layer; give names of layers, as [to_q, to_v]")
 
 
 def _check_resume(config: Config) -> None:

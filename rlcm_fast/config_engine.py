@@ -16,21 +16,26 @@ def check_engine(config: Config, numbers: dict[str, int]) -> None:
     _check_offload(config)
     _check_in_backward(config, numbers)
     _check_network(config)
+    if config.ema.decay > 0 and config.engine.zero_stage == 3:
+        raise ValueError(
+            f"ema.decay={config.ema.decay} needs whole weights on each process; set engine.zero_stage to 2 or less, or "
+            "ema.decay=0"
+        )
 
 
 def _check_dtype(config: Config) -> None:
     engine, optimizer = config.engine, config.optimizer
-    if engine.dtype == "bf16" and engine.zero_stage == 0:
+    if engine.dtype == "bf16" and engine.zero_stage == 0 and config.lora.rank == 0:  # adapters are float32
         raise ValueError(
             "engine.dtype=bf16 needs engine.zero_stage >= 1: at stage 0 DeepSpeed takes a dummy optimizer step at "
             "start, which puts Adam's bias correction off by one; set engine.zero_stage=1 (the same on one process)"
         )
-    if engine.dtype == "pure_bf16" and engine.zero_stage > 0:
+    if engine.dtype == "pure_bf16" and engine.zero_stage > 0 and config.lora.rank == 0:
         raise ValueError(
             f"engine.dtype=pure_bf16 has no master weights for engine.zero_stage={engine.zero_stage} to share out; "
             "set engine.zero_stage=0, or engine.dtype=bf16"
         )
-    if engine.dtype == "pure_bf16" and optimizer.name != "adamw_8bit":
+    if engine.dtype == "pure_bf16" and optimizer.name != "adamw_8bit" and config.lora.rank == 0:
         raise ValueError(
             f"optimizer.name={optimizer.name} would lose updates below the last digit of pure_bf16 weights; set "
             "optimizer.name=adamw_8bit, which rounds stochastically"

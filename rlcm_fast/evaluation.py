@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from rlcm_fast import parallel
+from rlcm_fast.config import EvaluationConfig
 from rlcm_fast.policies.base import GaussianPolicy
-from rlcm_fast.rewards.base import Reward
-from rlcm_fast.rewards.service import RewardService
+from rlcm_fast.prompts import deal, load_prompts
+from rlcm_fast.rewards import Reward, RewardService, build_reward, build_rewards
 from rlcm_fast.shapes.reward import image_diversity
 from rlcm_fast.trajectory import Conditioning, Prompt
 
@@ -55,6 +56,26 @@ class Evaluator:
             return {name: values.tolist() for name, values in service.gather(iteration).by_name.items()}
         finally:
             service.shutdown()
+
+
+def build_evaluator(
+    config: EvaluationConfig,
+    trained: Mapping[str, tuple[Reward, float]],
+    encode: Callable[[Sequence[Prompt]], Conditioning],
+    decode: Callable[[Tensor], Tensor],
+) -> Evaluator:
+    """Trained rewards, those to watch, and on ShapesWorld always the detector: a reward alone proves nothing."""
+    rewards = {**trained, **build_rewards(config.rewards)}
+    if config.prompts.startswith("shapes:"):
+        rewards.setdefault("shapes_alignment", (build_reward("shapes_alignment", {}), 1.0))
+    prompts = deal(load_prompts(config.prompts, "evaluation.prompts"), config.num_images, config.seed)
+    return Evaluator(prompts, config.seed, config.micro_batch_size, rewards, encode, decode)
+
+
+def grid_prompts(config: EvaluationConfig, num_images: int) -> list[Prompt]:
+    """Those of an image grid, from all over the source."""
+    prompts = load_prompts(config.prompts, "evaluation.prompts")
+    return prompts[:: max(1, len(prompts) // num_images)][:num_images]
 
 
 def draw(

@@ -91,14 +91,14 @@ def is_worded_by_us(error: BaseException) -> bool:
 
 def _read_config(argv: Sequence[str], rank: int, world_size: int) -> Config:
     """The checked config; raises ValueError for everything that can be known to fail before weights load."""
-    from rlcm_fast.backbones.loading import resolve_model_path
+    from rlcm_fast.backbones.loading import resolve_model
     from rlcm_fast.config import parse_config
     from rlcm_fast.config_checks import validate
 
     with _silent_unless(rank == 0):
         config = parse_config(argv)
         validate(config, world_size)
-        resolve_model_path(config.model.path)
+        resolve_model(config.model)
         _check_plugins(config)
         if config.dry_run:
             _print_plan(config, world_size)

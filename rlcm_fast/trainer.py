@@ -13,7 +13,6 @@ whose only reward is the decoded image's. Departures from the paper:
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,21 +23,18 @@ from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.algorithms import PPO, build_advantages
-from rlcm_fast.backbones.acceleration import accelerate
+from rlcm_fast.backbones.acceleration import check_device
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from rlcm_fast.config import Config, RewardConfig
-from rlcm_fast.config_checks import derived
-from rlcm_fast.evaluation import Evaluator, draw
+from rlcm_fast.config import Config
+from rlcm_fast.engines import build_engine
+from rlcm_fast.evaluation import build_evaluator, draw, grid_prompts
 from rlcm_fast.interruption import Interrupted, Interruption
 from rlcm_fast.kernels import dispatch
-from rlcm_fast.memory.build import build_engine
-from rlcm_fast.memory.engine import Engine
 from rlcm_fast.memory.processes import init_processes
-from rlcm_fast.memory.recomputation import set_recomputation
 from rlcm_fast.policies import GaussianPolicy, build_policy
-from rlcm_fast.prompts import PromptSampler, deal, load_prompts
-from rlcm_fast.rewards import Reward, RewardService, build_reward
+from rlcm_fast.prompts import PromptSampler, load_prompts
+from rlcm_fast.rewards import RewardService, build_rewards
 from rlcm_fast.rollout import Rollout, rollout
 from rlcm_fast.tracking import Tracker
 from rlcm_fast.trajectory import Conditioning, Prompt
@@ -54,25 +50,36 @@ class Trainer:
         self.device = init_processes()
         dispatch.set_default(config.engine.kernels)
         dispatch.is_triton(torch.empty(0, device=self.device))  # refuses what cannot run, before weights load
+        check_device(config.engine, self.device)
         self.iteration, self.queries = 0, 0
         checkpoint = find_checkpoint(config.resume, self.run_dir) if config.resume else None
         self._refuse_to_overwrite()
         torch.manual_seed(config.seed)
 
         dtype = torch.float32 if config.engine.dtype == "fp32" else torch.bfloat16
-        self.backbone = Backbone.load(config.model.path, config.model.revision, self.device, dtype)
+        self.backbone = Backbone.load(
+            config.model,
+            self.device,
+            dtype,
+            is_consistency=config.policy.kind == "consistency",
+            offload_idle=config.engine.offload_idle,
+            decode_batch_size=config.rollout.decode_batch_size,
+        )
+        if config.lora.rank > 0:
+            self.backbone.add_adapters(config.lora)
         self.reference = self._frozen_start() if config.update.kl_weight > 0 else None
-        self.engine = self._build_engine()
+        self.engine = build_engine(self.backbone.unet, config, parallel.world_size())
         self.policy = self._build_policy(self.engine)
 
         self.prompts = self._build_prompts()
-        trained = _build_rewards(config.rewards)
+        trained = build_rewards(config.rewards)
         self.rewards = RewardService(trained, config.rollout.reward_workers)
         self.advantages = build_advantages(
             config.advantages.kind, config.advantages.buffer_size, config.advantages.min_count
         )
         self.algorithm = PPO(config.update.clip_range, config.update.advantage_clip)
-        self.evaluator = self._build_evaluator(trained)
+        self.evaluator = build_evaluator(config.evaluation, trained, self.encode, self.backbone.decode)
+        self.grid_prompts = grid_prompts(config.evaluation, config.tracking.grid_images)
         if checkpoint:
             self.load_state_dict(load_checkpoint(checkpoint, self.engine))
         self.tracker = Tracker(self.run_dir, config, self.iteration)
@@ -158,22 +165,32 @@ class Trainer:
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Scores held-out images and draws the grid, where one is due; of the weights after `iteration` iterations."""
         config = self.config
-        if self._due(config.tracking.grid_every, iteration):
-            texts = [prompt.text for prompt in self.grid_prompts]
-            sample = (config.evaluation.seed, len(texts), self.encode, self.backbone.decode)
-            images, _ = draw(self.policy, self.grid_prompts, *sample)
-            self.tracker.grid(iteration, images, texts)
-        return self.evaluator(self.policy, iteration) if self._due(config.evaluation.every, iteration) else {}
+        is_scored = self._due(config.evaluation.every, iteration)
+        is_drawn = self._due(config.tracking.grid_every, iteration)
+        if not (is_scored or is_drawn):
+            return {}
+        with self.engine.averaged():
+            if is_drawn:
+                texts = [prompt.text for prompt in self.grid_prompts]
+                sample = (config.evaluation.seed, len(texts), self.encode, self.backbone.decode)
+                images, _ = draw(self.policy, self.grid_prompts, *sample)
+                self.tracker.grid(iteration, images, texts)
+            return self.evaluator(self.policy, iteration) if is_scored else {}
 
     def finish(self) -> None:
         """The evaluation of the final weights, and a folder that stock diffusers loads."""
         evaluated = self.evaluate(self.iteration)
         if evaluated:
             self.tracker.log({"iteration": self.iteration, "queries": self.queries, **evaluated})
-        weights = self.engine.full_weights()
+        weights = self.engine.final_weights()
         if parallel.is_main():
             self.backbone.export(weights, self.run_dir / "export")
-        self.tracker.say(f"done: {self.run_dir}/export is a diffusers folder; {self.run_dir}/metrics.jsonl the curves")
+            if self.config.lora.rank > 0:
+                self.backbone.export_adapters(weights, self.run_dir / "lora")
+        adapters = f"; {self.run_dir}/lora its adapters for load_lora_weights" if self.config.lora.rank > 0 else ""
+        self.tracker.say(
+            f"done: {self.run_dir}/export is a diffusers folder{adapters}; {self.run_dir}/metrics.jsonl the curves"
+        )
 
     def save_if_due(self) -> None:
         """A checkpoint every so often, at the end and where any process was asked to stop."""
@@ -206,21 +223,7 @@ class Trainer:
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """The prompts' text encodings, each distinct text encoded once in the run."""
-        return self.backbone.encode(prompts, with_negative=self.config.policy.kind == "ddim")
-
-    def _build_engine(self) -> Engine:
-        config, numbers = self.config, derived(self.config, parallel.world_size())
-        accelerate(self.backbone.unet, config.engine)
-        set_recomputation(self.backbone.unet, config.engine.recompute)
-        return build_engine(
-            self.backbone.unet,
-            config.engine,
-            config.optimizer,
-            config.update.max_grad_norm,
-            config.update.micro_batch_size,
-            numbers["micro_batches_per_update_and_process"],
-            numbers["total_updates"],
-        )
+        return self.backbone.encode(prompts, with_negative=self.policy.needs_negative)
 
     def _build_policy(self, unet: Any) -> GaussianPolicy:
         config = self.config.policy
@@ -228,10 +231,8 @@ class Trainer:
         return build_policy(config, unet, backbone.unet.config, backbone.scheduler_config, backbone.dtype, self.device)
 
     def _frozen_start(self) -> GaussianPolicy:
-        """The start model as a policy of its own, outside of DeepSpeed, for the KL term."""
-        unet = copy.deepcopy(self.backbone.unet).requires_grad_(False)
-        accelerate(unet, self.config.engine)
-        return self._build_policy(unet)
+        """The start model as a policy of its own, outside of the engine, for the KL term."""
+        return self._build_policy(self.backbone.frozen_start())
 
     def _build_prompts(self) -> PromptSampler:
         config, world_size = self.config, parallel.world_size()
@@ -243,18 +244,6 @@ class Trainer:
             parallel.rank(),
             world_size,
         )
-
-    def _build_evaluator(self, trained: dict[str, tuple[Reward, float]]) -> Evaluator:
-        """Trained rewards, those to watch, and on ShapesWorld always the detector: a reward alone proves nothing."""
-        config = self.config.evaluation
-        prompts = load_prompts(config.prompts, "evaluation.prompts")
-        self.grid_prompts = prompts[:: max(1, len(prompts) // self.config.tracking.grid_images)]
-        self.grid_prompts = self.grid_prompts[: self.config.tracking.grid_images]
-        rewards = {**trained, **_build_rewards(config.rewards)}
-        if config.prompts.startswith("shapes:"):
-            rewards.setdefault("shapes_alignment", (build_reward("shapes_alignment", {}), 1.0))
-        dealt = deal(prompts, config.num_images, config.seed)
-        return Evaluator(dealt, config.seed, config.micro_batch_size, rewards, self.encode, self.backbone.decode)
 
     @property
     def num_samples(self) -> int:
@@ -270,10 +259,6 @@ class Trainer:
             raise ValueError(
                 f"run_dir={self.run_dir} already holds a run; go on with --resume latest, or give another --run_dir"
             )
-
-
-def _build_rewards(configs: list[RewardConfig]) -> dict[str, tuple[Reward, float]]:
-    return {config.name: (build_reward(config.name, config.arguments), config.weight) for config in configs}
 
 
 def _seconds(batch: Rollout, updated: UpdateMetrics, iteration_seconds: float, num_samples: int) -> dict[str, float]:

@@ -7,12 +7,12 @@ Latents are float32 here whatever the network's dtype: rollout and training cast
 dtype, which is what makes the ratio exactly one before the first update.
 """
 
-# B samples, K actions, N transitions, D distinct prompts, L tokens, E embedding, C H W latent
+# B samples, K actions, N transitions, D distinct prompts, L tokens, E embedding, P pooled embedding, C H W latent
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,15 +33,23 @@ class Conditioning:
     prompt_embeds: Tensor  # (D, L, E)
     index: Tensor  # (B,) int64, the row of prompt_embeds of each sample
     negative_embeds: Tensor | None = None  # (1, L, E), for classifier-free guidance; None for consistency models
+    pooled_embeds: Tensor | None = None  # (D, P), of SDXL's second text encoder; None for models with one
+    negative_pooled: Tensor | None = None  # (1, P)
+    time_ids: Tensor | None = None  # (1, 6) float32, SDXL's original size, crop and target size, height first
 
     @property
     def embeds(self) -> Tensor:
         """The encoding of each sample, (B, L, E), gathered on every access."""
         return self.prompt_embeds[self.index]
 
+    @property
+    def pooled(self) -> Tensor | None:
+        """The pooled encoding of each sample, (B, P), gathered on every access."""
+        return None if self.pooled_embeds is None else self.pooled_embeds[self.index]
+
     def take(self, rows: Tensor) -> Conditioning:
         """The conditioning of the samples `rows` (N,); the encodings are shared, not copied."""
-        return Conditioning(self.prompt_embeds, self.index[rows], self.negative_embeds)
+        return replace(self, index=self.index[rows])
 
 
 @dataclass(frozen=True)
@@ -104,5 +112,5 @@ class Trajectory:
         return Trajectory(
             latents=torch.cat([part.latents for part in parts]),
             log_probs=torch.cat([part.log_probs for part in parts]),
-            conditioning=Conditioning(first.prompt_embeds, index, first.negative_embeds),
+            conditioning=replace(first, index=index),
         )

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import settings
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: they run in Triton's interpreter
@@ -20,8 +15,6 @@ if not torch.cuda.is_available():
 # No deadlines: the first example pays for what is set up once, and machines that run tests are busy.
 settings.register_profile("rlcm_fast", deadline=None, derandomize=True)
 settings.load_profile("rlcm_fast")
-
-SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
 @pytest.fixture(scope="module")
@@ -41,84 +34,31 @@ def one_process() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_lcm_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A LatentConsistencyModelPipeline of 16 x 16 images, 8 x 8 x 4 latents and about 30,000 weights."""
-    from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+    """A LatentConsistencyModelPipeline."""
+    import tiny_pipelines
 
-    scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    folder = tmp_path_factory.mktemp("tiny_lcm")
-    parts = _parts_around(_unet(time_cond_proj_dim=16))
-    LatentConsistencyModelPipeline(scheduler=scheduler, **parts).save_pretrained(folder)
-    return str(folder)
+    return tiny_pipelines.save_lcm(tmp_path_factory.mktemp("tiny_lcm"))
 
 
 @pytest.fixture(scope="session")
 def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A StableDiffusionPipeline of the same sizes, with DDIM's scheduler."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    import tiny_pipelines
 
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    )
-    folder = tmp_path_factory.mktemp("tiny_sd")
-    StableDiffusionPipeline(scheduler=scheduler, **_parts_around(_unet(time_cond_proj_dim=None))).save_pretrained(
-        folder
-    )
-    return str(Path(folder))
+    return tiny_pipelines.save_sd(tmp_path_factory.mktemp("tiny_sd"))
 
 
-def _unet(time_cond_proj_dim: int | None) -> UNet2DConditionModel:
-    import torch
-    from diffusers import UNet2DConditionModel
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A StableDiffusionXLPipeline: two text encoders, time ids, a diffusion model."""
+    import tiny_pipelines
 
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24,
-        attention_head_dim=2,
-        time_cond_proj_dim=time_cond_proj_dim,
-    )
+    return tiny_pipelines.save_sdxl(tmp_path_factory.mktemp("tiny_sdxl"))
 
 
-def _parts_around(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """What a pipeline takes besides its scheduler; the tokenizer spells words out letter by letter."""
-    import torch
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+@pytest.fixture(scope="session")
+def tiny_unet_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A consistency model's UNet alone, which goes into `tiny_sdxl_folder`."""
+    import tiny_pipelines
 
-    torch.manual_seed(1)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    letters = [letter + ending for ending in ("", "</w>") for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
-    vocabulary = {token: i for i, token in enumerate([*letters, *SPECIAL])}
-    begin, end = (vocabulary[token] for token in SPECIAL)
-    config = CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        bos_token_id=begin,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    return {
-        "unet": unet,
-        "vae": vae,
-        "text_encoder": CLIPTextModel(config),
-        "tokenizer": CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=32),
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
+    return tiny_pipelines.save_unet_alone(tmp_path_factory.mktemp("tiny_unet"))

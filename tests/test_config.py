@@ -188,6 +188,15 @@ def test_a_mistake_in_the_file_names_the_file_the_field_and_the_way_out(
         ("--optimizer.lr .inf", "optimizer.lr"),
         ("--optimizer.betas.0 1.0", "optimizer.betas"),
         ("--optimizer.name adam --optimizer.weight_decay 0.1", "set optimizer.name=adamw"),
+        ("--rollout.decode_batch_size -1", "rollout.decode_batch_size=-1 is out of range; give 0 or more"),
+        ("--engine.offload_idle 2", "engine.offload_idle=2 is not allowed; give true or false"),
+        ("--ema.decay 1", "ema.decay=1.0 is out of range; give a number in [0, 1), as 0.99; 0 is off"),
+        ("--ema.decay 0.9 --engine.zero_stage 3", "ema.decay=0.9 needs whole weights on each process; set engine.zero"),
+        ("--ema.device gpu", "ema.device=gpu is not allowed; give one of model, cpu"),
+        ("--lora.rank -1", "lora.rank=-1 is out of range; give 0 or more"),
+        ("--lora.rank 8 --lora.alpha 0", "lora.alpha=0.0 is out of range; give a positive number, as 16"),
+        ("--lora.targets []", "lora.targets=[] names no layer; give names of layers, as [to_q, to_v]"),
+        ("--lora.targets [to_q,'']", "names no layer"),
         ("--engine.dtype bf16", "engine.dtype=bf16 needs engine.zero_stage >= 1"),
         ("--checkpoint.keep 0", "checkpoint.keep=0 is out of range"),
         ("--seed -1", "seed=-1 is out of range"),
@@ -196,6 +205,13 @@ def test_a_mistake_in_the_file_names_the_file_the_field_and_the_way_out(
 )
 def test_a_value_that_cannot_work_is_refused_with_the_way_out(argv: str, message: str):
     assert message in mistake(argv.split(" "))
+
+
+def test_adapters_are_float32_and_need_no_stage_for_a_bf16_network():
+    argv = ["--engine.dtype", "bf16", "--lora.rank", "8", "--lora.targets", "[to_q, to_out.0]"]
+    config = parse_config(argv)
+    validate(config, world_size=1)
+    assert config.lora.targets == ["to_q", "to_out.0"]
 
 
 def test_a_reward_is_named_once_and_has_a_weight():
@@ -308,6 +324,8 @@ def test_the_door_answers_a_mistake_with_one_line_without_loading_torch():
         ),
         (["--prompts.source", "no.txt"], "prompts.source=no.txt"),
         (["--evaluation.prompts", "no.txt"], "evaluation.prompts=no.txt"),
+        (["--model.lora", "no.safetensors"], "model.lora=no.safetensors is no LoRA; give a folder with"),
+        (["--model.base", "shapes/teacher"], "model.base=shapes/teacher has no use"),
     ],
 )
 def test_the_door_finds_wrong_names_of_plugins_before_weights_load(argv: list[str], message: str, tiny_lcm_folder: str):

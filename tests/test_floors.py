@@ -14,7 +14,7 @@ FLOORS = {
     **dict.fromkeys(("config", "trajectory", "parallel", "plugins"), 1),
     **dict.fromkeys(("prompts", "backbones", "rewards", "algorithms", "memory", "shapes"), 2),
     "policies": 3,
-    **dict.fromkeys(("rollout", "update", "evaluation", "checkpoint", "tracking", "interruption"), 4),
+    **dict.fromkeys(("engines", "rollout", "update", "evaluation", "checkpoint", "tracking", "interruption"), 4),
     "trainer": 5,
     **dict.fromkeys(("train", "cli"), 6),
 }

@@ -9,6 +9,15 @@ import torch
 from rlcm_fast.config import EngineConfig
 
 
+def check_device(engine: EngineConfig, device: torch.device) -> None:
+    """ValueError for what is known to go wrong on a device, before weights load."""
+    if engine.compile == "whole" and device.type == "cpu":
+        raise ValueError(
+            "engine.compile=whole has wrong gradients on CPUs for some networks (seen with torch 2.13 and a UNet "
+            "of 8 and 16 channels, whose outputs were right); set engine.compile=regional or off"
+        )
+
+
 def accelerate(unet: Any, engine: EngineConfig, backend: str = "inductor") -> None:
     """In place, before the engine takes the UNet.
 

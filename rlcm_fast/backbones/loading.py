@@ -1,16 +1,41 @@
-"""Where a model's folder is. Light at import: the doors resolve a path before they import torch."""
+"""Where a model's files are. Light at import: the doors resolve paths before they import torch.
+
+A model is a pipeline's folder, or a UNet's alone that goes into a base pipeline, and perhaps a LoRA for it.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
+
+from rlcm_fast.config import ModelConfig
 
 SHIPPED = {
     name: Path(__file__).resolve().parent.parent / "shapes" / "models" / name.partition("/")[2]
     for name in ("shapes/lcm", "shapes/teacher")
 }
+LORA_FILE = "pytorch_lora_weights.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _INDEX = "model_index.json"
+_UNET_CONFIG = "config.json"
+
+
+class ModelPaths(NamedTuple):
+    """What `from_pretrained` and `load_lora_weights` take."""
+
+    pipeline: str
+    unet: str | None  # None: the pipeline's own
+    lora: str | None
+
+
+def resolve_model(model: ModelConfig) -> ModelPaths:
+    """The paths of a model; raises ValueError for what cannot be there, or does not go together."""
+    lora = None if model.lora is None else resolve_lora_path(model.lora)
+    if model.base is None:
+        _refuse_unet_alone(model.path)
+        return ModelPaths(resolve_model_path(model.path), None, lora)
+    return ModelPaths(resolve_model_path(model.base, "model.base"), _resolve_unet_path(model), lora)
 
 
 def resolve_model_path(path: str, field: str = "model.path") -> str:
@@ -26,13 +51,55 @@ def resolve_model_path(path: str, field: str = "model.path") -> str:
         raise ValueError(f"{field}={path} did not come with this installation ({folder}); install rlcm_fast anew")
     if folder.is_dir():
         raise ValueError(f"{field}={path} is no diffusers folder: it has no {_INDEX}; {_remedy(folder)}")
-    owner, slash, _ = path.partition("/")
-    if not _HUB_ID.fullmatch(path) or (
-        slash and Path(owner).is_dir()
-    ):  # runs/typo is no hub id where runs/ is a folder
+    if not _may_be_hub_id(path):
         shipped = " or ".join(SHIPPED)
         raise ValueError(f"{field}={path} is not there; give a diffusers folder, a hub id, {shipped}")
     return path
+
+
+def resolve_lora_path(path: str, field: str = "model.lora") -> str:
+    """The safetensors file of a LoRA, or a hub id; raises ValueError for what can be neither."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = [place / LORA_FILE] if (place / LORA_FILE).is_file() else sorted(place.glob("*.safetensors"))
+        if len(files) != 1:
+            found = f"{len(files)} safetensors files and none is {LORA_FILE}" if files else "no safetensors file"
+            raise ValueError(f"{field}={path} is no folder of a LoRA: it holds {found}; give the file itself")
+        return str(files[0])
+    if place.is_file() and place.suffix == ".safetensors":
+        return str(place)
+    if place.exists() or not _may_be_hub_id(path) or place.suffix == ".safetensors":
+        raise ValueError(f"{field}={path} is no LoRA; give a folder with {LORA_FILE}, a .safetensors file or a hub id")
+    return path
+
+
+def _refuse_unet_alone(path: str) -> None:
+    folder = Path(path).expanduser()
+    if (folder / _UNET_CONFIG).is_file() and not (folder / _INDEX).is_file():
+        raise ValueError(
+            f"model.path={path} holds a network alone (no {_INDEX}); give the pipeline that it goes into as model.base,"
+            " as stabilityai/stable-diffusion-xl-base-1.0"
+        )
+
+
+def _resolve_unet_path(model: ModelConfig) -> str:
+    folder = SHIPPED.get(model.path, Path(model.path).expanduser())
+    if (folder / _INDEX).is_file():
+        raise ValueError(f"model.base={model.base} has no use: model.path={model.path} is a whole pipeline; drop it")
+    if folder.is_dir() and not (folder / _UNET_CONFIG).is_file():
+        raise ValueError(
+            f"model.path={model.path} holds no UNet to put into model.base: it has no {_UNET_CONFIG};"
+            " give the folder with the UNet's config and weights"
+        )
+    if not folder.is_dir() and not _may_be_hub_id(model.path):
+        raise ValueError(f"model.path={model.path} is not there; give the folder of a UNet, or a hub id")
+    return str(folder) if folder.is_dir() else model.path
+
+
+def _may_be_hub_id(path: str) -> bool:
+    """By its form; runs/typo is none where runs/ is a folder."""
+    owner, slash, _ = path.partition("/")
+    return bool(_HUB_ID.fullmatch(path)) and not (slash and Path(owner).is_dir())
 
 
 def _remedy(folder: Path) -> str:

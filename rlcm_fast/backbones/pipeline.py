@@ -3,64 +3,99 @@
 folder or hub id -> Backbone;   prompts -> Conditioning (encoded once each);   latents -> images;   weights -> folder
 """
 
-# B images, D distinct prompts, L tokens, E embedding, C H W latent
+# B images, D distinct prompts, L tokens, E embedding, P pooled embedding, C H W latent
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
-from rlcm_fast.backbones.loading import resolve_model_path
+from rlcm_fast.backbones.adapters import WithoutAdapters, add_adapters, has_adapters, merged, save_adapters
+from rlcm_fast.backbones.assembly import assemble
+from rlcm_fast.config import LoraConfig, ModelConfig
 from rlcm_fast.trajectory import Conditioning, Prompt
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One text, on the device."""
+
+    embeds: Tensor  # (L, E); of SDXL's two encoders side by side
+    pooled: Tensor | None  # (P,), of SDXL's second encoder
 
 
 class Backbone:
     """A loaded text-to-image pipeline; everything but the UNet is frozen and stays out of DeepSpeed's hands."""
 
-    def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, pipeline: Any, device: torch.device, dtype: torch.dtype, offload_idle: bool, decode_batch_size: int
+    ) -> None:
         self._pipeline = pipeline
         self.device = device
         self.dtype = dtype
-        self._encodings: dict[str, Tensor] = {}  # text -> (L, E), on the device
+        self._moves_parts = offload_idle and device.type != "cpu"
+        self._decode_batch_size = decode_batch_size
+        self._encodings: dict[str, Encoding] = {}
+        self._negative: Encoding | None = None
+        self._is_sdxl = "text_encoder_2" in pipeline.components
 
     @classmethod
-    def load(cls, path: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Backbone:
-        """From a shipped model's name, a diffusers folder or a hub id; `dtype` is the UNet's, the rest is float32.
+    def load(
+        cls,
+        model: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        is_consistency: bool,
+        offload_idle: bool = False,
+        decode_batch_size: int = 0,
+    ) -> Backbone:
+        """From what `model` names; `dtype` is the UNet's, the rest is float32. Raises ValueError as `assemble` does.
 
-        Raises:
-            ValueError: nothing loads from there, or it has no UNet2DConditionModel.
+        is_consistency: it is sampled as a consistency model, so `model.base` and `model.lora` change the scheduler.
+        offload_idle: only the UNet stays on the device; decode_batch_size: images decoded at once, 0 is all.
         """
-        _silence_loading()
-        try:
-            pipeline: Any = DiffusionPipeline.from_pretrained(
-                resolve_model_path(path),
-                revision=revision,
-                dtype={"unet": dtype, "default": torch.float32},
-                safety_checker=None,
-            )
-        except OSError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"model.path={path} could not be loaded: {reason}; check the name") from error
-        if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
-            raise ValueError(f"model.path={path} has no UNet2DConditionModel; give a Stable Diffusion or LCM folder")
-        pipeline.to(device)
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        backbone = cls(assemble(model, dtype, is_consistency), device, dtype, offload_idle, decode_batch_size)
+        backbone._pipeline.unet.to(device)
+        for part in backbone.frozen_parts:
             part.requires_grad_(False)
-        pipeline.unet.requires_grad_(True)
-        pipeline.unet.eval()  # dropout would make the ratio differ from 1
-        return cls(pipeline, device, dtype)
+            if not backbone._moves_parts:
+                part.to(device)
+        backbone.unet.requires_grad_(True)
+        backbone.unet.eval()  # dropout would make the ratio differ from 1
+        return backbone
+
+    def add_adapters(self, config: LoraConfig) -> None:
+        """From here on only LoRA adapters are trained."""
+        add_adapters(self.unet, config)
+
+    def frozen_start(self) -> Callable[..., Any]:
+        """The network as it is now, to be called as the UNet is; with adapters it shares the UNet's weights."""
+        if has_adapters(self.unet):
+            return WithoutAdapters(self.unet)
+        return copy.deepcopy(self.unet).requires_grad_(False)
 
     @property
     def unet(self) -> UNet2DConditionModel:
         return self._pipeline.unet
+
+    @property
+    def text_encoders(self) -> list[torch.nn.Module]:
+        """One, or SDXL's two."""
+        names = ("text_encoder", "text_encoder_2") if self._is_sdxl else ("text_encoder",)
+        return [self._pipeline.components[name] for name in names]
+
+    @property
+    def frozen_parts(self) -> list[torch.nn.Module]:
+        """What is never trained: the VAE and the text encoders."""
+        return [self._pipeline.vae, *self.text_encoders]
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
@@ -70,39 +105,86 @@ class Backbone:
     def encode(self, prompts: Sequence[Prompt], with_negative: bool) -> Conditioning:
         """The conditioning of B samples; each distinct text is encoded once in the life of the run."""
         distinct = list(dict.fromkeys(prompt.text for prompt in prompts))
-        self._encode_missing([*distinct, ""] if with_negative else distinct)
+        self._encode_missing(distinct, with_negative)
         rows = {text: row for row, text in enumerate(distinct)}
+        encodings = [self._encodings[text] for text in distinct]
+        negative = self._negative if with_negative else None
         return Conditioning(
-            prompt_embeds=torch.stack([self._encodings[text] for text in distinct]),
+            prompt_embeds=torch.stack([encoding.embeds for encoding in encodings]),
             index=torch.tensor([rows[prompt.text] for prompt in prompts], device=self.device),
-            negative_embeds=self._encodings[""][None] if with_negative else None,
+            negative_embeds=negative.embeds[None] if negative else None,
+            pooled_embeds=_stack([encoding.pooled for encoding in encodings]),
+            negative_pooled=_stack([negative.pooled]) if negative else None,
+            time_ids=self._time_ids() if self._is_sdxl else None,
         )
 
-    def _encode_missing(self, texts: list[str]) -> None:
+    def _encode_missing(self, texts: list[str], with_negative: bool) -> None:
         """One by one: in a batch the last bits depend on the company, which a resumed run meets in another order."""
-        for text in texts:
-            if text not in self._encodings:
-                embeds, _ = self._pipeline.encode_prompt([text], self.device, 1, False)  # (1, L, E)
-                self._encodings[text] = embeds[0]
+        missing = [text for text in texts if text not in self._encodings]
+        lacks_negative = with_negative and self._negative is None
+        if not (missing or lacks_negative):
+            return
+        with self._on_device(*self.text_encoders):
+            for text in missing:
+                self._encodings[text], _ = self._encode_one(text, with_negative=False)
+            if lacks_negative:
+                _, self._negative = self._encode_one("", with_negative=True)
+
+    def _encode_one(self, text: str, with_negative: bool) -> tuple[Encoding, Encoding | None]:
+        """A text, and what the pipeline guides away from: the empty text, or zeros where an SDXL folder says so."""
+        done = self._pipeline.encode_prompt(
+            prompt=[text],
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=with_negative,
+        )
+        embeds, negative, pooled, negative_pooled = done if self._is_sdxl else (*done, None, None)
+        encoding = Encoding(embeds[0], None if pooled is None else pooled[0])
+        if not with_negative:
+            return encoding, None
+        return encoding, Encoding(negative[0], None if negative_pooled is None else negative_pooled[0])
+
+    def _time_ids(self) -> Tensor:
+        """(1, 6) what SDXL is told of an image: its size before and after cropping, and no crop."""
+        size = self.unet.config.sample_size  # pyright: ignore[reportAttributeAccessIssue]
+        pixels = [side * self._pipeline.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size)]
+        return torch.tensor([[*pixels, 0, 0, *pixels]], dtype=torch.float32, device=self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) float32 in [0, 1] of x_0 latents (B, C, H, W), as diffusers' pipelines decode them."""
         vae = self._pipeline.vae
-        images = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+        with self._on_device(vae):
+            slices = (latents / vae.config.scaling_factor).split(self._decode_batch_size or len(latents))
+            images = torch.cat([vae.decode(part, return_dict=False)[0] for part in slices])
         return (images / 2 + 0.5).clamp(0, 1).float()
 
+    @contextmanager
+    def _on_device(self, *parts: torch.nn.Module) -> Iterator[None]:
+        """Inside, the parts are on the device; idle they are not, where that was asked for."""
+        if not self._moves_parts:
+            yield
+            return
+        try:
+            for part in parts:
+                part.to(self.device)
+            yield
+        finally:
+            for part in parts:
+                part.to("cpu")
+
     def export(self, unet_weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Writes a diffusers folder with these UNet weights, which stock diffusers loads."""
-        unet = UNet2DConditionModel.from_config(self.unet.config)
-        assert isinstance(unet, UNet2DConditionModel)
-        unet.load_state_dict(dict(unet_weights))
-        components = {**self._pipeline.components, "unet": unet}
-        type(self._pipeline)(**components, requires_safety_checker=False).save_pretrained(folder)
+        """Writes a diffusers folder with these UNet weights, which stock diffusers loads; adapters are merged in."""
+        pipeline = copy.copy(self._pipeline)
+        pipeline.register_modules(unet=merged(self.unet, unet_weights))
+        pipeline.save_pretrained(folder)
+
+    def export_adapters(self, unet_weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Writes the adapters alone, for `load_lora_weights` of a stock pipeline with the start model."""
+        save_adapters(self.unet, unet_weights, self._pipeline, folder)
 
 
-def _silence_loading() -> None:
-    """diffusers and transformers tell much while loading that no user can act on; errors are still raised."""
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
+def _stack(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """None where there is nothing to stack."""
+    there = [row for row in rows if row is not None]
+    return torch.stack(there) if there else None

@@ -8,6 +8,8 @@ import argparse
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     model = "shapes/lcm, shapes/teacher, the export/ folder of a run, or any LCM or Stable Diffusion folder or hub id"
     parser.add_argument("--model", required=True, metavar="DIR", help=model)
+    lora = "a LoRA to add to the model: the lora/ folder of a run, a .safetensors file or a hub id"
+    parser.add_argument("--lora", metavar="DIR", help=lora)
     parser.add_argument("--revision", help="revision of a hub id")
     parser.add_argument("--guidance-scale", type=float, default=4.0, help="classifier-free guidance; 1 is none")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the noise")

@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     rewards = {name: build_reward(name, {}) for name in arguments.rewards}
     prompts = deal(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
-    pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device)
-    settings = ("model", "prompts", "num_images", "guidance_scale", "seed")
+    pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)
+    settings = ("model", "lora", "prompts", "num_images", "guidance_scale", "seed")
     report = {name: getattr(arguments, name) for name in settings} | {
         "results": [measure(pipeline, prompts, rewards, steps, arguments) for steps in arguments.num_steps]
     }

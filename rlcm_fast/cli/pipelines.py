@@ -11,24 +11,21 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from rlcm_fast.backbones.loading import resolve_model_path
+from rlcm_fast.backbones import assembly
+from rlcm_fast.backbones.loading import resolve_lora_path, resolve_model_path
 
 
-def load_pipeline(model: str, revision: str | None = None, device: str | None = None) -> DiffusionPipeline:
-    """The pipeline of a folder or hub id in evaluation mode: float16 on a GPU, float32 elsewhere."""
+def load_pipeline(
+    model: str, revision: str | None = None, device: str | None = None, lora: str | None = None
+) -> DiffusionPipeline:
+    """The pipeline of a folder or hub id in evaluation mode, a LoRA fused in: float16 on a GPU, float32 elsewhere."""
     path = resolve_model_path(model, "model")
+    lora_path = None if lora is None else resolve_lora_path(lora, "lora")
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float16 if target.type == "cuda" else torch.float32
-    try:
-        # A safety checker would blank images and so change the rewards; it is left out where there is one.
-        index = DiffusionPipeline.load_config(path, revision=revision)
-        checker = {"safety_checker": None} if "safety_checker" in index else {}
-        pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, **checker)
-    except OSError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"model={model} is no folder here and could not be loaded: {reason}; check the name"
-        ) from error
+    pipeline = assembly.load_pipeline(path, revision, dtype, f"model={model}")
+    if lora_path is not None:
+        assembly.fuse_lora(pipeline, lora_path, f"lora={lora}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(target)
 

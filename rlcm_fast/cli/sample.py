@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rlcm_fast.shapes.draw import captioned_grid
 
     texts = [text for text in arguments.prompt for _ in range(arguments.num_images)]
-    pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device)
+    pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)
     images, _ = draw(
         pipeline, texts, arguments.num_steps, arguments.guidance_scale, arguments.seed, arguments.batch_size
     )

@@ -41,10 +41,14 @@ class DirectEngine(Engine):
         engine: EngineConfig,
         optimizer: OptimizerConfig,
         max_grad_norm: float,
+        micro_batch_size: int,
         num_micro_batches: int,
         num_updates: int,
     ) -> None:
-        """num_micro_batches: of one update and process; num_updates: of the whole run, for the learning rate."""
+        """num_micro_batches: of one update and process; num_updates: of the run, for the learning rate.
+
+        micro_batch_size is what DeepSpeed asks for; here nothing depends on it.
+        """
         built = build_optimizer(network, optimizer, engine)
         assert isinstance(built, AdamW8bit)
         self._network, self._optimizer = network, built

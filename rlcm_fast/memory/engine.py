@@ -2,9 +2,9 @@
 
     engine(x, ...) -> loss -> backward(loss), once a micro-batch -> step()      [full_weights, save, load]
 
-Everything else (VAE, text encoder, rewards, the frozen reference) is plain torch and never partitioned. `build_engine`
-chooses: zero.py is DeepSpeed, which shares out and keeps float32 master weights; direct.py needs neither, for bfloat16
-weights without a master and for an optimizer that steps within the backward pass.
+Everything else (VAE, text encoder, rewards, the frozen reference) is plain torch and never partitioned. zero.py is
+DeepSpeed, which shares out and keeps float32 master weights; direct.py needs neither, for bfloat16 weights without a
+master and for an optimizer that steps within the backward pass. Which one a config asks for: rlcm_fast/engines.py.
 """
 
 from __future__ import annotations

@@ -28,7 +28,18 @@ def build_policy(
         ValueError: the model is not of that kind, or its scheduler does what no affine Gaussian step does.
     """
     if config.kind == "consistency":
+        _check_is_consistency_model(unet_config, scheduler_config)
         schedule = consistency_schedule(scheduler_config, config.num_steps, config.last_step)
         return ConsistencyPolicy(unet, schedule, config.guidance_scale, unet_config, dtype, device)
     schedule = ddim_schedule(scheduler_config, config.num_steps, config.eta, config.last_step)
     return DiffusionPolicy(unet, schedule, config.guidance_scale, unet_config, dtype, device)
+
+
+def _check_is_consistency_model(unet_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> None:
+    """It has a guidance embedding or, as a model with an LCM-LoRA has not, the config of an LCMScheduler."""
+    if unet_config.get("time_cond_proj_dim") is None and "original_inference_steps" not in scheduler_config:
+        raise ValueError(
+            "policy.kind=consistency, but the model's UNet has time_cond_proj_dim=None (no guidance embedding) and its"
+            " scheduler is no LCMScheduler: it is no latent consistency model; use policy.kind=ddim, or make it one by"
+            " an LCM-LoRA (model.lora)"
+        )

@@ -1,9 +1,12 @@
 """The consistency policy: a latent consistency model's multistep sampling as a Gaussian policy (RLCM, 2404.03673).
 
 Guidance is an input of the network, the embedding of w - 1 that it was distilled with, so a step is one forward pass.
+A UNet without that input (a base model with an LCM-LoRA fused into it) is guided as a diffusion model is: by
+m = m_u + w (m_c - m_u), both halves in one forward pass, as StableDiffusionPipeline does with an LCMScheduler; w = 1
+has no unconditional half and costs half.
 """
 
-# N rows, B samples, L tokens, E embedding, C H W latent, W width of the guidance embedding
+# N rows, C H W latent, W width of the guidance embedding
 
 from __future__ import annotations
 
@@ -33,22 +36,22 @@ class ConsistencyPolicy(GaussianPolicy):
     ) -> None:
         super().__init__(unet, schedule, guidance_scale, unet_config, dtype, device)
         width = unet_config.get("time_cond_proj_dim")
-        if width is None:
-            raise ValueError(
-                "policy.kind=consistency, but the model's UNet has time_cond_proj_dim=None (no guidance embedding): it"
-                " is no latent consistency model; use policy.kind=ddim"
-            )
-        self._timestep_cond = guidance_embedding(guidance_scale, width).to(device, dtype)  # (1, W)
+        has_input = width is not None
+        self._timestep_cond = (
+            guidance_embedding(guidance_scale, width).to(device, dtype) if has_input else None
+        )  # (1, W)
+
+    @property
+    def needs_negative(self) -> bool:
+        return self._timestep_cond is None and super().needs_negative
 
     def network_output(self, x_t: Tensor, step: Tensor, conditioning: Conditioning) -> Tensor:
-        m = self.unet(
-            x_t.to(self.dtype),
-            self.schedule.timesteps[step],
-            encoder_hidden_states=conditioning.embeds.to(self.dtype),
-            timestep_cond=self._timestep_cond.expand(len(x_t), -1),
-            return_dict=False,
-        )[0]
-        return m.float()
+        if self._timestep_cond is None:
+            return self._guided(x_t, step, conditioning)
+        guidance = self._timestep_cond.expand(len(x_t), -1)
+        return self._forward(
+            x_t, step, conditioning.embeds, conditioning.pooled, conditioning.time_ids, timestep_cond=guidance
+        )
 
 
 def guidance_embedding(guidance_scale: float, width: int) -> Tensor:

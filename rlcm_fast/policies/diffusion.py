@@ -4,7 +4,7 @@ Classifier-free guidance m = m_u + w (m_c - m_u), in sampling and in training, b
 w = 1 there is no unconditional half.
 """
 
-# N rows, L tokens, E embedding, C H W latent
+# N rows, C H W latent
 
 from __future__ import annotations
 
@@ -41,18 +41,4 @@ class DiffusionPolicy(GaussianPolicy):
             raise ValueError(f"policy.guidance_scale={guidance_scale} is below 1; 1 is no guidance, usual are 3 to 8")
 
     def network_output(self, x_t: Tensor, step: Tensor, conditioning: Conditioning) -> Tensor:
-        x, timesteps, embeds = x_t.to(self.dtype), self.schedule.timesteps[step], conditioning.embeds.to(self.dtype)
-        if self.guidance_scale == 1.0:
-            return self._forward(x, timesteps, embeds)
-        if conditioning.negative_embeds is None:
-            raise ValueError(
-                f"policy.guidance_scale={self.guidance_scale} needs Conditioning.negative_embeds, the encoding of the"
-                " empty prompt; give it, or use policy.guidance_scale=1"
-            )
-        negative = conditioning.negative_embeds.to(self.dtype).expand_as(embeds)
-        both = self._forward(x.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([negative, embeds]))
-        m_u, m_c = both.chunk(2)
-        return m_u + self.guidance_scale * (m_c - m_u)
-
-    def _forward(self, x: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
-        return self.unet(x, timesteps, encoder_hidden_states=embeds, return_dict=False)[0].float()
+        return self._guided(x_t, step, conditioning)

@@ -6,14 +6,15 @@ A name is one of BUILT_IN or "package.module:Class" of the user's own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlcm_fast.config import RewardConfig
 from rlcm_fast.plugins import load_class
 from rlcm_fast.rewards.base import Reward, RewardError, check
 from rlcm_fast.rewards.service import Rewards, RewardService
 
-__all__ = ["BUILT_IN", "Reward", "RewardError", "RewardService", "Rewards", "build_reward", "check"]
+__all__ = ["BUILT_IN", "Reward", "RewardError", "RewardService", "Rewards", "build_reward", "build_rewards", "check"]
 
 BUILT_IN = {
     "jpeg_compressibility": "rlcm_fast.rewards.jpeg:JpegCompressibility",
@@ -47,3 +48,8 @@ def build_reward(name: str, arguments: Mapping[str, Any]) -> Reward:
     if reward.scope != "image":
         raise ValueError(f'rewards: name={name} has scope={reward.scope!r}; only scope = "image" is supported')
     return reward
+
+
+def build_rewards(configs: Sequence[RewardConfig]) -> dict[str, tuple[Reward, float]]:
+    """Each reward with its weight, by name."""
+    return {config.name: (build_reward(config.name, config.arguments), config.weight) for config in configs}

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 
 from rlcm_fast.backbones.pipeline import Backbone
+from rlcm_fast.config import ModelConfig
 from rlcm_fast.trajectory import Prompt
 
 TEXTS = ["a red circle", "a star", "two blue squares and a triangle"]
 CPU = torch.device("cpu")
 
 
+def load(path: str, dtype: torch.dtype = torch.float32, **model: str) -> Backbone:
+    return Backbone.load(ModelConfig(path, **model), CPU, dtype, is_consistency=True)
+
+
 @pytest.fixture(scope="module")
 def backbone(tiny_lcm_folder: str) -> Backbone:
-    return Backbone.load(tiny_lcm_folder, None, CPU, torch.float32)
+    return load(tiny_lcm_folder)
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def test_decoded_images_are_the_pipelines(backbone: Backbone):
 
 
 def test_only_the_unet_is_trained_and_only_it_has_the_training_dtype(tiny_sd_folder: str):
-    backbone = Backbone.load(tiny_sd_folder, None, CPU, torch.bfloat16)
+    backbone = load(tiny_sd_folder, torch.bfloat16)
     assert {p.dtype for p in backbone.unet.parameters()} == {torch.bfloat16}
     assert all(p.requires_grad for p in backbone.unet.parameters())
     assert not backbone.unet.training
@@ -88,7 +93,7 @@ def test_only_the_unet_is_trained_and_only_it_has_the_training_dtype(tiny_sd_fol
 def test_an_export_holds_the_given_weights_and_loads_again(backbone: Backbone, tmp_path: Path):
     weights = {name: value + 1 for name, value in backbone.unet.state_dict().items()}
     backbone.export(weights, tmp_path)
-    other = Backbone.load(str(tmp_path), None, CPU, torch.float32)
+    other = load(str(tmp_path))
     assert all(torch.equal(value, weights[name]) for name, value in other.unet.state_dict().items())
     assert dict(other.scheduler_config) == dict(backbone.scheduler_config)
     assert not torch.equal(next(iter(backbone.unet.parameters())), next(iter(other.unet.parameters())))
@@ -108,7 +113,7 @@ def test_a_pipeline_without_a_text_conditioned_unet_is_refused(tmp_path: Path):
     )
     DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no UNet2DConditionModel; give a Stable Diffusion or LCM folder"):
-        Backbone.load(str(tmp_path), None, CPU, torch.float32)
+        load(str(tmp_path))
 
 
 def test_a_folder_with_missing_files_is_named(tmp_path: Path, tiny_lcm_folder: str):
@@ -117,4 +122,4 @@ def test_a_folder_with_missing_files_is_named(tmp_path: Path, tiny_lcm_folder: s
     shutil.copytree(tiny_lcm_folder, tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "unet")
     with pytest.raises(ValueError, match="model.path=.*broken could not be loaded"):
-        Backbone.load(str(tmp_path / "broken"), None, CPU, torch.float32)
+        load(str(tmp_path / "broken"))

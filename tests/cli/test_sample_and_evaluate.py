@@ -14,7 +14,7 @@ from rlcm_fast.cli.main import main
 from rlcm_fast.cli.pipelines import draw, load_pipeline
 
 
-@pytest.fixture(params=["lcm", "sd"])
+@pytest.fixture(params=["lcm", "sd", "sdxl"])
 def folder(request: pytest.FixtureRequest) -> str:
     return request.getfixturevalue(f"tiny_{request.param}_folder")
 
@@ -88,6 +88,7 @@ def test_statistics_are_those_of_a_sample():
         (["sample", "--model", ".", "--prompt", "x"], "no diffusers folder: it has no model_index.json; give"),
         (["sample", "--model", "shapes/lcm", "--prompt", "x", "--out", "grid.txt"], "out=grid.txt is no image file"),
         (["evaluate", "--model", ".", "--rewards", "jpeg_size"], "=jpeg_size is not known; "),
+        (["sample", "--model", "shapes/lcm", "--lora", "/no", "--prompt", "x"], "lora=/no is no LoRA; give a folder"),
         (["sample", "--model", "runs/typo", "--prompt", "x"], "model=runs/typo is not there; give"),
         (["evaluate", "--model", ".", "--rewards", "jpeg_compressibility", "--prompts", "no.txt"], "prompts=no.txt"),
     ],

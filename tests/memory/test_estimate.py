@@ -18,7 +18,6 @@ from rlcm_fast.config import EngineConfig, OptimizerConfig, PolicyConfig, parse_
 from rlcm_fast.kernels.adamw import AdamW8bit
 from rlcm_fast.memory import estimate
 from rlcm_fast.memory.architecture import load_architecture
-from rlcm_fast.memory.engine import Engine
 from rlcm_fast.memory.estimate import (
     Memory,
     Profiles,
@@ -30,6 +29,7 @@ from rlcm_fast.memory.estimate import (
     strategy_of,
 )
 from rlcm_fast.memory.tracing import Setup, prepare_unet, trace_unet
+from rlcm_fast.memory.zero import ZeroEngine
 from rlcm_fast.policies import GaussianPolicy, build_policy
 from rlcm_fast.trajectory import Prompt, Transitions
 
@@ -119,7 +119,7 @@ def test_weights_states_and_gradients_are_those_of_a_real_engine(stage: Any, dty
     memory = memory_of(Strategy(dtype=dtype, zero_stage=stage))
     before = live_storages()
     unet = ARCHITECTURE.build_unet().to_empty(device="cpu").to(estimate.DTYPES[dtype])
-    engine = Engine(unet, EngineConfig(stage, dtype), OptimizerConfig(), 1.0, 1, 2, 10)
+    engine = ZeroEngine(unet, EngineConfig(stage, dtype), OptimizerConfig(), 1.0, 1, 2, 10)
     in_update = 0
     for micro_batch in range(4):  # two of each update
         engine.backward(sum((p.float().sum() for p in unet.parameters()), torch.zeros(())))

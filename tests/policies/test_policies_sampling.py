@@ -12,11 +12,13 @@ import torch
 from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
+from rlcm_fast.config import PolicyConfig
 from rlcm_fast.kernels import functional
 from rlcm_fast.policies import (
     ConsistencyPolicy,
     DiffusionPolicy,
     GaussianPolicy,
+    build_policy,
     consistency_schedule,
     ddim_schedule,
 )
@@ -34,6 +36,7 @@ PROMPTS = ["a red circle", "a blue square left of a disc", "a circle", "a red ci
 DISTINCT, INDEX = PROMPTS[:3], [0, 1, 2, 0]
 MAX_IMAGE_DIFFERENCE = 2e-6  # on [0, 1]; measured on a CPU: consistency at most 4.2e-7, DDIM 7.7e-7 (50 steps)
 
+CPU = torch.device("cpu")
 DIFFUSION_PIPELINE: Any = StableDiffusionPipeline  # its annotations name an enumeration
 BuildUNet = Callable[[int | None], Any]
 
@@ -90,6 +93,19 @@ def test_consistency_sampling_gives_the_pipelines_images(
     pipeline = LatentConsistencyModelPipeline(unet=unet, scheduler=LCMScheduler(**BETAS), **pipeline_parts)
     policy = consistency(unet, num_steps, w, last_step)
     assert_same_images(policy, pipeline, pipeline_images(pipeline, num_steps, w))
+
+
+@pytest.mark.parametrize("w", [1.0, 1.5])
+def test_consistency_sampling_without_a_guidance_embedding_gives_the_pipelines_images(
+    build_unet: BuildUNet, pipeline_parts: dict[str, Any], w: float
+) -> None:
+    # A base model with an LCM-LoRA fused into it: stock diffusers runs it by two calls a step where w > 1.
+    unet, scheduler = build_unet(None), LCMScheduler(**BETAS)
+    pipeline: Any = DIFFUSION_PIPELINE(unet=unet, scheduler=scheduler, **pipeline_parts)
+    config = PolicyConfig(num_steps=4, guidance_scale=w)
+    policy = build_policy(config, unet, unet.config, scheduler.config, torch.float32, CPU)
+    assert policy.needs_negative == (w > 1)
+    assert_same_images(policy, pipeline, pipeline_images(pipeline, 4, w))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -232,8 +248,8 @@ def test_the_guidance_embedding_is_that_of_diffusers(width: int) -> None:
 
 def test_mistaken_policies_are_refused_by_name(build_unet: BuildUNet) -> None:
     lcm, plain = build_unet(32), build_unet(None)
-    with pytest.raises(ValueError, match="policy.kind=consistency"):
-        consistency(plain, 4)
+    with pytest.raises(ValueError, match="policy.kind=consistency, but .* use policy.kind=ddim, or make it one by"):
+        build_policy(PolicyConfig(), plain, plain.config, DDIMScheduler(**DDIM).config, torch.float32, CPU)
     with pytest.raises(ValueError, match="policy.kind=ddim"):
         diffusion(lcm, 4, 1.0)
     with pytest.raises(ValueError, match="policy.guidance_scale=0.5"):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rlcm_fast.config import EngineConfig, OptimizerConfig
-from rlcm_fast.memory.build import build_engine
+from rlcm_fast.memory.direct import DirectEngine
 from rlcm_fast.memory.engine import Engine
+from rlcm_fast.memory.zero import ZeroEngine
 from rlcm_fast.policies import GaussianPolicy
 from rlcm_fast.policies.consistency import ConsistencyPolicy
 from rlcm_fast.policies.schedules import consistency_schedule
@@ -61,7 +62,8 @@ def engine_of(
     in_backward, offload = settings.pop("in_backward", False), settings.pop("offload", False)
     engine = EngineConfig(stage, dtype, optimizer_in_backward=in_backward, offload_optimizer=offload)  # type: ignore[arg-type]
     optimizer = replace(OptimizerConfig(lr=1e-2), **settings)
-    return build_engine(network, engine, optimizer, max_grad_norm, 1, num_micro_batches, num_updates)
+    kind = DirectEngine if dtype == "pure_bf16" or in_backward else ZeroEngine
+    return kind(network, engine, optimizer, max_grad_norm, 1, num_micro_batches, num_updates)
 
 
 def encode(prompts: Sequence[Prompt]) -> Conditioning:

@@ -1,0 +1,78 @@
+"""LoRA adapters (arXiv 2106.09685) in a UNet, by peft: y = W x + (alpha / rank) B A x, only A and B are trained.
+
+A and B are float32 whatever the UNet's dtype, and B starts at zero, so training starts at the model itself, exactly.
+The start model stays at hand: it is the same network with its adapters switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from rlcm_fast.config import LoraConfig
+
+_NAME = "default"  # peft's, of the one adapter
+
+
+def add_adapters(unet: UNet2DConditionModel, config: LoraConfig) -> None:
+    """Freezes the UNet and adds trainable float32 adapters; A is drawn from torch's global generator."""
+    for target in config.targets:
+        layers = [m for name, m in unet.named_modules() if f".{name}".endswith(f".{target}")]
+        if not layers or not all(isinstance(layer, nn.Linear | nn.Conv2d) for layer in layers):
+            raise ValueError(
+                f"lora.targets names {target}, which is {'no layer' if layers else 'nothing'} of this UNet that can"
+                " have adapters; give the end of a linear or convolution layer's name, as to_q or to_out.0"
+            )
+    unet.requires_grad_(False)
+    unet.add_adapter(_peft_config(config))
+    cast_training_params(unet, torch.float32)
+
+
+def merged(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
+    """A UNet of the same config with these weights, adapters (where there are any) added into the rest."""
+    whole = UNet2DConditionModel.from_config(unet.config)
+    assert isinstance(whole, UNet2DConditionModel)
+    if has_adapters(unet):
+        whole.add_adapter(unet.peft_config[_NAME])
+    whole.load_state_dict(dict(weights))
+    if has_adapters(unet):
+        whole.fuse_lora()
+        whole.unload_lora()
+    return whole
+
+
+def save_adapters(unet: UNet2DConditionModel, weights: Mapping[str, Tensor], pipeline: Any, folder: Path) -> None:
+    """The adapters among `weights` as a file for the pipeline's `load_lora_weights`."""
+    layers = get_peft_model_state_dict(unet, state_dict=dict(weights), adapter_name=_NAME)
+    metadata = unet.peft_config[_NAME].to_dict()
+    pipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+
+
+def has_adapters(unet: UNet2DConditionModel) -> bool:
+    return any(".lora_" in name for name, _ in unet.named_parameters())
+
+
+class WithoutAdapters:
+    """The same network, called as if it had no adapters: the start model without a second copy of the weights."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        self._unet = unet
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        self._unet.disable_adapters()
+        try:
+            return self._unet(*arguments, **keywords)
+        finally:
+            self._unet.enable_adapters()
+
+
+def _peft_config(config: LoraConfig) -> PeftConfig:
+    return PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))  # pyright: ignore[reportArgumentType]

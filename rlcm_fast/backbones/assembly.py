@@ -1,0 +1,134 @@
+"""A diffusers pipeline put together from what the config names: folder or hub id, UNet of its own, LoRA, scheduler.
+
+    path                a pipeline's folder                                             as it is
+    path, base          a UNet alone, as latent-consistency/lcm-sdxl, into the pipeline `base`
+    path, lora          an LCM-LoRA, as latent-consistency/lcm-lora-sdv1-5, fused into the weights of `path`
+
+The last two are latent consistency models whose folders name the scheduler of a diffusion model: where the policy is a
+consistency policy they get an LCMScheduler with the same noise levels, as their model cards say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import LCMScheduler, UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from rlcm_fast.backbones.loading import resolve_model
+from rlcm_fast.config import ModelConfig
+
+# No such file, not a safetensors file, no such modules, other shapes.
+_MISFITS = (OSError, SafetensorError, ValueError, RuntimeError)
+
+
+def assemble(model: ModelConfig, dtype: torch.dtype, is_consistency: bool) -> Any:
+    """The pipeline on the CPU, its UNet in `dtype`, the rest in float32: the VAE of SDXL overflows in half precision.
+
+    Raises:
+        ValueError: nothing loads from there, the parts do not fit each other, or the UNet is of another kind.
+    """
+    _silence_loading()
+    paths = resolve_model(model)
+    own_unet = {} if paths.unet is None else {"unet": _load_unet(paths.unet, model, dtype)}
+    # A LoRA is added in float32, and rounded to `dtype` with the weights.
+    loaded = {"unet": torch.float32 if paths.lora else dtype, "default": torch.float32}
+    remedy = "check the name; a repository that holds a UNet alone needs model.base"
+    revision = None if own_unet else model.revision
+    pipeline = load_pipeline(paths.pipeline, revision, loaded, _field(model), remedy, **own_unet)
+    _check_parts(pipeline, model)
+    if paths.lora is not None:
+        fuse_lora(pipeline, paths.lora, f"model.lora={model.lora}")
+    if is_consistency and (paths.unet is not None or paths.lora is not None):
+        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.unet.to(dtype)
+    return pipeline
+
+
+def load_pipeline(
+    path: str, revision: str | None, dtype: Any, named: str, remedy: str = "check the name", **parts: Any
+) -> Any:
+    """`DiffusionPipeline.from_pretrained` without a safety checker, which would blank images.
+
+    named and remedy: first and last words of the error; parts: what is not to come from `path`.
+    """
+    with _one_line(named, remedy, OSError):
+        index = DiffusionPipeline.load_config(path, revision=revision)
+        checker = {"safety_checker": None} if "safety_checker" in index else {}
+        return DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, **checker, **parts)
+
+
+def fuse_lora(pipeline: Any, lora: str, named: str) -> None:
+    """Adds scale * B A to the weights that a LoRA file or hub id names, and leaves no adapter behind."""
+    attach_lora(pipeline, lora, named)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+
+
+def attach_lora(pipeline: Any, lora: str, named: str) -> None:
+    """Loads a LoRA beside the weights; never unpickles."""
+    with _one_line(named, "give a LoRA that was made for this model", *_MISFITS):
+        pipeline.load_lora_weights(lora, use_safetensors=True)
+        if "unet" not in pipeline.get_list_adapters():
+            raise OSError("it holds no weights for the UNet")
+
+
+def _load_unet(path: str, model: ModelConfig, dtype: torch.dtype) -> UNet2DConditionModel:
+    named = f"model.path={model.path}"
+    with _one_line(named, "check the name; with model.base it must be a UNet2DConditionModel's folder", *_MISFITS):
+        config = UNet2DConditionModel.load_config(path, revision=model.revision)
+        assert isinstance(config, dict)
+        if config.get("_class_name") != UNet2DConditionModel.__name__:
+            raise OSError(f"its config.json is that of a {config.get('_class_name')}")
+        kept = torch.float32 if model.lora else dtype
+        return UNet2DConditionModel.from_pretrained(path, revision=model.revision, dtype=kept)
+
+
+def _check_parts(pipeline: Any, model: ModelConfig) -> None:
+    """One line now instead of a mismatch of shapes in the first forward pass."""
+    named, parts = _field(model), pipeline.components
+    if not isinstance(parts.get("unet"), UNet2DConditionModel):
+        raise ValueError(f"{named} has no UNet2DConditionModel; give a Stable Diffusion or LCM folder")
+    unet_config: Any = parts["unet"].config
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in parts]
+    for name in ("vae", *encoders):
+        if parts.get(name) is None:
+            raise ValueError(f"{named} has no {name}; give a text-to-image folder (a refiner is none)")
+    kind, wanted = unet_config.addition_embed_type, unet_config.cross_attention_dim
+    if kind not in (None, "text_time"):
+        raise ValueError(
+            f"{named} has a UNet with addition_embed_type={kind}; give one like Stable Diffusion's or SDXL's"
+        )
+    width = sum(parts[name].config.hidden_size for name in encoders)
+    if (isinstance(wanted, int) and wanted != width) or (kind == "text_time") != (len(encoders) == 2):
+        raise ValueError(
+            f"model.path={model.path} has a UNet for {'two' if kind else 'one'} text encoders of width {wanted}, and"
+            f" {named} has {len(encoders)} of width {width}; give the pipeline that the UNet was made for"
+        )
+
+
+def _field(model: ModelConfig) -> str:
+    return f"model.path={model.path}" if model.base is None else f"model.base={model.base}"
+
+
+@contextmanager
+def _one_line(named: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
+    """What loading says of a wrong name, a broken file or other shapes, as one line of ours."""
+    try:
+        yield
+    except kinds as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{named} could not be loaded: {reason}; {remedy}") from error
+
+
+def _silence_loading() -> None:
+    """diffusers and transformers tell much while loading that no user can act on; errors are still raised."""
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

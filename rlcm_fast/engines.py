@@ -1,0 +1,34 @@
+"""The engine that a config asks for, around a UNet that is made ready for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from rlcm_fast.backbones.acceleration import accelerate
+from rlcm_fast.config import Config
+from rlcm_fast.config_checks import derived
+from rlcm_fast.memory.averaging import AveragingEngine
+from rlcm_fast.memory.direct import DirectEngine
+from rlcm_fast.memory.recomputation import set_recomputation
+from rlcm_fast.memory.zero import ZeroEngine
+
+
+def build_engine(unet: Any, config: Config, world_size: int) -> AveragingEngine:
+    """Changes the UNet in place: memory format, attention, compilation, recomputation."""
+    accelerate(unet, config.engine)
+    set_recomputation(unet, config.engine.recompute)
+    # DeepSpeed would cast adapters too; as fp32 it leaves every weight in the dtype that it has.
+    settings = replace(config.engine, dtype="fp32") if config.lora.rank > 0 else config.engine
+    is_direct = settings.dtype == "pure_bf16" or settings.optimizer_in_backward
+    numbers = derived(config, world_size)
+    engine = (DirectEngine if is_direct else ZeroEngine)(
+        unet,
+        settings,
+        config.optimizer,
+        config.update.max_grad_norm,
+        config.update.micro_batch_size,
+        numbers["micro_batches_per_update_and_process"],
+        numbers["total_updates"],
+    )
+    return AveragingEngine(engine, unet, config.ema)

@@ -1,0 +1,103 @@
+"""LoRA fine-tuning by the same loop: what moves, what is saved, resumed and exported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from diffusers import LatentConsistencyModelPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rlcm_fast.cli.main import main as rlcm_fast
+from rlcm_fast.config import parse_config
+from rlcm_fast.trainer import Trainer
+from rlcm_fast.trajectory import Prompt
+
+pytestmark = pytest.mark.usefixtures("one_process")
+SETTINGS = {"lora.rank": 2, "lora.alpha": 3.0, "update.kl_weight": 0.1, "optimizer.lr": 1e-2, "checkpoint.every": 2}
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    trainer: Trainer
+    run_dir: Path
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+
+def make_trainer(model: str, run_dir: Path, **settings: object) -> Trainer:
+    changes = {name.replace("__", "."): value for name, value in settings.items()}
+    return Trainer(parse_config(tiny_runs.arguments(model, run_dir, {**SETTINGS, **changes})))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_lcm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    run_dir = tmp_path_factory.mktemp("lora") / "run"
+    trainer = make_trainer(tiny_lcm_folder, run_dir)
+    before = trainer.engine.full_weights()
+    trainer.run()
+    return FinishedRun(trainer, run_dir, before, trainer.engine.full_weights())
+
+
+def draw(pipeline: Any, config: Any) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": config.policy.num_steps, "guidance_scale": config.policy.guidance_scale}
+    generator = torch.Generator().manual_seed(5)
+    return pipeline("a red circle", generator=generator, output_type="pt", **settings).images
+
+
+def test_the_adapters_move_and_nothing_else(run: FinishedRun):
+    for name, weight in run.before.items():
+        assert torch.equal(run.after[name], weight) == (".lora_" not in name), name
+    lines = tiny_runs.metrics(run.run_dir)
+    # Of two updates an iteration the first starts at the start model; B is zero there, and so is the divergence.
+    assert 0 < lines[0]["kl_to_start"] < lines[2]["kl_to_start"]
+    assert lines[0]["ratio/noise_floor"] < 1e-6
+
+
+def test_the_adapters_of_a_run_on_its_start_model_draw_the_policys_image(
+    run: FinishedRun, tiny_lcm_folder: str, tmp_path: Path
+):
+    conditioning = run.trainer.encode([Prompt("a red circle")])
+    _, x_0 = run.trainer.policy.sample(conditioning, torch.Generator().manual_seed(5))
+    expected = run.trainer.backbone.decode(x_0)
+    start = LatentConsistencyModelPipeline.from_pretrained(tiny_lcm_folder, safety_checker=None)
+    assert (draw(start, run.trainer.config) - expected).abs().max() > 1e-3
+    start.load_lora_weights(run.run_dir / "lora")
+    torch.testing.assert_close(draw(start, run.trainer.config), expected, atol=1e-5, rtol=0)
+    export = LatentConsistencyModelPipeline.from_pretrained(run.run_dir / "export", safety_checker=None)
+    torch.testing.assert_close(draw(export, run.trainer.config), expected, atol=1e-5, rtol=0)
+    files = [tmp_path / name for name in ("export.png", "lora.png", "start.png")]
+    models = [[str(run.run_dir / "export")], [tiny_lcm_folder, "--lora", str(run.run_dir / "lora")], [tiny_lcm_folder]]
+    for file, model in zip(files, models, strict=True):
+        assert rlcm_fast(["sample", "--prompt", "a star", "--out", str(file), "--model", *model]) == 0
+    assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
+
+
+def test_a_checkpoint_holds_the_adapters_and_a_resumed_run_is_bitwise_the_same(run: FinishedRun, tiny_lcm_folder: str):
+    last = run.run_dir / "checkpoints" / "iteration_000003" / "adapters.safetensors"
+    saved = load_file(last)
+    assert saved.keys() == {name for name in run.after if ".lora_" in name}
+    assert all(torch.equal(weight, run.after[name]) for name, weight in saved.items())
+    earlier = str(run.run_dir / "checkpoints" / "iteration_000002")
+    resumed = make_trainer(tiny_lcm_folder, run.run_dir, resume=earlier)
+    resumed.run()
+    assert all(torch.equal(weight, run.after[name]) for name, weight in resumed.engine.full_weights().items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_bf16_unet_has_float32_adapters_at_every_stage(stage: int, tiny_lcm_folder: str, tmp_path: Path):
+    more = {"engine__dtype": "bf16", "engine__zero_stage": stage, "num_iterations": 1}
+    trainer = make_trainer(tiny_lcm_folder, tmp_path / "run", **more)
+    before = trainer.engine.full_weights()
+    trainer.run()
+    dtypes = {(".lora_" in name, p.dtype) for name, p in trainer.backbone.unet.named_parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    for name, weight in trainer.engine.full_weights().items():
+        assert torch.equal(before[name], weight) == (".lora_" not in name), name
+    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
