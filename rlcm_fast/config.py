@@ -29,6 +29,8 @@ class ModelConfig:
     """The pipeline that path's UNet goes into (for latent-consistency/lcm-sdxl: SDXL); null: path is a pipeline."""
     lora: str | None = None
     """An LCM-LoRA to fuse into the UNet before training: a folder, a .safetensors file or a hub id."""
+    image_size: int = 0
+    """Pixels of an image's sides, as 512; 0: what the UNet's config names. An export draws this size, too."""
 
 
 @dataclass(frozen=True)

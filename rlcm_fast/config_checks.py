@@ -104,6 +104,7 @@ def _counts(config: Config) -> Iterator[_Bound]:
     }
     at_least_zero = {
         "seed": config.seed,
+        "model.image_size": config.model.image_size,
         "lora.rank": config.lora.rank,
         "rollout.decode_batch_size": config.rollout.decode_batch_size,
         "evaluation.seed": config.evaluation.seed,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rlcm_fast.config import parse_config
 from rlcm_fast.config_checks import validate
 
+ROOT = Path(__file__).resolve().parent.parent
 PURE = "--engine.dtype pure_bf16 --optimizer.name adamw_8bit"
 BACKWARD = "--engine.optimizer_in_backward true --optimizer.name adamw_8bit --update.micro_batch_size 192"
 
@@ -66,3 +69,14 @@ def test_an_attention_that_is_not_installed_is_refused(monkeypatch: pytest.Monke
 )
 def test_what_goes_together_is_accepted(options: str):
     validate(parse_config(options.split()), 1)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}"
+)
+def test_every_config_that_ships_is_valid(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    config = parse_config(["--config", str(file)])
+    validate(config, 8 if "multinode" in file.name else 1)
+    for source in (config.prompts.source, config.evaluation.prompts):
+        assert source.startswith("shapes:") or Path(source).is_file()

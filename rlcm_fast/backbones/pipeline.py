@@ -63,6 +63,7 @@ class Backbone:
         offload_idle: only the UNet stays on the device; decode_batch_size: images decoded at once, 0 is all.
         """
         backbone = cls(assemble(model, dtype, is_consistency), device, dtype, offload_idle, decode_batch_size)
+        backbone._set_image_size(model.image_size)
         backbone._pipeline.unet.to(device)
         for part in backbone.frozen_parts:
             part.requires_grad_(False)
@@ -71,6 +72,17 @@ class Backbone:
         backbone.unet.requires_grad_(True)
         backbone.unet.eval()  # dropout would make the ratio differ from 1
         return backbone
+
+    def _set_image_size(self, pixels: int) -> None:
+        """In the UNet's config, from where policies, SDXL's time ids and an export take it; 0 leaves it."""
+        halvings = len(self.unet.config.block_out_channels) - 1  # pyright: ignore[reportAttributeAccessIssue]
+        step = self._pipeline.vae_scale_factor * 2**halvings
+        if pixels % step:
+            raise ValueError(
+                f"model.image_size={pixels} must divide by {step}; try {max(1, round(pixels / step)) * step}"
+            )
+        if pixels > 0:
+            self.unet.register_to_config(sample_size=pixels // self._pipeline.vae_scale_factor)
 
     def add_adapters(self, config: LoraConfig) -> None:
         """From here on only LoRA adapters are trained."""

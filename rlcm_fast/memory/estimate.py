@@ -50,7 +50,7 @@ class Strategy:
     recompute: Recompute = "none"
     micro_batch_size: int = 64
     rollout_micro_batch_size: int = 64
-    decode_batch_size: int | None = None  # None: as many as were sampled
+    decode_batch_size: int = 0  # 0: as many as were sampled
     lora_rank: int = 0  # 0: all weights
     ema: Literal["off", "gpu", "cpu"] = "off"
     has_reference: bool = False  # a frozen copy, for the KL term
@@ -68,8 +68,9 @@ SETTINGS = {
     "update.micro_batch_size": "micro_batch_size",
     "rollout.micro_batch_size": "rollout_micro_batch_size",
     "rollout.decode_batch_size": "decode_batch_size",
+    "lora.rank": "lora_rank",
 }
-"""Config field -> Strategy field; those that Config has not yet keep the Strategy's default."""
+"""Config field -> Strategy field, where both have the same values."""
 
 
 def strategy_of(config: Config, image_size: int | None = None) -> Strategy:
@@ -78,10 +79,11 @@ def strategy_of(config: Config, image_size: int | None = None) -> Strategy:
     found: dict[str, Any] = {}
     for setting, name in SETTINGS.items():
         section, _, field = setting.partition(".")
-        if field in values[section]:
-            found[name] = values[section][field]
+        found[name] = values[section][field]
     is_guided = config.policy.kind == "ddim" and config.policy.guidance_scale != 1
     has_reference = config.update.kl_weight > 0
+    if config.ema.decay > 0:
+        found["ema"] = {"model": "gpu", "cpu": "cpu"}[config.ema.device]
     found |= {"has_reference": has_reference, "rows_per_sample": 2 if is_guided else 1, "image_size": image_size}
     return replace(Strategy(), **found)
 
@@ -199,7 +201,7 @@ def estimate_memory(strategy: Strategy, profiles: Profiles, workload: Workload, 
         master=0 if strategy.offload_optimizer else master,
         moments=0 if strategy.offload_optimizer else moments,
         frozen=(profiles.decoder.numel + profiles.text_numel) * FROZEN_DTYPE.itemsize,
-        reference=(trained + unet.frozen) * itemsize if strategy.has_reference else 0,
+        reference=(trained + unet.frozen) * itemsize if strategy.has_reference and strategy.lora_rank == 0 else 0,
         ema=trained * 4 if strategy.ema == "gpu" else 0,
         rewards=reward_bytes,
         trajectory=workload.samples * (workload.num_actions + 1) * profiles.latent_bytes,

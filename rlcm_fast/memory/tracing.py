@@ -26,24 +26,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import flop_registry
 
 from rlcm_fast.memory.architecture import Architecture
+from rlcm_fast.memory.recomputation import set_recomputation
 
 Recompute = Literal["none", "block", "selective"]
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 _ATEN = torch.ops.aten
-_KEPT = [  # by "selective"; the rest (norms, activations, additions) is cheap to compute again
-    _ATEN.convolution.default,
-    _ATEN.mm.default,
-    _ATEN.addmm.default,
-    _ATEN.bmm.default,
-    _ATEN._scaled_dot_product_flash_attention.default,
-    _ATEN._scaled_dot_product_efficient_attention.default,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-]
 _CONVOLUTIONS = (_ATEN.convolution, _ATEN.convolution_backward)
 _FEW, _MANY = (1, 2), 64  # rows that are traced, and as many as there will be
 _MOST_FLASH_HEAD = 256  # channels of a head; torch chooses the memory-efficient kernel above
@@ -202,15 +193,11 @@ def profile_decoder(architecture: Architecture, image_size: int, dtype: torch.dt
 
 def prepare_unet(unet: Any, setup: Setup) -> Any:
     """The UNet as it is trained: dtype, LoRA, recomputation, and gradients as an earlier micro-batch leaves them."""
-    if setup.lora_rank > 0:
+    nn.Module.to(unet, setup.dtype)
+    if setup.lora_rank > 0:  # adapters stay float32
         unet.requires_grad_(False)
         unet.add_adapter(LoraConfig(r=setup.lora_rank, target_modules=LORA_TARGETS))
-    nn.Module.to(unet, setup.dtype)
-    if setup.recompute == "block":
-        unet.enable_gradient_checkpointing()
-    elif setup.recompute == "selective":
-        contexts = partial(create_selective_checkpoint_contexts, _KEPT)
-        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=contexts))
+    set_recomputation(unet, setup.recompute)
     for parameter in unet.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)

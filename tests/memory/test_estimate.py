@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rlcm_fast.backbones.loading import SHIPPED
 from rlcm_fast.backbones.pipeline import Backbone
-from rlcm_fast.config import EngineConfig, OptimizerConfig, PolicyConfig, parse_config
+from rlcm_fast.config import EngineConfig, ModelConfig, OptimizerConfig, PolicyConfig, parse_config
 from rlcm_fast.kernels.adamw import AdamW8bit
 from rlcm_fast.memory import estimate
 from rlcm_fast.memory.architecture import load_architecture
@@ -28,6 +28,7 @@ from rlcm_fast.memory.estimate import (
     moment_bytes,
     strategy_of,
 )
+from rlcm_fast.memory.recomputation import set_recomputation
 from rlcm_fast.memory.tracing import Setup, prepare_unet, trace_unet
 from rlcm_fast.memory.zero import ZeroEngine
 from rlcm_fast.policies import GaussianPolicy, build_policy
@@ -56,9 +57,8 @@ def close(real: float) -> Any:
 
 def real_run(recompute: str, micro_batch_size: int) -> tuple[GaussianPolicy, nn.Module, Transitions]:
     """The shipped model as the trainer has it, and a micro-batch of its own transitions."""
-    backbone = Backbone.load("shapes/lcm", None, torch.device("cpu"), torch.float32)
-    if recompute == "block":
-        backbone.unet.enable_gradient_checkpointing()
+    backbone = Backbone.load(ModelConfig(), torch.device("cpu"), torch.float32, is_consistency=True)
+    set_recomputation(backbone.unet, recompute)
     config = PolicyConfig(num_steps=3)
     parts = (backbone.unet.config, backbone.scheduler_config, torch.float32, torch.device("cpu"))
     policy = build_policy(config, backbone.unet, *parts)
@@ -105,7 +105,7 @@ def test_bytes_are_those_of_a_real_update(recompute: Any, micro_batch_size: int)
 def test_the_peak_of_a_real_backward_pass_is_the_traced_one(recompute: Any):
     setup = Setup(torch.float32, recompute, device="cpu")
     profile = profiles_of(recompute).unet
-    backbone = Backbone.load("shapes/lcm", None, torch.device("cpu"), torch.float32)
+    backbone = Backbone.load(ModelConfig(), torch.device("cpu"), torch.float32, is_consistency=True)
     unet = prepare_unet(backbone.unet, setup)
     for rows in (16, 40):
         real = trace_unet(unet, ARCHITECTURE, setup, rows, trains=True)
