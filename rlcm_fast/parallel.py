@@ -54,6 +54,12 @@ def any_rank(flag: bool) -> bool:
     return any(all_gather_list([flag]))
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Whether it says, in the words of gloo or NCCL, that another process of the run is gone."""
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
 def generator(seed: int, *place: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Random numbers that depend on (seed, place...) alone, for example (seed, rank, iteration).
 
