@@ -174,7 +174,8 @@ def _killed(hosts: Hosts, options: list[str], run_dir: Path, done: int) -> dict[
     died = time.monotonic()
     codes = [process.wait(timeout=600) for process in launched]
     seconds = time.monotonic() - died
-    said = [line for line in log.read_text(errors="replace").splitlines() if "error: " in line]
+    text = log.read_text(errors="replace").replace(str(hosts.folder), "RUNS")
+    said = [line for line in text.splitlines() if "error: " in line]
     row = {"exit_code": max(codes, key=abs), "seconds": round(seconds, 1), "said": said[-1] if said else ""}
     return {**row, "as_expected": all(codes) and seconds < 60 and bool(said)}
 

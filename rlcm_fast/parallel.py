@@ -54,10 +54,11 @@ def any_rank(flag: bool) -> bool:
     return any(all_gather_list([flag]))
 
 
-def is_lost_process(error: BaseException) -> bool:
-    """Whether it says, in the words of gloo or NCCL, that another process of the run is gone."""
+def lost_process(error: BaseException) -> str | None:
+    """What gloo or NCCL say where another process of the run is gone; None if that is not what happened."""
     texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return next((text for text in texts if text in said), None)
 
 
 def generator(seed: int, *place: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -87,12 +87,13 @@ def _outer_cause(error: Exception, config: Config) -> str | None:
             f"run_dir={config.run_dir} is on a full disk; its checkpoints are whole: free some space and "
             "go on with --resume latest, or lower checkpoint.keep"
         )
-    if parallel.is_lost_process(error):
-        return (
-            f"rank {parallel.rank()} of {parallel.world_size()} lost another process of the run ({error}); the "
-            f"checkpoints in run_dir={config.run_dir} are whole: go on with --resume latest, on as many as are left"
-        )
-    return None
+    lost = parallel.lost_process(error)
+    if lost is None:
+        return None
+    return (
+        f"rank {parallel.rank()} of {parallel.world_size()} lost another process of the run ({lost}); the "
+        f"checkpoints in run_dir={config.run_dir} are whole: go on with --resume latest, on as many as are left"
+    )
 
 
 def is_worded_by_us(error: BaseException) -> bool:

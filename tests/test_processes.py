@@ -140,7 +140,7 @@ def test_when_one_process_dies_the_other_fails_within_a_minute(tiny_lcm_folder: 
     assert time.monotonic() - died < 60
     said = (tmp_path / "0.log").read_text()
     assert survivor.exitcode == 1, said[-3000:]
-    assert "error: rank 0 of 2 lost another process of the run (" in said
+    assert "error: rank 0 of 2 lost another process of the run (Connection " in said
     assert "are whole: go on with --resume latest, on as many as are left" in said
     assert "Traceback" not in said
     assert len(tiny_runs.metrics(tmp_path / "run")) == 1
