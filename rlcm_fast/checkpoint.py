@@ -66,15 +66,9 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
-    """Restores the engine and returns the state that was saved with it."""
-    state = json.loads((folder / "state.json").read_text())
-    if state["num_processes"] != parallel.world_size():
-        raise ValueError(
-            f"resume={folder} was saved by {state['num_processes']} processes and cannot go on with "
-            f"{parallel.world_size()}; start as many, or start a new run from its export"
-        )
+    """Restores the engine and returns the state that was saved with it, on whatever number of processes."""
     engine.load(folder)
-    return state
+    return json.loads((folder / "state.json").read_text())
 
 
 def find_checkpoint(resume: str, run_dir: Path) -> Path | None:

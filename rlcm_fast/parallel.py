@@ -54,6 +54,13 @@ def any_rank(flag: bool) -> bool:
     return any(all_gather_list([flag]))
 
 
+def lost_process(error: BaseException) -> str | None:
+    """What gloo or NCCL say where another process of the run is gone; None if that is not what happened."""
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return next((text for text in texts if text in said), None)
+
+
 def generator(seed: int, *place: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Random numbers that depend on (seed, place...) alone, for example (seed, rank, iteration).
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, train. Returns the exit code: 0 done, 1 a full disk, 2 a mistake in the config, 130 interrupted."""
+    """Parse, check, train.
+
+    Returns the exit code: 0 done, 1 a full disk or a lost process, 2 a mistake in the config, 130 interrupted.
+    """
     rank, world_size = set_process_environment()
     try:
         config = _read_config(sys.argv[1:] if argv is None else argv, rank, world_size)
@@ -39,15 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
         return 2
     except Exception as error:
-        from rlcm_fast.checkpoint import is_full_disk
-
-        if not is_full_disk(error):
+        cause = _outer_cause(error, config)
+        if cause is None:
             raise
-        print(
-            f"error: run_dir={config.run_dir} is on a full disk; its checkpoints are whole: free some space and "
-            "go on with --resume latest, or lower checkpoint.keep",
-            file=sys.stderr,
-        )
+        print(f"error: {cause}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the trainer handles signals, or a second Ctrl-C
         if rank == 0:
@@ -77,6 +75,25 @@ def _train(config: Config) -> None:
     from rlcm_fast.trainer import Trainer
 
     Trainer(config).run()
+
+
+def _outer_cause(error: Exception, config: Config) -> str | None:
+    """What happened, where neither config nor code is to blame, and how to go on."""
+    from rlcm_fast import parallel
+    from rlcm_fast.checkpoint import is_full_disk
+
+    if is_full_disk(error):
+        return (
+            f"run_dir={config.run_dir} is on a full disk; its checkpoints are whole: free some space and "
+            "go on with --resume latest, or lower checkpoint.keep"
+        )
+    lost = parallel.lost_process(error)
+    if lost is None:
+        return None
+    return (
+        f"rank {parallel.rank()} of {parallel.world_size()} lost another process of the run ({lost}); the "
+        f"checkpoints in run_dir={config.run_dir} are whole: go on with --resume latest, on as many as are left"
+    )
 
 
 def is_worded_by_us(error: BaseException) -> bool:

@@ -37,3 +37,10 @@ def test_a_single_process_has_its_own_values_only():
     assert parallel.all_gather_list(["a"]) == ["a"]
     assert parallel.any_rank(True) and not parallel.any_rank(False)
     parallel.barrier()
+
+
+def test_a_lost_process_is_known_by_what_the_libraries_say():
+    said = "[pair.cc:553] Connection closed by peer [10.0.0.2]:52387. This is typically caused by a remote worker"
+    assert parallel.lost_process(RuntimeError(said)) == "Connection closed by peer"
+    assert parallel.lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert parallel.lost_process(OSError("Broken pipe")) is None, "of a file, say"

@@ -53,7 +53,11 @@ class Engine(ABC):
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, with the same settings; ValueError if nothing of the kind is there."""
+        """Restores what `save` wrote, with the same settings on any number of processes.
+
+        Raises:
+            ValueError: nothing of the kind is there, or its states cannot be shared out among other processes.
+        """
 
 
 def copied_to_cpu(network: nn.Module) -> dict[str, Tensor]:

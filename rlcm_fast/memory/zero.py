@@ -14,9 +14,11 @@ import deepspeed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from rlcm_fast import parallel
 from rlcm_fast.config import EngineConfig, OptimizerConfig
 from rlcm_fast.memory.engine import Engine, copied_to_cpu
 from rlcm_fast.memory.optimizers import build_optimizer, lr_factor
+from rlcm_fast.memory.resharding import load_resharded, shard_files
 
 _TAG = "deepspeed"
 
@@ -80,6 +82,10 @@ class ZeroEngine(Engine):
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
+        shards = shard_files(folder / _TAG)
+        if shards and self.zero_stage > 0 and len(shards) != parallel.world_size():
+            load_resharded(self._engine, folder / _TAG)
+            return
         is_there = (folder / _TAG).is_dir()  # else DeepSpeed fails an assertion
         if not is_there or self._engine.load_checkpoint(str(folder), tag=_TAG)[0] is None:
             raise ValueError(f"resume={folder} holds no state that DeepSpeed can read; give another checkpoint")
