@@ -32,7 +32,6 @@ class GradientsOnly(Engine):
     """Accumulates as an engine does and never steps."""
 
     zero_stage = 0
-    lr = 0.0
 
     def __init__(self, network: torch.nn.Module, num_micro_batches: int) -> None:
         self._network, self._left, self._count = network, num_micro_batches, num_micro_batches
@@ -46,6 +45,10 @@ class GradientsOnly(Engine):
     def step(self) -> float | None:
         self._left -= 1
         return None if self._left else 0.0
+
+    @property
+    def lr(self) -> float:
+        return 0.0
 
     def full_weights(self) -> dict[str, Tensor]:
         return {}
