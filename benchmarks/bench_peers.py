@@ -63,6 +63,10 @@ class Measured:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    @property
+    def cpu_median(self) -> float:
+        return statistics.median(self.cpu_seconds)
+
     def stage_median(self, prefix: str) -> float:
         """Of all stages whose names begin so."""
         return statistics.median(sum(s for name, s in row.items() if name.startswith(prefix)) for row in self.stages)
@@ -85,7 +89,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    about = {"traces": traces, "load_average_before": load, "config": arguments.config}
+    about = {"traces": traces, "load_averages": [load, os.getloadavg()[0]], "config": arguments.config}
     print_summary({**summarise(loops, trl, config), **about}, stem.with_suffix(".json"))
     return 0
 
@@ -213,7 +217,7 @@ def summarise(found: dict[str, Measured], trl: dict[str, Any], config: Config) -
     }
     return {
         "speedup_over_paper_loop": paper.median / ours.median,
-        "speedup_over_paper_loop_cpu": statistics.median(paper.cpu_seconds) / statistics.median(ours.cpu_seconds),
+        "speedup_over_paper_loop_cpu": paper.cpu_median / ours.cpu_median,
         "speedup_over_trl": [_ratio(rate, other) for other in rates["trl"]] or None,
         "speedup_over_paper_loop_by_stage": by_stage,
         "samples_per_second": rates,
@@ -227,11 +231,12 @@ def summarise(found: dict[str, Measured], trl: dict[str, Any], config: Config) -
 
 def ladder_rows(found: dict[str, Measured], num_samples: int) -> list[dict[str, Any]]:
     """What each change brings, kept by those below it; the last, to ours, is all that is left."""
-    rows, before = [], found[PAPER].median
+    rows, before = [], found[PAPER]
     for name, measured in found.items():
-        rate = num_samples / measured.median
-        rows.append({"change": name, "samples_per_second": rate, "factor": before / measured.median})
-        before = measured.median
+        row = {"change": name, "samples_per_second": num_samples / measured.median}
+        factors = {"factor": before.median / measured.median, "cpu_factor": before.cpu_median / measured.cpu_median}
+        rows.append({**row, **factors})
+        before = measured
     return rows
 
 

@@ -54,7 +54,7 @@ def test_a_run_gives_ratios_ladder_stages_and_traces(one_process: None, options,
     assert summary["trl"] is None and "trl" in summary["trl_reason"]
     assert [row["change"] for row in summary["ladder"]] == list(seconds) and len(seconds) == 5
     assert set(summary["speedup_over_paper_loop_by_stage"]) == {"sampling", "decode", "reward", "training"}
-    assert {"machine", "command", "threads", "load_average_before", "settings"} <= summary.keys()
+    assert {"machine", "command", "threads", "load_averages", "settings"} <= summary.keys()
     assert json.loads((tmp_path / "peers.json").read_text()) == summary
     assert summary["traces"]["paper_loop"]["operators"] > summary["traces"]["ours"]["operators"]
     for name in ("ours", "paper_loop"):
