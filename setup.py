@@ -49,6 +49,7 @@ setup(
         "dev": TEST + LINT,
         "wandb": ["wandb>=0.20,<1"],
         "xformers": ["xformers>=0.0.35"],
+        "trl": ["trl==0.23.1"],  # its DDPOTrainer, which benchmarks/bench_peers.py measures
     },
     entry_points={"console_scripts": ["rlcm-fast = rlcm_fast.cli.main:main"]},
 )

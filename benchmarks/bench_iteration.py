@@ -91,7 +91,7 @@ def measure_pairs(config: Config, num_pairs: int, num_warm_up: int) -> list[Seco
     with temporary_trainer(config, num_warm_up + num_pairs + 1) as trainer:
         bare: list[Seconds] = []
         passes = BarePasses.beside(trainer)
-        full = _run_with_hook(trainer, lambda: bare.append(passes()))
+        full = run_with_hook(trainer, lambda: bare.append(passes()))
     # The last iteration ends with a checkpoint, those before the first pairs warm up.
     chosen = slice(num_warm_up, num_warm_up + num_pairs)
     return [pair(times, stages) for times, stages in zip(full[chosen], bare[chosen], strict=True)]
@@ -105,14 +105,14 @@ def pair(full: Seconds, bare: Seconds) -> Seconds:
     return {**row, **cpu, **{stage: bare[stage] for stage in _STAGES}}
 
 
-def _run_with_hook(trainer: Trainer, between: Callable[[], Any]) -> list[Seconds]:
+def run_with_hook(trainer: Trainer, between: Callable[[], Any]) -> list[Seconds]:
     """Wall and cpu seconds of each iteration of `trainer.run()`; `between` runs where a run would evaluate."""
     seconds: list[Seconds] = []
     start, cpu_start = 0.0, 0.0
 
     def evaluate(iteration: int) -> dict[str, float]:
         nonlocal start, cpu_start
-        _finish_device_work()
+        finish_device_work()
         if iteration > 0:
             seconds.append({"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu_start})
         if iteration < trainer.config.num_iterations:
@@ -211,7 +211,7 @@ class BarePasses:
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        _finish_device_work()
+        finish_device_work()
         self.spent[stage] += time.perf_counter() - start
 
 
@@ -224,7 +224,7 @@ def _policy_of(trainer: Trainer, unet: Any) -> Any:
     )
 
 
-def _finish_device_work() -> None:
+def finish_device_work() -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -266,7 +266,7 @@ def _throughput(config: Config, size: int, num_iterations: int) -> dict[str, Any
     )
     validate(sized, 1)
     with temporary_trainer(sized, num_iterations + 2) as trainer:
-        times = _run_with_hook(trainer, lambda: None)[1:-1]
+        times = run_with_hook(trainer, lambda: None)[1:-1]
     median = statistics.median(row["wall"] for row in times)
     images = derived(sized, 1)["samples_per_iteration"]
     return {"micro_batch_size": size, "images_per_second": images / median, "seconds_per_iteration": median}

@@ -20,6 +20,7 @@ FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 SCRIPTS = (
     "before_after",
     "bench_iteration",
+    "bench_peers",
     "compare_curves",
     "gradient_signal",
     "inference_steps",
