@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlcm_fast.algorithms import PPO, build_advantages
 from rlcm_fast.backbones.pipeline import Backbone
-from rlcm_fast.config import PolicyConfig, UpdateConfig
+from rlcm_fast.config import ModelConfig, PolicyConfig, UpdateConfig
 from rlcm_fast.memory.engine import Engine
 from rlcm_fast.policies import GaussianPolicy, build_policy
 from rlcm_fast.policies.consistency import guidance_embedding
@@ -60,7 +60,7 @@ class GradientsOnly(Engine):
 
 @pytest.fixture(scope="module")
 def backbone(tiny_lcm_folder: str) -> Backbone:
-    return Backbone.load(tiny_lcm_folder, None, CPU, torch.float32)
+    return Backbone.load(ModelConfig(tiny_lcm_folder), CPU, torch.float32, is_consistency=True)
 
 
 @pytest.fixture(scope="module")
