@@ -4,10 +4,10 @@ install:
 	pip install -e '.[dev]'
 
 test:
-	python -m pytest -m "not slow"
+	python -m pytest
 
 test-all:
-	python -m pytest
+	python -m pytest -m ""
 
 gpu: # WHEELS=FOLDER for a machine without pytest, OUT=FOLDER for the results
 	python benchmarks/gpu_suite.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)")
