@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.algorithms import PPO, build_advantages
-from rlcm_fast.backbones.acceleration import check_device
+from rlcm_fast.backbones.acceleration import accelerate, check_device
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rlcm_fast.config import Config
@@ -232,7 +232,10 @@ class Trainer:
 
     def _frozen_start(self) -> GaussianPolicy:
         """The start model as a policy of its own, outside of the engine, for the KL term."""
-        return self._build_policy(self.backbone.frozen_start())
+        start = self.backbone.frozen_start()
+        if self.config.lora.rank == 0:  # with adapters it is the trained network itself
+            accelerate(start, self.config.engine)
+        return self._build_policy(start)
 
     def _build_prompts(self) -> PromptSampler:
         config, world_size = self.config, parallel.world_size()

@@ -204,7 +204,8 @@ def test_the_leanest_settings_train_together(tiny_lcm_folder: str, tmp_path: Pat
     lines = tiny_runs.metrics(tmp_path / "run")
     assert all(0 < line["lost_updates"] < 1 and line["grad_norm"] > 0 for line in lines)
     assert 0 < lines[0]["kl_to_start"] < lines[1]["kl_to_start"]
-    for weight in trainer.backbone.unet.parameters():
+    assert trainer.reference is not None
+    for weight in (*trainer.backbone.unet.parameters(), *trainer.reference.unet.parameters()):
         assert weight.dtype == torch.bfloat16 and weight.grad is None
         assert weight.ndim < 4 or weight.is_contiguous(memory_format=torch.channels_last)
 
