@@ -5,6 +5,7 @@
     stage      what is there at its peak, besides weights, master copy, moments, frozen parts, trajectory, overhead
     sampling   one UNet pass without gradients          update   gradients, activations, DeepSpeed's bucket
     decoding   one pass of the VAE's decoder            step     gradients and the optimizer's temporaries
+    encoding   the text encoders; they and the VAE are there at their own stage only where `moves_idle`
 
 As DeepSpeed 0.19 does it: from ZeRO 1 on there is a flat float32 master copy, of float32 weights too; its step holds
 the gradients flat and in float32 beside it; and a gradient bucket of fixed size is there during backward passes.
@@ -52,6 +53,7 @@ class Strategy:
     rollout_micro_batch_size: int = 64
     decode_batch_size: int = 0  # 0: as many as were sampled
     lora_rank: int = 0  # 0: all weights
+    moves_idle: bool = False  # VAE and text encoders are on the GPU only while they work
     ema: Literal["off", "gpu", "cpu"] = "off"
     has_reference: bool = False  # a frozen copy, for the KL term
     rows_per_sample: int = 1  # of the network's batch; 2 under classifier-free guidance
@@ -65,6 +67,7 @@ SETTINGS = {
     "engine.offload_optimizer": "offload_optimizer",
     "engine.optimizer_in_backward": "optimizer_in_backward",
     "engine.recompute": "recompute",
+    "engine.offload_idle": "moves_idle",
     "update.micro_batch_size": "micro_batch_size",
     "rollout.micro_batch_size": "rollout_micro_batch_size",
     "rollout.decode_batch_size": "decode_batch_size",
@@ -132,7 +135,8 @@ class Memory:
     gradients: int
     master: int
     moments: int
-    frozen: int  # VAE and text encoders
+    vae: int
+    text_encoders: int
     reference: int
     ema: int
     rewards: int
@@ -143,20 +147,23 @@ class Memory:
     decoding: int
     step_temporaries: int
     overhead: int
+    moves_idle: bool
 
     @property
     def always(self) -> int:
-        return sum(
-            (self.weights, self.master, self.moments, self.frozen, self.reference, self.ema, self.rewards,
-             self.trajectory, self.overhead)
+        resident = 0 if self.moves_idle else self.vae + self.text_encoders
+        return resident + sum(
+            (self.weights, self.master, self.moments, self.reference, self.ema, self.rewards, self.trajectory,
+             self.overhead)
         )  # fmt: skip
 
     @property
     def stages(self) -> dict[str, int]:
         """Peak of each stage."""
         return {
+            "encoding": self.always + (self.text_encoders if self.moves_idle else 0),
             "sampling": self.always + self.sampling,
-            "decoding": self.always + self.decoding,
+            "decoding": self.always + self.decoding + (self.vae if self.moves_idle else 0),
             "update": self.always + self.gradients + self.bucket + self.activations,
             "step": self.always + self.gradients + self.step_temporaries,
         }
@@ -167,7 +174,7 @@ class Memory:
 
     def parts(self) -> dict[str, int]:
         """By name, in order."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moves_idle"}
 
 
 def measure(architecture: Architecture, strategy: Strategy, device: Literal["cuda", "cpu"] = "cuda") -> Profiles:
@@ -200,7 +207,8 @@ def estimate_memory(strategy: Strategy, profiles: Profiles, workload: Workload, 
         gradients=gradients,
         master=0 if strategy.offload_optimizer else master,
         moments=0 if strategy.offload_optimizer else moments,
-        frozen=(profiles.decoder.numel + profiles.text_numel) * FROZEN_DTYPE.itemsize,
+        vae=profiles.decoder.numel * FROZEN_DTYPE.itemsize,
+        text_encoders=profiles.text_numel * FROZEN_DTYPE.itemsize,
         reference=(trained + unet.frozen) * itemsize if strategy.has_reference and strategy.lora_rank == 0 else 0,
         ema=trained * 4 if strategy.ema == "gpu" else 0,
         rewards=reward_bytes,
@@ -211,6 +219,7 @@ def estimate_memory(strategy: Strategy, profiles: Profiles, workload: Workload, 
         decoding=round(profiles.decoder.peak(images)),
         step_temporaries=_step_bytes(strategy, unet.trainable, processes, gradients),
         overhead=OVERHEAD_BYTES,
+        moves_idle=strategy.moves_idle,
     )
 
 

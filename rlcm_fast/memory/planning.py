@@ -31,6 +31,7 @@ Settings = dict[str, Any]  # config field -> value
 
 LADDER: tuple[Settings, ...] = (  # from what costs least; each on top of those before it that helped
     {"rollout.decode_batch_size": 4},
+    {"engine.offload_idle": True},
     {"engine.recompute": "selective"},
     {"engine.dtype": "bf16", "engine.zero_stage": 1},
     {"engine.recompute": "block"},

@@ -210,6 +210,16 @@ def test_what_costs_more_memory_is_said_to():
     assert guided.activations == memory_of(Strategy(micro_batch_size=16)).activations
 
 
+def test_what_waits_on_the_cpu_counts_where_it_works_alone():
+    stays, moves = memory_of(Strategy()), memory_of(Strategy(moves_idle=True))
+    vae, text_encoders = stays.vae, stays.text_encoders
+    saved = {"encoding": vae, "sampling": vae + text_encoders, "decoding": text_encoders}
+    saved |= {"update": vae + text_encoders, "step": vae + text_encoders}
+    assert {stage: stays.stages[stage] - size for stage, size in moves.stages.items()} == saved
+    assert vae > 0
+    assert text_encoders > 0
+
+
 def test_a_strategy_is_made_of_a_config():
     options = ["--engine.dtype=bf16", "--engine.zero_stage=1", "--update.micro_batch_size=8", "--update.kl_weight=0.1"]
     strategy = strategy_of(parse_config([*options, "--policy.kind=ddim", "--policy.guidance_scale=5"]), image_size=512)
