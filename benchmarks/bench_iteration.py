@@ -4,9 +4,7 @@
 
  (a) full: an iteration of `Trainer.run` itself, wall clock from the end of one evaluation hook to the next: prompts,
      rollout with rewards, advantages, update under DeepSpeed, metrics, log, state for a checkpoint.
- (b) bare: S network passes a sample, the VAE decode, forward and backward of every transition, one optimizer step an
-     update, and the reference's forward where update.kl_weight is above 0; on a copy of the UNet in plain torch, with
-     the same batch sizes, guidance and optimizer class, on tensors made beforehand. No rewards, log-probs, clipping.
+ (b) bare: the network passes and optimizer steps of it and nothing else (bare_passes.py).
 
 overhead = a / b of neighbouring measurements, so that a slow minute of the machine counts for both; overhead_cpu is the
 same of processor time, which other processes disturb less. The share of a stage is the median over the pairs of its
@@ -18,25 +16,21 @@ Writes OUT.csv (pairs), OUT_stages.csv, OUT_micro_batches.csv and OUT.json, whic
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bare_passes import STAGES, BarePasses, Seconds, finish_device_work
 from reporting import percentile, print_summary, write_csv
 from training_runs import add_config_arguments, read_config, temporary_trainer
 
 if TYPE_CHECKING:
     from rlcm_fast.config import Config
     from rlcm_fast.trainer import Trainer
-
-Seconds = dict[str, float]
-_STAGES = ("sampling", "decode", "forward_backward", "reference", "optimizer")
 
 
 def main() -> int:
@@ -47,7 +41,7 @@ def main() -> int:
     try:
         config = _config(arguments)
         pairs = measure_pairs(config, arguments.pairs, arguments.warm_up)
-        sweep = [_throughput(config, size, arguments.sweep_iterations) for size in arguments.micro_batch_sizes]
+        sweep = [throughput(config, size, arguments.sweep_iterations) for size in arguments.micro_batch_sizes]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -79,9 +73,9 @@ def _config(arguments: argparse.Namespace) -> Config:
         raise ValueError(f"pairs={arguments.pairs}, warm_up={arguments.warm_up}: give 2 or more, and 1 or more")
     off = ["--evaluation.every", "0", "--tracking.grid_every", "0", "--checkpoint.every", "0"]
     config = read_config(arguments, *off)
-    if config.engine.dtype != "fp32":
+    if config.engine.zero_stage > 0:
         raise ValueError(
-            f"engine.dtype={config.engine.dtype} keeps master weights, which the bare passes do not; use fp32"
+            f"engine.zero_stage={config.engine.zero_stage} keeps master weights, which the bare passes do not; use 0"
         )
     return config
 
@@ -92,21 +86,23 @@ def measure_pairs(config: Config, num_pairs: int, num_warm_up: int) -> list[Seco
         bare: list[Seconds] = []
         passes = BarePasses.beside(trainer)
         full = run_with_hook(trainer, lambda: bare.append(passes()))
-    # The last iteration ends with a checkpoint, those before the first pairs warm up.
     chosen = slice(num_warm_up, num_warm_up + num_pairs)
     return [pair(times, stages) for times, stages in zip(full[chosen], bare[chosen], strict=True)]
 
 
 def pair(full: Seconds, bare: Seconds) -> Seconds:
     """A row from wall and cpu seconds of an iteration and the seconds of the bare stages, with the bare cpu seconds."""
-    total = sum(bare[stage] for stage in _STAGES)
+    total = sum(bare[stage] for stage in STAGES)
     row = {"full": full["wall"], "bare": total, "overhead": full["wall"] / total}
     cpu = {"full_cpu": full["cpu"], "bare_cpu": bare["cpu"], "overhead_cpu": full["cpu"] / bare["cpu"]}
-    return {**row, **cpu, **{stage: bare[stage] for stage in _STAGES}}
+    return {**row, **cpu, **{stage: bare[stage] for stage in STAGES}}
 
 
 def run_with_hook(trainer: Trainer, between: Callable[[], Any]) -> list[Seconds]:
-    """Wall and cpu seconds of each iteration of `trainer.run()`; `between` runs where a run would evaluate."""
+    """Wall and cpu seconds of the iterations of `trainer.run()`; `between` runs where a run would evaluate.
+
+    Those of the last iteration are not known, as the run writes neither checkpoint nor export at its end.
+    """
     seconds: list[Seconds] = []
     start, cpu_start = 0.0, 0.0
 
@@ -121,114 +117,9 @@ def run_with_hook(trainer: Trainer, between: Callable[[], Any]) -> list[Seconds]
         return {}
 
     trainer.evaluate = evaluate
+    trainer.save = trainer.finish = lambda: None
     trainer.run()
     return seconds
-
-
-@dataclass
-class BarePasses:
-    """The network passes of an iteration and nothing else; B samples, N transitions of a micro-batch."""
-
-    policy: Any  # around a copy of the UNet, outside of DeepSpeed
-    reference: Any  # as the policy; None without a KL term
-    optimizer: Any
-    decode: Callable[[Any], Any]
-    conditioning: Any  # of the B samples
-    latents: Any  # (B, C, H, W) float32
-    config: Config
-    micro_batches_per_update: int
-    spent: Seconds = field(default_factory=dict)
-
-    @classmethod
-    def beside(cls, trainer: Trainer) -> BarePasses:
-        """With the shapes, settings and kind of optimizer of `trainer`, whose state is not touched."""
-        import torch
-        from torch.optim import Adam, AdamW
-
-        from rlcm_fast.config_checks import derived
-        from rlcm_fast.prompts import load_prompts
-
-        config, backbone = trainer.config, trainer.backbone
-        unet = copy.deepcopy(backbone.unet)
-        prompts = load_prompts(config.prompts.source)
-        prompts = [prompts[i % len(prompts)] for i in range(config.prompts.num_prompts)]
-        prompts = [prompt for prompt in prompts for _ in range(config.prompts.images_per_prompt)]
-        optimizer = {"adamw": AdamW, "adam": Adam}[config.optimizer.name]
-        policy = _policy_of(trainer, unet)
-        return cls(
-            policy=policy,
-            reference=trainer.reference,
-            optimizer=optimizer(
-                unet.parameters(), lr=1e-12, betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay
-            ),
-            decode=backbone.decode,
-            conditioning=trainer.encode(prompts),
-            latents=torch.randn(len(prompts), *policy.latent_shape, device=trainer.device),
-            config=config,
-            micro_batches_per_update=derived(config, 1)["micro_batches_per_update_and_process"],
-        )
-
-    def __call__(self) -> Seconds:
-        """Seconds of each stage of one iteration, and the processor's of all."""
-        cpu_start = time.process_time()
-        self.spent = dict.fromkeys(_STAGES, 0.0)
-        self._sample()
-        for _ in range(self.config.update.num_passes * self.config.update.num_updates):
-            self._update()
-        return {**self.spent, "cpu": time.process_time() - cpu_start}
-
-    def _sample(self) -> None:
-        import torch
-
-        with torch.no_grad():
-            for rows in torch.arange(len(self.latents)).split(self.config.rollout.micro_batch_size):
-                x, conditioning = self.latents[rows], self.conditioning.take(rows.to(self.latents.device))
-                with self._timed("sampling"):
-                    for k in range(self.policy.num_steps):
-                        self.policy.network_output(x, torch.full((len(x),), k, device=x.device), conditioning)
-                with self._timed("decode"):
-                    self.decode(x)
-
-    def _update(self) -> None:
-        """Steps are mixed in a micro-batch as in training."""
-        import torch
-
-        size = self.config.update.micro_batch_size
-        rows = torch.arange(size, device=self.latents.device) % len(self.latents)
-        x, conditioning = self.latents[rows], self.conditioning.take(rows)
-        step = torch.arange(size, device=self.latents.device) % self.policy.num_actions
-        for _ in range(self.micro_batches_per_update):
-            with self._timed("forward_backward"):
-                self.policy.network_output(x, step, conditioning).square().mean().backward()
-            if self.reference is not None:
-                with self._timed("reference"), torch.no_grad():
-                    self.reference.network_output(x, step, conditioning)
-        with self._timed("optimizer"):
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        finish_device_work()
-        self.spent[stage] += time.perf_counter() - start
-
-
-def _policy_of(trainer: Trainer, unet: Any) -> Any:
-    from rlcm_fast.policies import build_policy
-
-    backbone = trainer.backbone
-    return build_policy(
-        trainer.config.policy, unet, unet.config, backbone.scheduler_config, backbone.dtype, trainer.device
-    )
-
-
-def finish_device_work() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def summarise(pairs: list[Seconds]) -> dict[str, Any]:
@@ -248,14 +139,14 @@ def summarise(pairs: list[Seconds]) -> dict[str, Any]:
 def stage_shares(pairs: list[Seconds]) -> list[dict[str, Any]]:
     """One row a stage: medians over the pairs of its seconds and its share of the full iteration."""
     rows = []
-    for stage in (*_STAGES, "other"):
+    for stage in (*STAGES, "other"):
         seconds = [row["full"] - row["bare"] if stage == "other" else row[stage] for row in pairs]
         shares = [part / row["full"] for part, row in zip(seconds, pairs, strict=True)]
         rows.append({"stage": stage, "seconds": statistics.median(seconds), "share": statistics.median(shares)})
     return rows
 
 
-def _throughput(config: Config, size: int, num_iterations: int) -> dict[str, Any]:
+def throughput(config: Config, size: int, num_iterations: int) -> dict[str, Any]:
     """Images/s of full iterations at one micro-batch size, sampling and training alike; the first is a warm-up."""
     from rlcm_fast.config_checks import derived, validate
 
@@ -266,7 +157,7 @@ def _throughput(config: Config, size: int, num_iterations: int) -> dict[str, Any
     )
     validate(sized, 1)
     with temporary_trainer(sized, num_iterations + 2) as trainer:
-        times = run_with_hook(trainer, lambda: None)[1:-1]
+        times = run_with_hook(trainer, lambda: None)[1:]
     median = statistics.median(row["wall"] for row in times)
     images = derived(sized, 1)["samples_per_iteration"]
     return {"micro_batch_size": size, "images_per_second": images / median, "seconds_per_iteration": median}

@@ -44,16 +44,17 @@ class Architecture:
     def num_tokens(self) -> int:
         return self.text_encoders[0]["max_position_embeddings"]
 
-    def build_unet(self) -> Any:
-        with torch.device("meta"):
+    def build_unet(self, device: str = "meta") -> Any:
+        """With random weights where `device` has memory, as the others."""
+        with torch.device(device):
             return UNet2DConditionModel.from_config(self.unet)
 
-    def build_vae(self) -> Any:
-        with torch.device("meta"):
+    def build_vae(self, device: str = "meta") -> Any:
+        with torch.device(device):
             return _VAES[self.vae["_class_name"]].from_config(self.vae)
 
-    def build_text_encoders(self) -> list[nn.Module]:
-        with torch.device("meta"):
+    def build_text_encoders(self, device: str = "meta") -> list[nn.Module]:
+        with torch.device(device):
             return [_TEXT_ENCODERS[c["architectures"][0]](CLIPTextConfig(**c)) for c in self.text_encoders]
 
 
