@@ -1,13 +1,22 @@
 """Everything that needs a GPU, in one command and under nine minutes: `make gpu`.
 
     make gpu                            # or: python benchmarks/gpu_suite.py
-    make gpu WHEELS=FOLDER OUT=FOLDER   # wheels for a machine without pytest and matplotlib; another folder for results
+    make gpu WHEELS=FOLDER OUT=FOLDER   # wheels for what a machine lacks (gpu_wheels.txt); another folder for results
 
-In this order, each part with a time budget of its own: the tests marked `gpu`, `bench_kernels.py --quick`, and the same
-operations under compute-sanitizer where it is installed. It needs torch and triton; pytest for the tests, which fail
-the suite where it is missing; matplotlib for the picture, which `bench_kernels.py --redraw` makes elsewhere. Writes
-benchmarks/results/gpu/DEVICE/: suite.json (which is also the last line on stdout), bench_kernels.csv, the picture, and
-one .txt a part with what it said. A part that runs out of time is stopped, and suite.json says so.
+Each part is a command with a time budget of its own; one that runs out of it is stopped, and suite.json says so:
+
+    tests          those marked `gpu`
+    full_size      bench_full_size.py: an iteration of SD1.5's consistency model, eager and compiled; noise of the
+                   ratio, inference time, micro-batch sizes
+    memory         bench_memory.py: peak memory of every strategy, SD1.5 and SDXL, capped at 24 GiB, beside the plan
+    bench_kernels  bench_kernels.py --quick
+    sanitizer      every operation of the kernels under compute-sanitizer, where that is installed
+
+Without a GPU the same parts run on the CPU: the kernels' tests in Triton's interpreter, the model that ships in the
+place of the full-size ones, and no sanitizer. It needs torch, triton and transformers, and what gpu_wheels.txt lists;
+matplotlib for the picture, which `bench_kernels.py --redraw` makes elsewhere. Writes
+benchmarks/results/gpu/DEVICE/: suite.json (which is also the last line on stdout), the CSV and JSON files of the
+benchmarks, and one .txt a part with what it said.
 """
 
 from __future__ import annotations
@@ -30,8 +39,8 @@ from typing import Any
 
 from reporting import ROOT, print_summary
 
-_TEST_SECONDS, _BENCH_SECONDS, _SANITIZER_SECONDS = 150.0, 240.0, 90.0
-_GRACE_SECONDS = 30.0  # for the benchmark to end the configuration that it is in
+_GRACE_SECONDS = 20.0  # for a benchmark to end what it is in when its time is over
+_BENCHMARKS = ("full_size", "memory", "bench_kernels")
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,10 @@ def main() -> int:
     import torch
     from kernel_timing import device_slug
 
-    if not torch.cuda.is_available():
-        print("error: make gpu needs a GPU, and torch sees no CUDA device here; nothing was run", file=sys.stderr)
-        return 2
-    out = arguments.out or ROOT / "benchmarks" / "results" / "gpu" / device_slug(torch.device("cuda"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        print("torch sees no CUDA device: this tries the suite out on the CPU, with the small model", file=sys.stderr)
+    out = arguments.out or ROOT / "benchmarks" / "results" / "gpu" / device_slug(device)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -65,7 +74,7 @@ def main() -> int:
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        results = run_all(out.resolve(), Path(folder), environment)
+        results = run_all(out.resolve(), Path(folder), environment, device.type == "cuda")
     print_summary({**results, **_versions()}, out / "suite.json")
     return 0 if all(part["ok"] for part in results["parts"].values()) else 1
 
@@ -83,43 +92,77 @@ def environment_with(wheels: Path | None, target: Path) -> dict[str, str]:
         paths.append(str(target))
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([*paths, inherited] if inherited else paths)
-    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # kernels run on the GPU
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # tests/conftest.py sets it
     return {**kept, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def run_all(out: Path, scratch: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """What came of the parts, the benchmark's summary, and what was cut or left out, in words."""
+def run_all(out: Path, scratch: Path, environment: dict[str, str], has_gpu: bool) -> dict[str, Any]:
+    """What came of the parts, the benchmarks' summaries, and what was cut or left out, in words."""
     has_plot = importlib.util.find_spec("matplotlib") is not None
     notes = [] if has_plot else ["no picture: matplotlib is not installed; bench_kernels.py --redraw draws it"]
     if importlib.util.find_spec("pytest") is None:
         notes.append("tests, sanitizer: pytest is not installed; make gpu WHEELS=FOLDER takes it from there")
-    results: dict[str, Any] = {"parts": {}, "tests": {}, "bench_kernels": None}
-    for part in parts_of(out, scratch, has_plot):
+    results: dict[str, Any] = {"parts": {}, "tests": {}}
+    for part in parts_of(out, scratch, has_plot) if has_gpu else parts_on_cpu(out, scratch, has_plot):
         print(f"{part.name}: at most {part.seconds:.0f} s", file=sys.stderr, flush=True)
         results["parts"][part.name] = run_part(part, out, environment)
         if not results["parts"][part.name]["ended"]:
             notes.append(f"{part.name}: stopped after {part.seconds:.0f} s, the rest of it was not run")
     for name in ("tests", "sanitizer"):
         results["tests"][name] = counts_of(scratch / f"{name}.xml")
-    if results["parts"]["bench_kernels"]["ok"]:
-        lines = (out / "bench_kernels.txt").read_text(encoding="utf-8").splitlines()
-        summary = json.loads([line for line in lines if line.startswith("{")][-1])
-        notes += [f"bench_kernels: not measured for want of time: {name}" for name in summary["cut"]]
-        results["bench_kernels"] = summary
+    for name in _BENCHMARKS:
+        results[name] = summary_of(out / f"{name}.txt")
+        left_out = (results[name] or {}).get("left_out") or (results[name] or {}).get("cut") or []
+        notes += [f"{name}: not measured for want of time: {what}" for what in left_out]
     return {**results, "cut_or_left_out": notes}
 
 
+def summary_of(log: Path) -> dict[str, Any] | None:
+    """The JSON document that a benchmark ends with; None where it did not get so far."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    documents = [line for line in lines if line.startswith("{") and line.endswith("}")]
+    return json.loads(documents[-1]) if documents else None
+
+
 def parts_of(out: Path, scratch: Path, has_plot: bool) -> list[Part]:
-    """tests/conftest.py is left out: it needs hypothesis, and the tests of a GPU do not need it."""
-    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "--noconftest", "-p", "no:cacheprovider", "-rs", "-v"]
-    bench = [sys.executable, "benchmarks/bench_kernels.py", "--quick", "--out", str(out)]
-    bench += ["--seconds", str(_BENCH_SECONDS), *([] if has_plot else ["--no-plot"])]
+    """On a GPU: 530 seconds if each takes all that it may.
+
+    tests/conftest.py is left out: it needs hypothesis, and the tests of a GPU do not need it.
+    """
+    pytest = [*_PYTEST, "-m", "gpu", "--noconftest"]
     tests, sanitizer = "tests/gpu/test_kernels_on_gpu.py", "tests/gpu/test_sanitizer.py"
+    plot = [] if has_plot else ["--no-plot"]
     return [
-        Part("tests", [*pytest, f"--junitxml={scratch / 'tests.xml'}", tests], _TEST_SECONDS),
-        Part("bench_kernels", bench, _BENCH_SECONDS + _GRACE_SECONDS),
-        Part("sanitizer", [*pytest, f"--junitxml={scratch / 'sanitizer.xml'}", sanitizer], _SANITIZER_SECONDS),
+        Part("tests", [*pytest, f"--junitxml={scratch / 'tests.xml'}", tests], 85),
+        _benchmark("full_size", "bench_full_size.py", out, 190),
+        _benchmark("memory", "bench_memory.py", out, 110),
+        _benchmark("bench_kernels", "bench_kernels.py", out, 100, "--quick", *plot),
+        Part("sanitizer", [*pytest, f"--junitxml={scratch / 'sanitizer.xml'}", sanitizer], 45),
     ]
+
+
+def parts_on_cpu(out: Path, scratch: Path, has_plot: bool) -> list[Part]:
+    """The same code with less to do."""
+    tests = [*_PYTEST, f"--junitxml={scratch / 'tests.xml'}", "tests/kernels/test_kernel_checks.py"]
+    small = ["--config", "configs/shapes/compressibility.yaml", "--modes", "off", "--samples", "16", "--pairs", "2"]
+    sizes = ["--micro-batch-sizes", "4", "16", "--override", "rollout.micro_batch_size", "16"]
+    strategies = [f"shapes {name}" for name in ("fp32 adamw block", "bf16 ZeRO-1 adamw block", "LoRA 16 of bf16")]
+    kernels = ["--device", "cpu", "--quick", "--rows", "2", "--sizes", "4x8x8", *([] if has_plot else ["--no-plot"])]
+    return [
+        Part("tests", tests, 120),
+        _benchmark("full_size", "bench_full_size.py", out, 150, *small, *sizes, "update.micro_batch_size", "16"),
+        _benchmark("memory", "bench_memory.py", out, 150, "--cases", "shapes", "--only", *strategies),
+        _benchmark("bench_kernels", "bench_kernels.py", out, 80, *kernels),
+    ]
+
+
+_PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-v"]
+
+
+def _benchmark(name: str, script: str, out: Path, seconds: float, *options: str) -> Part:
+    """It begins nothing in its last seconds, which are there to end what it is in."""
+    own = ["--seconds", str(seconds - _GRACE_SECONDS), "--out", str(out)]
+    return Part(name, [sys.executable, f"benchmarks/{script}", *own, *options], seconds)
 
 
 def run_part(part: Part, out: Path, environment: dict[str, str]) -> dict[str, Any]:
@@ -155,11 +198,18 @@ def counts_of(report: Path) -> dict[str, Any] | None:
 
 def _versions() -> dict[str, Any]:
     import torch
+    import transformers
     import triton
 
-    major, minor = torch.cuda.get_device_capability()
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
-    device = {"device": torch.cuda.get_device_name(), "capability": f"sm_{major}{minor}"}
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
+    device: dict[str, Any] = {"device": "cpu"}
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        device = {
+            "device": torch.cuda.get_device_name(),
+            "capability": f"sm_{major}{minor}",
+            "cuda": torch.version.cuda,
+        }
     return {**versions, **device, "date": datetime.date.today().isoformat()}
 
 

@@ -25,6 +25,7 @@ from rlcm_fast.config_checks import derived
 from rlcm_fast.memory.architecture import Architecture
 from rlcm_fast.memory.tracing import DecoderProfile, NetworkProfile, Recompute, Setup, profile_decoder, profile_unet
 
+Device = Literal["cuda", "cpu"]
 GIB = 2**30
 OVERHEAD_BYTES = int(1.2 * GIB)
 """CUDA context, libraries' workspaces, the allocator's fragments: a guess until measured."""
@@ -177,7 +178,7 @@ class Memory:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moves_idle"}
 
 
-def measure(architecture: Architecture, strategy: Strategy, device: Literal["cuda", "cpu"] = "cuda") -> Profiles:
+def measure(architecture: Architecture, strategy: Strategy, device: Device = "cuda") -> Profiles:
     """Traces what the strategy needs of the model; seconds, and no memory."""
     dtype, image_size = DTYPES[strategy.dtype], strategy.image_size or architecture.image_size
     setup = Setup(dtype, strategy.recompute, strategy.lora_rank, image_size, device)
@@ -189,8 +190,10 @@ def measure(architecture: Architecture, strategy: Strategy, device: Literal["cud
     )
 
 
-def estimate_memory(strategy: Strategy, profiles: Profiles, workload: Workload, reward_bytes: int = 0) -> Memory:
-    """Of one process and GPU."""
+def estimate_memory(
+    strategy: Strategy, profiles: Profiles, workload: Workload, reward_bytes: int = 0, device: Device = "cuda"
+) -> Memory:
+    """Of one process and GPU, or on a CPU, which is there to be compared with real runs."""
     unet, processes = profiles.unet, workload.num_processes
     itemsize = DTYPES[strategy.dtype].itemsize
     trained = sum(unet.trainable)
@@ -217,7 +220,7 @@ def estimate_memory(strategy: Strategy, profiles: Profiles, workload: Workload, 
         activations=round(activations),
         sampling=round(unet.sampling_peak(sampled)),
         decoding=round(profiles.decoder.peak(images)),
-        step_temporaries=_step_bytes(strategy, unet.trainable, processes, gradients),
+        step_temporaries=_step_bytes(strategy, unet.trainable, processes, gradients, device),
         overhead=OVERHEAD_BYTES,
         moves_idle=strategy.moves_idle,
     )
@@ -264,16 +267,21 @@ def _weight_bytes(strategy: Strategy, trained: int, frozen: int, processes: int)
     return (-(-everything // processes) + min(everything, 2 * BUCKET_ELEMENTS)) * itemsize
 
 
-def _step_bytes(strategy: Strategy, sizes: Sequence[int], processes: int, gradients: int) -> int:
-    """Above weights, gradients, master copy and moments: torch's Adam takes the root of all second moments at once."""
+def _step_bytes(strategy: Strategy, sizes: Sequence[int], processes: int, gradients: int, device: Device) -> int:
+    """Above weights, gradients, master copy and moments.
+
+    On a GPU torch's Adam takes the root of all second moments at once. Several processes at stage 0 exchange gradients
+    in flat copies, when activations are gone.
+    """
     if strategy.offload_optimizer:
         return 0
     own = _partition(strategy, sizes, processes)
     is_torch = strategy.optimizer in ("adamw", "adam")
     itemsize = 4 if _has_master(strategy) else DTYPES[strategy.dtype].itemsize
-    temporaries = (max(own) if strategy.optimizer_in_backward else sum(own)) * itemsize if is_torch else 0
+    temporaries = (max(own) if device == "cpu" else sum(own)) * itemsize if is_torch else 0
     if not _has_master(strategy):
-        return temporaries
+        is_copied = processes > 1 and strategy.dtype == "fp32" and not strategy.optimizer_in_backward
+        return max(temporaries, min(sum(own), BUCKET_ELEMENTS) * itemsize if is_copied else 0)
     flat = sum(own) * DTYPES[strategy.dtype].itemsize
     cast = 0 if strategy.dtype == "fp32" else sum(own) * 4
     stepping = sum(own) * 4 + temporaries - gradients  # gradients are freed when they are flat

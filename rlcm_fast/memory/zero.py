@@ -41,6 +41,9 @@ class ZeroEngine(Engine):
         factor = lr_factor(optimizer, num_updates)
         self.zero_stage = engine.zero_stage
         self._max_grad_norm = max_grad_norm
+        # DeepSpeed 0.19.8 sends the start weights as bytes, which torch refuses to see in channels_last ones.
+        module: Any = network
+        module.to(memory_format=torch.contiguous_format)
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=network,
@@ -48,6 +51,10 @@ class ZeroEngine(Engine):
             lr_scheduler=LambdaLR(torch_optimizer, factor),  # pyright: ignore[reportArgumentType]
             config=_deepspeed_config(engine, max_grad_norm, micro_batch_size, num_micro_batches),
         )
+        if self.zero_stage == 0 and parallel.world_size() == 1:
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients into a flat buffer and back
+        if engine.channels_last:
+            module.to(memory_format=torch.channels_last)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._engine(*arguments, **keywords)

@@ -8,14 +8,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import bench_full_size
 import pytest
 import tiny_pipelines
 import torch
-
-FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
-sys.path.append(str(FOLDER))
-
-import bench_full_size
 from random_models import random_pipeline, random_weights
 from tiny_runs import arguments
 

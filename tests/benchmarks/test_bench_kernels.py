@@ -110,13 +110,16 @@ def test_cases_are_all_sizes_and_the_largest_alone_when_it_must_be_quick():
 
 
 @WITHOUT_GPU
-def test_without_a_gpu_each_says_so_in_one_line():
-    for name in ("bench_kernels", "gpu_suite"):
-        done = start(FOLDER / f"{name}.py")
-        assert done.returncode == 2 and done.stdout == ""
-        assert len(done.stderr.splitlines()) == 1 and "no CUDA device" in done.stderr
-        shown = start(FOLDER / f"{name}.py", "--help")
-        assert shown.returncode == 0 and "--out" in shown.stdout
+def test_without_a_gpu_it_says_so_in_one_line():
+    done = start(FOLDER / "bench_kernels.py")
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "no CUDA device" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["bench_kernels", "bench_full_size", "bench_memory", "gpu_suite"])
+def test_each_answers_help(name: str):
+    shown = start(FOLDER / f"{name}.py", "--help")
+    assert shown.returncode == 0 and "--out" in shown.stdout
 
 
 def test_wrong_words_are_refused_with_what_is_known():
@@ -155,6 +158,25 @@ def test_a_device_names_its_folder(monkeypatch: pytest.MonkeyPatch):
     assert kernel_timing.device_slug(CPU) == "cpu"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert kernel_timing.device_slug(torch.device("cuda")) == "nvidia_h100_80gb_hbm3"
+
+
+def test_the_suite_ends_within_nine_minutes_whatever_its_parts_do(tmp_path: Path):
+    for parts_of in (gpu_suite.parts_of, gpu_suite.parts_on_cpu):
+        parts = parts_of(tmp_path, tmp_path, has_plot=False)
+        assert sum(part.seconds for part in parts) < 540
+        assert {"tests", *gpu_suite._BENCHMARKS} <= {part.name for part in parts}
+        for part in parts:
+            script = next(word for word in part.command if word.endswith(".py"))
+            assert (FOLDER.parent / script).exists()
+
+
+def test_a_benchmark_that_says_nothing_has_no_summary(tmp_path: Path):
+    log = tmp_path / "log.txt"
+    assert gpu_suite.summary_of(log) is None
+    log.write_text("warming up\n")
+    assert gpu_suite.summary_of(log) is None
+    log.write_text('warming up\n{"left_out": ["a"]}\n')
+    assert gpu_suite.summary_of(log) == {"left_out": ["a"]}
 
 
 def test_a_part_of_the_suite_ends_with_its_time(tmp_path: Path):

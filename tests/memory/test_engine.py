@@ -104,3 +104,27 @@ def test_stage_3_leaves_the_linear_of_torch_alone():
     before = torch.nn.functional.linear
     engine_of(TinyNetwork(), 1, stage=3)
     assert torch.nn.functional.linear is before
+
+
+def test_channels_last_weights_train_as_others_and_stay_so():
+    """DeepSpeed sends start weights as bytes, which torch refuses to see in channels_last ones."""
+    plain, engines = {}, {}
+    for channels_last in (False, True):
+        network = TinyNetwork()
+        engine = engine_of(network, num_micro_batches=2, stage=0, max_grad_norm=0.01, channels_last=channels_last)
+        train(engine)
+        plain[channels_last], engines[channels_last] = engine.full_weights(), network
+    assert distance(plain[True], plain[False]) < 1e-6
+    weights = [weight for weight in engines[True].parameters() if weight.ndim == 4]
+    assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
+def test_one_process_copies_no_gradients_to_send_them_to_nobody():
+    network = TinyNetwork()
+    engine = engine_of(network, num_micro_batches=1, stage=0, max_grad_norm=1.0)
+    policy, trajectory = policy_of(engine), trajectory_of(policy_of(TinyNetwork(5)), 4)
+    t = trajectory.transitions(torch.arange(8))
+    loss = policy.network_output(t.x_t, t.step, t.conditioning).square().mean()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        engine.backward(loss)
+    assert not {event.key for event in seen.key_averages()} & {"aten::cat", "c10d::allreduce_"}
