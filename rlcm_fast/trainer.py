@@ -32,6 +32,7 @@ from rlcm_fast.evaluation import build_evaluator, draw, grid_prompts
 from rlcm_fast.interruption import Interrupted, Interruption
 from rlcm_fast.kernels import dispatch
 from rlcm_fast.memory.processes import init_processes
+from rlcm_fast.memory.report import MemoryReport
 from rlcm_fast.policies import GaussianPolicy, build_policy
 from rlcm_fast.prompts import PromptSampler, load_prompts
 from rlcm_fast.rewards import RewardService, build_rewards
@@ -54,6 +55,7 @@ class Trainer:
         self.iteration, self.queries = 0, 0
         checkpoint = find_checkpoint(config.resume, self.run_dir) if config.resume else None
         self._refuse_to_overwrite()
+        self.memory = MemoryReport(config, self.device)  # plans while weights load
         torch.manual_seed(config.seed)
 
         dtype = torch.float32 if config.engine.dtype == "fp32" else torch.bfloat16
@@ -89,9 +91,11 @@ class Trainer:
         config = self.config
         with Interruption() as self.interruption:
             try:
+                self.memory.verdict(self.tracker.say)
                 for iteration in range(self.iteration, config.num_iterations):
                     self.unfinished = self.state_dict()
                     evaluated = self.evaluate(iteration)
+                    self.memory.begin()
                     start = time.perf_counter()
                     prompts = self.prompts.next_batch()  # list[Prompt], len B
                     batch = self.rollout(prompts, iteration)  # no grad
@@ -103,7 +107,8 @@ class Trainer:
                     seconds = _seconds(batch, updated, time.perf_counter() - start, self.num_samples)
                     head = {"iteration": iteration, "queries": self.queries, "lr": lr}
                     stages = {**batch.metrics(), **updated.metrics(advantages), **self.engine.metrics()}
-                    self.tracker.log({**head, **stages, **noise, **seconds, **evaluated})
+                    self.tracker.log({**head, **stages, **noise, **seconds, **self.memory.metrics(), **evaluated})
+                    self.memory.compare(self.tracker.say)
                     self.save_if_due()
                 self.finish()
             except Interrupted:

@@ -1,0 +1,106 @@
+"""What the planner says of a run at its start, and how far off it was after the first iteration; on GPUs only.
+
+The plan is made by `rlcm-fast plan --json` in a process of its own, which works while weights load: it traces the model
+for 15 to 30 seconds, and not beside real passes of it. The main process says its lines, of its own GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlcm_fast import parallel
+from rlcm_fast.config import Config, to_yaml
+
+_GIB = 2**30
+_ROOT = Path(__file__).resolve().parent.parent.parent  # of the package, which need not be installed
+_MOST_SECONDS = 180.0  # that a run waits for its plan
+
+
+class MemoryReport:
+    """Silent on a CPU and on all but the main process."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        """Starts planning."""
+        self._device = device
+        self._planned: dict[str, Any] | None = None
+        self._plan: subprocess.Popen[str] | None = None
+        if device.type == "cuda" and parallel.is_main():
+            self._folder = tempfile.TemporaryDirectory()  # goes with this object
+            self._plan = _start_plan(config, Path(self._folder.name) / "config.yaml")
+
+    def verdict(self, say: Callable[[str], None]) -> None:
+        """Says whether the run will fit; before its first iteration."""
+        if self._plan is None:
+            return
+        self._planned, reason = _read_plan(self._plan)
+        if self._planned is None:
+            say(f"no plan of the memory: {reason}")
+            return
+        stages = self._planned["peak_bytes"]
+        stage = max(stages, key=lambda name: stages[name])
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        peak = f"{stages[stage] / _GIB:.1f} of the GPU's {total / _GIB:.1f} GiB, at the peak of {stage}"
+        if stages[stage] <= total:
+            say(f"plan: it fits, {peak}")
+        else:
+            say(f"plan: it does not fit, {peak}; rlcm-fast plan with this config tells what to change")
+
+    def begin(self) -> None:
+        """Peaks are of what comes from here on: an evaluation before the iteration is not planned."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def metrics(self) -> dict[str, float]:
+        """memory/peak_gib: allocated at most since `begin`, the largest of all processes."""
+        if self._device.type != "cuda":
+            return {}
+        peak = torch.cuda.max_memory_allocated(self._device) / _GIB
+        return {"memory/peak_gib": max(parallel.all_gather_list([peak]))}
+
+    def compare(self, say: Callable[[str], None]) -> None:
+        """Holds the first peak against the plan, once; what CUDA takes beside allocations is left out of both."""
+        if self._planned is None:
+            return
+        planned = max(self._planned["peak_bytes"].values()) - self._planned["bytes"]["overhead"]
+        peak = torch.cuda.max_memory_allocated(self._device)
+        say(
+            f"memory: {peak / _GIB:.2f} GiB allocated at the first iteration's peak, {planned / _GIB:.2f} planned "
+            f"({planned / peak - 1:+.1%})"
+        )
+        self._planned = None
+
+
+def _start_plan(config: Config, file: Path) -> subprocess.Popen[str]:
+    """`rlcm-fast plan` of the resolved config, which sees no GPU; of its answer only what no GPU decides is used."""
+    file.write_text(to_yaml(config), encoding="utf-8")
+    command = [sys.executable, "-m", "rlcm_fast.cli.main", "plan", "--json", "--gpu", "h100", "--config", str(file)]
+    paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [*command, "--processes", str(parallel.world_size())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def _read_plan(process: subprocess.Popen[str]) -> tuple[dict[str, Any] | None, str]:
+    """The plan, or None and the reason."""
+    try:
+        output, errors = process.communicate(timeout=_MOST_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return None, f"it took more than {_MOST_SECONDS:.0f} s"
+    if process.returncode != 0:
+        return None, (errors.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
+    return json.loads(output), ""
