@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent, the last K kept.
 
     run_dir/checkpoints/iteration_000050/     after 50 iterations
-        deepspeed/       weights and optimizer state as DeepSpeed writes them
+        deepspeed/       trained weights and their optimizer state as DeepSpeed writes them
         unet.safetensors the weights alone, float32, for people; adapters.safetensors where only those are trained
         ema.safetensors  their moving average, where ema.decay is not 0
         state.json       iteration, queries, prompt cursor, advantage statistics, number of processes

@@ -37,8 +37,11 @@ def make_trainer(model: str, run_dir: Path, **settings: object) -> Trainer:
 
 @pytest.fixture(scope="module")
 def run(tiny_lcm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    run_dir = tmp_path_factory.mktemp("lora") / "run"
-    trainer = make_trainer(tiny_lcm_folder, run_dir)
+    return finished_run(tiny_lcm_folder, tmp_path_factory.mktemp("lora") / "run")
+
+
+def finished_run(model: str, run_dir: Path, **settings: object) -> FinishedRun:
+    trainer = make_trainer(model, run_dir, **settings)
     before = trainer.engine.full_weights()
     trainer.run()
     return FinishedRun(trainer, run_dir, before, trainer.engine.full_weights())
@@ -84,10 +87,40 @@ def test_a_checkpoint_holds_the_adapters_and_a_resumed_run_is_bitwise_the_same(r
     saved = load_file(last)
     assert saved.keys() == {name for name in run.after if ".lora_" in name}
     assert all(torch.equal(weight, run.after[name]) for name, weight in saved.items())
-    earlier = str(run.run_dir / "checkpoints" / "iteration_000002")
-    resumed = make_trainer(tiny_lcm_folder, run.run_dir, resume=earlier)
+    assert_small_and_resumed_bitwise(run, tiny_lcm_folder)
+
+
+def assert_small_and_resumed_bitwise(run: FinishedRun, model: str, **settings: object) -> None:
+    """A checkpoint is without the frozen UNet, and a run from it ends as the one that saved it."""
+    earlier = min((run.run_dir / "checkpoints").iterdir())
+    size = sum(file.stat().st_size for file in earlier.rglob("*") if file.is_file())
+    frozen = sum(weight.nbytes for name, weight in run.before.items() if ".lora_" not in name)
+    assert size < frozen, [(str(file), file.stat().st_size) for file in earlier.rglob("*")]
+    resumed = make_trainer(model, run.run_dir, resume=str(earlier), **settings)
     resumed.run()
     assert all(torch.equal(weight, run.after[name]) for name, weight in resumed.engine.full_weights().items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"engine__zero_stage": 2},
+        {"engine__zero_stage": 3},
+        {"engine__optimizer_in_backward": True, "optimizer__name": "adamw_8bit"},
+    ],
+    ids=["stage_2", "stage_3", "in_backward"],
+)
+def test_so_are_those_of_the_other_engines(settings: dict[str, Any], tiny_lcm_folder: str, tmp_path: Path):
+    short = {"policy__num_steps": 2, "update__kl_weight": 0.0, "num_iterations": 2, "checkpoint__every": 1, **settings}
+    run = finished_run(tiny_lcm_folder, tmp_path / "run", **short)
+    assert_small_and_resumed_bitwise(run, tiny_lcm_folder, **short)
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(run: FinishedRun, tiny_lcm_folder: str):
+    earlier = str(run.run_dir / "checkpoints" / "iteration_000002")
+    for other in ({"lora__rank": 3}, {"lora__targets": ["to_q"]}):
+        with pytest.raises(ValueError, match=r"do not train the same weights \(.*lora_.* for one\); keep"):
+            make_trainer(tiny_lcm_folder, run.run_dir, resume=earlier, **other)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -17,8 +17,10 @@ ENGINES: dict[str, dict[str, Any]] = {
     "many_groups": {"stage": 3, "group_size": 2000},
     "direct": {"dtype": "pure_bf16", "name": "adamw_8bit"},
     "in_backward": {"name": "adamw_8bit", "in_backward": True},
+    **{f"adapters_{stage}": {"stage": stage, "frozen": True} for stage in (0, 1, 2, 3)},
+    "adapters_in_backward": {"name": "adamw_8bit", "in_backward": True, "frozen": True},
 }
-QUICK = ("stage_1", "stage_3", "many_groups", "direct")
+QUICK = ("stage_1", "stage_3", "many_groups", "direct", "adapters_3")
 EIGHT_BIT = {"eight_bit": {"stage": 1, "name": "adamw_8bit"}}
 
 # 4 of the 5 prompts an iteration, so that a pass ends within the second; one image each.
@@ -73,8 +75,9 @@ def assert_engine_goes_on(folder: Path, name: str, size: int) -> None:
     assert len(saved) > 5 or "moments" in saved
     assert_same(resumed["loaded"], saved)
     assert resumed["after"]["updates"] == 3
+    is_frozen = ENGINES[name.removeprefix("one_")].get("frozen", False)
     for weight, value in resumed["after"]["weights"].items():
-        assert not torch.equal(value, saved["weights"][weight])
+        assert torch.equal(value, saved["weights"][weight]) == (is_frozen and weight.startswith("second."))
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +110,9 @@ def test_8_bit_states_that_were_shared_out_are_refused(engines: Path):
         resized_runs.load_engines(engines, EIGHT_BIT)
 
 
-def resume_runs(stages: tuple[int, ...], sizes: tuple[int, ...], model: str, folder: Path) -> None:
+def resume_runs(stages: tuple[int, ...], sizes: tuple[int, ...], model: str, folder: Path, **more: Any) -> None:
     """Runs of 2 processes for an iteration, then of others for one more."""
-    runs = {f"stage_{stage}": {**SETTINGS, "engine.zero_stage": stage} for stage in stages}
+    runs = {f"stage_{stage}": {**SETTINGS, **more, "engine.zero_stage": stage} for stage in stages}
     run(2, folder, resized_runs.run_to, 1, model, folder, runs)
     for size in sizes:
         resumed = {
@@ -138,6 +141,15 @@ def test_a_run_of_two_processes_goes_on_as_one(tiny_lcm_folder: str, tmp_path: P
 def test_a_run_of_two_processes_goes_on_as_one_and_as_four_at_every_stage(tiny_lcm_folder: str, tmp_path: Path):
     stages = (0, 1, 2, 3)
     resume_runs(stages, (1, 4), tiny_lcm_folder, tmp_path)
+    for stage in stages:
+        for size in (1, 4):
+            assert_goes_on(tmp_path, stage, size)
+
+
+@pytest.mark.slow
+def test_so_it_does_with_adapters(tiny_lcm_folder: str, tmp_path: Path):
+    stages = (0, 2, 3)
+    resume_runs(stages, (1, 4), tiny_lcm_folder, tmp_path, **{"lora.rank": 2})
     for stage in stages:
         for size in (1, 4):
             assert_goes_on(tmp_path, stage, size)

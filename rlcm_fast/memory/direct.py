@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rlcm_fast import parallel
 from rlcm_fast.config import EngineConfig, OptimizerConfig
 from rlcm_fast.kernels.adamw import AdamW8bit
-from rlcm_fast.memory.engine import Engine, copied_to_cpu
+from rlcm_fast.memory.engine import Engine, copied_to_cpu, frozen_names, load_trained
 from rlcm_fast.memory.optimizers import build_optimizer, lr_factor
 
 _FILE = "engine.pt"
@@ -127,8 +127,9 @@ class DirectEngine(Engine):
         return copied_to_cpu(self._network)
 
     def save(self, folder: Path) -> None:
+        weights, frozen = self._network.state_dict(), frozen_names(self._network)
         state = {
-            "network": self._network.state_dict(),
+            "network": {name: weight for name, weight in weights.items() if name not in frozen},
             "optimizer": self._optimizer.state_dict(),
             "num_updates": self._num_updates,
         }
@@ -139,7 +140,7 @@ class DirectEngine(Engine):
         if not (folder / _FILE).is_file():
             raise ValueError(f"resume={folder} holds no {_FILE}, so it was made with other engine settings; keep those")
         state = torch.load(folder / _FILE, map_location="cpu", weights_only=True)
-        self._network.load_state_dict(state["network"])
+        load_trained(state["network"], self._network)
         self._optimizer.load_state_dict(state["optimizer"])
         self._num_updates = state["num_updates"]
         self._set_lr()

@@ -10,6 +10,7 @@ master and for an optimizer that steps within the backward pass. Which one a con
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,15 @@ class Engine(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes weights and optimizer state; every rank must call."""
+        """Writes the trained weights and optimizer state, nothing of what is frozen; every rank must call."""
 
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote, with the same settings on any number of processes.
 
         Raises:
-            ValueError: nothing of the kind is there, or its states cannot be shared out among other processes.
+            ValueError: nothing of the kind is there, it is of other weights, or its states cannot be shared out among
+                other processes.
         """
 
 
@@ -65,3 +67,24 @@ def copied_to_cpu(network: nn.Module) -> dict[str, Tensor]:
     contiguous = torch.contiguous_format
     weights = network.state_dict().items()
     return {name: weight.detach().float().cpu().clone(memory_format=contiguous) for name, weight in weights}
+
+
+def frozen_names(network: nn.Module) -> set[str]:
+    """Of the weights that no update changes: those of the start model, under adapters."""
+    return {name for name, weight in network.named_parameters() if not weight.requires_grad}
+
+
+def load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+    """Loads a state_dict that may be without frozen weights, which then stay as they are.
+
+    DeepSpeed names the arguments.
+    """
+    own, frozen = dst.state_dict(), frozen_names(dst)
+    odd = (own.keys() - frozen - src.keys()) | (src.keys() - own.keys())
+    odd |= {name for name in src.keys() & own.keys() if src[name].shape != own[name].shape}
+    if odd:
+        raise ValueError(
+            f"resume: the checkpoint and this run do not train the same weights ({min(odd)} for one); keep the model "
+            "and the settings of lora that it was saved with"
+        )
+    dst.load_state_dict({name: own[name] for name in frozen} | dict(src))

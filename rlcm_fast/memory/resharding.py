@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlcm_fast.memory.engine import load_trained
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Pieces = dict[str, dict[str, list[Tensor]]]  # kind (fp32 or a moment) -> name of a weight -> its parts, flat, in order
@@ -47,7 +49,7 @@ def load_resharded(engine: Any, folder: Path) -> None:
     pieces = _pieces_of_stage_3(shards, model["param_shapes"]) if is_stage_3 else _pieces_of_stages_1_and_2(shards)
     if is_stage_3:
         engine.optimizer.checkpoint_event_prologue()
-    engine.load_module_state_dict(model)
+    engine.load_module_state_dict(model, custom_load_fn=load_trained)
     own = _own_state(engine.optimizer, shards[0], pieces, is_stage_3)
     engine.optimizer.load_state_dict([own] * torch.distributed.get_world_size(), load_from_fp32_weights=True)
     if is_stage_3:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlcm_fast import parallel
 from rlcm_fast.config import EngineConfig, OptimizerConfig
-from rlcm_fast.memory.engine import Engine, copied_to_cpu
+from rlcm_fast.memory.engine import Engine, copied_to_cpu, load_trained
 from rlcm_fast.memory.optimizers import build_optimizer, lr_factor
 from rlcm_fast.memory.resharding import load_resharded, shard_files
 
@@ -86,7 +86,7 @@ class ZeroEngine(Engine):
             return copied_to_cpu(module)
 
     def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         shards = shard_files(folder / _TAG)
@@ -94,7 +94,7 @@ class ZeroEngine(Engine):
             load_resharded(self._engine, folder / _TAG)
             return
         is_there = (folder / _TAG).is_dir()  # else DeepSpeed fails an assertion
-        if not is_there or self._engine.load_checkpoint(str(folder), tag=_TAG)[0] is None:
+        if not is_there or self._engine.load_checkpoint(str(folder), _TAG, custom_load_fn=load_trained)[0] is None:
             raise ValueError(f"resume={folder} holds no state that DeepSpeed can read; give another checkpoint")
 
 

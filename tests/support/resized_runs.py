@@ -26,12 +26,19 @@ _KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 
 
 class Odd(nn.Module):
-    """No weight's size divides by 2 or 4, and one is large enough for ZeRO-3 to keep it cut (1e5 elements)."""
+    """No weight's size divides by 2 or 4, and one is large enough for ZeRO-3 to keep it cut (1e5 elements).
 
-    def __init__(self, seed: int) -> None:
+    With `frozen` that one is not trained and the same from any seed, as a start model's weights are under adapters.
+    """
+
+    def __init__(self, seed: int, frozen: bool) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.first, self.second, self.third = nn.Linear(7, 331), nn.Linear(331, 307), nn.Linear(307, 5)
+        if frozen:
+            torch.manual_seed(5)
+            self.second.reset_parameters()
+            self.second.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.third(self.second(self.first(x)).tanh())
@@ -98,7 +105,7 @@ def full_states(engine: Any) -> dict[str, Any]:
     if engine.zero_stage in (1, 2):
         inner.optimizer._lazy_init_hp_params_optimizer_state()  # else the accessors know the moments from a step on
     states["steps"] = sorted({float(state["step"]) for state in moments.values()})
-    weights = list(inner.module.named_parameters())
+    weights = [(name, weight) for name, weight in inner.module.named_parameters() if weight.requires_grad]
     return states | {f"{kind}/{name}": _full(inner, weight, kind) for name, weight in weights for kind in _KINDS}
 
 
@@ -114,10 +121,11 @@ def _full(inner: Any, weight: Any, kind: str) -> Tensor:
 
 
 def _engine(seed: int, settings: Mapping[str, Any]) -> Engine:
-    """settings: of `engine_of`, and group_size: weights of a group under ZeRO-3, of which there are then several."""
+    """settings: of `engine_of`, frozen, and group_size: weights of a group under ZeRO-3, of which there are several."""
     settings = {"num_updates": 5, "warmup_updates": 1, "final_lr_fraction": 0.1, "weight_decay": 0.01, **settings}
     group_size = settings.pop("group_size", None)
-    network = Odd(seed).to(torch.float32 if settings.get("dtype", "fp32") == "fp32" else torch.bfloat16)
+    dtype = torch.float32 if settings.get("dtype", "fp32") == "fp32" else torch.bfloat16
+    network = Odd(seed, settings.pop("frozen", False)).to(dtype)
     config_of = zero._deepspeed_config
 
     def with_groups(*arguments: Any) -> dict[str, Any]:
