@@ -62,7 +62,7 @@ def _loop(config: Config, backbone: Backbone, habits: Habits) -> PaperLoop:
         decode=backbone.decode,
         rewards=rewards_of(config),
         advantages=build_advantages(advantages.kind, advantages.buffer_size, advantages.min_count),
-        optimizer=build_optimizer(unet, config.optimizer, config.engine),
+        optimizer=build_optimizer(unet, config.optimizer, config.engine, config.seed),
         update=config.update,
         sampling_batch_size=config.rollout.micro_batch_size,
         generator=torch.Generator().manual_seed(config.seed),

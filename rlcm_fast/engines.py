@@ -30,5 +30,6 @@ def build_engine(unet: Any, config: Config, world_size: int) -> AveragingEngine:
         config.update.micro_batch_size,
         numbers["micro_batches_per_update_and_process"],
         numbers["total_updates"],
+        config.seed,
     )
     return AveragingEngine(engine, unet, config.ema)

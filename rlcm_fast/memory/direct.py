@@ -47,12 +47,13 @@ class DirectEngine(Engine):
         micro_batch_size: int,
         num_micro_batches: int,
         num_updates: int,
+        seed: int,
     ) -> None:
         """num_micro_batches: of one update and process; num_updates: of the run, for the learning rate.
 
         micro_batch_size is what DeepSpeed asks for; here nothing depends on it.
         """
-        built = build_optimizer(network, optimizer, engine)
+        built = build_optimizer(network, optimizer, engine, seed)
         assert isinstance(built, AdamW8bit)
         self._network, self._optimizer = network, built
         self._max_grad_norm = max_grad_norm or float("inf")

@@ -11,8 +11,8 @@ from rlcm_fast.config import EngineConfig, OptimizerConfig
 from rlcm_fast.kernels.adamw import AdamW8bit
 
 
-def build_optimizer(network: nn.Module, config: OptimizerConfig, engine: EngineConfig) -> Optimizer:
-    """Over the weights that require gradients."""
+def build_optimizer(network: nn.Module, config: OptimizerConfig, engine: EngineConfig, seed: int) -> Optimizer:
+    """Over the weights that require gradients; seed: of stochastic rounding, the same on every process."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     settings = {
         "lr": config.lr,
@@ -32,7 +32,7 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, engine: EngineC
         return kind(parameters, **settings)
     if config.name == "adamw_8bit":
         counts = engine.dtype == "pure_bf16"
-        return AdamW8bit(parameters, **settings, counts_lost_updates=counts)
+        return AdamW8bit(parameters, **settings, seed=seed, counts_lost_updates=counts)
     return {"adamw": AdamW, "adam": Adam}[config.name](parameters, **settings)
 
 

@@ -35,9 +35,10 @@ class ZeroEngine(Engine):
         micro_batch_size: int,
         num_micro_batches: int,
         num_updates: int,
+        seed: int,
     ) -> None:
         """num_micro_batches: of one update and process; num_updates: of the whole run, for the learning rate."""
-        torch_optimizer = build_optimizer(network, optimizer, engine)
+        torch_optimizer = build_optimizer(network, optimizer, engine, seed)
         factor = lr_factor(optimizer, num_updates)
         self.zero_stage = engine.zero_stage
         self._max_grad_norm = max_grad_norm

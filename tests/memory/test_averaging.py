@@ -22,7 +22,7 @@ DEVICES = ("model", "cpu")
 
 
 def make_engine(network: Any, config: EmaConfig, stage: Any = 0, dtype: Any = "fp32") -> AveragingEngine:
-    engine = ZeroEngine(network, EngineConfig(stage, dtype), OptimizerConfig(lr=1e-1), 0.0, 1, 2, 10)
+    engine = ZeroEngine(network, EngineConfig(stage, dtype), OptimizerConfig(lr=1e-1), 0.0, 1, 2, 10, 0)
     return AveragingEngine(engine, network, config)
 
 

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from tiny_policies import TinyNetwork, engine_of
 from torch import Tensor, nn
 
+from rlcm_fast.config import Config, EngineConfig, OptimizerConfig
+from rlcm_fast.engines import build_engine
+from rlcm_fast.memory.direct import DirectEngine
 from rlcm_fast.memory.engine import Engine
 from rlcm_fast.memory.recomputation import set_recomputation
 
@@ -87,6 +91,26 @@ def test_pure_bf16_follows_float32_and_counts_lost_updates():
     assert engine.metrics()["lost_updates"] == 0.0  # since it was last asked
 
 
+def test_the_seed_of_the_run_is_that_of_the_rounding():
+    ends = []
+    for seed in (1, 1, 2):
+        engine = engine_of(Large().bfloat16(), 1, dtype="pure_bf16", seed=seed, **OURS)
+        train(engine, 1, 1, torch.bfloat16)
+        ends.append(engine.full_weights())
+    assert distance(ends[0], ends[1]) == 0.0
+    last_digits = (ends[0]["first.weight"] != ends[2]["first.weight"]).float().mean().item()
+    assert 0.1 < last_digits < 0.9  # steps of 1e-3 on weights of 0.1, whose last digit is 5e-4
+
+
+def test_a_config_gives_its_seed_to_the_rounding(tiny_lcm_folder: str):
+    optimizer = OptimizerConfig(name="adamw_8bit")
+    config = Config(engine=EngineConfig(0, "pure_bf16"), optimizer=optimizer, seed=5)
+    unet = UNet2DConditionModel.from_pretrained(tiny_lcm_folder, subfolder="unet")
+    engine = build_engine(unet, config, 1).engine
+    assert isinstance(engine, DirectEngine)
+    assert engine._optimizer.seed == 5
+
+
 OURS: dict[str, Any] = {"name": "adamw_8bit", "lr": 1e-3}
 
 
@@ -139,7 +163,7 @@ def test_clipping_in_the_backward_pass_is_by_the_tensor():
 @pytest.mark.parametrize("dtype", ["fp32", "pure_bf16"])
 def test_a_loaded_engine_goes_on_bitwise(dtype: str, in_backward: bool, tmp_path: Path):
     of = {"fp32": torch.float32, "pure_bf16": torch.bfloat16}[dtype]
-    settings = {"dtype": dtype, "in_backward": in_backward, "warmup_updates": 3, "max_grad_norm": 0.1, **OURS}
+    settings = {"dtype": dtype, "in_backward": in_backward, "warmup_updates": 3, "max_grad_norm": 0.1, "seed": 7} | OURS
     engine = engine_of(Large().to(of), 1, **settings)
     train(engine, 2, 1, of)
     engine.save(tmp_path)
@@ -178,8 +202,6 @@ def test_channels_last_weights_stay_so():
 
 @pytest.mark.parametrize("kind", ["none", "block", "selective"])
 def test_recomputation_changes_no_gradient_and_keeps_less(kind: str, tiny_lcm_folder: str):
-    from diffusers import UNet2DConditionModel
-
     unet = UNet2DConditionModel.from_pretrained(tiny_lcm_folder, subfolder="unet").eval()
     expected, everything = _gradients_and_kept(unet)
     set_recomputation(unet, kind)

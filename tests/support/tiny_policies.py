@@ -57,14 +57,17 @@ def policy_of(network: Any, num_steps: int = 3, dtype: torch.dtype = torch.float
 def engine_of(
     network: nn.Module, num_micro_batches: int, stage: int = 0, dtype: Any = "fp32", **settings: Any
 ) -> Engine:
-    """settings: max_grad_norm (0: off), num_updates, in_backward, offload, channels_last, fields of OptimizerConfig."""
+    """settings: max_grad_norm (0: off), num_updates, seed, fields of OptimizerConfig; in_backward, offload,
+    channels_last of EngineConfig.
+    """
     max_grad_norm, num_updates = settings.pop("max_grad_norm", 0.0), settings.pop("num_updates", 10)
     in_backward, offload = settings.pop("in_backward", False), settings.pop("offload", False)
+    seed, channels_last = settings.pop("seed", 0), settings.pop("channels_last", False)
     engine = EngineConfig(stage, dtype, optimizer_in_backward=in_backward, offload_optimizer=offload,
-                          channels_last=settings.pop("channels_last", False))  # type: ignore[arg-type]  # fmt: skip
+                          channels_last=channels_last)  # type: ignore[arg-type]  # fmt: skip
     optimizer = replace(OptimizerConfig(lr=1e-2), **settings)
     kind = DirectEngine if dtype == "pure_bf16" or in_backward else ZeroEngine
-    return kind(network, engine, optimizer, max_grad_norm, 1, num_micro_batches, num_updates)
+    return kind(network, engine, optimizer, max_grad_norm, 1, num_micro_batches, num_updates, seed)
 
 
 def encode(prompts: Sequence[Prompt]) -> Conditioning:
