@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from rlcm_fast.cli.arguments import positive_int
 
 if TYPE_CHECKING:
+    from rlcm_fast.config import Config
     from rlcm_fast.memory.estimate import Memory, Strategy
     from rlcm_fast.memory.gpus import Gpu
-    from rlcm_fast.memory.planning import Planner, Settings
+    from rlcm_fast.memory.planning import Planner
+    from rlcm_fast.memory.remedies import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     validate(config, arguments.processes)
     if not arguments.reward_gib >= 0:
         raise ValueError(f"reward-gib={arguments.reward_gib} is no size; give 0 or more")
-    gpus = [find_gpu(arguments.gpu)] if arguments.gpu else list(GPUS.values())
+    gpus = [find_gpu(arguments.gpu)] if arguments.gpu is not None else list(GPUS.values())
     path = resolve_model_path(config.model.path)
 
     from rlcm_fast.memory.architecture import load_architecture
@@ -55,11 +57,13 @@ def run(arguments: argparse.Namespace) -> None:
     planner = Planner(architecture, Workload.of(config, arguments.processes), round(arguments.reward_gib * GIB))
     strategy = strategy_of(config, image_size or architecture.image_size)
     if arguments.json:
-        print(json.dumps(_report(planner, strategy, gpus), indent=2))
+        print(json.dumps(_report(config, planner, strategy, gpus), indent=2))
         return
     print("\n".join(_head(planner, strategy, config.model.path)))
     print("\n".join(_memory_table(planner.memory(strategy))))
-    print("\n".join(_one_gpu(planner, strategy, gpus[0]) if arguments.gpu else _all_gpus(planner, strategy, gpus)))
+    is_one = arguments.gpu is not None
+    lines = _one_gpu(config, planner, strategy, gpus[0]) if is_one else _all_gpus(planner, strategy, gpus)
+    print("\n".join(lines))
 
 
 def _check_image_size(image_size: int | None, pixels_per_latent: int) -> None:
@@ -107,7 +111,7 @@ def _memory_table(memory: Memory) -> list[str]:
     return ["GiB on each GPU", *(f"  {name:<28}{_gib(size):>8}" for name, size in shown.items()), ""]
 
 
-def _one_gpu(planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
+def _one_gpu(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
     from rlcm_fast.memory.gpus import MODEL_FLOPS_UTILISATION
 
     seconds = planner.seconds(strategy, gpu)
@@ -117,12 +121,13 @@ def _one_gpu(planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
         f"{gpu.tf32_tflop_s:g} TF32, {gpu.fp32_tflop_s:g} float32 ({gpu.source})",
         f"  seconds an iteration: {seconds.iteration:.3g} ({stages}), if {MODEL_FLOPS_UTILISATION:.0%} of the rate is "
         "reached: an assumption until measured; rewards not counted",
-        *(f"  {line}" for line in _verdict(planner, strategy, gpu)),
+        *(f"  {line}" for line in _verdict(config, planner, strategy, gpu)),
     ]
 
 
-def _verdict(planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
+def _verdict(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
     from rlcm_fast.memory.estimate import GIB
+    from rlcm_fast.memory.remedies import Remedies
 
     memory = planner.memory(strategy)
     stage = max(memory.stages, key=lambda name: memory.stages[name])
@@ -131,7 +136,11 @@ def _verdict(planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
     largest = f"largest micro-batches that fit: {rollout or 'none'} (rollout), {update or 'none'} (update)"
     if memory.peak <= gpu.memory_gib * GIB:
         return [f"it fits: {of_total}", largest]
-    return [f"it does not fit: {of_total}", largest, _remedy(planner.cheaper(strategy, gpu))]
+    return [
+        f"it does not fit: {of_total}",
+        largest,
+        _remedy(Remedies(planner, config, strategy.image_size, gpu).cheaper()),
+    ]
 
 
 def _remedy(settings: Settings | None) -> str:
@@ -164,16 +173,18 @@ def _all_gpus(planner: Planner, strategy: Strategy, gpus: list[Gpu]) -> list[str
     ]
 
 
-def _report(planner: Planner, strategy: Strategy, gpus: list[Gpu]) -> dict[str, Any]:
+def _report(config: Config, planner: Planner, strategy: Strategy, gpus: list[Gpu]) -> dict[str, Any]:
     memory = planner.memory(strategy)
     return {
         "bytes": memory.parts(),
         "peak_bytes": memory.stages,
-        "gpus": {gpu.name: _report_of(planner, strategy, gpu) for gpu in gpus},
+        "gpus": {gpu.name: _report_of(config, planner, strategy, gpu) for gpu in gpus},
     }
 
 
-def _report_of(planner: Planner, strategy: Strategy, gpu: Gpu) -> dict[str, Any]:
+def _report_of(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> dict[str, Any]:
+    from rlcm_fast.memory.remedies import Remedies
+
     fits, seconds = planner.fits(strategy, gpu), planner.seconds(strategy, gpu)
     stages = ("sampling", "decoding", "update", "step", "iteration")
     return {
@@ -182,7 +193,7 @@ def _report_of(planner: Planner, strategy: Strategy, gpu: Gpu) -> dict[str, Any]
         "largest_micro_batch": planner.largest_micro_batch(strategy, gpu),
         "largest_rollout_micro_batch": planner.largest_rollout_micro_batch(strategy, gpu),
         "seconds": {name: getattr(seconds, name) for name in stages},
-        "cheaper": None if fits else planner.cheaper(strategy, gpu),
+        "cheaper": None if fits else Remedies(planner, config, strategy.image_size, gpu).cheaper(),
     }
 
 

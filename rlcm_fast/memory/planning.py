@@ -1,22 +1,20 @@
-"""Does a run fit on a GPU, how long does an iteration take, and what would be cheaper?
+"""Does a run fit on a GPU, and how long does an iteration take?
 
-Planner(architecture, workload) -> memory, seconds, largest micro-batch, cheaper settings
+Planner(architecture, workload) -> memory, seconds, largest micro-batches          [what would fit: remedies.py]
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 
-from rlcm_fast.config import Config
 from rlcm_fast.memory.architecture import Architecture
 from rlcm_fast.memory.estimate import (
     FROZEN_DTYPE,
     GIB,
-    SETTINGS,
     Memory,
     Profiles,
     Strategy,
@@ -26,21 +24,6 @@ from rlcm_fast.memory.estimate import (
 )
 from rlcm_fast.memory.gpus import Gpu
 from rlcm_fast.memory.tracing import Flops
-
-Settings = dict[str, Any]  # config field -> value
-
-LADDER: tuple[Settings, ...] = (  # from what costs least; each on top of those before it that helped
-    {"rollout.decode_batch_size": 4},
-    {"engine.offload_idle": True},
-    {"engine.recompute": "selective"},
-    {"engine.dtype": "bf16", "engine.zero_stage": 1},
-    {"engine.recompute": "block"},
-    {"optimizer.name": "adamw_8bit"},
-    {"engine.dtype": "pure_bf16", "optimizer.name": "adamw_8bit", "engine.zero_stage": 0},
-    {"engine.optimizer_in_backward": True},
-    {"engine.offload_optimizer": True},
-    {"update.kl_weight": 0.0},
-)
 
 
 @dataclass(frozen=True)
@@ -114,74 +97,12 @@ class Planner:
 
         return max((size for size in sizes if peak(size) <= limit), default=0)
 
-    def cheaper(self, strategy: Strategy, gpu: Gpu) -> Settings | None:
-        """Config fields to change so that it fits, the first that suffice of LADDER; None if nothing does.
-
-        Adds steps until it fits and then takes out what was not needed, so that few strategies need tracing.
-        """
-        steps: list[Settings] = []
-        for step in ({}, *(step for step in LADDER if all(_is_settable(*item) for item in step.items()))):
-            before = changed(strategy, *steps)
-            if step and not self._may_help(before, changed(before, step)):
-                continue
-            steps.append(step)
-            if self._micro_batches_that_fit(changed(strategy, *steps), gpu) is not None:
-                return self._shortest(strategy, steps, gpu)
-        return None
-
-    def _shortest(self, strategy: Strategy, steps: list[Settings], gpu: Gpu) -> Settings:
-        for step in [step for step in steps if step]:
-            rest = [other for other in steps if other is not step]
-            if self._micro_batches_that_fit(changed(strategy, *rest), gpu) is not None:
-                steps = rest
-        micro_batches = self._micro_batches_that_fit(changed(strategy, *steps), gpu) or {}
-        return {field: value for step in (*steps, micro_batches) for field, value in step.items()}
-
-    def _may_help(self, before: Strategy, after: Strategy) -> bool:
-        """Without tracing: it changes something, and to no more memory in what is known without."""
-        is_back = _RECOMPUTE.index(after.recompute) < _RECOMPUTE.index(before.recompute)
-        return after != before and not is_back and self._least(after) <= self._least(before)
-
-    def _least(self, strategy: Strategy) -> int:
+    def least(self, strategy: Strategy) -> int:
         """Bytes without activations, which alone need tracing anew; of any profile of this model."""
-        profiles = next(iter(self._profiles.values()))
+        profiles = next(iter(self._profiles.values()), None) or self.profiles(strategy)
         memory = estimate_memory(strategy, profiles, self.workload, self._reward_bytes)
         return memory.always + memory.gradients + max(memory.bucket, memory.step_temporaries)
-
-    def _micro_batches_that_fit(self, strategy: Strategy, gpu: Gpu) -> Settings | None:
-        """What has to be smaller than it is, largest first choice; None if no size fits."""
-        if self._least(strategy) > gpu.memory_gib * GIB:
-            return None
-        update, rollout = self.largest_micro_batch(strategy, gpu), self.largest_rollout_micro_batch(strategy, gpu)
-        if min(update, rollout) == 0:
-            return None
-        found: Settings = {}
-        if update < strategy.micro_batch_size:
-            found["update.micro_batch_size"] = update
-        if rollout < min(strategy.rollout_micro_batch_size, self.workload.samples):
-            found["rollout.micro_batch_size"] = rollout
-        return found
 
 
 def _seconds(flops: Flops, gpu: Gpu, is_bf16: bool) -> float:
     return gpu.seconds(flops.convolutions, flops.others, is_bf16)
-
-
-_RECOMPUTE = ("none", "selective", "block")
-
-
-def changed(strategy: Strategy, *steps: Settings) -> Strategy:
-    """The strategy with config fields set."""
-    for settings in steps:
-        values = {SETTINGS[field]: value for field, value in settings.items() if field in SETTINGS}
-        if "update.kl_weight" in settings:
-            values["has_reference"] = settings["update.kl_weight"] > 0
-        strategy = replace(strategy, **values)
-    return strategy
-
-
-def _is_settable(setting: str, value: Any) -> bool:
-    """Whether the config has this field, and the field this value."""
-    section, _, field = setting.partition(".")
-    hints = get_type_hints(get_type_hints(Config)[section])
-    return field in hints and (not get_args(hints[field]) or value in get_args(hints[field]))

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 
 import pytest
+from planners import planner_of
 
-from rlcm_fast.backbones.loading import SHIPPED
 from rlcm_fast.cli.main import main
 from rlcm_fast.memory import planning
-from rlcm_fast.memory.architecture import load_architecture
-from rlcm_fast.memory.estimate import Profiles, Strategy, measure
 
 CONFIG = ["--config", "configs/shapes/compressibility.yaml", "--update.micro_batch_size", "32"]
 
 
-@cache
-def _profiles(strategy: Strategy) -> Profiles:
-    return measure(load_architecture(str(SHIPPED["shapes/lcm"])), strategy)
-
-
 @pytest.fixture(autouse=True)
 def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "measure", lambda _, strategy: _profiles(strategy))
+    monkeypatch.setattr(planning, "Planner", lambda architecture, *more: planner_of(architecture.name, *more))
 
 
 def test_the_plan_of_all_gpus_is_a_table(capsys: pytest.CaptureFixture[str]):
