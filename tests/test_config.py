@@ -1,23 +1,17 @@
-"""The config: defaults < YAML < command line, mistakes in one line, and the door that reads it."""
+"""The config: defaults < YAML < command line, and mistakes in one line."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlcm_fast.config import Config, RewardConfig, build_parser, parse_config, to_dict, to_yaml
 from rlcm_fast.config_checks import derived, num_actions, validate
-from rlcm_fast.train import is_worded_by_us
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("**/*.yaml"))
@@ -278,72 +272,3 @@ def test_derived_numbers_follow_from_the_config():
         "total_updates": 60,
         "total_queries": 320,
     }
-
-
-def door(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(
-        [sys.executable, "rlcm_fast/train.py", *argv],
-        cwd=ROOT,
-        env={**clean, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def test_the_door_prints_the_plan_of_a_dry_run_as_a_config_file(tiny_lcm_folder: str):
-    done = door("--dry_run", "--model.path", tiny_lcm_folder, "--seed", "9", "--num_iterations", "5")
-    assert done.returncode == 0, done.stderr
-    assert "# total_queries: 320\n" in done.stdout
-    printed = yaml.safe_load(done.stdout)
-    assert (printed["seed"], printed["dry_run"]) == (9, False)
-
-
-def test_the_door_answers_a_mistake_with_one_line_without_loading_torch():
-    start = time.perf_counter()
-    done = door("--update.clip_rage", "1")
-    assert time.perf_counter() - start < 5
-    assert done.returncode == 2
-    assert done.stdout == ""
-    expected = (
-        "--update.clip_rage is no field of the config; did you mean --update.clip_range? --help lists every field"
-    )
-    assert done.stderr == f"error: {expected}\n"
-    code = "import sys, rlcm_fast.config_checks, rlcm_fast.backbones.loading; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (
-            ["--rewards", "[{name: jpeg_compresibility}]"],
-            "rewards[0].name=jpeg_compresibility is not known; did you mean",
-        ),
-        (["--prompts.source", "no.txt"], "prompts.source=no.txt"),
-        (["--evaluation.prompts", "no.txt"], "evaluation.prompts=no.txt"),
-        (["--model.lora", "no.safetensors"], "model.lora=no.safetensors is no LoRA; give a folder with"),
-        (["--model.base", "shapes/teacher"], "model.base=shapes/teacher has no use"),
-    ],
-)
-def test_the_door_finds_wrong_names_of_plugins_before_weights_load(argv: list[str], message: str, tiny_lcm_folder: str):
-    done = door("--model.path", tiny_lcm_folder, *argv)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-def test_one_process_of_several_speaks(tiny_lcm_folder: str):
-    second = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for argv in (["--help"], ["--seed", "x"]):
-        done = door(*argv, **second)
-        assert (done.stdout, done.stderr) == ("", "")
-
-
-def test_only_our_own_errors_are_shown_without_a_traceback():
-    for raise_it, ours in ((lambda: parse_config(["--sed"]), True), (lambda: int("x"), False)):
-        with pytest.raises(ValueError) as error:
-            raise_it()
-        assert is_worded_by_us(error.value) == ours
