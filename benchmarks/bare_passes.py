@@ -55,7 +55,7 @@ class BarePasses:
         return cls(
             policy=policy,
             reference=trainer.reference,
-            optimizer=build_optimizer(unet, replace(config.optimizer, lr=1e-12), config.engine),
+            optimizer=build_optimizer(unet, replace(config.optimizer, lr=1e-12), config.engine, config.seed),
             decode=backbone.decode,
             conditioning=trainer.encode(prompts),
             latents=torch.randn(len(prompts), *policy.latent_shape, device=trainer.device),
