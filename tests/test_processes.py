@@ -32,6 +32,8 @@ RUNS: dict[str, dict[str, object]] = {
         }
         for i in range(2)
     },
+    "average": {**SETTINGS, "engine.zero_stage": 1, "ema.decay": 0.9},
+    "adapters": {**SETTINGS, "engine.zero_stage": 3, "lora.rank": 2, "update.kl_weight": 0.1},
     "few_images": {**SETTINGS, "evaluation.num_images": 2, "num_iterations": 1, "tracking.grid_every": 1},
 }
 
@@ -51,6 +53,11 @@ def folder(tiny_lcm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def seen(folder: Path, run: str = "stage_0") -> list[dict[str, Any]]:
     """By rank; lists by iteration."""
     return [torch.load(folder / f"{run}_{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def _exported(folder: Path, run: str) -> dict[str, Tensor]:
+    (weights,) = (folder / run / "export" / "unet").glob("*.safetensors")
+    return load_file(weights)
 
 
 def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
@@ -93,8 +100,27 @@ def test_all_ranks_have_the_same_weights_and_they_are_those_of_the_export(folder
     for run in RUNS:
         first, second = (rank["weights"] for rank in seen(folder, run))
         assert largest_difference(first, second) == 0.0
-    (weights,) = (folder / "stage_3" / "export" / "unet").glob("*.safetensors")
-    assert largest_difference(seen(folder, "stage_3")[0]["weights"], load_file(weights)) == 0.0
+    assert largest_difference(seen(folder, "stage_3")[0]["weights"], _exported(folder, "stage_3")) == 0.0
+
+
+def test_all_ranks_have_the_same_average_and_it_is_what_is_exported(folder: Path):
+    first, second = (rank["final_weights"] for rank in seen(folder, "average"))
+    assert largest_difference(first, second) == 0.0
+    assert largest_difference(first, seen(folder, "average")[0]["weights"]) > 1e-4
+    assert largest_difference(first, _exported(folder, "average")) == 0.0
+
+
+def test_adapters_that_zero_3_shares_out_are_exported_whole(folder: Path):
+    """The KL term's start model is the same network with its adapters off, gathered a second time."""
+    start, trained = seen(folder, "stage_0")[0]["start"], seen(folder, "adapters")[0]["weights"]
+    frozen = {name.replace(".base_layer", ""): value for name, value in trained.items() if ".lora_" not in name}
+    assert largest_difference(start, frozen) == 0.0
+    assert largest_difference(start, _exported(folder, "adapters")) > 1e-4
+    exported = load_file(folder / "adapters" / "lora" / "pytorch_lora_weights.safetensors")
+    names = {name: name.replace(".default", "").removeprefix("unet.") for name in trained if ".lora_" in name}
+    assert all(torch.equal(exported[f"unet.{name}"], trained[of]) for of, name in names.items())
+    lines = tiny_runs.metrics(folder / "adapters")
+    assert lines[0]["kl_to_start"] < lines[1]["kl_to_start"]
 
 
 def test_a_run_repeats_itself_exactly(folder: Path):

@@ -18,9 +18,9 @@ def run_watched(model: str, folder: Path, runs: Mapping[str, Mapping[str, object
     """Runs each into folder/<name>, and leaves what this rank saw in folder/<name>_<rank>.pt."""
     for name, settings in runs.items():
         trainer = Trainer(parse_config(tiny_runs.arguments(model, folder / name, settings)))
-        seen = _watch(trainer)
+        seen = _watch(trainer) | {"start": trainer.engine.full_weights()}
         trainer.run()
-        seen["weights"] = trainer.engine.full_weights()
+        seen |= {"weights": trainer.engine.full_weights(), "final_weights": trainer.engine.final_weights()}
         torch.save(seen, folder / f"{name}_{parallel.rank()}.pt")
     return 0
 
