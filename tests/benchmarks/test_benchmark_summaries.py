@@ -26,6 +26,7 @@ SCRIPTS = (
     "inference_steps",
     "last_step",
     "learning_curves",
+    "support_matrix",
 )
 CONFIG = os.path.relpath(FOLDER.parent / "configs" / "shapes" / "compressibility.yaml")
 DETECTOR, JPEG = "eval/shapes_alignment/mean", "eval/jpeg_compressibility/mean"
