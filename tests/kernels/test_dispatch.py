@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlcm_fast.kernels import dispatch, functional
+from rlcm_fast.train import main
 
 ROW, COEF = torch.zeros(1, 1, 2, 2), torch.ones(1, 3)
 
@@ -57,14 +58,17 @@ def test_the_environment_variable_holds_where_the_choice_is_auto_as_in_a_config_
     assert done.stdout.split() == ["True", "False"], done.stderr
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")
-def test_training_refuses_what_cannot_run_in_one_line(tmp_path: Path):
-    arguments = ["--run_dir", str(tmp_path / "run"), "--engine.kernels", "triton"]
-    done = in_a_process(f"from rlcm_fast.train import main; raise SystemExit(main({arguments}))")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(
-        "error: kernels=triton cannot run on cpu: start with TRITON_INTERPRET=1"
-    )
+def test_training_refuses_what_cannot_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(dispatch, "_interprets", False)
+    monkeypatch.setattr(dispatch, "_choice", "auto")  # so that the run's is undone
+    assert main(["--run_dir", str(tmp_path / "run"), "--engine.kernels", "triton"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: kernels=triton cannot run on cpu: start with TRITON_INTERPRET=1")
 
 
 def test_a_wrong_environment_variable_fails_at_import():

@@ -123,13 +123,13 @@ def test_values_of_any_size_overflow_to_no_nan():
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_a_row_is_the_same_bits_in_every_run_batch_and_place(memory_format: torch.memory_format):
     generator = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(64, 4, 3, 5, generator=generator).to(memory_format=memory_format) for _ in range(2))
+    x, dy = (torch.randn(17, 4, 3, 5, generator=generator).to(memory_format=memory_format) for _ in range(2))
     parameters = [torch.randn(4, generator=generator) for _ in range(2)]
     together = with_gradients("triton", [x, *parameters], dy, 2)
-    for rows in (slice(0, 1), slice(63, 64), slice(5, 8), slice(20, 36)):
+    for rows in (slice(0, 1), slice(16, 17), slice(5, 8)):
         again = with_gradients("triton", [x[rows], *parameters], dy[rows], 2)
         assert torch.equal(again[0], together[0][rows]) and torch.equal(again[1], together[1][rows])
-    rows = torch.arange(35, 19, -1)
+    rows = torch.arange(11, 3, -1)
     backwards, once_more = (with_gradients("triton", [x[rows], *parameters], dy[rows], 2) for _ in range(2))
     assert torch.equal(backwards[0], together[0][rows]) and torch.equal(backwards[1], together[1][rows])
     assert all(torch.equal(first, second) for first, second in zip(backwards, once_more, strict=True))

@@ -93,13 +93,13 @@ def test_a_step_is_as_exact_as_the_reference_and_knows_its_own_log_prob(case):
 
 def test_a_row_is_the_same_bits_in_every_batch_and_place():
     generator = torch.Generator().manual_seed(0)
-    x, m, x_next = (torch.randn(64, 3, 5, 9, generator=generator) for _ in range(3))
-    coef = torch.rand(64, 3, generator=generator) + 0.1
+    x, m, x_next = (torch.randn(24, 3, 5, 9, generator=generator) for _ in range(3))
+    coef = torch.rand(24, 3, generator=generator) + 0.1
     with dispatch.use("triton"):
         together = functional.gaussian_log_prob(x, m, x_next, coef)
         backwards = functional.gaussian_log_prob(x.flip(0), m.flip(0), x_next.flip(0), coef.flip(0)).flip(0)
         assert torch.equal(together, backwards)
-        for first, last in ((0, 1), (63, 64), (5, 8), (20, 52)):
+        for first, last in ((0, 1), (23, 24), (5, 8), (6, 18)):
             rows = slice(first, last)
             assert torch.equal(together[rows], functional.gaussian_log_prob(x[rows], m[rows], x_next[rows], coef[rows]))
 
