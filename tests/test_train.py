@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from rlcm_fast.config import parse_config
-from rlcm_fast.train import is_worded_by_us
+from rlcm_fast.train import is_worded_by_us, main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,23 +52,30 @@ def test_the_door_answers_a_mistake_with_one_line_without_loading_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (
-            ["--rewards", "[{name: jpeg_compresibility}]"],
-            "rewards[0].name=jpeg_compresibility is not known; did you mean",
-        ),
+        (["--rewards", "[{name: jpeg_compresibility}]"], "rewards[0].name=jpeg_compresibility is not known; did you"),
         (["--prompts.source", "no.txt"], "prompts.source=no.txt"),
         (["--evaluation.prompts", "no.txt"], "evaluation.prompts=no.txt"),
         (["--model.lora", "no.safetensors"], "model.lora=no.safetensors is no LoRA; give a folder with"),
         (["--model.base", "shapes/teacher"], "model.base=shapes/teacher has no use"),
     ],
 )
-def test_the_door_finds_wrong_names_of_plugins_before_weights_load(argv: list[str], message: str, tiny_lcm_folder: str):
-    done = door("--model.path", tiny_lcm_folder, *argv)
+def test_the_door_finds_wrong_names_of_plugins_before_weights_load(
+    argv: list[str], message: str, tiny_lcm_folder: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["--model.path", tiny_lcm_folder, *argv]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_a_plugin_that_is_not_there_is_one_line_from_a_process_of_its_own():
+    done = door("--prompts.source", "no.txt")
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "prompts.source=no.txt" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
