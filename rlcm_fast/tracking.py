@@ -50,6 +50,8 @@ class Tracker:
         self._bar = tqdm(
             initial=first_iteration, total=config.num_iterations, desc="train", unit="it", dynamic_ncols=True
         )
+        if config.engine.compile != "off":
+            self._bar.set_postfix_str("compiling")  # until the first iteration, which does it, is done
 
     def log(self, metrics: Mapping[str, float | int]) -> None:
         """One line of metrics.jsonl, the scalars and the bar; `metrics` holds `iteration` and `reward/<name>/mean`."""

@@ -99,3 +99,12 @@ def test_wandb_that_is_not_installed_is_an_error_with_the_way_out(tmp_path: Path
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"tracking.wandb=true needs wandb; pip install 'rlcm_fast\[wandb\]'"):
         Tracker(tmp_path, replace(CONFIG, tracking=TrackingConfig(tensorboard=False, wandb=True)), 0)
+
+
+@pytest.mark.parametrize("mode", ["off", "regional"])
+def test_the_bar_says_that_a_network_is_compiled_until_it_is(mode: str, tmp_path: Path, capsys):
+    tracker = Tracker(tmp_path, parse_config([f"--engine.compile={mode}", "--tracking.tensorboard=false"]), 0)
+    assert ("compiling" in capsys.readouterr().err) == (mode == "regional")
+    tracker.log(line(0))
+    tracker.close()
+    assert "compiling" not in capsys.readouterr().err.rpartition("jpeg=0.250")[2]
