@@ -49,7 +49,8 @@ def random_pipeline(architecture: Architecture, dtype: torch.dtype, device: str)
         unet = architecture.build_unet(device)
     finally:
         torch.set_default_dtype(torch.float32)
-    vae, text_encoders = architecture.build_vae(device), architecture.build_text_encoders(device)
+    vae: Any = architecture.build_vae(device).to("cpu")  # as loaded ones are, until the backbone wants them elsewhere
+    text_encoders: list[Any] = [encoder.to("cpu") for encoder in architecture.build_text_encoders(device)]
     folder = SHIPPED["shapes/lcm"] / "tokenizer"
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=architecture.num_tokens)
     parts: dict[str, Any] = {"vae": vae, "unet": unet, "tokenizer": tokenizer, "scheduler": LCMScheduler()}
