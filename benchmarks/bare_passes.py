@@ -114,8 +114,8 @@ def _copy(unet: Any, config: Config) -> Any:
     """The UNet again, outside of the engine; copying takes weights and recomputation along, but not what compiles."""
     from rlcm_fast.backbones.acceleration import accelerate
 
-    assert config.engine.compile != "whole"  # a compiled forward that would run on the original's weights
     copied = copy.deepcopy(unet)
+    vars(copied).pop("forward", None)  # compiled whole it would run on the original's weights
     accelerate(copied, config.engine)
     return copied
 

@@ -169,6 +169,7 @@ def config_of(case: Case, run_dir: str) -> Config:
 
 def _short(run_dir: str) -> list[str]:
     off = {"evaluation.every": 0, "tracking.grid_every": 0, "tracking.tensorboard": "false", "checkpoint.every": 0}
+    off |= {"tracking.plan": "false"}
     settings = {**off, "num_iterations": 2, "run_dir": run_dir}
     return [f"--{field}={value}" for field, value in settings.items()]
 

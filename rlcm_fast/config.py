@@ -225,6 +225,8 @@ class TrackingConfig:
     """Iterations between image grids from fixed prompts and seeds; 0 is off."""
     grid_images: int = 16
     """Images of a grid."""
+    plan: bool = True
+    """On a GPU, say at the start whether the run fits, and after an iteration how far off that was."""
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,14 @@ _MOST_SECONDS = 180.0  # that a run waits for its plan
 
 
 class MemoryReport:
-    """Silent on a CPU and on all but the main process."""
+    """Silent on a CPU, on all but the main process, and where tracking.plan is off."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         """Starts planning."""
         self._device = device
         self._planned: dict[str, Any] | None = None
         self._plan: subprocess.Popen[str] | None = None
-        if device.type == "cuda" and parallel.is_main():
+        if config.tracking.plan and device.type == "cuda" and parallel.is_main():
             self._folder = tempfile.TemporaryDirectory()  # goes with this object
             self._plan = _start_plan(config, Path(self._folder.name) / "config.yaml")
 

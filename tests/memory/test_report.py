@@ -66,6 +66,15 @@ def test_a_cpu_has_no_plan():
     assert said == []
 
 
+def test_a_plan_that_is_not_wanted_is_not_made(gpu: SimpleNamespace, monkeypatch):
+    monkeypatch.setattr(report, "_start_plan", lambda config, file: pytest.fail("planned"))
+    memory, said = MemoryReport(parse_config(["--tracking.plan=false"]), GPU), []
+    memory.verdict(said.append)
+    memory.compare(said.append)
+    assert said == []
+    assert memory.metrics() == {"memory/peak_gib": 1.0}
+
+
 @pytest.mark.parametrize("path", ["shapes/lcm", "some/model"])
 def test_the_plan_comes_from_a_process_of_its_own(path: str, gpu: SimpleNamespace, tmp_path: Path):
     config = parse_config([f"--model.path={path}", f"--run_dir={tmp_path}", "--update.micro_batch_size=16"])
