@@ -21,6 +21,8 @@ from rlcm_fast.trajectory import Prompt
 pytestmark = pytest.mark.usefixtures("one_process")
 SETTINGS = {"lora.rank": 2, "lora.alpha": 3.0, "update.kl_weight": 0.1, "optimizer.lr": 1e-2, "checkpoint.every": 2}
 
+SMALL = {"policy__num_steps": 2, "prompts__images_per_prompt": 1, "update__num_updates": 1}
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -111,7 +113,7 @@ def assert_small_and_resumed_bitwise(run: FinishedRun, model: str, **settings: o
     ids=["stage_2", "stage_3", "in_backward"],
 )
 def test_so_are_those_of_the_other_engines(settings: dict[str, Any], tiny_lcm_folder: str, tmp_path: Path):
-    short = {"policy__num_steps": 2, "update__kl_weight": 0.0, "num_iterations": 2, "checkpoint__every": 1, **settings}
+    short = {**SMALL, "update__kl_weight": 0.0, "num_iterations": 2, "checkpoint__every": 1, **settings}
     run = finished_run(tiny_lcm_folder, tmp_path / "run", **short)
     assert_small_and_resumed_bitwise(run, tiny_lcm_folder, **short)
 
@@ -125,7 +127,8 @@ def test_a_checkpoint_of_other_adapters_is_refused(run: FinishedRun, tiny_lcm_fo
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_bf16_unet_has_float32_adapters_at_every_stage(stage: int, tiny_lcm_folder: str, tmp_path: Path):
-    more = {"engine__dtype": "bf16", "engine__zero_stage": stage, "num_iterations": 1}
+    updates = {"update__num_updates": 2, "update__micro_batch_size": 1}  # B starts at zero, so A moves at the second
+    more = {**SMALL, **updates, "engine__dtype": "bf16", "engine__zero_stage": stage, "num_iterations": 1}
     trainer = make_trainer(tiny_lcm_folder, tmp_path / "run", **more)
     before = trainer.engine.full_weights()
     trainer.run()

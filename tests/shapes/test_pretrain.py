@@ -12,21 +12,17 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from rlcm_fast.shapes.pretrain import __main__ as pretrain
 from rlcm_fast.shapes.pretrain import vae
-
-
-def pretrain(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rlcm_fast.shapes.pretrain", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pretrain")
-    sizes = ["--fraction", "0.0005", "--num-images", "64", "--num-scored", "4"]
-    pretrain("all", "--out", str(out), *sizes)
+    sizes = ["--fraction", "0.0003", "--num-images", "64", "--num-scored", "4"]
+    command = [sys.executable, "-m", "rlcm_fast.shapes.pretrain", "all", "--out", str(out), *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     return out
 
 
@@ -45,10 +41,11 @@ def test_its_report_has_a_row_for_every_sampler_split_and_kind_of_caption(made: 
     assert (made / "grid.png").exists()
 
 
-def test_a_finished_stage_is_not_trained_again(made: Path):
+def test_a_finished_stage_is_not_trained_again(made: Path, monkeypatch: pytest.MonkeyPatch):
     states = sorted(made.glob("*.pt"))
     before = [path.stat().st_mtime_ns for path in states]
-    pretrain("lcm", "--out", str(made), "--fraction", "0.0005", "--num-images", "64")
+    monkeypatch.setattr(sys, "argv", ["pretrain", "lcm", "--out", str(made), "--fraction", "0.0003"])
+    pretrain.main()
     assert [path.stat().st_mtime_ns for path in states] == before
     assert {path.stem for path in states} >= {"vae_joint", "vae_decoder", "teacher", "teacher_2", "lcm", "lcm_2"}
 
