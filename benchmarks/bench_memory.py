@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,6 +187,8 @@ def planned(case: Case) -> dict[str, Any]:
     architecture = load_architecture(resolve_model_path(config.model.path))
     strategy = strategy_of(config, config.model.image_size or architecture.image_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        strategy = replace(strategy, moves_idle=False)  # idle parts have nowhere to go
     profiles, workload = measure(architecture, strategy, device), Workload.of(config, 1)
     memory = estimate_memory(strategy, profiles, workload, device=device)
     return {"stages": {stage: size - memory.overhead for stage, size in memory.stages.items()}}

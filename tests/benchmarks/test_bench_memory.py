@@ -36,13 +36,12 @@ def test_targets_and_at_least_twelve_configurations_are_among_the_cases():
 
 @pytest.mark.usefixtures("one_process")
 def test_a_real_run_takes_what_the_plan_says():
-    """A few MB of conditioning and of temporaries are not planned: 6 % of this small model, nothing of a large one."""
     case = next(case for case in CASES["shapes"] if case.name == "shapes fp32 adamw block")
     plan, real = bench_memory.planned(case), bench_memory.measured(case, cap_gib=24.0)
     rows = bench_memory.rows_of(case.name, plan, real, cap_gib=24.0)
     assert [row["stage"] for row in rows] == [*bench_memory.STAGES, "peak"]
     for row in rows:
-        assert -0.065 < row["error"] < 0.02, row
+        assert abs(row["error"]) < 0.02, row
 
 
 def test_a_meter_charges_each_stage_with_its_own_peak():
