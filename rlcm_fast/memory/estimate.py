@@ -197,8 +197,9 @@ def estimate_memory(
     unet, processes = profiles.unet, workload.num_processes
     itemsize = DTYPES[strategy.dtype].itemsize
     trained = sum(unet.trainable)
-    master, moments = _optimizer_bytes(strategy, unet.trainable, processes)
-    gradients = _gradient_bytes(strategy, unet.trainable, processes)
+    training = replace(strategy, dtype="fp32") if strategy.lora_rank > 0 else strategy  # adapters are float32
+    master, moments = _optimizer_bytes(training, unet.trainable, processes)
+    gradients = _gradient_bytes(training, unet.trainable, processes)
     rows = strategy.micro_batch_size * strategy.rows_per_sample
     activations = unet.training_peak(rows)
     if strategy.has_reference:  # its pass comes when the policy's activations are saved
@@ -216,11 +217,11 @@ def estimate_memory(
         ema=trained * 4 if strategy.ema == "gpu" else 0,
         rewards=reward_bytes,
         trajectory=workload.samples * (workload.num_actions + 1) * profiles.latent_bytes,
-        bucket=BUCKET_ELEMENTS * itemsize if strategy.zero_stage >= 1 else 0,
+        bucket=BUCKET_ELEMENTS * DTYPES[training.dtype].itemsize if strategy.zero_stage >= 1 else 0,
         activations=round(activations),
         sampling=round(unet.sampling_peak(sampled)),
         decoding=round(profiles.decoder.peak(images)),
-        step_temporaries=_step_bytes(strategy, unet.trainable, processes, gradients, device),
+        step_temporaries=_step_bytes(training, unet.trainable, processes, gradients, device),
         overhead=OVERHEAD_BYTES,
         moves_idle=strategy.moves_idle,
     )
@@ -262,9 +263,10 @@ def _weight_bytes(strategy: Strategy, trained: int, frozen: int, processes: int)
     """At stage 3 the own share, and what DeepSpeed keeps gathered: up to a billion elements."""
     itemsize = DTYPES[strategy.dtype].itemsize
     everything = trained + frozen
+    wider = trained * (4 - itemsize) if strategy.lora_rank > 0 else 0  # adapters are float32
     if strategy.zero_stage < 3 or processes == 1:
-        return everything * itemsize
-    return (-(-everything // processes) + min(everything, 2 * BUCKET_ELEMENTS)) * itemsize
+        return everything * itemsize + wider
+    return (-(-everything // processes) + min(everything, 2 * BUCKET_ELEMENTS)) * itemsize + wider
 
 
 def _step_bytes(strategy: Strategy, sizes: Sequence[int], processes: int, gradients: int, device: Device) -> int:

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -194,9 +195,10 @@ def profile_decoder(architecture: Architecture, image_size: int, dtype: torch.dt
 def prepare_unet(unet: Any, setup: Setup) -> Any:
     """The UNet as it is trained: dtype, LoRA, recomputation, and gradients as an earlier micro-batch leaves them."""
     nn.Module.to(unet, setup.dtype)
-    if setup.lora_rank > 0:  # adapters stay float32
+    if setup.lora_rank > 0:
         unet.requires_grad_(False)
         unet.add_adapter(LoraConfig(r=setup.lora_rank, target_modules=LORA_TARGETS))
+        cast_training_params(unet, torch.float32)  # as backbones/adapters.py
     set_recomputation(unet, setup.recompute)
     for parameter in unet.parameters():
         if parameter.requires_grad:
