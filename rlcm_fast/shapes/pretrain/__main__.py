@@ -35,13 +35,14 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=1.0, help="share of all training steps, to try it out")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    is_shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if is_shared:
         dist.init_process_group("gloo")
     for stage in _STAGES if arguments.stage == "all" else (arguments.stage,):
         with _main_process_first():
             _prepare(stage, arguments)
         _RUN[stage](arguments)
-    if dist.is_initialized():
+    if is_shared:  # another group is its maker's
         dist.destroy_process_group()
 
 
