@@ -98,8 +98,10 @@ class Planner:
         return max((size for size in sizes if peak(size) <= limit), default=0)
 
     def least(self, strategy: Strategy) -> int:
-        """Bytes without activations, which alone need tracing anew; of any profile of this model."""
-        profiles = next(iter(self._profiles.values()), None) or self.profiles(strategy)
+        """Bytes without activations, which alone need tracing anew; of any profile with the same trained weights."""
+        same = (strategy.lora_rank, strategy.image_size)
+        traced = (profiles for (_, _, *key), profiles in self._profiles.items() if tuple(key) == same)
+        profiles = next(traced, None) or self.profiles(strategy)
         memory = estimate_memory(strategy, profiles, self.workload, self._reward_bytes)
         return memory.always + memory.gradients + max(memory.bucket, memory.step_temporaries)
 

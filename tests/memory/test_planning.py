@@ -111,3 +111,11 @@ def test_a_folder_without_a_part_is_refused(tmp_path: Path):
     (tmp_path / "text_encoder" / "config.json").write_text(json.dumps({"architectures": ["CLIPTextModel"]}))
     with pytest.raises(ValueError, match="has no unet/config.json; give a folder that diffusers saved whole"):
         load_architecture(str(tmp_path))
+
+
+def test_what_is_known_without_tracing_is_of_the_same_trained_weights(planner: Planner):
+    """A profile of all weights says nothing of adapters."""
+    adapters = replace(STRATEGY, lora_rank=4)
+    alone = Planner(planner.architecture, planner.workload)
+    planner.memory(STRATEGY)
+    assert planner.least(adapters) == alone.least(adapters) < planner.least(STRATEGY)
