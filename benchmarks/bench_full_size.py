@@ -27,7 +27,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,16 +258,14 @@ def peak_gib() -> dict[str, float]:
 
 def _times(call: Callable[[], Any], number: int) -> list[float]:
     """Seconds of each call."""
-
-    def once() -> Iterator[float]:
-        for _ in range(number):
-            finish_device_work()
-            start = time.perf_counter()
-            call()
-            finish_device_work()
-            yield time.perf_counter() - start
-
-    return list(once())
+    seconds = []
+    for _ in range(number):
+        finish_device_work()
+        start = time.perf_counter()
+        call()
+        finish_device_work()
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def _median_of_log(run_dir: Path, key: str) -> float:

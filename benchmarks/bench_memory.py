@@ -51,7 +51,11 @@ def main() -> int:
         case = next(case for case in CASES[arguments.cases] if case.name == (arguments.plan or arguments.measure))
         print(json.dumps(planned(case) if arguments.plan else measured(case, arguments.cap_gib)), flush=True)
         return 0
-    rows, left_out = run_cases(arguments)
+    try:
+        rows, left_out = run_cases(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     write_csv(arguments.out / "memory.csv", rows)
     summary = {"cases": arguments.cases, "cap_gib": arguments.cap_gib, **summarise(rows), "left_out": left_out}
     print_summary(summary, arguments.out / "memory.json")
@@ -77,7 +81,7 @@ def run_cases(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list
     known = [case.name for case in CASES[arguments.cases]]
     names = arguments.only or known
     if unknown := [name for name in names if name not in known]:
-        raise SystemExit(f"error: only={unknown[0]} is no case; give some of {', '.join(known)}")
+        raise ValueError(f"only={unknown[0]} is no case; give some of {', '.join(known)}")
     deadline = time.monotonic() + arguments.seconds
     has_gpu = torch.cuda.is_available()
     slots = max(1, int(torch.cuda.mem_get_info()[1] / _GIB / arguments.cap_gib)) if has_gpu else 1

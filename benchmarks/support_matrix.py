@@ -47,7 +47,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "support_matrix.csv"
 
 def main() -> int:
     arguments = _parser().parse_args()
-    chosen = [cell for cell in all_cells() if matches(cell, arguments.only)]
+    try:
+        chosen = [cell for cell in all_cells() if matches(cell, arguments.only)]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     rows = run(chosen, arguments.limit)
     write_csv(arguments.out, rows)
     print(markdown(read_rows(arguments.out)))

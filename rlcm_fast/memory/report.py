@@ -80,9 +80,12 @@ class MemoryReport:
 
 
 def _start_plan(config: Config, file: Path) -> subprocess.Popen[str]:
-    """`rlcm-fast plan` of the resolved config, which sees no GPU; of its answer only what no GPU decides is used."""
+    """`rlcm-fast plan` of the resolved config, which sees no GPU; of its answer only what no GPU decides is used.
+
+    The largest GPU of the table, so that it seldom searches for what would make the run fit.
+    """
     file.write_text(to_yaml(config), encoding="utf-8")
-    command = [sys.executable, "-m", "rlcm_fast.cli.main", "plan", "--json", "--gpu", "h100", "--config", str(file)]
+    command = [sys.executable, "-m", "rlcm_fast.cli.main", "plan", "--json", "--gpu", "h200", "--config", str(file)]
     paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [*command, "--processes", str(parallel.world_size())],

@@ -81,7 +81,7 @@ def test_what_fails_or_does_not_fit_is_told_and_not_counted():
 
 
 def test_a_wrong_case_and_time_that_is_over_are_said(tmp_path: Path):
-    with pytest.raises(SystemExit, match=r"only=fp32 is no case; give some of shapes pure_bf16"):
+    with pytest.raises(ValueError, match=r"only=fp32 is no case; give some of shapes pure_bf16"):
         bench_memory.run_cases(arguments("--only", "fp32"))
     name = "shapes LoRA 16 of bf16"
     assert bench_memory.run_cases(arguments("--only", name, "--seconds", "-1")) == ([], [name])
