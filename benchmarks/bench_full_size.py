@@ -227,7 +227,7 @@ def inference_ms(trainer: Trainer, num_steps: int) -> dict[str, Any]:
 
     size = trainer.config.rollout.micro_batch_size
     policy = policy_of(trainer, trainer.engine, num_steps)
-    conditioning = trainer.encode(load_prompts(trainer.config.prompts.source)[:1] * size)
+    conditioning = trainer.encode([load_prompts(trainer.config.prompts.source)[0]] * size)
     generator = torch.Generator().manual_seed(0)
     decode = trainer.backbone.decode
     sampling = statistics.median(_times(lambda: policy.sample(conditioning, generator), 4)[1:])

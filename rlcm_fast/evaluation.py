@@ -75,7 +75,7 @@ def build_evaluator(
 def grid_prompts(config: EvaluationConfig, num_images: int) -> list[Prompt]:
     """Those of an image grid, from all over the source."""
     prompts = load_prompts(config.prompts, "evaluation.prompts")
-    return prompts[:: max(1, len(prompts) // num_images)][:num_images]
+    return list(prompts[:: max(1, len(prompts) // num_images)][:num_images])
 
 
 def draw(

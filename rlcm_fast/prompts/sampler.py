@@ -6,17 +6,42 @@ not depend on the number of processes, only on how many are drawn together.
 
 Where an iteration runs over the end of a pass, the next permutation is rearranged (its first entries only) so that
 the prompts of one iteration are still distinct; every pass holds every prompt once all the same.
+
+A permutation is a tensor, 4 bytes a prompt.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from rlcm_fast.prompts.files import PromptFile
 from rlcm_fast.trajectory import Prompt
+
+# D prompts drawn together: an iteration's, of all ranks; N prompts of the source
+
+
+class Sampler(Protocol):
+    """Draws the prompts of one rank, iteration by iteration, without end."""
+
+    def next_batch(self) -> list[Prompt]:
+        """The next num_prompts * images_per_prompt prompts of this rank; the repeats of a prompt lie side by side."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the sampler that gave `state` would have; the number of processes may differ, the total may not."""
+        ...
 
 
 def deal(prompts: Sequence[Prompt], num_images: int, seed: int) -> list[Prompt]:
@@ -24,12 +49,40 @@ def deal(prompts: Sequence[Prompt], num_images: int, seed: int) -> list[Prompt]:
 
     Shuffled, as sources list their prompts in an order: the first 128 of `shapes:two:held_out` all begin with a circle.
     """
-    shuffled = random.Random(seed).sample(list(prompts), len(prompts))
+    rows = _shuffled_rows(len(prompts), min(num_images, len(prompts)), seed)
+    shuffled = [prompts[row] for row in rows]
     return [shuffled[i % len(shuffled)] for i in range(num_images)]
 
 
+def _shuffled_rows(total: int, count: int, seed: int) -> list[int]:
+    """The first `count` of random.Random(seed).sample(range(total), total), which would list all of them.
+
+    That is a pool from whose rows one is picked at random and the last one put into its place.
+    """
+    generator = random.Random(seed)
+    moved: dict[int, int] = {}
+    rows = []
+    for last in range(total - 1, total - 1 - count, -1):
+        place = generator.randrange(last + 1)
+        rows.append(moved.get(place, place))
+        moved[place] = moved.get(last, last)
+    return rows
+
+
+def check_counts(num_prompts: int, images_per_prompt: int) -> None:
+    """Raises ValueError for less than one."""
+    for name, value in [("num_prompts", num_prompts), ("images_per_prompt", images_per_prompt)]:
+        if value < 1:
+            raise ValueError(f"prompts.{name}={value} must be at least 1")
+
+
+def labelled(prompt: Prompt, task: str) -> Prompt:
+    """`prompt` as one of `task`; "default" leaves the label that it has."""
+    return prompt if task == "default" else replace(prompt, task=task)
+
+
 class PromptSampler:
-    """Draws the prompts of one rank, iteration by iteration, without end."""
+    """Draws from a list or a file of prompts."""
 
     def __init__(
         self,
@@ -39,11 +92,10 @@ class PromptSampler:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        task: str = "default",
     ) -> None:
         """num_prompts: distinct prompts an iteration on THIS rank; seed: the same on every rank."""
-        for name, value in [("num_prompts", num_prompts), ("images_per_prompt", images_per_prompt)]:
-            if value < 1:
-                raise ValueError(f"prompts.{name}={value} must be at least 1")
+        check_counts(num_prompts, images_per_prompt)
         assert 0 <= rank < world_size, (rank, world_size)
         self._num_drawn_together = num_prompts * world_size
         if self._num_drawn_together > len(prompts):
@@ -52,71 +104,75 @@ class PromptSampler:
                 f" {len(prompts)} of prompts.source; lower it to at most {len(prompts)} (and raise"
                 " prompts.images_per_prompt to keep the batch size), or give more prompts"
             )
-        self._prompts = list(prompts)
+        self._prompts = prompts
         self._mine = slice(rank * num_prompts, (rank + 1) * num_prompts)
         self._images_per_prompt = images_per_prompt
         self._seed = seed
+        self._task = task
         self._restart()
 
     def next_batch(self) -> list[Prompt]:
-        """The next num_prompts * images_per_prompt prompts of this rank; the repeats of a prompt lie side by side."""
-        rows = self._draw()[self._mine]
-        return [self._prompts[row] for row in rows for _ in range(self._images_per_prompt)]
+        rows = self._draw()[self._mine].tolist()
+        prompts = [labelled(self._prompts[row], self._task) for row in rows]
+        return [prompt for prompt in prompts for _ in range(self._images_per_prompt)]
 
     def state_dict(self) -> dict[str, int]:
-        """Plain numbers, the same on every rank."""
-        return {"num_batches": self._num_batches, "fingerprint": self._fingerprint()}
+        return {"num_batches": self._num_batches, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on as the sampler that gave `state` would have; the number of processes may differ, the total may not."""
-        if state["fingerprint"] != self._fingerprint():
+        if state["fingerprint"] != self._fingerprint:
             raise ValueError(
                 f"prompts: the checkpoint was made with prompts other than these {len(self._prompts)}, a seed other"
                 f" than {self._seed} or prompts.num_prompts other than {self._num_drawn_together}; resume with those"
                 " of the checkpoint, or start a new run from its export"
             )
-        # Replayed, as it costs microseconds an iteration and leaves two integers to store for any number of prompts.
+        # Replayed, a permutation a pass: whole iterations within a pass are skipped, and two integers are all to store.
         self._restart()
-        for _ in range(state["num_batches"]):
-            self._draw()
+        while self._num_batches < state["num_batches"]:
+            left_in_pass = (len(self._order) - self._position) // self._num_drawn_together
+            num_skipped = min(left_in_pass, state["num_batches"] - self._num_batches)
+            self._position += num_skipped * self._num_drawn_together
+            self._num_batches += num_skipped
+            if self._num_batches < state["num_batches"]:
+                self._draw()
 
     def _restart(self) -> None:
         self._generator = torch.Generator().manual_seed(self._seed)
-        self._order: list[int] = []
+        self._order = torch.empty(0, dtype=torch.int32)  # (N,) the rows of this pass; none before the first
         self._position = 0
         self._num_batches = 0
 
-    def _draw(self) -> list[int]:
-        """The rows of the next iteration, of all ranks together."""
+    def _draw(self) -> Tensor:
+        """The rows of the next iteration, of all ranks together: (D,) int32."""
         rows = self._take(self._num_drawn_together)
         if len(rows) < self._num_drawn_together:
             self._start_pass(rows)
-            rows = rows + self._take(self._num_drawn_together - len(rows))
+            rows = torch.cat([rows, self._take(self._num_drawn_together - len(rows))])
         self._num_batches += 1
         return rows
 
-    def _take(self, count: int) -> list[int]:
+    def _take(self, count: int) -> Tensor:
         """At most `count` rows from what is left of this pass."""
         rows = self._order[self._position : self._position + count]
         self._position += len(rows)
         return rows
 
-    def _start_pass(self, already_drawn: list[int]) -> None:
+    def _start_pass(self, already_drawn: Tensor) -> None:
         """A new permutation, whose first rows, which complete this iteration, are not among `already_drawn`."""
-        shuffled = torch.randperm(len(self._prompts), generator=self._generator).tolist()
-        drawn, num_missing = set(already_drawn), self._num_drawn_together - len(already_drawn)
-        first: list[int] = []
-        postponed: list[int] = []
-        for position, row in enumerate(shuffled):
-            if len(first) == num_missing:
-                self._order = first + postponed + shuffled[position:]
-                break
-            (postponed if row in drawn else first).append(row)
-        else:
-            self._order = first + postponed
-        self._position = 0
+        order = torch.randperm(len(self._prompts), generator=self._generator, dtype=torch.int32)
+        if len(already_drawn):
+            drawn, rows = set(already_drawn.tolist()), order[: self._num_drawn_together].tolist()
+            first = [row for row in rows if row not in drawn][: self._num_drawn_together - len(drawn)]
+            moved = set(first)
+            order[: len(rows)] = torch.tensor(first + [row for row in rows if row not in moved])
+        self._order, self._position = order, 0
 
+    @functools.cached_property
     def _fingerprint(self) -> int:
-        words = [str(self._seed), str(self._num_drawn_together)]
-        words += [word for prompt in self._prompts for word in (prompt.task, prompt.text)]
-        return zlib.crc32("\0".join(words).encode())
+        """Of all prompts, the seed and D."""
+        crc = zlib.crc32(f"{self._seed}\0{self._num_drawn_together}".encode())
+        if isinstance(self._prompts, PromptFile):
+            return zlib.crc32(f"\0{self._prompts.crc}".encode(), crc)
+        for prompt in self._prompts:
+            crc = zlib.crc32(f"\0{prompt.task}\0{prompt.text}".encode(), crc)
+        return crc

@@ -5,16 +5,21 @@
     shapes:one                   a name of BUILT_IN
     package.module:function      your own: called without arguments, returns a list of str or of Prompt
 
-The order is that of the source and a prompt listed twice counts twice; the sampler shuffles.
+The order is that of the source and a prompt listed twice counts twice; the sampler shuffles. A file of at most
+MOST_CHECKED prompts is read and checked whole; a larger one stays where it is (files.py), and a line of .jsonl that is
+no prompt is found when it is drawn.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlcm_fast.plugins import load_class
+from rlcm_fast.prompts.files import PromptFile
 from rlcm_fast.trajectory import Prompt
+
+MOST_CHECKED = 100_000
 
 _SHAPES = {"one": "one_shape", "two": "two_shapes", "neutral": "neutral", "all": "all_captions"}
 
@@ -24,7 +29,7 @@ BUILT_IN = {f"shapes:{name}": f"rlcm_fast.shapes.prompts:{function}" for name, f
 }
 
 
-def load_prompts(source: str, field: str = "prompts.source") -> list[Prompt]:
+def load_prompts(source: str, field: str = "prompts.source") -> Sequence[Prompt]:
     """All prompts of `source`, at least one. `field`: the config field that errors name."""
     where = f"{field}={source}"
     if source in BUILT_IN:
@@ -56,35 +61,13 @@ def _call(source: str, where: str) -> list[Prompt]:
     return prompts
 
 
-def _read_file(path: Path, where: str) -> list[Prompt]:
+def _read_file(path: Path, where: str) -> Sequence[Prompt]:
     if not path.is_file():
         raise ValueError(
             f"{where}: there is no such file under {Path.cwd()}; give the path of a .txt file (one prompt a line), of a"
             f" .jsonl file, or one of {', '.join(BUILT_IN)}"
         )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
-    filled = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not filled:
+    prompts = PromptFile(path, where)
+    if not prompts:
         raise ValueError(f"{where} is an empty file; write one prompt a line")
-    if path.suffix == ".txt":
-        return [Prompt(line) for _, line in filled]
-    return [_parse(line, f"{where}, line {number}") for number, line in filled]
-
-
-def _parse(line: str, where: str) -> Prompt:
-    """One line of a .jsonl file."""
-    remedy = 'write {"text": "a cat"} or {"text": "a cat", "task": "animals"}'
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON ({error}); {remedy}") from error
-    if not isinstance(record, dict) or "text" not in record or not record.keys() <= {"text", "task"}:
-        raise ValueError(f"{where} is {line}; {remedy}")
-    if not all(isinstance(value, str) and value.strip() for value in record.values()):
-        raise ValueError(f"{where} is {line}, where a value is no text or empty; {remedy}")
-    return Prompt(**record)
+    return prompts[:] if len(prompts) <= MOST_CHECKED else prompts

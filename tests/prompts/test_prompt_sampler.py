@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import random
+import zlib
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlcm_fast.prompts import PromptSampler, deal
+from rlcm_fast.prompts import PromptSampler, build_sampler, deal
 from rlcm_fast.trajectory import Prompt
 
 
@@ -64,6 +67,61 @@ def test_a_resumed_sampler_goes_on_as_if_nothing_had_happened(sizes: tuple[int, 
     drawn(resumed, 2)  # whatever was drawn before loading is forgotten
     resumed.load_state_dict(json.loads(json.dumps(uninterrupted.state_dict())))
     assert drawn(resumed, 10) == drawn(uninterrupted, 10)
+
+
+def passes_of_lists(total: int, count: int, seed: int, num_batches: int) -> list[list[int]]:
+    """The rows of each iteration, as they were drawn when permutations were lists; checkpoints rely on them."""
+    generator = torch.Generator().manual_seed(seed)
+    left: list[int] = []
+    batches = []
+    for _ in range(num_batches):
+        rows, left = left[:count], left[count:]
+        if len(rows) < count:
+            left = torch.randperm(total, generator=generator).tolist()
+            while len(rows) < count:
+                rows.append(left.pop(next(i for i, row in enumerate(left) if row not in rows)))
+        batches.append(rows)
+    return batches
+
+
+@given(sizes=sizes(), seed=st.integers(0, 2**32))
+def test_permutations_are_those_of_earlier_versions(sizes: tuple[int, int], seed: int):
+    sampler = PromptSampler(numbered(sizes[0]), sizes[1], 1, seed)
+    for rows in passes_of_lists(*sizes, seed, num_batches=20):
+        assert [prompt.text for prompt in sampler.next_batch()] == [f"prompt {row}" for row in rows]
+
+
+def test_resuming_draws_once_a_pass_and_not_once_an_iteration(monkeypatch: pytest.MonkeyPatch):
+    far = PromptSampler(numbered(1000), 7, 1, seed=0)
+    drawn(far, 5000)
+    resumed = PromptSampler(numbered(1000), 7, 1, seed=0)
+    draw, num_draws = resumed._draw, 0
+
+    def counted() -> torch.Tensor:
+        nonlocal num_draws
+        num_draws += 1
+        return draw()
+
+    monkeypatch.setattr(resumed, "_draw", counted)
+    resumed.load_state_dict(far.state_dict())
+    assert num_draws == 35  # passes begun by 5000 iterations of 7
+    assert drawn(resumed, 300) == drawn(far, 300)
+
+
+def test_a_state_is_two_numbers_and_the_second_that_of_earlier_versions():
+    sampler = PromptSampler([Prompt("a cat"), Prompt("a d\xf6g", "dogs")], 1, 1, seed=5)
+    sampler.next_batch()
+    words = "\0".join(["5", "1", "default", "a cat", "dogs", "a d\xf6g"])
+    assert sampler.state_dict() == {"num_batches": 1, "fingerprint": zlib.crc32(words.encode())}
+
+
+def test_every_prompt_carries_the_task_of_its_sampler_and_else_its_own_label(tmp_path):
+    (tmp_path / "pets.jsonl").write_text('{"text": "a cat"}\n{"text": "a dog", "task": "dogs"}\n')
+    source = str(tmp_path / "pets.jsonl")
+    own = build_sampler(source, 2, 1, seed=0).next_batch()
+    assert {(prompt.text, prompt.task) for prompt in own} == {("a cat", "default"), ("a dog", "dogs")}
+    named = build_sampler(source, 2, 1, seed=0, task="pets").next_batch()
+    assert named == [Prompt(prompt.text, "pets") for prompt in own]
 
 
 def test_a_run_may_be_resumed_on_another_number_of_processes():
@@ -127,3 +185,9 @@ def test_a_part_of_the_prompts_is_dealt_from_all_over_their_list():
     dealt = deal([Prompt(str(i)) for i in range(1000)], 50, seed=9)
     assert len(set(dealt)) == 50
     assert sum(int(prompt.text) >= 500 for prompt in dealt) == pytest.approx(25, abs=10)  # 2.8 standard deviations
+
+
+@given(total=st.integers(1, 200), num_images=st.integers(1, 300), seed=st.integers(0, 2**32))
+def test_prompts_are_dealt_as_by_shuffling_the_whole_list(total: int, num_images: int, seed: int):
+    shuffled = random.Random(seed).sample(numbered(total), total)
+    assert deal(numbered(total), num_images, seed) == [shuffled[i % total] for i in range(num_images)]
