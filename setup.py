@@ -30,7 +30,8 @@ REQUIREMENTS = [
     "tensorboard>=2.20,<3",
     "matplotlib>=3.9,<4",
 ]
-TEST = ["pytest>=9,<10", "hypothesis>=6.130,<7", "kernels>=0.17,<1"]
+DATA = ["datasets>=5,<6"]  # brings pyarrow and pandas, 265 MB, and leaves torch as it is
+TEST = ["pytest>=9,<10", "hypothesis>=6.130,<7", "kernels>=0.17,<1", *DATA]
 LINT = ["ruff>=0.15,<0.18", "pyright[nodejs]>=1.1.400,<2"]
 
 setup(
@@ -47,6 +48,7 @@ setup(
     extras_require={
         "test": TEST + LINT,
         "dev": TEST + LINT,
+        "data": DATA,
         "wandb": ["wandb>=0.20,<1"],
         "xformers": ["xformers>=0.0.35"],
         "trl": ["trl==0.23.1"],  # its DDPOTrainer, which benchmarks/bench_peers.py measures

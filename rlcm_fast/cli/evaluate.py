@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "one or more of jpeg_compressibility, shapes_alignment, ... (a wrong name lists all), or package.module:Class"
     )
     parser.add_argument("--rewards", nargs="+", required=True, metavar="NAME", help=names)
-    source = "prompt source, as prompts.source in a config: shapes:one, shapes:two:held_out, ..., a .txt or .jsonl file"
+    source = "prompt source, as prompts.source in a config: shapes:one, ..., a .txt or .jsonl file, hf:DATASET"
     parser.add_argument("--prompts", default="shapes:one:held_out", metavar="SOURCE", help=source)
     parser.add_argument(
         "--num-steps", nargs="+", type=positive_int, default=[4], help="denoising steps, one or several"

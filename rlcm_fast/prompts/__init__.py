@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from rlcm_fast.prompts.sampler import PromptSampler, Sampler, deal
 from rlcm_fast.prompts.sources import BUILT_IN, load_prompts
+from rlcm_fast.prompts.stream import PREFIX, StreamSampler
 
-__all__ = ["BUILT_IN", "PromptSampler", "Sampler", "build_sampler", "deal", "load_prompts"]
+__all__ = ["BUILT_IN", "PromptSampler", "Sampler", "StreamSampler", "build_sampler", "deal", "load_prompts"]
 
 
 def build_sampler(
@@ -25,4 +26,6 @@ def build_sampler(
     config field of `source`, for errors.
     """
     share = (num_prompts, images_per_prompt, seed, rank, world_size, task)
+    if source.startswith(PREFIX):
+        return StreamSampler(source, *share, field=field)
     return PromptSampler(load_prompts(source, field), *share)

@@ -1,9 +1,10 @@
-"""Where prompts come from: a text file, a JSON-lines file, or a named list made by code.
+"""Where prompts come from: a text file, a JSON-lines file, a named list made by code, a dataset.
 
     animals.txt                  one prompt a line; blank lines are skipped
     animals.jsonl                one object a line: {"text": "a cat", "task": "animals"}; the task may be left out
     shapes:one                   a name of BUILT_IN
     package.module:function      your own: called without arguments, returns a list of str or of Prompt
+    hf:PATH?column=prompt        a dataset of the hub or a folder, in streaming (stream.py)
 
 The order is that of the source and a prompt listed twice counts twice; the sampler shuffles. A file of at most
 MOST_CHECKED prompts is read and checked whole; a larger one stays where it is (files.py), and a line of .jsonl that is
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from rlcm_fast.plugins import load_class
 from rlcm_fast.prompts.files import PromptFile
+from rlcm_fast.prompts.stream import PREFIX, first_window
 from rlcm_fast.trajectory import Prompt
 
 MOST_CHECKED = 100_000
@@ -30,9 +32,11 @@ BUILT_IN = {f"shapes:{name}": f"rlcm_fast.shapes.prompts:{function}" for name, f
 
 
 def load_prompts(source: str, field: str = "prompts.source") -> Sequence[Prompt]:
-    """All prompts of `source`, at least one. `field`: the config field that errors name."""
+    """All prompts of `source`, at least one; of a dataset its first window. `field`: the config field of errors."""
     where = f"{field}={source}"
-    if source in BUILT_IN:
+    if source.startswith(PREFIX):
+        prompts = first_window(source, where)
+    elif source in BUILT_IN:
         prompts = _call(source, where)
     elif source.endswith((".txt", ".jsonl")):
         prompts = _read_file(Path(source), where)
@@ -40,8 +44,8 @@ def load_prompts(source: str, field: str = "prompts.source") -> Sequence[Prompt]
         prompts = _call(source, where)
     else:
         raise ValueError(
-            f"{where} is no prompt source; give a .txt file (one prompt a line), a .jsonl file, package.module:function"
-            f" or one of {', '.join(BUILT_IN)}"
+            f"{where} is no prompt source; give a .txt file (one prompt a line), a .jsonl file, hf:DATASET,"
+            f" package.module:function or one of {', '.join(BUILT_IN)}"
         )
     if not prompts:
         raise ValueError(f"{where} holds no prompts; give at least one")

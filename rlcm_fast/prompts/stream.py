@@ -1,0 +1,229 @@
+"""Prompts of a Hugging Face dataset in streaming: a dataset of the hub, or a local folder of jsonl, parquet or csv.
+
+    hf:poloclub/diffusiondb?split=train&column=prompt&name=large_text_only
+    hf:data/my_prompts                                                      a folder, its split train, its column text
+
+Options: split (train), column (text), name (of the dataset's configuration; none) and window (10000). The dataset is
+read once from front to back, in windows of so many examples, and each window is shuffled by (seed, its number): that
+takes a window's memory, whatever the dataset's size, and a pass holds every prompt once. Blank texts are skipped. At
+the end the next pass begins, whose windows are shuffled otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import torch
+
+from rlcm_fast import parallel
+from rlcm_fast.prompts.sampler import check_counts, labelled
+from rlcm_fast.trajectory import Prompt
+
+PREFIX = "hf:"
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What stands in a source, after PREFIX."""
+
+    path: str
+    split: str = "train"
+    column: str = "text"
+    name: str | None = None
+    window: int = 10_000
+
+
+class PromptStream:
+    """The texts of a dataset window by window, pass after pass."""
+
+    def __init__(self, source: str, where: str) -> None:
+        """`where`: what errors begin with, as prompts.source=hf:...; raises ValueError for what cannot be streamed."""
+        self._where = where
+        self._options = _parse(source, where)
+        self._dataset = _open(self._options, where)
+        self._start: dict[str, Any] = self._dataset.state_dict()
+        self.rewind()
+
+    def rewind(self) -> None:
+        """To the start of the dataset."""
+        self.load_state_dict(self._start)
+
+    def next_window(self) -> list[str] | None:
+        """The texts of the next window in the dataset's order; None once at the end, after which it begins anew."""
+        self._window_start = self._next_start
+        examples = list(itertools.islice(self._examples, self._options.window))
+        if not examples:
+            self.rewind()
+            return None
+        self._next_start = self._dataset.state_dict()
+        return [text for text in map(self._text, examples) if text]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The dataset's own, at the start of the window that was read last."""
+        return self._window_start
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next window is the one that `state` was the start of."""
+        self._next_start = self._window_start = dict(state)
+        self._dataset.load_state_dict(copy.deepcopy(self._next_start))  # which it goes on to change
+        self._examples = iter(self._dataset)
+
+    def _text(self, example: Mapping[str, Any]) -> str:
+        column = self._options.column
+        value = example[column]
+        if not isinstance(value, str | None):
+            raise ValueError(f"{self._where} has {value!r} in its column {column}; name a column of texts as ?column=")
+        return (value or "").strip()
+
+
+class StreamSampler:
+    """Draws from a dataset in streaming, the same on every rank, which then takes its own slice.
+
+    So the prompts of an iteration do not depend on the number of processes, which may change at a resume. Every
+    process reads all of the text for that, which is small beside the images made of it: an iteration's hundred prompts
+    are some 10 kB. The prompts of an iteration are distinct examples, except where a pass ends in it.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        num_prompts: int,
+        images_per_prompt: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        task: str = "default",
+        field: str = "prompts.source",
+    ) -> None:
+        """num_prompts: of an iteration on THIS rank; seed: the same on every rank; reads the first window."""
+        check_counts(num_prompts, images_per_prompt)
+        assert 0 <= rank < world_size, (rank, world_size)
+        self._where = f"{field}={source}"
+        self._stream = PromptStream(source, self._where)
+        self._num_drawn_together = num_prompts * world_size
+        self._mine = slice(rank * num_prompts, (rank + 1) * num_prompts)
+        self._images_per_prompt = images_per_prompt
+        self._seed = seed
+        self._task = task
+        texts = self._stream.next_window() or []
+        self._fingerprint = zlib.crc32("\0".join([str(seed), str(self._num_drawn_together), *texts]).encode())
+        self._enter(texts, number=0)
+
+    def next_batch(self) -> list[Prompt]:
+        texts = self._draw()[self._mine]
+        return [labelled(Prompt(text), self._task) for text in texts for _ in range(self._images_per_prompt)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "stream": self._stream.state_dict(),
+            "window": self._number,
+            "position": self._position,
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.get("fingerprint") != self._fingerprint:
+            raise ValueError(
+                f"{self._where}: the checkpoint was made with another dataset or window (its first window differs), a"
+                f" seed other than {self._seed} or prompts.num_prompts other than {self._num_drawn_together}; resume"
+                " with those of the checkpoint, or start a new run from its export"
+            )
+        self._stream.load_state_dict(state["stream"])
+        self._enter(self._stream.next_window() or [], state["window"])
+        self._position = state["position"]
+
+    def _draw(self) -> list[str]:
+        """The texts of the next iteration, of all ranks together."""
+        is_first = self._number == 0 and self._position == 0
+        drawn: list[str] = []
+        while True:
+            missing = self._num_drawn_together - len(drawn)
+            drawn += self._window[self._position : self._position + missing]
+            self._position = min(self._position + missing, len(self._window))
+            if len(drawn) == self._num_drawn_together:
+                return drawn
+            self._advance(num_of_first_pass=len(drawn) if is_first else None)
+
+    def _advance(self, num_of_first_pass: int | None) -> None:
+        """To the next window; a pass that ends in the run's first iteration, with so many prompts, is too short."""
+        texts = self._stream.next_window()
+        if texts is None:
+            if num_of_first_pass is not None:
+                raise ValueError(_too_few(self._where, num_of_first_pass, self._num_drawn_together))
+            texts = self._stream.next_window() or []
+        self._enter(texts, self._number + 1)
+
+    def _enter(self, texts: list[str], number: int) -> None:
+        order = torch.randperm(len(texts), generator=parallel.generator(self._seed, number))
+        self._window = [texts[row] for row in order.tolist()]
+        self._number, self._position = number, 0
+
+
+def first_window(source: str, where: str) -> list[Prompt]:
+    """What a measurement takes of a dataset: the prompts of the first window that holds any, in its order."""
+    stream = PromptStream(source, where)
+    while (texts := stream.next_window()) is not None:
+        if texts:
+            return [Prompt(text) for text in texts]
+    raise ValueError(_too_few(where, 0, 1))
+
+
+def _too_few(where: str, count: int, wanted: int) -> str:
+    if count == 0:
+        return f"{where} holds no prompts: every text of its column is empty; name another as ?column="
+    return (
+        f"{where} holds {count} prompts, fewer than the prompts.num_prompts={wanted} of an iteration; lower it to at"
+        f" most {count} (and raise prompts.images_per_prompt to keep the batch size), or give more prompts"
+    )
+
+
+def _parse(source: str, where: str) -> _Options:
+    path, _, query = source.removeprefix(PREFIX).partition("?")
+    known = [field.name for field in fields(_Options) if field.name != "path"]
+    try:
+        given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; write options as ?split=train&column=text") from error
+    wrong = next((name for name in given if name not in known), None)
+    if wrong is not None or not path:
+        problem = f"{wrong} is no option" if wrong is not None else "there is no dataset"
+        raise ValueError(f"{where}: {problem}; write hf:DATASET?option=value with options of {', '.join(known)}")
+    window = given.pop("window", str(_Options.window))
+    if not (window.isascii() and window.isdigit() and int(window)):
+        raise ValueError(f"{where}: window={window} is no number of examples of at least 1; give as window=10000")
+    if (path[0] in "/.~" or path.count("/") > 1) and not Path(path).expanduser().is_dir():
+        raise ValueError(
+            f"{where}: there is no such folder under {Path.cwd()}; give a folder of jsonl, parquet or csv files, or"
+            " the id of a dataset of the hub"
+        )
+    return _Options(str(Path(path).expanduser()), window=int(window), **given)
+
+
+def _open(options: _Options, where: str) -> Any:
+    """A datasets.IterableDataset of the one column; code that a dataset may bring is never run."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"{where} needs the package datasets, which is not installed: pip install 'rlcm_fast[data]'; or give a .txt"
+            " or .jsonl file"
+        ) from error
+    try:
+        dataset = load_dataset(options.path, options.name, split=options.split, streaming=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"{where} cannot be streamed: {reason}; give a folder of jsonl, parquet or csv files or the id of a dataset"
+            " of the hub, with the split= and name= that it has"
+        ) from error
+    columns = dataset.column_names or list(next(iter(dataset), {options.column: None}))
+    if options.column not in columns:
+        raise ValueError(f"{where} has no column {options.column}; add ?column= with one of {', '.join(columns)}")
+    return dataset.select_columns([options.column])
