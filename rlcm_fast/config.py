@@ -83,6 +83,10 @@ class RewardConfig:
     """Its factor in the total reward."""
     arguments: dict = field(default_factory=dict)
     """Keyword arguments of its class."""
+    group_size: int = 0
+    """Images of a set reward's group, neighbours in the batch; 0: all images of a task on a process."""
+    credit: Literal["group", "leave_one_out"] = "group"
+    """What an image gets of its group's value: all of it, or the value minus that of the group without the image."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +246,7 @@ class Config:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     """where they come from, and how many an iteration takes"""
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig("jpeg_compressibility")])
-    """The rewards: a YAML list of {name: NAME, weight: 1.0, arguments: {}}."""
+    """The rewards: a YAML list of {name: NAME, weight: 1.0, arguments: {}, group_size: 0, credit: group}."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """sampling and rewarding"""
     advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)

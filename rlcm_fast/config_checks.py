@@ -33,6 +33,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_rewards(config)
     _check_advantages(config)
     _check_sizes(config, world_size)
+    _check_groups(config, world_size)
     check_engine(config, derived(config, world_size))
     _check_lora(config)
     _check_resume(config)
@@ -182,6 +183,35 @@ def _check_sizes(config: Config, world_size: int) -> None:
             f"update.micro_batch_size={update.micro_batch_size} does not divide the {in_update} transitions "
             f"of an update on each process; try {_near_divisors(in_update, update.micro_batch_size)}"
         )
+
+
+def _check_groups(config: Config, world_size: int) -> None:
+    """Groups of set rewards are whole, in a rollout on each process and in an evaluation of all; see rewards/groups.py.
+
+    Of the tasks' shares in a batch the config knows nothing: `GroupReward.groups` checks those.
+    """
+    trained = {f"rewards[{i}]": reward for i, reward in enumerate(config.rewards)}
+    watched = {f"evaluation.rewards[{i}]": reward for i, reward in enumerate(config.evaluation.rewards)}
+    for field, reward in {**trained, **watched}.items():
+        if reward.group_size < 0:
+            raise ValueError(f"{field}.group_size={reward.group_size} is out of range; give 0 (all images) or more")
+    samples = config.prompts.num_prompts * config.prompts.images_per_prompt // world_size
+    for field, reward in trained.items():
+        if reward.credit == "leave_one_out" and (reward.group_size or samples) == 1:
+            remedy = f"set {field}.group_size to 2 or more"
+            raise ValueError(f"{field}.credit=leave_one_out leaves nothing of a group of one image; {remedy}")
+        _check_group(field, reward, samples, f"the {samples} samples of an iteration on each process")
+    if config.evaluation.every > 0:
+        images = config.evaluation.num_images
+        for field, reward in {**trained, **watched}.items():
+            _check_group(field, reward, images, f"evaluation.num_images={images}")
+
+
+def _check_group(field: str, reward: RewardConfig, num_images: int, images: str) -> None:
+    size = reward.group_size
+    if size and num_images % size:
+        near = _near_divisors(num_images, size)
+        raise ValueError(f"{field}.group_size={size} does not divide {images}; try {near}, or change their number")
 
 
 def _near_divisors(number: int, wish: int) -> str:

@@ -1,10 +1,11 @@
 """Held-out images at fixed seeds, scored by the trained rewards and by rewards that the run does not optimise.
 
 The same prompts and noise every time, so that a difference is the policy's. Micro-batch i has the noise of (seed, i)
-and goes to rank i mod world size, so the numbers do not depend on how many processes share the work.
+and goes to rank i mod world size, so the numbers do not depend on how many processes share the work. Groups of set
+rewards are made of all images together, and measured by their value, whatever the credit of their members.
 """
 
-# B images of this process
+# B images of this process, N of all, F numbers that describe one
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from rlcm_fast import parallel
 from rlcm_fast.config import EvaluationConfig
 from rlcm_fast.policies.base import GaussianPolicy
 from rlcm_fast.prompts import deal, load_prompts
-from rlcm_fast.rewards import Reward, RewardService, build_reward, build_rewards
-from rlcm_fast.shapes.reward import image_diversity
+from rlcm_fast.rewards import Reward, RewardService, build_reward, build_rewards, evaluate
+from rlcm_fast.rewards.diversity import Diversity, Thumbnails
 from rlcm_fast.trajectory import Conditioning, Prompt
 
 
@@ -37,25 +38,37 @@ class Evaluator:
     def __call__(self, policy: GaussianPolicy, iteration: int) -> dict[str, float]:
         """`eval/<reward>/mean`, `eval/<reward>/std` and `eval/diversity`, the same on every rank."""
         images, prompts = draw(policy, self.prompts, self.seed, self.micro_batch_size, self.encode, self.decode)
-        scores = self._scores(images, prompts, iteration)
+        answers = self._answers(images, prompts, iteration)
         metrics: dict[str, float] = {}
         for name in sorted(self.rewards):
-            values = torch.tensor(parallel.all_gather_list(scores[name]), dtype=torch.float64)
+            reward, everyones = self.rewards[name][0], self._everyones(answers.get(name))  # (N,) or (N, F)
+            values = evaluate(name, reward, everyones, self.prompts, iteration).double()
             metrics[f"eval/{name}/mean"] = values.mean().item()
             metrics[f"eval/{name}/std"] = values.std(correction=0).item()
-        thumbnails = parallel.all_gather_list(list(torch.nn.functional.adaptive_avg_pool2d(images, 8).cpu()))
-        metrics["eval/diversity"] = image_diversity(torch.stack(thumbnails)) if len(thumbnails) > 1 else 0.0
+        thumbnails = self._everyones(Thumbnails()(images, prompts))
+        metrics["eval/diversity"] = Diversity().value(thumbnails[None]).item()
         return metrics
 
-    def _scores(self, images: Tensor, prompts: list[Prompt], iteration: int) -> dict[str, list[float]]:
+    def _answers(self, images: Tensor, prompts: list[Prompt], iteration: int) -> dict[str, Tensor]:
+        """What the rewards say of this rank's images; groups may go across ranks, so none are made here."""
         if not prompts:  # fewer micro-batches than ranks
-            return {name: [] for name in self.rewards}
+            return {}
         service = RewardService(self.rewards, num_workers=1)
         try:
             service.submit(images, prompts)
-            return {name: values.tolist() for name, values in service.gather(iteration).by_name.items()}
+            return service.answers(iteration)
         finally:
             service.shutdown()
+
+    def _everyones(self, mine: Tensor | None) -> Tensor:
+        """The rows of all ranks (N, ...), in the order of `prompts`; None where this rank has none."""
+        gathered = torch.cat(parallel.all_gather_list([] if mine is None else [mine.cpu()]))
+        dealt = torch.arange(len(self.prompts)).split(self.micro_batch_size)
+        size = parallel.world_size()
+        order = torch.cat([rows for rank in range(size) for rows in dealt[rank::size]])
+        rows = torch.empty_like(gathered)
+        rows[order] = gathered
+        return rows
 
 
 def build_evaluator(

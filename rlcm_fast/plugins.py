@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,27 @@ def load_class(name: str, aliases: Mapping[str, str] | None = None, field: str =
     if not callable(value):
         raise ValueError(f"{field}={name} is a {type(value).__name__}; name a class")
     return value
+
+
+def build(
+    name: str, arguments: Mapping[str, Any], aliases: Mapping[str, str] | None = None, field: str = "name"
+) -> Any:
+    """An instance of the class that `name` names, made with keyword `arguments`; as `load_class` in all else.
+
+    A ValueError of the class itself is passed on with `field` and the arguments in front.
+    """
+    factory = load_class(name, aliases, field)
+    signature = inspect.signature(factory)
+    where = f"{field}={name} arguments={dict(arguments)}"
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        takes = ", ".join(str(parameter) for parameter in signature.parameters.values()) or "no arguments"
+        raise ValueError(f"{where}: {error}; it takes {takes}") from error
+    try:
+        return factory(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _require_module(what: str, module_name: str) -> None:

@@ -31,9 +31,9 @@ class Rollout:
     seconds: float  # sampling, decoding and waiting together
 
     def metrics(self) -> dict[str, float]:
-        """Mean and standard deviation of each reward, and of their weighted sum, over all processes."""
+        """Mean and deviation over all processes, of what each reward measures and of the weighted sum of credits."""
         metrics: dict[str, float] = {}
-        for name, values in {**self.rewards.by_name, "total": self.rewards.total}.items():
+        for name, values in {**self.rewards.values, "total": self.rewards.total}.items():
             everyone = parallel.all_gather(values).double()
             metrics[f"reward/{name}/mean"] = everyone.mean().item()
             metrics[f"reward/{name}/std"] = everyone.std(correction=0).item()

@@ -124,13 +124,12 @@ def _read_config(argv: Sequence[str], rank: int, world_size: int) -> Config:
 
 def _check_plugins(config: Config) -> None:
     """Rewards and prompts exist; needs torch, so it comes after all other checks."""
-    from rlcm_fast.plugins import load_class
     from rlcm_fast.prompts import load_prompts
-    from rlcm_fast.rewards import BUILT_IN
+    from rlcm_fast.rewards import check_name
 
     for field, rewards in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
         for index, reward in enumerate(rewards):
-            load_class(reward.name, BUILT_IN, field=f"{field}[{index}].name")
+            check_name(reward.name, f"{field}[{index}].name")
     load_prompts(config.prompts.source)
     load_prompts(config.evaluation.prompts, "evaluation.prompts")
 

@@ -116,7 +116,10 @@ def test_help_names_every_field_with_its_meaning():
         (["--seed", "3", "4"], "4 belongs to no option"),
         (["--config"], "--config needs a YAML file"),
         (["--config", "missing.yaml"], "config=missing.yaml is not a file; give the path of a YAML file"),
-        (["--rewards", "jpeg"], "rewards=jpeg is not a list; write a list of {name: ..., weight: ..., arguments: ...}"),
+        (
+            ["--rewards", "jpeg"],
+            "rewards=jpeg is not a list; write a list of {name: ..., weight: ..., arguments: ..., gro",
+        ),
         (["--rewards", "[{weight: 2}]"], "rewards[0] lacks name; write a list of"),
         (["--rewards", "[{name: a, wait: 2}]"], "rewards[0].wait is no field of the config; did you mean weight?"),
         (["--rewards", "[{name: a, weight: much}]"], "rewards[].weight=much is not allowed; give a number"),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+import tiny_runs
 import torch
+import two_ranks
 from plugin_rewards import Brightness, Faulty
 from tiny_policies import TinyNetwork, decode, encode, policy_of, prompts
 
 from rlcm_fast import parallel
 from rlcm_fast.evaluation import Evaluator
 from rlcm_fast.prompts import deal
-from rlcm_fast.rewards import RewardError
-from rlcm_fast.shapes.reward import image_diversity
+from rlcm_fast.rewards import GroupReward, RewardError
+from rlcm_fast.rewards.diversity import Diversity
 
 POLICY = policy_of(TinyNetwork())
 
@@ -36,13 +41,48 @@ def test_its_numbers_are_those_of_the_images_without_reward_weights():
     assert metrics == {
         "eval/brightness/mean": pytest.approx(scores.mean().item()),
         "eval/brightness/std": pytest.approx(scores.std(correction=0).item()),
-        "eval/diversity": pytest.approx(image_diversity(images)),
+        "eval/diversity": pytest.approx(diversity_of(images)),
     }
 
 
+def diversity_of(images: torch.Tensor) -> float:
+    diversity = Diversity()
+    return diversity.value(diversity.describe(images, [])[None]).item()
+
+
+def test_a_set_reward_is_measured_by_its_groups_values_whatever_its_credit():
+    images = torch.cat([decode(POLICY.sample(encode(b), parallel.generator(9, i))[1]) for i, b in enumerate(_cut(6))])
+    order = [0, 2, 4, 1, 3, 5]  # two prompts in turn; their repeats are neighbours
+    expected = torch.tensor([diversity_of(images[order[i : i + 2]]) for i in (0, 2, 4)]).double()
+    reward = GroupReward("diversity", Diversity(), 2, "leave_one_out")
+    metrics = Evaluator(deal(prompts(2), 6, 9), 9, 2, {"pairs": (reward, 1.0)}, encode, decode)(POLICY, 0)
+    assert metrics["eval/pairs/mean"] == pytest.approx(expected.mean().item())
+    assert metrics["eval/pairs/std"] == pytest.approx(expected.std(correction=0).item())
+
+
+@pytest.mark.parametrize("num_images", [4, 12])
+def test_groups_go_across_processes_so_two_of_them_measure_what_one_does(num_images: int, tmp_path: Path):
+    alone = two_ranks.evaluate_groups(num_images)
+    group = (2, tiny_runs.free_port())
+    processes = [
+        tiny_runs.start(
+            two_ranks.run_evaluation, num_images, tmp_path, log=tmp_path / f"{rank}.log", rank=rank, group=group
+        )
+        for rank in range(2)
+    ]
+    for rank, process in enumerate(processes):
+        process.join(timeout=300)
+        assert process.exitcode == 0, (tmp_path / f"{rank}.log").read_text()[-3000:]
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
+
+
 def _micro_batches() -> list:
-    five = deal(prompts(2), 5, 9)
-    return [five[0:2], five[2:4], five[4:5]]
+    return _cut(5)
+
+
+def _cut(num_images: int) -> list:
+    dealt = deal(prompts(2), num_images, 9)
+    return [dealt[i : i + 2] for i in range(0, num_images, 2)]
 
 
 def test_a_single_image_has_no_diversity():

@@ -37,6 +37,27 @@ def test_the_reward_of_the_readme_can_be_named_and_called(tmp_path: Path, monkey
     assert check(first.name, reward(images, prompts), prompts, iteration=0).tolist() == [2.0, -1.0]
 
 
+def test_the_set_reward_of_the_readme_is_told_by_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    from rlcm_fast.config import parse_config
+    from rlcm_fast.rewards import build_rewards
+    from rlcm_fast.trajectory import Prompt
+
+    code = next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "def describe" in code)
+    config = next(text for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "leave_one_out" in text)
+    (tmp_path / "my_set_rewards.py").write_text(code)
+    (tmp_path / "my_config.yaml").write_text(config)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rewards = build_rewards(parse_config(["--config", str(tmp_path / "my_config.yaml")]).rewards)
+    spread, _ = rewards.pop("my_set_rewards:Contrast")
+    images = torch.tensor([0.0, 1.0, 0.5, 0.5]).repeat(4)[:, None, None, None].expand(16, 3, 8, 8)
+    values = spread(images, [Prompt("a circle")] * 16)
+    assert values[0] > 0 > values[2]  # without it the group is less spread out, or more
+    (parity, weight) = rewards["distribution_parity"]
+    assert (weight, parity(torch.full((16, 3, 64, 64), 0.5), [Prompt("a circle")] * 16).max()) == (16.0, 0.0)
+
+
 def test_the_kernels_of_the_readme_run_in_another_trainer(capsys: pytest.CaptureFixture[str]):
     example = next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "policy_loss" in code)
     scope: dict[str, Any] = {}

@@ -72,6 +72,14 @@ def test_the_door_finds_wrong_names_of_plugins_before_weights_load(
     assert said.count("\n") == 1
 
 
+def test_a_dry_run_takes_rewards_whose_models_are_not_run_yet(tiny_lcm_folder: str, capsys: pytest.CaptureFixture[str]):
+    rewards = "[{name: aesthetic}, {name: distribution_parity, arguments: {classifier: skin_tone}, group_size: 16}]"
+    evaluated = "[{name: image_reward}, {name: vlm_alignment}, {name: object_detection}]"
+    options = ["--dry_run", "--rewards", rewards, "--evaluation.rewards", evaluated]
+    assert main(["--model.path", tiny_lcm_folder, *options]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["rewards"][1]["group_size"] == 16
+
+
 def test_a_plugin_that_is_not_there_is_one_line_from_a_process_of_its_own():
     done = door("--prompts.source", "no.txt")
     assert done.returncode == 2

@@ -16,6 +16,7 @@ from rlcm_fast.cli.arguments import add_sampling_arguments, positive_int
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rlcm_fast.config import RewardConfig
     from rlcm_fast.rewards import Reward
     from rlcm_fast.trajectory import Prompt
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     names = (
-        "one or more of jpeg_compressibility, shapes_alignment, ... (a wrong name lists all), or package.module:Class"
+        "one or more of jpeg_compressibility, shapes_alignment, ... (a wrong name lists all), package.module:Class, or "
+        "as in a config, as '{name: distribution_parity, arguments: {classifier: shapes_colour}, group_size: 16}'"
     )
     parser.add_argument("--rewards", nargs="+", required=True, metavar="NAME", help=names)
     source = "prompt source, as prompts.source in a config: shapes:one, ..., a .txt or .jsonl file, hf:DATASET"
@@ -38,9 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from rlcm_fast.cli.pipelines import load_pipeline
     from rlcm_fast.prompts import deal, load_prompts
-    from rlcm_fast.rewards import build_reward
+    from rlcm_fast.rewards import build_rewards
 
-    rewards = {name: build_reward(name, {}) for name in arguments.rewards}
+    built = build_rewards(reward_configs(arguments.rewards))
+    rewards = {name: reward for name, (reward, _) in built.items()}
     prompts = deal(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
     pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)
     settings = ("model", "lora", "prompts", "num_images", "guidance_scale", "seed")
@@ -55,6 +58,14 @@ def run(arguments: argparse.Namespace) -> None:
     Path(arguments.out).write_text(text + "\n", encoding="utf-8")
 
 
+def reward_configs(entries: Sequence[str]) -> list[RewardConfig]:
+    """Rewards by name, or as the mapping that a config would hold."""
+    from rlcm_fast.config import parse_config
+
+    items = [entry if entry.startswith("{") else json.dumps({"name": entry}) for entry in entries]
+    return parse_config(["--rewards", f"[{', '.join(items)}]"]).rewards
+
+
 def measure(
     pipeline: Any,
     prompts: Sequence[Prompt],
@@ -62,15 +73,18 @@ def measure(
     num_steps: int,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Images at one number of steps, scored by every reward; the time is that of the images alone."""
+    """Images at one number of steps, scored by every reward, set rewards by group; the time is the images' alone."""
     from rlcm_fast.cli.pipelines import draw
-    from rlcm_fast.rewards import check
+    from rlcm_fast.rewards import ask, check_answer, evaluate
 
     texts = [prompt.text for prompt in prompts]
     settings = (num_steps, arguments.guidance_scale, arguments.seed, arguments.batch_size)
     draw(pipeline, texts[:1], *settings)  # untimed: what is set up at a pipeline's first call
     images, seconds = draw(pipeline, texts, *settings)
-    scores = {name: check(name, reward(images, prompts), prompts, iteration=0) for name, reward in rewards.items()}
+    scores = {}
+    for name, reward in rewards.items():
+        answers = check_answer(name, reward, ask(reward, images, prompts), prompts, iteration=0)
+        scores[name] = evaluate(name, reward, answers, prompts, iteration=0)
     return {
         "num_steps": num_steps,
         "seconds_per_image": seconds / len(images),

@@ -5,51 +5,95 @@ A name is one of BUILT_IN or "package.module:Class" of the user's own.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rlcm_fast.config import RewardConfig
-from rlcm_fast.plugins import load_class
-from rlcm_fast.rewards.base import Reward, RewardError, check
-from rlcm_fast.rewards.service import Rewards, RewardService
+from rlcm_fast.plugins import build, load_class
+from rlcm_fast.rewards.base import Reward, RewardError, SetReward, check
+from rlcm_fast.rewards.groups import GroupReward
+from rlcm_fast.rewards.service import Rewards, RewardService, ask, check_answer, evaluate
 
-__all__ = ["BUILT_IN", "Reward", "RewardError", "RewardService", "Rewards", "build_reward", "build_rewards", "check"]
+__all__ = [
+    "BUILT_IN",
+    "NAMED",
+    "GroupReward",
+    "Reward",
+    "RewardError",
+    "RewardService",
+    "Rewards",
+    "SetReward",
+    "ask",
+    "build_reward",
+    "build_rewards",
+    "check",
+    "check_answer",
+    "check_name",
+    "evaluate",
+]
 
 BUILT_IN = {
     "jpeg_compressibility": "rlcm_fast.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "rlcm_fast.rewards.jpeg:JpegIncompressibility",
+    "distribution_parity": "rlcm_fast.rewards.parity:DistributionParity",
+    "diversity": "rlcm_fast.rewards.diversity:Diversity",
     "shapes_alignment": "rlcm_fast.shapes.reward:ShapesAlignment",
     "shapes_alignment_graded": "rlcm_fast.shapes.graded:ShapesAlignmentGraded",
 }
+NAMED = {
+    "aesthetic": "the LAION aesthetic predictor, an MLP on CLIP ViT-L/14",
+    "vlm_alignment": "a vision-language model whose caption BERTScore compares with the prompt",
+    "image_reward": "the ImageReward model",
+    "object_detection": "an open-vocabulary detector, whose mean confidence in the prompt's objects is the reward",
+}
+"""The papers' rewards that wait for their models: configs may name them, building one says what it needs."""
 
 
-def build_reward(name: str, arguments: Mapping[str, Any]) -> Reward:
-    """The reward `name` (a key of BUILT_IN or "package.module:Class") made with its own `arguments`."""
+def check_name(name: str, field: str) -> None:
+    """Raise a ValueError that names `field` unless `name` is one of BUILT_IN or NAMED, or a class that is there."""
+    if name not in NAMED:
+        load_class(name, BUILT_IN, field)
+
+
+def build_reward(
+    name: str,
+    arguments: Mapping[str, Any],
+    group_size: int = 0,
+    credit: Literal["group", "leave_one_out"] = "group",
+) -> Reward:
+    """The reward `name` (a key of BUILT_IN or "package.module:Class") made with its own `arguments`.
+
+    A set reward comes as a GroupReward with `group_size` and `credit`, which a reward of single images must not have.
+    """
+    if name in NAMED:
+        raise ValueError(
+            f"rewards: name={name} needs {NAMED[name]}, which rlcm_fast does not run yet; give your own as "
+            "package.module:Class"
+        )
     try:
-        factory = load_class(name, BUILT_IN)
+        reward = build(name, arguments, BUILT_IN)
     except ValueError as error:
         raise ValueError(f"rewards: {error}") from error
-    signature = inspect.signature(factory)
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        takes = ", ".join(str(parameter) for parameter in signature.parameters.values()) or "no arguments"
-        raise ValueError(f"rewards: name={name} arguments={dict(arguments)}: {error}; it takes {takes}") from error
-    try:
-        reward = factory(**arguments)
-    except ValueError as error:
-        raise ValueError(f"rewards: name={name} arguments={dict(arguments)}: {error}") from error
-    if not isinstance(reward, Reward):
+    if isinstance(reward, SetReward) and reward.scope == "set":
+        return GroupReward(name, reward, group_size, credit)
+    if not isinstance(reward, Reward) or reward.scope != "image":
         raise ValueError(
             f"rewards: name={name} made a {type(reward).__name__}, which is no reward; give it an attribute"
-            ' scope = "image" and a method __call__(images, prompts) that returns one float32 score per image'
+            ' scope = "image" and a method __call__(images, prompts) that returns one float32 score per image, or'
+            ' scope = "set" and the methods describe(images, prompts) and value(described)'
         )
-    if reward.scope != "image":
-        raise ValueError(f'rewards: name={name} has scope={reward.scope!r}; only scope = "image" is supported')
+    if group_size or credit != "group":
+        given = f"group_size={group_size}" if group_size else f"credit={credit}"
+        raise ValueError(
+            f"rewards: name={name} {given} has no use, as it scores each image on its own; leave it out, or name a set "
+            "reward"
+        )
     return reward
 
 
 def build_rewards(configs: Sequence[RewardConfig]) -> dict[str, tuple[Reward, float]]:
     """Each reward with its weight, by name."""
-    return {config.name: (build_reward(config.name, config.arguments), config.weight) for config in configs}
+    return {
+        config.name: (build_reward(config.name, config.arguments, config.group_size, config.credit), config.weight)
+        for config in configs
+    }

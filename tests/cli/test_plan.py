@@ -27,6 +27,12 @@ def test_the_plan_of_all_gpus_is_a_table(capsys: pytest.CaptureFixture[str]):
     assert "h200" in printed
 
 
+def test_a_plan_takes_rewards_whose_models_are_not_run_yet(capsys: pytest.CaptureFixture[str]):
+    rewards = "[{name: aesthetic}, {name: distribution_parity, arguments: {classifier: skin_tone}}]"
+    assert main(["plan", *CONFIG, "--gpu", "4090", "--rewards", rewards]) == 0
+    assert "it fits: " in capsys.readouterr().out
+
+
 def test_the_plan_of_one_gpu_has_a_verdict(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", *CONFIG, "--gpu", "4090"]) == 0
     printed = capsys.readouterr().out

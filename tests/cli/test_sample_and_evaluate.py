@@ -62,6 +62,17 @@ def test_evaluate_reports_each_number_of_steps_and_reward(folder: str, tmp_path:
         assert size["standard_error"] == pytest.approx(size["std"] / 5**0.5)
 
 
+def test_evaluate_takes_a_reward_as_a_config_does_and_has_a_value_for_each_group(tiny_lcm_folder: str, tmp_path: Path):
+    pairs = "{name: diversity, group_size: 2}"
+    more = ["--rewards", pairs, "jpeg_compressibility", "--num-images", "6"]
+    rewards = evaluate(tiny_lcm_folder, tmp_path, *more)["results"][0]["rewards"]
+    assert rewards["diversity"]["mean"] > 0
+    assert rewards["diversity"]["standard_error"] == pytest.approx(rewards["diversity"]["std"] / 3**0.5)
+    assert rewards["jpeg_compressibility"]["standard_error"] == pytest.approx(
+        rewards["jpeg_compressibility"]["std"] / 6**0.5
+    )
+
+
 def test_evaluate_gives_the_same_numbers_for_the_same_seed(tiny_lcm_folder: str, tmp_path: Path):
     first, second = (evaluate(tiny_lcm_folder, tmp_path)["results"][0]["rewards"] for _ in range(2))
     assert first == second
@@ -88,6 +99,8 @@ def test_statistics_are_those_of_a_sample():
         (["sample", "--model", ".", "--prompt", "x"], "no diffusers folder: it has no model_index.json; give"),
         (["sample", "--model", "shapes/lcm", "--prompt", "x", "--out", "grid.txt"], "out=grid.txt is no image file"),
         (["evaluate", "--model", ".", "--rewards", "jpeg_size"], "=jpeg_size is not known; "),
+        (["evaluate", "--model", ".", "--rewards", "aesthetic"], "name=aesthetic needs the LAION aesthetic predictor"),
+        (["evaluate", "--model", ".", "--rewards", "{name: diversity, groups: 2}"], "rewards[0].groups is no field of"),
         (["sample", "--model", "shapes/lcm", "--lora", "/no", "--prompt", "x"], "lora=/no is no LoRA; give a folder"),
         (["sample", "--model", "runs/typo", "--prompt", "x"], "model=runs/typo is not there; give"),
         (["evaluate", "--model", ".", "--rewards", "jpeg_compressibility", "--prompts", "no.txt"], "prompts=no.txt"),

@@ -1,4 +1,4 @@
-"""The reward, the diversity and the captioned grid."""
+"""The reward and the captioned grid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from rlcm_fast.shapes.draw import captioned_grid
 from rlcm_fast.shapes.grammar import parse
 from rlcm_fast.shapes.renderer import render
-from rlcm_fast.shapes.reward import ShapesAlignment, image_diversity
+from rlcm_fast.shapes.reward import ShapesAlignment
 from rlcm_fast.shapes.scenes import scene_of
 from rlcm_fast.trajectory import Prompt
 
@@ -43,26 +43,6 @@ def test_a_prompt_outside_the_grammar_is_refused_by_name():
 
 def test_the_reward_is_for_single_images():
     assert ShapesAlignment.scope == "image"
-
-
-def test_diversity_is_zero_for_equal_images_and_one_for_black_and_white():
-    assert image_diversity(torch.full((5, 3, 64, 64), 0.3)) == 0
-    assert image_diversity(torch.stack([torch.zeros(3, 64, 64), torch.ones(3, 64, 64)])) == pytest.approx(1)
-
-
-def test_diversity_is_the_mean_over_pairs():
-    flat = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 16, 16)
-    assert image_diversity(flat) == pytest.approx((0.5 + 0.5 + 1.0) / 3)
-
-
-def test_diversity_falls_when_images_repeat():
-    images = images_of(TEXTS)
-    assert image_diversity(images) > image_diversity(images[[0, 0, 0, 1]]) > 0
-
-
-def test_diversity_of_one_image_is_refused():
-    with pytest.raises(ValueError, match="B >= 2"):
-        image_diversity(torch.zeros(1, 3, 64, 64))
 
 
 def test_a_grid_holds_the_doubled_images_with_room_for_captions():

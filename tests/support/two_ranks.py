@@ -1,17 +1,23 @@
-"""What each of several processes runs in tests/test_processes.py: a few whole runs, watched from inside."""
+"""What each of several processes runs: whole runs watched from inside (tests/test_processes.py), an evaluation."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tiny_runs
 import torch
+from tiny_policies import TEXTS, TinyNetwork, decode, encode, policy_of
 
 from rlcm_fast import parallel
 from rlcm_fast.config import parse_config
+from rlcm_fast.evaluation import Evaluator
+from rlcm_fast.rewards import GroupReward
+from rlcm_fast.rewards.diversity import Diversity
 from rlcm_fast.trainer import Trainer
+from rlcm_fast.trajectory import Prompt
 
 
 def run_watched(model: str, folder: Path, runs: Mapping[str, Mapping[str, object]]) -> int:
@@ -22,6 +28,21 @@ def run_watched(model: str, folder: Path, runs: Mapping[str, Mapping[str, object
         trainer.run()
         seen |= {"weights": trainer.engine.full_weights(), "final_weights": trainer.engine.final_weights()}
         torch.save(seen, folder / f"{name}_{parallel.rank()}.pt")
+    return 0
+
+
+def evaluate_groups(num_images: int) -> dict[str, float]:
+    """Pairs of images of two tasks, and all of each, in micro-batches of 3."""
+    prompts = [Prompt(TEXTS[i % 4], "even" if i % 2 == 0 else "odd") for i in range(num_images)]
+    rewards = {size: (GroupReward(size, Diversity(), int(size)), 1.0) for size in ("0", "2")}
+    return Evaluator(prompts, 5, 3, rewards, encode, decode)(policy_of(TinyNetwork()), 0)
+
+
+def run_evaluation(num_images: int, folder: Path) -> int:
+    """Writes what this rank measures to folder/<rank>.json."""
+    torch.distributed.init_process_group("gloo")
+    (folder / f"{parallel.rank()}.json").write_text(json.dumps(evaluate_groups(num_images)))
+    torch.distributed.destroy_process_group()
     return 0
 
 

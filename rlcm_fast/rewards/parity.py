@@ -1,0 +1,85 @@
+"""How evenly an attribute is spread over a group of images: the fairness reward of arXiv 2401.12244, section 4.2.
+
+    r(group) = -sum_a (p_hat(a) - target(a))^2,        p_hat(a) = mean of the members' votes for class a
+
+p_hat is over the members that vote at all: an image in which the classifier finds nothing to classify has a row of
+zeros and no vote. So such images cost nothing here, and a second reward must hold the pictures. A group without any
+vote gets the worst value that there is, that of all votes for the class with the smallest target.
+"""
+
+# B images, A classes, G groups of k images
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlcm_fast.plugins import build
+from rlcm_fast.trajectory import Prompt
+
+CLASSIFIERS = {"shapes_colour": "rlcm_fast.shapes.colour:ColourClassifier"}
+NAMED = {"skin_tone": "a classifier of four skin tones"}
+"""Of the paper, but not run yet: what each needs."""
+
+
+class DistributionParity:
+    """Minus the squared distance between the votes of a group and a target distribution; at most 0."""
+
+    scope = "set"
+
+    def __init__(
+        self,
+        classifier: str,
+        votes: Literal["soft", "hard"] = "soft",
+        target: Sequence[float] | None = None,
+        classifier_arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """classifier: a key of CLASSIFIERS or "package.module:Class", made with `classifier_arguments` and called with
+        (images, prompts); it returns (B, A) probabilities, or any scores for votes="hard", where the largest is the
+        whole vote; a row of zeros is no vote. target: A probabilities; None: uniform.
+        """
+        if votes not in ("soft", "hard"):
+            raise ValueError(f"votes={votes} is unknown; give soft (probabilities) or hard (the likeliest class)")
+        if target is not None and (min(target, default=-1.0) < 0 or not math.isclose(sum(target), 1, abs_tol=1e-6)):
+            raise ValueError(f"target={list(target)} is no distribution; give numbers from 0 to 1 that sum to 1")
+        if classifier in NAMED:
+            raise ValueError(
+                f"classifier={classifier} needs {NAMED[classifier]}, which rlcm_fast does not run yet; give your own "
+                "as package.module:Class"
+            )
+        self._classifier = build(classifier, classifier_arguments or {}, CLASSIFIERS, "classifier")
+        self._is_hard = votes == "hard"
+        self._target = target
+
+    def describe(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """The votes (B, A) float32, each row a distribution or zeros; images (B, 3, H, W) float32 in [0, 1]."""
+        scores = self._classifier(images, prompts).float()
+        if scores.ndim != 2 or not torch.isfinite(scores).all():
+            raise ValueError(f"the classifier's answer of shape {tuple(scores.shape)} must be (B, A) and finite")
+        if self._target is not None and len(self._target) != scores.shape[-1]:
+            raise ValueError(f"target={list(self._target)} is not one number for each of {scores.shape[-1]} classes")
+        votes_at_all = scores.ne(0).any(dim=1, keepdim=True)
+        if self._is_hard:
+            return torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0) * votes_at_all
+        sums = scores.sum(dim=1, keepdim=True)
+        if (scores < 0).any() or ((sums - 1).abs() > 1e-3).logical_and(votes_at_all).any():
+            raise ValueError(
+                "votes=soft needs probabilities, rows that sum to 1 or to 0 for no vote; or set votes=hard"
+            )
+        return scores
+
+    def value(self, described: Tensor) -> Tensor:
+        """described (G, k, A) float32 -> (G,) float32."""
+        num_votes = described.sum(dim=(1, 2))  # (G,)
+        target = self._target_of(described)
+        p_hat = described.sum(dim=1) / num_votes.clamp(min=0.5)[:, None]  # (G, A); 0.5: above 0, below one vote
+        worst = 1 - 2 * target.min() + target.square().sum()
+        return -torch.where(num_votes > 0, (p_hat - target).square().sum(dim=1), worst)
+
+    def _target_of(self, described: Tensor) -> Tensor:
+        num_classes = described.shape[-1]
+        return described.new_tensor(self._target if self._target is not None else [1 / num_classes] * num_classes)
