@@ -19,6 +19,7 @@ from rlcm_fast.trajectory import Prompt
 STAGES = (0, 1, 2, 3)
 # A large eps keeps Adam from blowing up the rounding noise of gradients that are zero but for it.
 SETTINGS = {"prompts.num_prompts": 4, "num_iterations": 2, "optimizer.eps": 1e-3, "evaluation.every": 1}
+SETS = {"num_iterations": 1, "rewards": [{"name": "diversity", "group_size": 2}], "evaluation.num_images": 4}
 RUNS: dict[str, dict[str, object]] = {
     **{f"stage_{stage}": {**SETTINGS, "engine.zero_stage": stage} for stage in STAGES},
     "again": SETTINGS,
@@ -34,6 +35,7 @@ RUNS: dict[str, dict[str, object]] = {
     },
     "average": {**SETTINGS, "engine.zero_stage": 1, "ema.decay": 0.9},
     "adapters": {**SETTINGS, "engine.zero_stage": 3, "lora.rank": 2, "update.kl_weight": 0.1},
+    "sets": {**SETTINGS, **SETS},
     "few_images": {**SETTINGS, "evaluation.num_images": 2, "num_iterations": 1, "tracking.grid_every": 1},
 }
 
@@ -142,6 +144,13 @@ def test_weights_without_a_master_follow_those_of_float32_to_their_last_digits(i
     pairs = [((others[name] - weight).flatten(), weight.flatten()) for name, weight in weights.items()]
     apart, length = (torch.cat(parts).norm() for parts in zip(*pairs))
     assert 0 < apart <= 2**-8 * length
+
+
+def test_groups_of_a_set_reward_are_made_on_each_process_and_evaluated_over_all(folder: Path):
+    rewards = torch.stack([rank["rewards"][0] for rank in seen(folder, "sets")])  # two prompts' two images each
+    assert torch.equal(rewards[:, ::2], rewards[:, 1::2])
+    assert len(rewards.unique()) == 4
+    assert tiny_runs.metrics(folder / "sets")[0]["eval/diversity/std"] > 0
 
 
 def test_a_rank_without_images_takes_part_in_the_evaluation(folder: Path):
