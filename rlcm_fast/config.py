@@ -134,6 +134,24 @@ class UpdateConfig:
 
 
 @dataclass(frozen=True)
+class PretrainingConfig:
+    """The loss on real images and their captions that keeps images real."""
+
+    data: str = ""
+    """A folder, a .jsonl file, .tar shards, hf:PATH, shapes:all or package.module:function; see pairs/sources.py."""
+    weight: float = 0.0
+    """Its factor beside the reward's loss (beta of arXiv 2401.12244); 0 is off."""
+    batch_size: int = 64
+    """Pairs of an update, over all processes."""
+    micro_batch_size: int = 64
+    """Pairs of one forward and backward, per process; must divide those of an update."""
+    caption_dropout: float = 0.1
+    """Share of captions replaced by the empty text, which guidance needs."""
+    workers: int = 0
+    """Processes that decode images ahead of their use, per process; 0: the training process itself."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer and its learning rate."""
 
@@ -253,6 +271,8 @@ class Config:
     """how rewards become advantages"""
     update: UpdateConfig = field(default_factory=UpdateConfig)
     """the optimizer steps on a rollout"""
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    """a loss on real images beside the rewards"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Adam and its learning rate"""
     engine: EngineConfig = field(default_factory=EngineConfig)

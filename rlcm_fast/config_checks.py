@@ -34,6 +34,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_advantages(config)
     _check_sizes(config, world_size)
     _check_groups(config, world_size)
+    _check_pretraining(config, world_size)
     check_engine(config, derived(config, world_size))
     _check_lora(config)
     _check_resume(config)
@@ -76,6 +77,9 @@ def _bounds(config: Config) -> Iterator[_Bound]:
     yield _Bound("update.advantage_clip", update.advantage_clip, update.advantage_clip > 0, "a positive number, as 10")
     yield _Bound("update.max_grad_norm", update.max_grad_norm, update.max_grad_norm >= 0, "0 (off) or more")
     yield _Bound("update.kl_weight", update.kl_weight, update.kl_weight >= 0, "0 (off) or more")
+    beta, dropout = config.pretraining.weight, config.pretraining.caption_dropout
+    yield _Bound("pretraining.weight", beta, beta >= 0, "0 (off) or more")
+    yield _Bound("pretraining.caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1], as 0.1")
     yield _Bound("ema.decay", config.ema.decay, 0 <= config.ema.decay < 1, "a number in [0, 1), as 0.99; 0 is off")
     yield _Bound("optimizer.lr", optimizer.lr, optimizer.lr > 0, "a positive number, as 1e-4")
     yield _Bound("optimizer.eps", optimizer.eps, optimizer.eps > 0, "a positive number, as 1e-8")
@@ -98,6 +102,8 @@ def _counts(config: Config) -> Iterator[_Bound]:
         "update.num_passes": config.update.num_passes,
         "update.num_updates": config.update.num_updates,
         "update.micro_batch_size": config.update.micro_batch_size,
+        "pretraining.batch_size": config.pretraining.batch_size,
+        "pretraining.micro_batch_size": config.pretraining.micro_batch_size,
         "evaluation.num_images": config.evaluation.num_images,
         "evaluation.micro_batch_size": config.evaluation.micro_batch_size,
         "checkpoint.keep": config.checkpoint.keep,
@@ -108,6 +114,7 @@ def _counts(config: Config) -> Iterator[_Bound]:
         "model.image_size": config.model.image_size,
         "lora.rank": config.lora.rank,
         "rollout.decode_batch_size": config.rollout.decode_batch_size,
+        "pretraining.workers": config.pretraining.workers,
         "evaluation.seed": config.evaluation.seed,
         "evaluation.every": config.evaluation.every,
         "checkpoint.every": config.checkpoint.every,
@@ -212,6 +219,28 @@ def _check_group(field: str, reward: RewardConfig, num_images: int, images: str)
     if size and num_images % size:
         near = _near_divisors(num_images, size)
         raise ValueError(f"{field}.group_size={size} does not divide {images}; try {near}, or change their number")
+
+
+def _check_pretraining(config: Config, world_size: int) -> None:
+    """There are pairs to train on, shared evenly, in whole micro-batches."""
+    pretraining = config.pretraining
+    if pretraining.weight == 0:
+        return
+    if not pretraining.data.strip():
+        raise ValueError(
+            f"pretraining.weight={pretraining.weight} needs pretraining.data: a folder of captioned images, a .jsonl"
+            " file, .tar shards, hf:PATH or shapes:all; name one, or set pretraining.weight=0"
+        )
+    size = pretraining.batch_size
+    if size % world_size:
+        up = -(-size // world_size) * world_size
+        raise ValueError(f"pretraining.batch_size={size} does not divide by the {world_size} processes; try {up}")
+    share, micro = size // world_size, pretraining.micro_batch_size
+    if share % micro:
+        raise ValueError(
+            f"pretraining.micro_batch_size={micro} does not divide the {share} pairs of an update on each process;"
+            f" try {_near_divisors(share, micro)}"
+        )
 
 
 def _near_divisors(number: int, wish: int) -> str:

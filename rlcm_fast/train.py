@@ -123,7 +123,8 @@ def _read_config(argv: Sequence[str], rank: int, world_size: int) -> Config:
 
 
 def _check_plugins(config: Config) -> None:
-    """Rewards and prompts exist; needs torch, so it comes after all other checks."""
+    """Rewards, prompts and pairs exist; needs torch, so it comes after all other checks."""
+    from rlcm_fast.pairs import check_source
     from rlcm_fast.prompts import load_prompts
     from rlcm_fast.rewards import check_name
 
@@ -132,6 +133,8 @@ def _check_plugins(config: Config) -> None:
             check_name(reward.name, f"{field}[{index}].name")
     load_prompts(config.prompts.source)
     load_prompts(config.evaluation.prompts, "evaluation.prompts")
+    if config.pretraining.weight > 0:
+        check_source(config.pretraining.data)
 
 
 def _print_plan(config: Config, world_size: int) -> None:

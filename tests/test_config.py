@@ -188,6 +188,15 @@ def test_a_mistake_in_the_file_names_the_file_the_field_and_the_way_out(
         ("--optimizer.name adam --optimizer.weight_decay 0.1", "set optimizer.name=adamw"),
         ("--rollout.decode_batch_size -1", "rollout.decode_batch_size=-1 is out of range; give 0 or more"),
         ("--engine.offload_idle 2", "engine.offload_idle=2 is not allowed; give true or false"),
+        ("--pretraining.weight -1", "pretraining.weight=-1.0 is out of range; give 0 (off) or more"),
+        ("--pretraining.weight 0.1", "pretraining.weight=0.1 needs pretraining.data: a folder of captioned images"),
+        ("--pretraining.caption_dropout 2", "pretraining.caption_dropout=2.0 is out of range; give a share in [0, 1]"),
+        ("--pretraining.batch_size 0", "pretraining.batch_size=0 is out of range; give 1 or more"),
+        ("--pretraining.workers -1", "pretraining.workers=-1 is out of range; give 0 or more"),
+        (
+            "--pretraining.weight 0.1 --pretraining.data shapes:all --pretraining.micro_batch_size 48",
+            "pretraining.micro_batch_size=48 does not divide the 64 pairs of an update on each process; try 32 or 64",
+        ),
         ("--ema.decay 1", "ema.decay=1.0 is out of range; give a number in [0, 1), as 0.99; 0 is off"),
         ("--ema.decay 0.9 --engine.zero_stage 3", "ema.decay=0.9 needs whole weights on each process; set engine.zero"),
         ("--ema.device gpu", "ema.device=gpu is not allowed; give one of model, cpu"),
@@ -249,6 +258,13 @@ def test_numbers_with_an_exponent_are_numbers_everywhere(write, number: str):
 def test_processes_share_prompts_evenly():
     message = mistake(["--prompts.num_prompts", "15", "--update.micro_batch_size", "1"], world_size=2)
     assert message == "prompts.num_prompts=15 does not divide by the 2 processes; try 16"
+
+
+def test_processes_share_pairs_evenly():
+    argv = ["--prompts.num_prompts", "12", "--update.micro_batch_size", "48"]
+    argv += ["--pretraining.weight", "0.1", "--pretraining.data", "shapes:all"]
+    with pytest.raises(ValueError, match=r"^pretraining.batch_size=64 does not divide by the 3 processes; try 66$"):
+        validate(parse_config(argv), world_size=3)
 
 
 def test_renoise_makes_the_last_step_an_action():

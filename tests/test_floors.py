@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "kernels": 0,
     **dict.fromkeys(("config", "trajectory", "parallel", "plugins"), 1),
-    **dict.fromkeys(("prompts", "backbones", "rewards", "algorithms", "memory", "shapes"), 2),
+    **dict.fromkeys(("prompts", "pairs", "backbones", "rewards", "algorithms", "memory", "shapes"), 2),
     "policies": 3,
     **dict.fromkeys(("engines", "rollout", "update", "evaluation", "checkpoint", "tracking", "interruption"), 4),
     "trainer": 5,

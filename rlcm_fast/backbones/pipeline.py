@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from torch import Tensor
 
 from rlcm_fast.backbones.adapters import WithoutAdapters, add_adapters, has_adapters, merged, save_adapters
@@ -170,6 +171,19 @@ class Backbone:
             slices = (latents / vae.config.scaling_factor).split(self._decode_batch_size or len(latents))
             images = torch.cat([vae.decode(part, return_dict=False)[0] for part in slices])
         return (images / 2 + 0.5).clamp(0, 1).float()
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents x_0 (B, C, h, w) float32, as the UNet wants them, of images (B, 3, H, W) in [0, 1].
+
+        An AutoencoderKL's are sampled from its posterior, by `generator`: that is what UNets of Stable Diffusion's kind
+        were trained on, and a posterior's mode, if ever so near, is no image's typical latent. Others have one answer.
+        """
+        vae = self._pipeline.vae
+        with self._on_device(vae):
+            slices = (images.to(self.device) * 2 - 1).split(self._decode_batch_size or len(images))
+            latents = torch.cat([retrieve_latents(vae.encode(part.to(vae.dtype)), generator) for part in slices])
+        return (latents * vae.config.scaling_factor).float()
 
     @contextmanager
     def _on_device(self, *parts: torch.nn.Module) -> Iterator[None]:

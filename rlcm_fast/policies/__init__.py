@@ -4,12 +4,13 @@ from rlcm_fast.policies.base import GaussianPolicy
 from rlcm_fast.policies.build import build_policy
 from rlcm_fast.policies.consistency import ConsistencyPolicy
 from rlcm_fast.policies.diffusion import DiffusionPolicy
-from rlcm_fast.policies.schedules import Schedule, consistency_schedule, ddim_schedule
+from rlcm_fast.policies.schedules import NoiseLevels, Schedule, consistency_schedule, ddim_schedule
 
 __all__ = [
     "ConsistencyPolicy",
     "DiffusionPolicy",
     "GaussianPolicy",
+    "NoiseLevels",
     "Schedule",
     "build_policy",
     "consistency_schedule",

@@ -65,16 +65,20 @@ class GaussianPolicy(ABC):
     def network_output(self, x_t: Tensor, step: Tensor, conditioning: Conditioning) -> Tensor:
         """m (N, C, H, W) float32 after guidance, of one network call; x_t (N, C, H, W), step (N,) int64, mixed."""
 
+    @abstractmethod
+    def unguided_output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """m (N, C, H, W) float32 without guidance, of one network call; t (N,) int64 in [0, T), training timesteps."""
+
     @property
     def needs_negative(self) -> bool:
         """Whether guidance takes an unconditional half, and so the conditioning's negative_embeds."""
         return self.guidance_scale != 1.0
 
-    def _guided(self, x_t: Tensor, step: Tensor, conditioning: Conditioning) -> Tensor:
+    def _guided(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """m_u + w (m_c - m_u), both halves in one forward pass; with w = 1 there is no unconditional half."""
         embeds, pooled = conditioning.embeds, conditioning.pooled
         if not self.needs_negative:
-            return self._forward(x_t, step, embeds, pooled, conditioning.time_ids)
+            return self._forward(x_t, t, embeds, pooled, conditioning.time_ids)
         if conditioning.negative_embeds is None:
             raise ValueError(
                 f"policy.guidance_scale={self.guidance_scale} needs Conditioning.negative_embeds, the encoding of the"
@@ -83,27 +87,30 @@ class GaussianPolicy(ABC):
         embeds = torch.cat([conditioning.negative_embeds.expand_as(embeds), embeds])
         if pooled is not None and conditioning.negative_pooled is not None:
             pooled = torch.cat([conditioning.negative_pooled.expand_as(pooled), pooled])
-        both = self._forward(x_t.repeat(2, 1, 1, 1), step.repeat(2), embeds, pooled, conditioning.time_ids)
+        both = self._forward(x_t.repeat(2, 1, 1, 1), t.repeat(2), embeds, pooled, conditioning.time_ids)
         m_u, m_c = both.chunk(2)
         return m_u + self.guidance_scale * (m_c - m_u)
 
     def _forward(
         self,
         x_t: Tensor,
-        step: Tensor,
+        t: Tensor,
         embeds: Tensor,
         pooled: Tensor | None,
         time_ids: Tensor | None,
         timestep_cond: Tensor | None = None,
     ) -> Tensor:
-        """One call of the network on N rows; embeds (N, L, E), pooled (N, P), time_ids (1, 6); float32 comes out."""
+        """One call of the network on N rows at training timesteps t (N,); float32 comes out.
+
+        embeds (N, L, E), pooled (N, P), time_ids (1, 6), timestep_cond (N, W).
+        """
         keywords: dict[str, Any] = {} if timestep_cond is None else {"timestep_cond": timestep_cond}
         if pooled is not None and time_ids is not None:
             added = {"text_embeds": pooled.to(self.dtype), "time_ids": time_ids.expand(len(x_t), -1)}
             keywords["added_cond_kwargs"] = added
         return self.unet(
             x_t.to(self.dtype),
-            self.schedule.timesteps[step],
+            t,
             encoder_hidden_states=embeds.to(self.dtype),
             return_dict=False,
             **keywords,

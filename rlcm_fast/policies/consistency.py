@@ -36,22 +36,28 @@ class ConsistencyPolicy(GaussianPolicy):
     ) -> None:
         super().__init__(unet, schedule, guidance_scale, unet_config, dtype, device)
         width = unet_config.get("time_cond_proj_dim")
-        has_input = width is not None
-        self._timestep_cond = (
-            guidance_embedding(guidance_scale, width).to(device, dtype) if has_input else None
-        )  # (1, W)
+        self._timestep_cond, self._no_guidance = (
+            None if width is None else guidance_embedding(scale, width).to(device, dtype)  # (1, W)
+            for scale in (guidance_scale, 1.0)
+        )
 
     @property
     def needs_negative(self) -> bool:
         return self._timestep_cond is None and super().needs_negative
 
     def network_output(self, x_t: Tensor, step: Tensor, conditioning: Conditioning) -> Tensor:
+        t = self.schedule.timesteps[step]
         if self._timestep_cond is None:
-            return self._guided(x_t, step, conditioning)
-        guidance = self._timestep_cond.expand(len(x_t), -1)
-        return self._forward(
-            x_t, step, conditioning.embeds, conditioning.pooled, conditioning.time_ids, timestep_cond=guidance
-        )
+            return self._guided(x_t, t, conditioning)
+        return self._told(x_t, t, conditioning, self._timestep_cond)
+
+    def unguided_output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return self._told(x_t, t, conditioning, self._no_guidance)
+
+    def _told(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: Tensor | None) -> Tensor:
+        """One call of the network that is told its guidance (1, W), where it takes one."""
+        rows = None if guidance is None else guidance.expand(len(x_t), -1)
+        return self._forward(x_t, t, conditioning.embeds, conditioning.pooled, conditioning.time_ids, rows)
 
 
 def guidance_embedding(guidance_scale: float, width: int) -> Tensor:

@@ -41,4 +41,7 @@ class DiffusionPolicy(GaussianPolicy):
             raise ValueError(f"policy.guidance_scale={guidance_scale} is below 1; 1 is no guidance, usual are 3 to 8")
 
     def network_output(self, x_t: Tensor, step: Tensor, conditioning: Conditioning) -> Tensor:
-        return self._guided(x_t, step, conditioning)
+        return self._guided(x_t, self.schedule.timesteps[step], conditioning)
+
+    def unguided_output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return self._forward(x_t, t, conditioning.embeds, conditioning.pooled, conditioning.time_ids)

@@ -45,6 +45,20 @@ _SIGMA_DATA = 0.5
 
 
 @dataclass(frozen=True)
+class NoiseLevels:
+    """What the network was trained on, whatever the sampler: a row for each of the T training timesteps."""
+
+    signal: Tensor  # (T,) float32, sqrt(alpha_bar): x_t = signal x_0 + noise eps
+    noise: Tensor  # (T,) float32, sqrt(1 - alpha_bar)
+    target: Tensor  # (T, 2) float32, of x_0 and eps: the output that knows both, by prediction type
+    consistency: Tensor  # (T, 2) float32, of x_t and m: the consistency function f
+    origin_timesteps: Tensor  # (O,) int64, rising: what a consistency model was distilled on
+
+    def to(self, device: torch.device | str) -> NoiseLevels:
+        return NoiseLevels(**{name: table.to(device) for name, table in vars(self).items()})
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The steps of a sampler, noisiest first; the first `num_actions` of them are actions."""
 
@@ -52,6 +66,7 @@ class Schedule:
     coefficients: Tensor  # (S, 3) float32, A, B, sigma of each step
     image_coefficients: Tensor  # (3,) float32, A, B, 0: the image's latent from the state before the last step
     num_actions: int  # K: S - 1 if the last step is deterministic, S if it re-noises, 0 for DDIM with eta = 0
+    levels: NoiseLevels
 
     @property
     def num_steps(self) -> int:
@@ -63,6 +78,7 @@ class Schedule:
             self.coefficients.to(device),
             self.image_coefficients.to(device),
             self.num_actions,
+            self.levels.to(device),
         )
 
     def require_actions(self) -> None:
@@ -81,18 +97,14 @@ def consistency_schedule(
     """The table of multistep consistency sampling for an LCMScheduler config."""
     _check(scheduler_config, num_steps, last_step)
     alpha_bar = _alpha_bar(scheduler_config)
-    t = _consistency_timesteps(len(alpha_bar), int(scheduler_config.get("original_inference_steps", 50)), num_steps)
-    a_0, b_0, _, _ = _prediction(scheduler_config, alpha_bar[t])
-    scaled = t * float(scheduler_config.get("timestep_scaling", 10.0))
-    c_skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
-    c_out = scaled / np.sqrt(scaled**2 + _SIGMA_DATA**2)
-    f = np.stack([c_skip + c_out * a_0, c_out * b_0], axis=1)  # (S, 2)
+    t = _consistency_timesteps(_origin_timesteps(scheduler_config, len(alpha_bar))[::-1], num_steps)
+    f = _consistency_function(scheduler_config, alpha_bar, t)  # (S, 2)
     level = alpha_bar[np.append(t[1:], t[-1])]  # the last step returns to its own level
     table = np.concatenate([np.sqrt(level)[:, None] * f, np.sqrt(1.0 - level)[:, None]], axis=1)
     image = np.append(f[-1], 0.0)
     if last_step == "deterministic":
         table[-1] = image
-    return _schedule(t, table, image)
+    return _schedule(t, table, image, noise_levels(scheduler_config))
 
 
 def ddim_schedule(
@@ -121,10 +133,19 @@ def ddim_schedule(
             "policy.last_step=renoise, but this DDIM schedule's last step has no noise of its own (eta=0 or"
             " set_alpha_to_one=true); use policy.last_step=deterministic"
         )
-    return _schedule(t, table, image)
+    return _schedule(t, table, image, noise_levels(scheduler_config))
 
 
-def _schedule(t: NDArray[np.int64], table: Array, image: Array) -> Schedule:
+def _consistency_function(config: Mapping[str, Any], alpha_bar: Array, t: NDArray[np.int64]) -> Array:
+    """(S, 2), of x_t and m, at timesteps t (S,): f = c_skip x_t + c_out x_0."""
+    a_0, b_0, _, _ = _prediction(config, alpha_bar[t])
+    scaled = t * float(config.get("timestep_scaling", 10.0))
+    c_skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
+    c_out = scaled / np.sqrt(scaled**2 + _SIGMA_DATA**2)
+    return np.stack([c_skip + c_out * a_0, c_out * b_0], axis=1)
+
+
+def _schedule(t: NDArray[np.int64], table: Array, image: Array, levels: NoiseLevels) -> Schedule:
     is_action = table[:, 2] > 0.0
     num_actions = int(is_action.sum())
     assert is_action[:num_actions].all(), "a step without noise between actions"
@@ -133,6 +154,24 @@ def _schedule(t: NDArray[np.int64], table: Array, image: Array) -> Schedule:
         torch.from_numpy(table).float(),
         torch.from_numpy(image).float(),
         num_actions,
+        levels,
+    )
+
+
+def noise_levels(scheduler_config: Mapping[str, Any]) -> NoiseLevels:
+    """The tables of all training timesteps."""
+    alpha_bar = _alpha_bar(scheduler_config)
+    t = np.arange(len(alpha_bar))
+    signal, noise = np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar)
+    zero, one = np.zeros_like(signal), np.ones_like(signal)
+    kind = scheduler_config.get("prediction_type", "epsilon")
+    target = {"epsilon": (zero, one), "v_prediction": (-noise, signal), "sample": (one, zero)}[kind]
+    return NoiseLevels(
+        torch.from_numpy(signal).float(),
+        torch.from_numpy(noise).float(),
+        torch.from_numpy(np.stack(target, axis=1)).float(),
+        torch.from_numpy(_consistency_function(scheduler_config, alpha_bar, t)).float(),
+        torch.from_numpy(_origin_timesteps(scheduler_config, len(alpha_bar))),
     )
 
 
@@ -190,11 +229,17 @@ def _prediction(config: Mapping[str, Any], alpha_bar: Array) -> tuple[Array, Arr
     raise ValueError(f"scheduler config prediction_type={kind!r}; use epsilon, v_prediction or sample")
 
 
-def _consistency_timesteps(num_train: int, origin: int, num_steps: int) -> NDArray[np.int64]:
-    """S of the `origin` timesteps that the model was distilled on, evenly spaced, noisiest first."""
+def _origin_timesteps(config: Mapping[str, Any], num_train: int) -> NDArray[np.int64]:
+    """(O,) rising: what a consistency model was distilled on."""
+    origin = int(config.get("original_inference_steps", 50))
+    return np.arange(1, origin + 1) * (num_train // origin) - 1
+
+
+def _consistency_timesteps(origin_timesteps: NDArray[np.int64], num_steps: int) -> NDArray[np.int64]:
+    """S of the timesteps that the model was distilled on, noisiest first, evenly spaced."""
+    origin = len(origin_timesteps)
     if num_steps > origin:
         raise ValueError(f"policy.num_steps={num_steps} is above the {origin} that the model was distilled on")
-    origin_timesteps = (np.arange(1, origin + 1) * (num_train // origin) - 1)[::-1]
     return origin_timesteps[np.floor(np.linspace(0, origin, num_steps, endpoint=False)).astype(np.int64)]
 
 

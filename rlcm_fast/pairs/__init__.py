@@ -1,0 +1,8 @@
+"""Real images and their captions, for the pretraining loss: `check_source` before weights load, `PairStream` after."""
+
+from __future__ import annotations
+
+from rlcm_fast.pairs.sources import BUILT_IN, Source, check_source, parse_source
+from rlcm_fast.pairs.stream import PairStream
+
+__all__ = ["BUILT_IN", "PairStream", "Source", "check_source", "parse_source"]

@@ -1,0 +1,191 @@
+"""Rows of a source, undecoded, in an order that the seed fixes, and the place in it as JSON.
+
+Two readers with one face: `take` rows of this process, the `cursor` after them, `seek` back to it.
+
+ - Functions are numbered pairs: an update takes the next num_rows * world_size numbers and each process its own slice,
+   so that the pairs of an update do not depend on how many processes share them.
+ - Everything else is read by `datasets` in streaming, pass after pass. `split_dataset_by_node` gives each process its
+   own shards, or every n-th row where their number does not divide. Within a window of rows, not yet decoded, the order
+   is shuffled; webdataset shards and captioned files are shuffled themselves before each pass, too. The cursor holds
+   datasets' own state at the start of the window (which excludes a shuffle buffer of theirs: its rows would be lost in
+   a resumed run) and the number of rows taken of it, so that nothing is decoded twice to get there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlcm_fast.pairs.sources import FIELD, IMAGE_ENDINGS, Source, captioned_files, shards
+
+_WINDOW_OF_PATHS = 16384
+_WINDOW_OF_BYTES = 1024  # 100 MB of 100 kB images
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair before it is decoded; the image is a number for functions, else datasets' {bytes, path}."""
+
+    image: int | dict[str, Any]
+    text: str
+
+
+class FunctionReader:
+    """Numbers for a function that makes a pair of each."""
+
+    def __init__(self, seed: int, rank: int, world_size: int) -> None:
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._num_taken = 0  # by all processes
+
+    def take(self, num_rows: int) -> list[Row]:
+        first = self._num_taken + self._rank * num_rows
+        self._num_taken += num_rows * self._world_size
+        return [Row(self._number(index), "") for index in range(first, first + num_rows)]
+
+    def cursor(self) -> dict[str, Any]:
+        return {"num_taken": self._num_taken}
+
+    def seek(self, cursor: Mapping[str, Any]) -> None:
+        self._num_taken = cursor["num_taken"]
+
+    def seek_among(self, cursors: Sequence[Mapping[str, Any]]) -> None:
+        """Where another number of processes stopped: exactly there."""
+        self.seek(cursors[0])
+
+    def _number(self, index: int) -> int:
+        """Neighbouring indices and seeds give unrelated numbers."""
+        return int(np.random.SeedSequence([self._seed, index]).generate_state(1, np.uint64)[0])
+
+
+class DatasetReader:
+    """This process's share of a dataset, over and over."""
+
+    def __init__(self, source: Source, seed: int, rank: int, world_size: int) -> None:
+        self._source, self._seed, self._rank, self._world_size = source, seed, rank, world_size
+        self._pass, self._window, self._start, self._taken = 0, 0, None, 0
+        self._rows: list[Row] = []  # of the window, shuffled
+        self._dataset: Any = None
+        self._iterator: Iterator[dict[str, Any]] = iter(())
+
+    def take(self, num_rows: int) -> list[Row]:
+        rows: list[Row] = []
+        while len(rows) < num_rows:
+            if self._taken == len(self._rows):
+                self._next_window()
+            part = self._rows[self._taken : self._taken + num_rows - len(rows)]
+            self._taken += len(part)
+            rows += part
+        return rows
+
+    def cursor(self) -> dict[str, Any]:
+        return {"pass": self._pass, "window": self._window, "start": self._start, "taken": self._taken}
+
+    def seek(self, cursor: Mapping[str, Any]) -> None:
+        self._pass, self._window, self._start = cursor["pass"], cursor["window"], cursor["start"]
+        self._rows, self._taken, self._dataset = [], 0, None
+        if cursor["taken"]:
+            self._open()
+            self._read_window()
+            self._taken = cursor["taken"]
+
+    def seek_among(self, cursors: Sequence[Mapping[str, Any]]) -> None:
+        """Where another number of processes stopped: their shares are other ones, so at the start of the next pass."""
+        last = max(cursor["pass"] for cursor in cursors)
+        self.seek({"pass": last + 1, "window": 0, "start": None, "taken": 0})
+
+    def _next_window(self) -> None:
+        if self._dataset is None:
+            self._open()
+        else:
+            self._window, self._start = self._window + 1, self._dataset.state_dict()
+        self._read_window()
+        if not self._rows:  # the pass is over
+            if self._window == 0:
+                raise ValueError(
+                    f"{FIELD}={self._source.text} holds no pair for process {self._rank} of {self._world_size}; give at"
+                    " least one for each"
+                )
+            self._pass, self._window, self._start = self._pass + 1, 0, None
+            self._open()
+            self._read_window()
+
+    def _open(self) -> None:
+        """This pass from `_start` on."""
+        from datasets.distributed import split_dataset_by_node
+
+        dataset = _open_dataset(self._source, np.random.default_rng([self._seed, self._pass]))
+        self._dataset = split_dataset_by_node(dataset, self._rank, self._world_size)
+        if self._start is not None:
+            self._dataset.load_state_dict(self._start)
+        self._iterator = iter(self._dataset)
+
+    def _read_window(self) -> None:
+        rows: list[Row] = []
+        for record in self._iterator:
+            rows.append(_row(record, self._source))
+            is_path = isinstance(rows[0].image, dict) and rows[0].image.get("bytes") is None
+            if len(rows) == (_WINDOW_OF_PATHS if is_path else _WINDOW_OF_BYTES):
+                break
+        order = np.random.default_rng([self._seed, self._pass, self._window, self._rank]).permutation(len(rows))
+        self._rows, self._taken = [rows[i] for i in order], 0
+
+
+def _open_dataset(source: Source, rng: np.random.Generator) -> Any:
+    """A datasets.IterableDataset whose images stay undecoded. No code of a dataset's author runs."""
+    import datasets
+
+    if source.kind == "captioned_files":
+        files = rng.permutation(captioned_files(source)).tolist()
+        table = {"image": [image for image, _ in files], "caption_file": [caption for _, caption in files]}
+        return datasets.Dataset.from_dict(table).to_iterable_dataset()
+    arguments: dict[str, Any]
+    if source.kind == "imagefolder":
+        arguments = {"path": "imagefolder", "data_dir": source.path}
+    elif source.kind == "jsonl":
+        arguments = {"path": "json", "data_files": source.path}
+    elif source.kind == "webdataset":
+        arguments = {"path": "webdataset", "data_files": rng.permutation(shards(source)).tolist()}
+    else:
+        local = str(Path(source.path).expanduser()) if source.path.startswith("~") else source.path
+        arguments = {"path": local, "name": source.name}
+    dataset: Any = datasets.load_dataset(**arguments, split=source.split, streaming=True)
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
+
+
+def _row(record: dict[str, Any], source: Source) -> Row:
+    image, text = _image_of(record, source), _text_of(record, source)
+    if isinstance(image, str):
+        image = {"bytes": None, "path": str(Path(source.path).parent / image) if source.kind == "jsonl" else image}
+    elif isinstance(image, bytes):
+        image = {"bytes": image, "path": None}
+    if not isinstance(image, dict) or not isinstance(text, str):
+        known = ", ".join(record)
+        raise ValueError(
+            f"{FIELD}={source.text} has no image with a caption in {source.image}, {source.caption} of a row with"
+            f" {known}; name the columns, as hf:PATH?image=jpg&text=caption, or complete the row"
+        )
+    return Row(image, text)
+
+
+def _image_of(record: dict[str, Any], source: Source) -> Any:
+    if source.kind != "webdataset":
+        return record.get(source.image)
+    return next((value for key, value in record.items() if f".{key}".lower().endswith(IMAGE_ENDINGS)), None)
+
+
+def _text_of(record: dict[str, Any], source: Source) -> Any:
+    if source.kind == "captioned_files":
+        return Path(record["caption_file"]).read_text(encoding="utf-8").strip()
+    if source.kind != "webdataset":
+        return record.get(source.caption)
+    if record.get("txt") is not None:
+        return record["txt"].strip()
+    described = record.get("json")
+    return described.get("caption") if isinstance(described, dict) else None

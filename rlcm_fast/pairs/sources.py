@@ -1,0 +1,156 @@
+"""Where pairs come from: what `pretraining.data` says, checked without torch, before any weights load.
+
+shapes:all                   ShapesWorld's renderer, endless: a name of BUILT_IN
+package.module:function      your own, endless: called with a number, returns (PIL.Image, str), the same each time
+photos/                      a folder of images with metadata.jsonl (file_name, text: Hugging Face's imagefolder),
+                             or with NAME.txt beside each NAME.jpg
+pairs.jsonl                  one object a line: {"image": "cats/1.jpg", "text": "a cat"}, image relative to the file
+shards/{000..099}.tar        webdataset shards, braces and globs: NAME.jpg and NAME.txt, or a caption in NAME.json
+hf:PATH?split=train&image=image&text=text&name=CONFIG
+                             a Hugging Face dataset, streamed: a hub id or a folder; what follows ? may be left out
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+from urllib.parse import parse_qsl
+
+from rlcm_fast.plugins import load_class
+
+FIELD = "pretraining.data"
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # datasets' imagefolder reads all three
+
+# Plug-in strings, not imports: the parts of floor 2 do not know each other.
+BUILT_IN = {
+    "shapes:one": "rlcm_fast.shapes.pairs:one_shape",
+    "shapes:two": "rlcm_fast.shapes.pairs:two_shapes",
+    "shapes:neutral": "rlcm_fast.shapes.pairs:neutral",
+    "shapes:all": "rlcm_fast.shapes.pairs:all_scenes",
+}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `pretraining.data` means."""
+
+    text: str  # as the config says it
+    kind: Literal["function", "imagefolder", "captioned_files", "jsonl", "webdataset", "hub"]
+    path: str  # a function's name, a folder, a file, a pattern or a hub id
+    image: str = "image"  # column
+    caption: str = "text"  # column
+    split: str = "train"
+    name: str | None = None  # a hub dataset's configuration
+
+
+def parse_source(data: str) -> Source:
+    """The source that `data` names; raises ValueError with the way out for what is none."""
+    if data.startswith("hf:"):
+        return _parse_hub(data)
+    path = Path(data).expanduser()
+    if data.endswith(".tar"):
+        return Source(data, "webdataset", str(path))
+    if data.endswith(".jsonl"):
+        return Source(data, "jsonl", str(path))
+    if data in BUILT_IN or (":" in data and not data.startswith("shapes:")):
+        return Source(data, "function", data)
+    if path.is_dir():
+        kind = "imagefolder" if any((path / name).is_file() for name in METADATA) else "captioned_files"
+        return Source(data, kind, str(path))
+    raise ValueError(
+        f"{FIELD}={data} is no source of images under {Path.cwd()}; give a folder of images, a .jsonl file, .tar"
+        f" shards, hf:PATH, package.module:function or one of {', '.join(BUILT_IN)}"
+    )
+
+
+def check_source(data: str) -> None:
+    """Raises ValueError for what can be known to fail before anything is read: missing files, packages, captions."""
+    source = parse_source(data)
+    if source.kind == "function":
+        load_class(source.path, BUILT_IN, FIELD)
+    elif source.kind == "captioned_files":
+        captioned_files(source)
+    elif source.kind == "webdataset":
+        shards(source)
+    elif source.kind == "jsonl":
+        _check_jsonl(source)
+    elif source.kind == "hub" and _is_local(source.path) and not Path(source.path).expanduser().exists():
+        raise ValueError(f"{FIELD}={data}: there is no folder {source.path}; give one, or a hub id as owner/name")
+    if source.kind not in ("function", "captioned_files") and importlib.util.find_spec("datasets") is None:
+        raise ValueError(f"{FIELD}={data} is read by the package datasets; pip install 'rlcm_fast[data]'")
+
+
+def captioned_files(source: Source) -> list[tuple[str, str]]:
+    """(image, caption file) of every NAME.jpg with a NAME.txt, in the order of their names; at least one."""
+    files = (file for file in Path(source.path).rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
+    found = sorted((str(file), str(file.with_suffix(".txt"))) for file in files)
+    lacking = next((image for image, caption in found if not Path(caption).is_file()), None)
+    remedy = "write metadata.jsonl with file_name and text, or NAME.txt beside each NAME.jpg"
+    if not found:
+        raise ValueError(f"{FIELD}={source.text} holds no {', '.join(IMAGE_ENDINGS)}; {remedy}")
+    if lacking:
+        raise ValueError(f"{FIELD}={source.text}: {lacking} has no caption; {remedy}")
+    return found
+
+
+def shards(source: Source) -> list[str]:
+    """The .tar files of the pattern, in the order of their names; at least one."""
+    found = sorted(set(chain.from_iterable(glob.glob(pattern) for pattern in _expand(source.path))))
+    if not found:
+        raise ValueError(f"{FIELD}={source.text} matches no .tar file under {Path.cwd()}; check the path")
+    return found
+
+
+def _expand(pattern: str) -> list[str]:
+    """a{0,1}.tar and a{00..11}.tar as a shell expands them."""
+    braces = _BRACES.search(pattern)
+    if braces is None:
+        return [pattern]
+    first, dots, last = braces[1].partition("..")
+    choices = braces[1].split(",")
+    if dots and first.isdigit() and last.isdigit():
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    head, tail = pattern[: braces.start()], pattern[braces.end() :]
+    return [text for choice in choices for text in _expand(head + choice + tail)]
+
+
+def _parse_hub(data: str) -> Source:
+    path, _, query = data.removeprefix("hf:").partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    unknown = next((key for key in options if key not in ("split", "image", "text", "name")), None)
+    if unknown is not None:
+        raise ValueError(f"{FIELD}={data} sets {unknown}; after ? stand split, image, text and name, joined by &")
+    if not (_is_local(path) or _HUB_ID.fullmatch(path)):
+        raise ValueError(f"{FIELD}={data} names no dataset; write hf:owner/name or hf:./folder")
+    defaults = {"image": "image", "text": "text", "split": "train"} | options
+    return Source(data, "hub", path, defaults["image"], defaults["text"], defaults["split"], options.get("name"))
+
+
+def _is_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or Path(path).is_dir()
+
+
+def _check_jsonl(source: Source) -> None:
+    """The file is there, and its first line is a pair whose image is there."""
+    if not Path(source.path).is_file():
+        raise ValueError(f"{FIELD}={source.text}: there is no such file under {Path.cwd()}; check the path")
+    with open(source.path, encoding="utf-8-sig") as lines:
+        line = next((line.strip() for line in lines if line.strip()), "")
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        record = None
+    if not isinstance(record, dict) or not {"image", "text"} <= record.keys():
+        raise ValueError(f'{FIELD}={source.text} begins with {line!r}; write {{"image": "a/1.jpg", "text": "a cat"}}')
+    image = Path(source.path).parent / str(record["image"])
+    if not image.is_file():
+        raise ValueError(f"{FIELD}={source.text}: its first image {image} is not there; paths are relative to the file")
