@@ -115,12 +115,19 @@ class Backbone:
         return self._pipeline.scheduler.config
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[Prompt], with_negative: bool) -> Conditioning:
-        """The conditioning of B samples; each distinct text is encoded once in the life of the run."""
+    def encode(self, prompts: Sequence[Prompt], with_negative: bool, remember: bool = True) -> Conditioning:
+        """The conditioning of B samples; each distinct text is encoded once in the life of the run.
+
+        remember: or else texts are encoded all together and forgotten, as captions of millions of images must be.
+        """
         distinct = list(dict.fromkeys(prompt.text for prompt in prompts))
-        self._encode_missing(distinct, with_negative)
+        self._encode_missing(distinct if remember else [], with_negative)
+        if remember:
+            encodings = [self._encodings[text] for text in distinct]
+        else:
+            with self._on_device(*self.text_encoders):
+                encodings, _ = self._encode_together(distinct, with_negative=False)
         rows = {text: row for row, text in enumerate(distinct)}
-        encodings = [self._encodings[text] for text in distinct]
         negative = self._negative if with_negative else None
         return Conditioning(
             prompt_embeds=torch.stack([encoding.embeds for encoding in encodings]),
@@ -139,23 +146,23 @@ class Backbone:
             return
         with self._on_device(*self.text_encoders):
             for text in missing:
-                self._encodings[text], _ = self._encode_one(text, with_negative=False)
+                self._encodings[text] = self._encode_together([text], with_negative=False)[0][0]
             if lacks_negative:
-                _, self._negative = self._encode_one("", with_negative=True)
+                _, self._negative = self._encode_together([""], with_negative=True)
 
-    def _encode_one(self, text: str, with_negative: bool) -> tuple[Encoding, Encoding | None]:
-        """A text, and what the pipeline guides away from: the empty text, or zeros where an SDXL folder says so."""
+    def _encode_together(self, texts: list[str], with_negative: bool) -> tuple[list[Encoding], Encoding | None]:
+        """Texts, and what the pipeline guides away from: the empty text, or zeros where an SDXL folder says so."""
         done = self._pipeline.encode_prompt(
-            prompt=[text],
+            prompt=texts,
             device=self.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=with_negative,
         )
         embeds, negative, pooled, negative_pooled = done if self._is_sdxl else (*done, None, None)
-        encoding = Encoding(embeds[0], None if pooled is None else pooled[0])
+        encodings = [Encoding(row, None if pooled is None else pooled[i]) for i, row in enumerate(embeds)]
         if not with_negative:
-            return encoding, None
-        return encoding, Encoding(negative[0], None if negative_pooled is None else negative_pooled[0])
+            return encodings, None
+        return encodings, Encoding(negative[0], None if negative_pooled is None else negative_pooled[0])
 
     def _time_ids(self) -> Tensor:
         """(1, 6) what SDXL is told of an image: its size before and after cropping, and no crop."""

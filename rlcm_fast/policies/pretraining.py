@@ -1,0 +1,70 @@
+"""The pretraining loss L_pre (arXiv 2401.12244, section 3.4): a policy's network on real images, beside the rewards.
+
+With a training timestep t, uniform over all T, noise eps and x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps:
+
+    diffusion     |m(x_t) - target|^2, target eps, v or x_0 by prediction type: the loss that the model was made with
+    consistency   min(SNR_t, 5) |f(x_t) - x_0|^2, SNR_t = alpha_bar_t / (1 - alpha_bar_t), f = c_skip x_t + c_out x_0hat
+
+both means over C, H, W, of one forward pass without guidance: captions are dropped for it instead (`drop_captions`),
+and a network that is told its guidance is told none, as real images are samples of the data's own distribution.
+
+Why that one for consistency models: see benchmarks/learning/pretraining_losses.py.
+"""
+
+# N pairs, C H W latent, T training timesteps
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.policies.consistency import ConsistencyPolicy
+from rlcm_fast.trajectory import Conditioning
+
+_SNR_CAP = 5.0  # gamma of arXiv 2303.09556
+
+
+def pretraining_loss(
+    policy: GaussianPolicy, x_0: Tensor, conditioning: Conditioning, generator: torch.Generator
+) -> Tensor:
+    """(N,) float32 with the gradient into the network; x_0 (N, C, H, W) float32, as `Backbone.encode_images` gives it.
+
+    Timesteps and noise are drawn from `generator`, on its device.
+    """
+    levels = policy.schedule.levels
+    t = torch.randint(len(levels.signal), (len(x_0),), generator=generator, device=generator.device).to(x_0.device)
+    eps = torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0.device)
+    signal, noise = _column(levels.signal[t]), _column(levels.noise[t])
+    x_t = signal * x_0 + noise * eps
+    m = policy.unguided_output(x_t, t, conditioning)
+    if isinstance(policy, ConsistencyPolicy):
+        of_x_t, of_m = levels.consistency[t].unbind(dim=1)
+        f = _column(of_x_t) * x_t + _column(of_m) * m
+        weight = (levels.signal[t] / levels.noise[t]).square().clamp(max=_SNR_CAP)  # (N,)
+        return weight * (f - x_0).square().mean(dim=(1, 2, 3))
+    of_x_0, of_eps = levels.target[t].unbind(dim=1)
+    return (m - _column(of_x_0) * x_0 - _column(of_eps) * eps).square().mean(dim=(1, 2, 3))
+
+
+def drop_captions(conditioning: Conditioning, share: float, generator: torch.Generator) -> Conditioning:
+    """A random `share` of the samples gets the empty text that guidance leads away from: `negative_embeds`, needed."""
+    if share == 0:
+        return conditioning
+    assert conditioning.negative_embeds is not None, "encode with_negative"
+    num_samples, pooled = len(conditioning.index), conditioning.pooled_embeds
+    dropped = torch.rand(num_samples, generator=generator, device=generator.device) < share
+    if pooled is not None and conditioning.negative_pooled is not None:
+        pooled = torch.cat([pooled, conditioning.negative_pooled])
+    return replace(
+        conditioning,
+        prompt_embeds=torch.cat([conditioning.prompt_embeds, conditioning.negative_embeds]),
+        pooled_embeds=pooled,
+        index=conditioning.index.masked_fill(dropped.to(conditioning.index.device), len(conditioning.prompt_embeds)),
+    )
+
+
+def _column(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
