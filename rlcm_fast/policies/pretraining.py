@@ -1,9 +1,11 @@
 """The pretraining loss L_pre (arXiv 2401.12244, section 3.4): a policy's network on real images, beside the rewards.
 
-With a training timestep t, uniform over all T, noise eps and x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps:
+With a training timestep t, noise eps and x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps:
 
-    diffusion     |m(x_t) - target|^2, target eps, v or x_0 by prediction type: the loss that the model was made with
-    consistency   min(SNR_t, 5) |f(x_t) - x_0|^2, SNR_t = alpha_bar_t / (1 - alpha_bar_t), f = c_skip x_t + c_out x_0hat
+    diffusion     |m(x_t) - target|^2, target eps, v or x_0 by prediction type: the loss that the model was made with;
+                  t uniform over all T training timesteps
+    consistency   min(SNR_t, 5) |f(x_t) - x_0|^2, SNR_t = alpha_bar_t / (1 - alpha_bar_t), f = c_skip x_t + c_out x0hat;
+                  t uniform over the less noisy half of them
 
 both means over C, H, W, of one forward pass without guidance: captions are dropped for it instead (`drop_captions`),
 and a network that is told its guidance is told none, as real images are samples of the data's own distribution.
@@ -36,11 +38,13 @@ def pretraining_loss(
     """
     levels = policy.schedule.levels
     t = torch.randint(len(levels.signal), (len(x_0),), generator=generator, device=generator.device).to(x_0.device)
+    is_consistency = isinstance(policy, ConsistencyPolicy)
+    t = t // 2 if is_consistency else t
     eps = torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0.device)
     signal, noise = _column(levels.signal[t]), _column(levels.noise[t])
     x_t = signal * x_0 + noise * eps
     m = policy.unguided_output(x_t, t, conditioning)
-    if isinstance(policy, ConsistencyPolicy):
+    if is_consistency:
         of_x_t, of_m = levels.consistency[t].unbind(dim=1)
         f = _column(of_x_t) * x_t + _column(of_m) * m
         weight = (levels.signal[t] / levels.noise[t]).square().clamp(max=_SNR_CAP)  # (N,)

@@ -101,13 +101,15 @@ def test_the_noised_images_are_those_of_diffusers():
     torch.testing.assert_close(x_t, expected, atol=1e-6, rtol=0)
 
 
-def test_timesteps_are_all_that_the_model_was_trained_on():
-    seen: list[Tensor] = []
-    policy = diffusion(Oracle(lambda x_t, t: (seen.append(t), x_t)[1]))
-    x_0, conditioning = torch.zeros(20000, 4, 1, 1), texts(20000)
-    pretraining_loss(policy, x_0, conditioning, generator())
-    counts = torch.bincount(seen[0], minlength=1000)
-    assert len(counts) == 1000
+@pytest.mark.parametrize("build, num_timesteps", [(diffusion, 1000), (consistency, 500)])
+def test_timesteps_are_all_of_a_diffusion_model_and_the_lower_half_of_a_consistency_model(
+    build: Callable[..., GaussianPolicy], num_timesteps: int
+):
+    oracle = Oracle(lambda x_t, t: x_t)
+    num_pairs = 20 * num_timesteps
+    pretraining_loss(build(oracle), torch.zeros(num_pairs, 4, 1, 1), texts(num_pairs), generator())
+    counts = torch.bincount(oracle.asked[1])
+    assert len(counts) == num_timesteps
     assert counts.min() >= 4  # 20 +- 4.5 expected
     assert counts.max() <= 44
 
