@@ -54,7 +54,7 @@ class BarePasses:
         policy = policy_of(trainer, unet)
         return cls(
             policy=policy,
-            reference=trainer.reference,
+            reference=trainer.reference and trainer.reference.policy,
             optimizer=build_optimizer(unet, replace(config.optimizer, lr=1e-12), config.engine, config.seed),
             decode=backbone.decode,
             conditioning=trainer.encode(prompts),

@@ -79,7 +79,7 @@ def measure(config: Config, num_batches: int) -> list[list[Tensor]]:
         try:
             return [gradients(trainer, batch) for batch in range(num_batches)]
         finally:
-            trainer.rewards.shutdown()
+            trainer.tasks.rewards.shutdown()
             trainer.tracker.close()
 
 
@@ -88,9 +88,9 @@ def gradients(trainer: Trainer, batch: int) -> list[Tensor]:
     import torch
 
     policy = trainer._build_policy(trainer.backbone.unet)  # the engine takes no gradients but its own
-    prompts = trainer.prompts.next_batch()
+    prompts = trainer.tasks.next_batch(["default"])
     done = trainer.rollout(prompts, batch)
-    advantages = trainer.shared_advantages(done, prompts)  # (B,)
+    advantages, _ = trainer.shared_advantages(done, prompts)  # (B,)
     weights = [p for p in trainer.backbone.unet.parameters() if p.requires_grad]
     num_samples, num_actions = done.trajectory.num_samples, done.trajectory.num_actions
     result = []

@@ -61,7 +61,7 @@ def _loop(config: Config, backbone: Backbone, habits: Habits) -> PaperLoop:
         encode=lambda prompts: backbone.encode(prompts, with_negative=False),
         decode=backbone.decode,
         rewards=rewards_of(config),
-        advantages=build_advantages(advantages.kind, advantages.buffer_size, advantages.min_count),
+        advantages=build_advantages(advantages.kind, advantages),
         optimizer=build_optimizer(unet, config.optimizer, config.engine, config.seed),
         update=config.update,
         sampling_batch_size=config.rollout.micro_batch_size,
@@ -88,7 +88,7 @@ def watched(trainer: Trainer) -> StageClock:
     clock.watch(trainer.backbone.unet)
     clock.wrap(trainer.policy, "sample", "sampling: rest")
     clock.wrap(trainer.backbone, "decode", "decode")
-    clock.wrap(trainer.rewards, "gather", "reward")
+    clock.wrap(trainer.tasks.rewards, "gather", "reward")
     clock.wrap(trainer.engine, "backward", "training: backward")
     clock.wrap(trainer.engine, "step", "training: optimizer")
     clock.wrap(trainer, "update", "training: rest")

@@ -15,240 +15,50 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from rlcm_fast.config_parser import parse, parser_of
+from rlcm_fast.config_sections import (
+    AdvantagesConfig,
+    AlgorithmConfig,
+    CheckpointConfig,
+    EmaConfig,
+    EngineConfig,
+    EvaluationConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    PretrainingConfig,
+    PromptsConfig,
+    RewardConfig,
+    RolloutConfig,
+    TaskConfig,
+    TrackingConfig,
+    UpdateConfig,
+)
 
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The model to fine-tune."""
-
-    path: str = "shapes/lcm"
-    """A shipped model (shapes/lcm, shapes/teacher), a diffusers folder, a hub id; with base: of a UNet alone."""
-    revision: str | None = None
-    """The revision of a hub id; null is its main branch."""
-    base: str | None = None
-    """The pipeline that path's UNet goes into (for latent-consistency/lcm-sdxl: SDXL); null: path is a pipeline."""
-    lora: str | None = None
-    """An LCM-LoRA to fuse into the UNet before training: a folder, a .safetensors file or a hub id."""
-    image_size: int = 0
-    """Pixels of an image's sides, as 512; 0: what the UNet's config names. An export draws this size, too."""
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Adapters to train instead of all weights."""
-
-    rank: int = 0
-    """Rank of the adapters B A, which are float32 beside a frozen UNet; 0: all weights of the UNet are trained."""
-    alpha: float = 16.0
-    """The adapters are scaled by alpha / rank."""
-    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
-    """Layers of the UNet that get one, by the end of their names."""
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """The sampler that is trained."""
-
-    kind: Literal["consistency", "ddim"] = "consistency"
-    """consistency: few-step sampling of a latent consistency model; ddim: a diffusion model (DDPO)."""
-    num_steps: int = 4
-    """Denoising steps S of a sample; S - 1 of them are actions, since the last is deterministic."""
-    guidance_scale: float = 4.0
-    """Classifier-free guidance; 1 is none. A consistency model takes it as an input; an LCM-LoRA model calls twice."""
-    eta: float = 1.0
-    """Noise of a ddim step, in (0, 1]; without meaning for consistency."""
-    last_step: Literal["deterministic", "renoise"] = "deterministic"
-    """renoise: the letter of the RLCM paper, whose last action noises an image that is thrown away."""
-
-
-@dataclass(frozen=True)
-class PromptsConfig:
-    """Where prompts come from, and how many an iteration takes."""
-
-    source: str = "shapes:one"
-    """shapes:one, shapes:two, shapes:neutral, shapes:all (each also with :held_out), a .txt or a .jsonl file."""
-    num_prompts: int = 16
-    """Distinct prompts of an iteration, over all processes."""
-    images_per_prompt: int = 4
-    """Images of each prompt in an iteration; times num_prompts it is the batch size B."""
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """One reward."""
-
-    name: str
-    """A name of `rlcm_fast.rewards.BUILT_IN` (jpeg_compressibility, shapes_alignment, ...), or package.module:Class."""
-    weight: float = 1.0
-    """Its factor in the total reward."""
-    arguments: dict = field(default_factory=dict)
-    """Keyword arguments of its class."""
-    group_size: int = 0
-    """Images of a set reward's group, neighbours in the batch; 0: all images of a task on a process."""
-    credit: Literal["group", "leave_one_out"] = "group"
-    """What an image gets of its group's value: all of it, or the value minus that of the group without the image."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """Sampling and rewarding."""
-
-    micro_batch_size: int = 64
-    """Samples of one sampling pass, per process."""
-    reward_workers: int = 2
-    """Threads that compute rewards while the next samples are drawn, per process."""
-    decode_batch_size: int = 0
-    """Images that the VAE decodes at once, in evaluations too; 0: as many as were sampled."""
-
-
-@dataclass(frozen=True)
-class AdvantagesConfig:
-    """How rewards become advantages."""
-
-    kind: Literal["prompt", "batch", "group"] = "prompt"
-    """prompt: running statistics per prompt; batch: the batch's; group: the images of one prompt in the batch."""
-    buffer_size: int = 16
-    """Rewards kept per prompt (kind prompt)."""
-    min_count: int = 16
-    """Rewards a prompt needs before its own statistics are used instead of the batch's (kind prompt)."""
-
-
-@dataclass(frozen=True)
-class UpdateConfig:
-    """The optimizer steps on a rollout."""
-
-    clip_range: float = 1e-4
-    """PPO clip of the ratio; log-probs are means over C, H, W, hence its size."""
-    advantage_clip: float = 10.0
-    """Advantages are clamped to plus and minus this."""
-    num_passes: int = 1
-    """Passes over a rollout."""
-    num_updates: int = 1
-    """Optimizer steps of a pass."""
-    micro_batch_size: int = 64
-    """Transitions of one forward and backward, per process; must divide the transitions of an update."""
-    max_grad_norm: float = 1.0
-    """Gradient norm above which gradients are scaled down; 0 is off."""
-    kl_weight: float = 0.0
-    """Weight of the closed-form KL divergence to the frozen start model; 0 is off."""
-
-
-@dataclass(frozen=True)
-class PretrainingConfig:
-    """The loss on real images and their captions that keeps images real."""
-
-    data: str = ""
-    """A folder, a .jsonl file, .tar shards, hf:PATH, shapes:all or package.module:function; see pairs/sources.py."""
-    weight: float = 0.0
-    """Its factor beside the reward's loss (beta of arXiv 2401.12244); 0 is off."""
-    batch_size: int = 64
-    """Pairs of an update, over all processes."""
-    micro_batch_size: int = 64
-    """Pairs of one forward and backward, per process; must divide those of an update."""
-    caption_dropout: float = 0.1
-    """Share of captions replaced by the empty text, which guidance needs."""
-    workers: int = 0
-    """Processes that decode images ahead of their use, per process; 0: the training process itself."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer and its learning rate."""
-
-    name: Literal["adamw", "adam", "adamw_8bit", "bnb_adamw_8bit", "bnb_paged_adamw_8bit"] = "adamw"
-    """adamw and adam of torch; adamw_8bit, our kernel; bnb_...: bitsandbytes', paged: states may move to the CPU."""
-    lr: float = 1e-4
-    """Learning rate after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay (adamw)."""
-    warmup_updates: int = 0
-    """Updates over which the learning rate rises linearly from 0."""
-    final_lr_fraction: float = 1.0
-    """The learning rate falls linearly to this fraction of lr over the run; 1 is constant."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Where weights, gradients and states live, and how the network runs."""
-
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """ZeRO: what processes share out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
-    dtype: Literal["fp32", "bf16", "pure_bf16"] = "fp32"
-    """Precision of the trained network; bf16 has fp32 master weights and zero_stage >= 1, pure_bf16 has neither."""
-    kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Log-probs, steps and loss by plain torch or by Triton; auto: Triton on a GPU, torch on a CPU."""
-    offload_optimizer: bool = False
-    """Keep states and master weights on the CPU and step there (DeepSpeedCPUAdam); needs zero_stage >= 1."""
-    optimizer_in_backward: bool = False
-    """Step each weight as soon as its gradient is there, so that gradients never all exist; one backward an update."""
-    recompute: Literal["none", "block", "selective"] = "none"
-    """Activations computed anew in the backward pass: of whole blocks, or all but convolutions and matrix products."""
-    channels_last: bool = False
-    """Keep weights and activations in channels_last, which convolutions on a GPU prefer; needs zero_stage=0."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """torch's scaled_dot_product_attention, or xformers' (needs the extra: pip install 'rlcm_fast[xformers]')."""
-    compile: Literal["off", "regional", "whole"] = "off"
-    """torch.compile of the network: of each transformer block (quick to compile), or of all of it in one graph."""
-    offload_idle: bool = False
-    """Text encoders and VAE wait in the CPU's memory, and are on the GPU only while they encode and decode."""
-
-
-@dataclass(frozen=True)
-class EmaConfig:
-    """A moving average of the weights."""
-
-    decay: float = 0.0
-    """Evaluations, grids and the export use weights averaged with this decay, as 0.99; 0 is off."""
-    device: Literal["model", "cpu"] = "model"
-    """Where the average (float32) is kept: beside the network, or in the CPU's memory."""
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Held-out images at fixed seeds."""
-
-    every: int = 10
-    """Iterations between evaluations; 0 is off."""
-    num_images: int = 64
-    """Images of an evaluation, over all processes."""
-    prompts: str = "shapes:one:held_out"
-    """Prompt source, as prompts.source."""
-    rewards: list[RewardConfig] = field(default_factory=list)
-    """Rewards to measure besides the trained ones, which are always measured."""
-    micro_batch_size: int = 64
-    """Samples of one sampling pass, per process."""
-    seed: int = 1234
-    """Seed of the initial noise."""
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Checkpoints to resume from."""
-
-    every: int = 50
-    """Iterations between checkpoints; 0: only at the end."""
-    keep: int = 2
-    """Checkpoints kept; older ones are deleted."""
-
-
-@dataclass(frozen=True)
-class TrackingConfig:
-    """What is written for people to look at."""
-
-    tensorboard: bool = True
-    """Write TensorBoard events into the run folder."""
-    wandb: bool = False
-    """Log to Weights & Biases too (needs the extra: pip install 'rlcm_fast[wandb]')."""
-    grid_every: int = 20
-    """Iterations between image grids from fixed prompts and seeds; 0 is off."""
-    grid_images: int = 16
-    """Images of a grid."""
-    plan: bool = True
-    """On a GPU, say at the start whether the run fits, and after an iteration how far off that was."""
+__all__ = [
+    "AdvantagesConfig",
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "Config",
+    "EmaConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "PretrainingConfig",
+    "PromptsConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "TaskConfig",
+    "TrackingConfig",
+    "UpdateConfig",
+    "build_parser",
+    "parse_config",
+    "to_dict",
+    "to_yaml",
+]
 
 
 @dataclass(frozen=True)
@@ -265,10 +75,16 @@ class Config:
     """where they come from, and how many an iteration takes"""
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig("jpeg_compressibility")])
     """The rewards: a YAML list of {name: NAME, weight: 1.0, arguments: {}, group_size: 0, credit: group}."""
+    tasks: list[TaskConfig] = field(default_factory=list)
+    """Several tasks in the place of prompts.source and rewards, as {name: NAME, source: SOURCE, rewards: [...]}."""
+    task_schedule: Literal["mixed", "by_task"] = "mixed"
+    """mixed: one rollout and its updates for all tasks; by_task: a rollout and updates for one task after another."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """sampling and rewarding"""
     advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
     """how rewards become advantages"""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """what an update does with advantages"""
     update: UpdateConfig = field(default_factory=UpdateConfig)
     """the optimizer steps on a rollout"""
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlcm_fast.config import Config, RewardConfig
+from rlcm_fast.config_algorithm import check_algorithm
 from rlcm_fast.config_engine import check_engine
+from rlcm_fast.config_sizes import check_sizes, num_actions, num_trained
+from rlcm_fast.config_tasks import check_task_names, check_tasks, rounds_of, tasks_of
 
 _ONE_STEP = (
     "policy.num_steps=1 leaves nothing to train: the last step is deterministic (sigma = 0), it makes the image and is "
@@ -30,39 +33,38 @@ def validate(config: Config, world_size: int) -> None:
         if not (allowed and math.isfinite(value)):
             raise ValueError(f"{field}={value} is out of range; give {remedy}")
     _check_policy(config)
+    check_task_names(config)
     _check_rewards(config)
-    _check_advantages(config)
-    _check_sizes(config, world_size)
-    _check_groups(config, world_size)
-    _check_pretraining(config, world_size)
+    check_tasks(config, world_size)
+    check_algorithm(config, num_actions(config))
+    check_sizes(config, world_size)
     check_engine(config, derived(config, world_size))
     _check_lora(config)
     _check_resume(config)
 
 
 def derived(config: Config, world_size: int) -> dict[str, int]:
-    """The numbers that follow from the config; counts are over all processes unless the name says otherwise."""
-    samples = config.prompts.num_prompts * config.prompts.images_per_prompt
-    transitions = samples * num_actions(config)
-    transitions_per_update = transitions // config.update.num_updates
-    updates = config.update.num_passes * config.update.num_updates
+    """The numbers that follow from the config; counts are over all processes unless the name says otherwise.
+
+    Of updates of different sizes (tasks one by one) the largest is meant.
+    """
+    rounds = rounds_of(config)
+    samples = [sum(task.num_samples for task in tasks) for tasks in rounds]
+    trained = num_trained(config)
+    transitions_per_update = max(samples) * trained // config.update.num_updates
+    updates = config.update.num_passes * config.update.num_updates * len(rounds)
     return {
         "num_processes": world_size,
-        "samples_per_iteration": samples,
-        "samples_per_process": samples // world_size,
+        "samples_per_iteration": sum(samples),
+        "samples_per_process": sum(samples) // world_size,
         "actions_per_sample": num_actions(config),
-        "transitions_per_iteration": transitions,
+        "transitions_per_iteration": sum(samples) * trained,
         "transitions_per_update": transitions_per_update,
         "micro_batches_per_update_and_process": transitions_per_update // world_size // config.update.micro_batch_size,
         "updates_per_iteration": updates,
         "total_updates": updates * config.num_iterations,
-        "total_queries": samples * config.num_iterations,
+        "total_queries": sum(samples) * config.num_iterations,
     }
-
-
-def num_actions(config: Config) -> int:
-    """K, the trained steps of a sample."""
-    return config.policy.num_steps - (config.policy.last_step == "deterministic")
 
 
 def _bounds(config: Config) -> Iterator[_Bound]:
@@ -72,6 +74,9 @@ def _bounds(config: Config) -> Iterator[_Bound]:
     scale = policy.guidance_scale
     yield _Bound("policy.guidance_scale", scale, scale >= 1, "1 (no guidance) or more")
     yield _Bound("policy.eta", policy.eta, 0 < policy.eta <= 1, "a number in (0, 1]: without noise there is no action")
+    algorithm = config.algorithm
+    yield _Bound("algorithm.eta", algorithm.eta, algorithm.eta > 0, "a positive number, as 1")
+    yield _Bound("algorithm.temperature", algorithm.temperature, algorithm.temperature > 0, "a positive number, as 1")
     yield _Bound("lora.alpha", config.lora.alpha, config.lora.alpha > 0, "a positive number, as 16")
     yield _Bound("update.clip_range", update.clip_range, 0 < update.clip_range < 1, "a number in (0, 1), as 1e-4")
     yield _Bound("update.advantage_clip", update.advantage_clip, update.advantage_clip > 0, "a positive number, as 10")
@@ -113,6 +118,8 @@ def _counts(config: Config) -> Iterator[_Bound]:
         "seed": config.seed,
         "model.image_size": config.model.image_size,
         "lora.rank": config.lora.rank,
+        "update.num_timesteps": config.update.num_timesteps,
+        "tracking.task_gradients_every": config.tracking.task_gradients_every,
         "rollout.decode_batch_size": config.rollout.decode_batch_size,
         "pretraining.workers": config.pretraining.workers,
         "evaluation.seed": config.evaluation.seed,
@@ -137,14 +144,20 @@ def _check_policy(config: Config) -> None:
 
 
 def _check_rewards(config: Config) -> None:
-    if not config.rewards:
-        raise ValueError("rewards=[] leaves nothing to optimise; name one, as {name: jpeg_compressibility}")
-    for index, reward in enumerate(config.rewards):
-        if not math.isfinite(reward.weight) or reward.weight == 0:
-            remedy = "give another, or move the reward to evaluation.rewards to only measure it"
-            raise ValueError(f"rewards[{index}].weight={reward.weight} of {reward.name} has no use; {remedy}")
-    _check_names("rewards", config.rewards, {})
-    taken = {reward.name: "rewards, and what is trained is always evaluated" for reward in config.rewards}
+    trained = {
+        f"tasks[{index}].rewards" if config.tasks else "rewards": list(task.rewards)
+        for index, task in enumerate(tasks_of(config))
+    }
+    for field, rewards in trained.items():
+        if not rewards:
+            raise ValueError(f"{field}=[] leaves nothing to optimise; name one, as {{name: jpeg_compressibility}}")
+        for index, reward in enumerate(rewards):
+            if not math.isfinite(reward.weight) or reward.weight == 0:
+                remedy = "give another, or move the reward to evaluation.rewards to only measure it"
+                raise ValueError(f"{field}[{index}].weight={reward.weight} of {reward.name} has no use; {remedy}")
+        _check_names(field, rewards, {})
+    every = [reward.name for rewards in trained.values() for reward in rewards]
+    taken = dict.fromkeys(every, "rewards, and what is trained is always evaluated")
     _check_names("evaluation.rewards", config.evaluation.rewards, taken)
 
 
@@ -156,99 +169,6 @@ def _check_names(field: str, rewards: list[RewardConfig], taken: dict[str, str])
         if reward.name in taken:
             raise ValueError(f"{field}[{index}].name={reward.name} is already in {taken[reward.name]}; drop one")
         taken[reward.name] = field
-
-
-def _check_advantages(config: Config) -> None:
-    advantages, images = config.advantages, config.prompts.images_per_prompt
-    if advantages.kind == "group" and images < 2:
-        raise ValueError(f"prompts.images_per_prompt={images} makes no group for advantages.kind=group; give 2 or more")
-    if advantages.kind == "prompt" and not 2 <= advantages.min_count <= advantages.buffer_size:
-        remedy = f"give 2 to {advantages.buffer_size}, or a larger advantages.buffer_size"
-        raise ValueError(
-            f"advantages.min_count={advantages.min_count} must lie between 2 and "
-            f"advantages.buffer_size={advantages.buffer_size}; {remedy}"
-        )
-    if config.prompts.num_prompts * images < 2:
-        raise ValueError("prompts.num_prompts=1 with images_per_prompt=1 has no spread of rewards; give 2 samples")
-
-
-def _check_sizes(config: Config, world_size: int) -> None:
-    """Processes share prompts evenly, updates share transitions evenly, micro-batches fill an update exactly."""
-    num_prompts, update = config.prompts.num_prompts, config.update
-    if num_prompts % world_size:
-        up = -(-num_prompts // world_size) * world_size
-        raise ValueError(f"prompts.num_prompts={num_prompts} does not divide by the {world_size} processes; try {up}")
-    transitions = num_prompts * config.prompts.images_per_prompt * num_actions(config) // world_size
-    if transitions % update.num_updates:
-        raise ValueError(
-            f"update.num_updates={update.num_updates} does not divide the {transitions} transitions of a pass "
-            f"on each process; try {_near_divisors(transitions, update.num_updates)}"
-        )
-    in_update = transitions // update.num_updates
-    if in_update % update.micro_batch_size:
-        raise ValueError(
-            f"update.micro_batch_size={update.micro_batch_size} does not divide the {in_update} transitions "
-            f"of an update on each process; try {_near_divisors(in_update, update.micro_batch_size)}"
-        )
-
-
-def _check_groups(config: Config, world_size: int) -> None:
-    """Groups of set rewards are whole, in a rollout on each process and in an evaluation of all; see rewards/groups.py.
-
-    Of the tasks' shares in a batch the config knows nothing: `GroupReward.groups` checks those.
-    """
-    trained = {f"rewards[{i}]": reward for i, reward in enumerate(config.rewards)}
-    watched = {f"evaluation.rewards[{i}]": reward for i, reward in enumerate(config.evaluation.rewards)}
-    for field, reward in {**trained, **watched}.items():
-        if reward.group_size < 0:
-            raise ValueError(f"{field}.group_size={reward.group_size} is out of range; give 0 (all images) or more")
-    samples = config.prompts.num_prompts * config.prompts.images_per_prompt // world_size
-    for field, reward in trained.items():
-        if reward.credit == "leave_one_out" and (reward.group_size or samples) == 1:
-            remedy = f"set {field}.group_size to 2 or more"
-            raise ValueError(f"{field}.credit=leave_one_out leaves nothing of a group of one image; {remedy}")
-        _check_group(field, reward, samples, f"the {samples} samples of an iteration on each process")
-    if config.evaluation.every > 0:
-        images = config.evaluation.num_images
-        for field, reward in {**trained, **watched}.items():
-            _check_group(field, reward, images, f"evaluation.num_images={images}")
-
-
-def _check_group(field: str, reward: RewardConfig, num_images: int, images: str) -> None:
-    size = reward.group_size
-    if size and num_images % size:
-        near = _near_divisors(num_images, size)
-        raise ValueError(f"{field}.group_size={size} does not divide {images}; try {near}, or change their number")
-
-
-def _check_pretraining(config: Config, world_size: int) -> None:
-    """There are pairs to train on, shared evenly, in whole micro-batches."""
-    pretraining = config.pretraining
-    if pretraining.weight == 0:
-        return
-    if not pretraining.data.strip():
-        raise ValueError(
-            f"pretraining.weight={pretraining.weight} needs pretraining.data: a folder of captioned images, a .jsonl"
-            " file, .tar shards, hf:PATH or shapes:all; name one, or set pretraining.weight=0"
-        )
-    size = pretraining.batch_size
-    if size % world_size:
-        up = -(-size // world_size) * world_size
-        raise ValueError(f"pretraining.batch_size={size} does not divide by the {world_size} processes; try {up}")
-    share, micro = size // world_size, pretraining.micro_batch_size
-    if share % micro:
-        raise ValueError(
-            f"pretraining.micro_batch_size={micro} does not divide the {share} pairs of an update on each process;"
-            f" try {_near_divisors(share, micro)}"
-        )
-
-
-def _near_divisors(number: int, wish: int) -> str:
-    """The divisors of `number` around `wish`, as '32 or 48'."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    below = [n for n in divisors if n < wish][-1:]
-    above = [n for n in divisors if n > wish][:1]
-    return " or ".join(str(n) for n in below + above)
 
 
 def _check_lora(config: Config) -> None:

@@ -82,6 +82,11 @@ def _check_in_backward(config: Config, numbers: dict[str, int]) -> None:
             f"optimizer.name={optimizer.name} steps all weights at once, engine.optimizer_in_backward=true one by one; "
             "set optimizer.name=adamw_8bit"
         )
+    if config.pretraining.weight > 0:
+        raise ValueError(
+            "engine.optimizer_in_backward=true moves weights in the backward pass, so an update must be one, and "
+            f"pretraining.weight={config.pretraining.weight} adds another; set one of the two to 0 or false"
+        )
     if numbers["micro_batches_per_update_and_process"] > 1:
         rows = numbers["transitions_per_update"] // numbers["num_processes"]
         fewer = update.num_updates * numbers["micro_batches_per_update_and_process"]

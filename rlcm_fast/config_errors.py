@@ -117,7 +117,7 @@ def _complete(items: list[dict[str, Any]], item_class: type) -> list[dict[str, A
             defaults[item.name] = item.default
         elif item.default_factory is not dataclasses.MISSING:
             defaults[item.name] = item.default_factory()
-    return [{**defaults, **item} for item in items]
+    return [{**defaults, **_complete_sections(item, item_class)} for item in items]
 
 
 class _Loader(yaml.SafeLoader):

@@ -10,13 +10,14 @@ rewards are made of all images together, and measured by their value, whatever t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rlcm_fast import parallel
-from rlcm_fast.config import EvaluationConfig
+from rlcm_fast.config import Config, EvaluationConfig
+from rlcm_fast.config_tasks import tasks_of
 from rlcm_fast.policies.base import GaussianPolicy
 from rlcm_fast.prompts import deal, load_prompts
 from rlcm_fast.rewards import Reward, RewardService, build_reward, build_rewards, evaluate
@@ -34,19 +35,20 @@ class Evaluator:
     rewards: Mapping[str, tuple[Reward, float]]
     encode: Callable[[Sequence[Prompt]], Conditioning]
     decode: Callable[[Tensor], Tensor]
+    prefix: str = "eval"
 
     def __call__(self, policy: GaussianPolicy, iteration: int) -> dict[str, float]:
-        """`eval/<reward>/mean`, `eval/<reward>/std` and `eval/diversity`, the same on every rank."""
+        """`<prefix>/<reward>/mean`, `<prefix>/<reward>/std` and `<prefix>/diversity`, the same on every rank."""
         images, prompts = draw(policy, self.prompts, self.seed, self.micro_batch_size, self.encode, self.decode)
         answers = self._answers(images, prompts, iteration)
         metrics: dict[str, float] = {}
         for name in sorted(self.rewards):
             reward, everyones = self.rewards[name][0], self._everyones(answers.get(name))  # (N,) or (N, F)
             values = evaluate(name, reward, everyones, self.prompts, iteration).double()
-            metrics[f"eval/{name}/mean"] = values.mean().item()
-            metrics[f"eval/{name}/std"] = values.std(correction=0).item()
+            metrics[f"{self.prefix}/{name}/mean"] = values.mean().item()
+            metrics[f"{self.prefix}/{name}/std"] = values.std(correction=0).item()
         thumbnails = self._everyones(Thumbnails()(images, prompts))
-        metrics["eval/diversity"] = Diversity().value(thumbnails[None]).item()
+        metrics[f"{self.prefix}/diversity"] = Diversity().value(thumbnails[None]).item()
         return metrics
 
     def _answers(self, images: Tensor, prompts: list[Prompt], iteration: int) -> dict[str, Tensor]:
@@ -71,24 +73,49 @@ class Evaluator:
         return rows
 
 
+def build_evaluators(
+    config: Config,
+    trained: Mapping[str, Mapping[str, tuple[Reward, float]]],
+    encode: Callable[[Sequence[Prompt]], Conditioning],
+    decode: Callable[[Tensor], Tensor],
+) -> list[Evaluator]:
+    """One for each task; trained: the rewards of each, by its name. Several tasks have keys `eval/TASK/...`."""
+    return [
+        build_evaluator(
+            replace(config.evaluation, prompts=task.evaluation),
+            trained[task.name],
+            encode,
+            decode,
+            f"eval/{task.name}" if config.tasks else "eval",
+        )
+        for task in tasks_of(config)
+    ]
+
+
 def build_evaluator(
     config: EvaluationConfig,
     trained: Mapping[str, tuple[Reward, float]],
     encode: Callable[[Sequence[Prompt]], Conditioning],
     decode: Callable[[Tensor], Tensor],
+    prefix: str = "eval",
 ) -> Evaluator:
     """Trained rewards, those to watch, and on ShapesWorld always the detector: a reward alone proves nothing."""
     rewards = {**trained, **build_rewards(config.rewards)}
     if config.prompts.startswith("shapes:"):
         rewards.setdefault("shapes_alignment", (build_reward("shapes_alignment", {}), 1.0))
     prompts = deal(load_prompts(config.prompts, "evaluation.prompts"), config.num_images, config.seed)
-    return Evaluator(prompts, config.seed, config.micro_batch_size, rewards, encode, decode)
+    return Evaluator(prompts, config.seed, config.micro_batch_size, rewards, encode, decode, prefix)
 
 
-def grid_prompts(config: EvaluationConfig, num_images: int) -> list[Prompt]:
-    """Those of an image grid, from all over the source."""
-    prompts = load_prompts(config.prompts, "evaluation.prompts")
-    return list(prompts[:: max(1, len(prompts) // num_images)][:num_images])
+def grid_prompts(config: Config) -> list[Prompt]:
+    """Those of an image grid, from all over what the tasks are evaluated on."""
+    sources = list(dict.fromkeys(task.evaluation for task in tasks_of(config)))
+    share = max(1, config.tracking.grid_images // len(sources))
+    found: list[Prompt] = []
+    for source in sources:
+        prompts = load_prompts(source, "evaluation.prompts")
+        found += prompts[:: max(1, len(prompts) // share)][:share]
+    return found
 
 
 def draw(

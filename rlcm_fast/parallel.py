@@ -38,6 +38,15 @@ def all_gather(values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def mean(values: Tensor) -> Tensor:
+    """The mean of the tensors of all ranks, of equal shapes."""
+    if world_size() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
 def all_gather_list(values: list[T]) -> list[T]:
     """The lists of all ranks joined in rank order; for small Python objects."""
     if world_size() == 1:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.policies.base import GaussianPolicy
-from rlcm_fast.rewards.service import Rewards, RewardService
+from rlcm_fast.rewards import Rewards
+from rlcm_fast.tasks import TaskRewards
 from rlcm_fast.trajectory import Conditioning, Prompt, Trajectory
 
 
@@ -27,16 +28,30 @@ class Rollout:
     """One batch: what was done, what it earned, how long it took."""
 
     trajectory: Trajectory
-    rewards: Rewards
+    rewards: dict[str, Rewards]  # by task, in the order of the samples
     seconds: float  # sampling, decoding and waiting together
 
-    def metrics(self) -> dict[str, float]:
-        """Mean and deviation over all processes, of what each reward measures and of the weighted sum of credits."""
+    @property
+    def total(self) -> Tensor:
+        """The reward of each sample (B,) float32, on the CPU: the sum of weight * score."""
+        return torch.cat([rewards.total for rewards in self.rewards.values()])
+
+    @property
+    def wait_seconds(self) -> float:
+        return sum(rewards.wait_seconds for rewards in self.rewards.values())
+
+    def metrics(self, has_tasks: bool) -> dict[str, float]:
+        """Mean and deviation over all processes, of what each reward measures and of the weighted sum of credits.
+
+        Keys are reward/NAME/mean, with `has_tasks` reward/TASK/NAME/mean.
+        """
         metrics: dict[str, float] = {}
-        for name, values in {**self.rewards.values, "total": self.rewards.total}.items():
-            everyone = parallel.all_gather(values).double()
-            metrics[f"reward/{name}/mean"] = everyone.mean().item()
-            metrics[f"reward/{name}/std"] = everyone.std(correction=0).item()
+        for task, rewards in self.rewards.items():
+            prefix = f"reward/{task}" if has_tasks else "reward"
+            for name, values in {**rewards.values, "total": rewards.total}.items():
+                everyone = parallel.all_gather(values).double()
+                metrics[f"{prefix}/{name}/mean"] = everyone.mean().item()
+                metrics[f"{prefix}/{name}/std"] = everyone.std(correction=0).item()
         return metrics
 
 
@@ -45,7 +60,7 @@ def rollout(
     prompts: Sequence[Prompt],
     encode: Callable[[Sequence[Prompt]], Conditioning],
     decode: Callable[[Tensor], Tensor],
-    rewards: RewardService,
+    rewards: TaskRewards,
     generator: torch.Generator,
     micro_batch_size: int,
     iteration: int,

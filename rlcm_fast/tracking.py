@@ -25,6 +25,13 @@ from rlcm_fast.shapes.draw import captioned_grid
 _PACKAGES = ("rlcm_fast", "torch", "diffusers", "transformers", "deepspeed", "safetensors", "numpy", "pillow")
 
 
+def merged(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of an iteration: seconds of several rounds add up, of the rest each round's mean counts alike."""
+    keys = dict.fromkeys(key for metrics in rounds for key in metrics)
+    values = {key: [metrics[key] for metrics in rounds if key in metrics] for key in keys}
+    return {key: sum(all_) if key.startswith("seconds/") else sum(all_) / len(all_) for key, all_ in values.items()}
+
+
 class Tracker:
     """The run folder and the terminal of one run; silent on all ranks but the main one."""
 

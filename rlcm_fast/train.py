@@ -124,15 +124,20 @@ def _read_config(argv: Sequence[str], rank: int, world_size: int) -> Config:
 
 def _check_plugins(config: Config) -> None:
     """Rewards, prompts and pairs exist; needs torch, so it comes after all other checks."""
+    from rlcm_fast.config_tasks import tasks_of
     from rlcm_fast.pairs import check_source
     from rlcm_fast.prompts import load_prompts
     from rlcm_fast.rewards import check_name
 
-    for field, rewards in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
+    named = [("evaluation.rewards", config.evaluation.rewards)]
+    for number, task in enumerate(tasks_of(config)):
+        prefix = f"tasks[{number}]." if config.tasks else ""
+        named.append((f"{prefix}rewards", list(task.rewards)))
+        load_prompts(task.source, f"{prefix}source" if prefix else "prompts.source")
+        load_prompts(task.evaluation, f"{prefix}evaluation" if prefix else "evaluation.prompts")
+    for field, rewards in named:
         for index, reward in enumerate(rewards):
             check_name(reward.name, f"{field}[{index}].name")
-    load_prompts(config.prompts.source)
-    load_prompts(config.evaluation.prompts, "evaluation.prompts")
     if config.pretraining.weight > 0:
         check_source(config.pretraining.data)
 

@@ -2,6 +2,8 @@
 
     prompts -> rollout (trajectory, rewards) -> advantages -> update -> metrics [-> evaluation, grid, checkpoint]
 
+once an iteration, or once for each task in turn (large-scale RL for diffusion models, arXiv 2401.12244).
+
 RLCM (arXiv 2404.03673, algorithm 1): the multistep consistency sampler is an MDP whose actions are the next latents and
 whose only reward is the decoded image's. Departures from the paper:
  1. The last, deterministic step is no action (policy.last_step=renoise has the paper's letter).
@@ -14,7 +16,7 @@ whose only reward is the decoded image's. Departures from the paper:
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +24,24 @@ import torch
 from torch import Tensor
 
 from rlcm_fast import parallel
-from rlcm_fast.algorithms import PPO, build_advantages
-from rlcm_fast.backbones.acceleration import accelerate, check_device
+from rlcm_fast.algorithms import build_algorithm
+from rlcm_fast.backbones.acceleration import check_device
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rlcm_fast.config import Config
-from rlcm_fast.engines import build_engine
-from rlcm_fast.evaluation import build_evaluator, draw, grid_prompts
+from rlcm_fast.engines import build_engine, start_network
+from rlcm_fast.evaluation import build_evaluators, draw, grid_prompts
 from rlcm_fast.interruption import Interrupted, Interruption
 from rlcm_fast.kernels import dispatch
 from rlcm_fast.memory.processes import init_processes
 from rlcm_fast.memory.report import MemoryReport
 from rlcm_fast.policies import GaussianPolicy, build_policy
-from rlcm_fast.prompts import PromptSampler, load_prompts
-from rlcm_fast.rewards import RewardService, build_rewards
+from rlcm_fast.pretraining import Pretraining
+from rlcm_fast.reference import build_reference
 from rlcm_fast.rollout import Rollout, rollout
-from rlcm_fast.tracking import Tracker
+from rlcm_fast.task_gradients import Gradient, gradient_metrics, gradients_by_task
+from rlcm_fast.tasks import Tasks
+from rlcm_fast.tracking import Tracker, merged
 from rlcm_fast.trajectory import Conditioning, Prompt
 from rlcm_fast.update import UpdateMetrics, ratio_noise, update
 
@@ -53,9 +57,11 @@ class Trainer:
         dispatch.is_triton(torch.empty(0, device=self.device))  # refuses what cannot run, before weights load
         check_device(config.engine, self.device)
         self.iteration, self.queries = 0, 0
+        self.gradients: dict[str, Gradient] = {}
         checkpoint = find_checkpoint(config.resume, self.run_dir) if config.resume else None
         self._refuse_to_overwrite()
         self.memory = MemoryReport(config, self.device)  # plans while weights load
+        self.tasks = Tasks(config, parallel.rank(), parallel.world_size())
         torch.manual_seed(config.seed)
 
         dtype = torch.float32 if config.engine.dtype == "fp32" else torch.bfloat16
@@ -69,19 +75,16 @@ class Trainer:
         )
         if config.lora.rank > 0:
             self.backbone.add_adapters(config.lora)
-        self.reference = self._frozen_start() if config.update.kl_weight > 0 else None
+        start = start_network(self.backbone, config)
         self.engine = build_engine(self.backbone.unet, config, parallel.world_size())
         self.policy = self._build_policy(self.engine)
-
-        self.prompts = self._build_prompts()
-        trained = build_rewards(config.rewards)
-        self.rewards = RewardService(trained, config.rollout.reward_workers)
-        self.advantages = build_advantages(
-            config.advantages.kind, config.advantages.buffer_size, config.advantages.min_count
+        self.reference = (
+            build_reference(start, self._build_policy, self.policy, self.backbone.unet) if start is not None else None
         )
-        self.algorithm = PPO(config.update.clip_range, config.update.advantage_clip)
-        self.evaluator = build_evaluator(config.evaluation, trained, self.encode, self.backbone.decode)
-        self.grid_prompts = grid_prompts(config.evaluation, config.tracking.grid_images)
+        self.algorithm = build_algorithm(config.algorithm, config.update)
+        self.pretraining = Pretraining(config, self.policy, self.backbone) if config.pretraining.weight > 0 else None
+        self.evaluators = build_evaluators(config, self.tasks.trained, self.encode, self.backbone.decode)
+        self.grid_prompts = grid_prompts(config)
         if checkpoint:
             self.load_state_dict(load_checkpoint(checkpoint, self.engine))
         self.tracker = Tracker(self.run_dir, config, self.iteration)
@@ -96,18 +99,14 @@ class Trainer:
                     self.unfinished = self.state_dict()
                     evaluated = self.evaluate(iteration)
                     self.memory.begin()
-                    start = time.perf_counter()
-                    prompts = self.prompts.next_batch()  # list[Prompt], len B
-                    batch = self.rollout(prompts, iteration)  # no grad
-                    advantages = self.shared_advantages(batch, prompts)  # (B,)
-                    noise = self.check_ratio(batch) if iteration == 0 else {}
-                    lr = self.engine.lr
-                    updated = self.update(batch, advantages, iteration)
+                    start, lr = time.perf_counter(), self.engine.lr
+                    rounds = [self.train_round(iteration, number) for number in range(len(self.tasks.rounds))]
                     self.iteration, self.queries = iteration + 1, self.queries + self.num_samples
-                    seconds = _seconds(batch, updated, time.perf_counter() - start, self.num_samples)
                     head = {"iteration": iteration, "queries": self.queries, "lr": lr}
-                    stages = {**batch.metrics(), **updated.metrics(advantages), **self.engine.metrics()}
-                    self.tracker.log({**head, **stages, **noise, **seconds, **self.memory.metrics(), **evaluated})
+                    stages = {**merged(rounds), **self.engine.metrics(), **self.memory.metrics()}
+                    seconds = time.perf_counter() - start
+                    speed = {"seconds/iteration": seconds, "images_per_second": self.num_samples / seconds}
+                    self.tracker.log({**head, **stages, **speed, **evaluated})
                     self.memory.compare(self.tracker.say)
                     self.save_if_due()
                 self.finish()
@@ -116,43 +115,75 @@ class Trainer:
                 self.save()
                 self.tracker.say(f"stopped after {self.iteration} iterations; go on with --resume latest")
             finally:
-                self.rewards.shutdown()
+                self.tasks.rewards.shutdown()
+                if self.pretraining:
+                    self.pretraining.close()
                 self.tracker.close()
 
-    def rollout(self, prompts: list[Prompt], iteration: int) -> Rollout:
-        """Samples, decodes and rewards this process's B prompts."""
+    def train_round(self, iteration: int, number: int) -> dict[str, float]:
+        """A rollout and the updates on it, for all tasks or, task by task, for the one whose turn it is."""
+        turn = iteration * len(self.tasks.rounds) + number
+        prompts = self.tasks.next_batch(self.tasks.rounds[number])  # list[Prompt], len B
+        batch = self.rollout(prompts, turn)  # no grad
+        advantages, weights = self.shared_advantages(batch, prompts)  # (B,), (B,)
+        noise = self.check_ratio(batch) if turn == 0 else {}
+        gradients = self.task_gradients(batch, prompts, weights, iteration)
+        updated = self.update(batch, weights, turn)
+        stages = {**batch.metrics(self.tasks.are_several), **self.tasks.advantage_metrics(self.tasks.rounds[number])}
+        return {**stages, **updated.metrics(advantages), **noise, **gradients, **_seconds(batch, updated)}
+
+    def rollout(self, prompts: list[Prompt], turn: int) -> Rollout:
+        """Samples, decodes and rewards this process's B prompts; turn: the number of the round in the run."""
         return rollout(
             self.policy,
             prompts,
             self.encode,
             self.backbone.decode,
-            self.rewards,
-            parallel.generator(self.config.seed, 1, parallel.rank(), iteration),
+            self.tasks.rewards,
+            parallel.generator(self.config.seed, 1, parallel.rank(), turn),
             self.config.rollout.micro_batch_size,
-            iteration,
-            self.interruption.check,
+            turn // len(self.tasks.rounds),
+            self._check_of(turn),
         )
 
-    def shared_advantages(self, batch: Rollout, prompts: list[Prompt]) -> Tensor:
-        """This process's advantages (B,), from the rewards and statistics of all."""
-        rewards = parallel.all_gather(batch.rewards.total)  # (A,)
-        advantages = self.advantages(rewards, parallel.all_gather_list(prompts))  # (A,)
+    def shared_advantages(self, batch: Rollout, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+        """This process's advantages (B,) and what the algorithm makes of them (B,), from what all have earned."""
+        rewards = parallel.all_gather(batch.total)  # (A,)
+        advantages = self.tasks.advantages(rewards, parallel.all_gather_list(prompts))  # (A,)
         first = parallel.rank() * len(prompts)
-        return advantages[first : first + len(prompts)].to(self.device)
+        own = slice(first, first + len(prompts))
+        return advantages[own], self.algorithm.weights(advantages)[own].to(self.device)
 
-    def update(self, batch: Rollout, advantages: Tensor, iteration: int) -> UpdateMetrics:
+    def update(self, batch: Rollout, weights: Tensor, turn: int) -> UpdateMetrics:
         """The optimizer steps on this rollout."""
         return update(
             self.policy,
             self.algorithm,
             batch.trajectory,
-            advantages,
+            weights,
             self.engine,
             self.config.update,
-            parallel.generator(self.config.seed, 2, parallel.rank(), iteration),
+            parallel.generator(self.config.seed, 2, parallel.rank(), turn),
             self.reference,
-            self.interruption.check,
+            self.pretraining,
+            before_first_step=self._check_of(turn),
         )
+
+    def task_gradients(
+        self, batch: Rollout, prompts: list[Prompt], weights: Tensor, iteration: int
+    ) -> dict[str, float]:
+        """How several tasks pull, where that is due, once all have had their turn; see task_gradients.py."""
+        every = self.config.tracking.task_gradients_every
+        if not self.tasks.are_several or every == 0 or iteration % every or self.config.engine.zero_stage == 3:
+            return {}
+        unet, names = self.backbone.unet, [prompt.task for prompt in prompts]
+        generator = parallel.generator(self.config.seed, 4, parallel.rank(), iteration)
+        arguments = (self.algorithm, batch.trajectory, weights, names, self.config.update, generator)
+        self.gradients |= gradients_by_task(self._build_policy(unet), unet, *arguments)
+        if len(self.gradients) < len(self.tasks.trained):
+            return {}
+        gradients, self.gradients = self.gradients, {}
+        return gradient_metrics(gradients)
 
     def check_ratio(self, batch: Rollout) -> dict[str, float]:
         """Before the first update every ratio should be 1; what is left is rounding, and no clip should act on it."""
@@ -180,7 +211,8 @@ class Trainer:
                 sample = (config.evaluation.seed, len(texts), self.encode, self.backbone.decode)
                 images, _ = draw(self.policy, self.grid_prompts, *sample)
                 self.tracker.grid(iteration, images, texts)
-            return self.evaluator(self.policy, iteration) if is_scored else {}
+            evaluators = self.evaluators if is_scored else []
+            return {key: value for one in evaluators for key, value in one(self.policy, iteration).items()}
 
     def finish(self) -> None:
         """The evaluation of the final weights, and a folder that stock diffusers loads."""
@@ -216,15 +248,16 @@ class Trainer:
         return {
             "iteration": self.iteration,
             "queries": self.queries,
-            "prompts": self.prompts.state_dict(),
-            "advantages": self.advantages.state_dict(),
+            "tasks": self.tasks.state_dict(),
+            "pretraining": self.pretraining.state_dict() if self.pretraining else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken."""
         self.iteration, self.queries = state["iteration"], state["queries"]
-        self.prompts.load_state_dict(state["prompts"])
-        self.advantages.load_state_dict(state["advantages"])
+        self.tasks.load_state_dict(state["tasks"])
+        if self.pretraining and state["pretraining"]:
+            self.pretraining.load_state_dict(state["pretraining"])
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """The prompts' text encodings, each distinct text encoded once in the run."""
@@ -235,28 +268,14 @@ class Trainer:
         backbone = self.backbone
         return build_policy(config, unet, backbone.unet.config, backbone.scheduler_config, backbone.dtype, self.device)
 
-    def _frozen_start(self) -> GaussianPolicy:
-        """The start model as a policy of its own, outside of the engine, for the KL term."""
-        start = self.backbone.frozen_start()
-        if self.config.lora.rank == 0:  # with adapters it is the trained network itself
-            accelerate(start, self.config.engine)
-        return self._build_policy(start)
-
-    def _build_prompts(self) -> PromptSampler:
-        config, world_size = self.config, parallel.world_size()
-        return PromptSampler(
-            load_prompts(config.prompts.source),
-            config.prompts.num_prompts // world_size,
-            config.prompts.images_per_prompt,
-            config.seed,
-            parallel.rank(),
-            world_size,
-        )
-
     @property
     def num_samples(self) -> int:
         """Of an iteration, over all processes."""
-        return self.config.prompts.num_prompts * self.config.prompts.images_per_prompt
+        return self.tasks.num_samples
+
+    def _check_of(self, turn: int) -> Callable[[], None]:
+        """What a round asks whether to stop: only the first of an iteration may, as weights have not moved yet."""
+        return self.interruption.check if turn % len(self.tasks.rounds) == 0 else lambda: None
 
     def _due(self, every: int, iteration: int) -> bool:
         """Every so often and for the final weights; never where `every` is 0."""
@@ -269,11 +288,10 @@ class Trainer:
             )
 
 
-def _seconds(batch: Rollout, updated: UpdateMetrics, iteration_seconds: float, num_samples: int) -> dict[str, float]:
+def _seconds(batch: Rollout, updated: UpdateMetrics) -> dict[str, float]:
     return {
         "seconds/rollout": batch.seconds,
-        "seconds/reward_wait": batch.rewards.wait_seconds,
+        "seconds/reward_wait": batch.wait_seconds,
         "seconds/update": updated.seconds,
-        "seconds/iteration": iteration_seconds,
-        "images_per_second": num_samples / iteration_seconds,
+        **({"seconds/pretraining": updated.pretraining_seconds} if updated.pretraining_loss is not None else {}),
     }

@@ -14,9 +14,11 @@ FLOORS = {
     **dict.fromkeys(("config", "trajectory", "parallel", "plugins"), 1),
     **dict.fromkeys(("prompts", "pairs", "backbones", "rewards", "algorithms", "memory", "shapes"), 2),
     "policies": 3,
-    **dict.fromkeys(("engines", "rollout", "update", "evaluation", "checkpoint", "tracking", "interruption"), 4),
-    "trainer": 5,
-    **dict.fromkeys(("train", "cli"), 6),
+    **dict.fromkeys(("engines", "tasks", "selection", "reference"), 4),
+    **dict.fromkeys(("rollout", "update", "pretraining", "task_gradients"), 5),
+    **dict.fromkeys(("evaluation", "checkpoint", "tracking", "interruption"), 5),
+    "trainer": 6,
+    **dict.fromkeys(("train", "cli"), 7),
 }
 LINK = ROOT / "rlcm_fast" / "kernels"
 FILES = sorted([*ROOT.glob("kernels/**/*.py"), *(p for p in ROOT.glob("rlcm_fast/**/*.py") if LINK not in p.parents)])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlcm_fast.algorithms import build_advantages
+from rlcm_fast.config import AdvantagesConfig
 from rlcm_fast.trajectory import Prompt
 
 STAGES = (0, 1, 2, 3)
@@ -78,7 +79,7 @@ def test_no_noise_is_drawn_twice(folder: Path):
 
 
 def test_advantages_come_from_the_rewards_of_all_ranks(folder: Path):
-    advantages = build_advantages("prompt", 6, 3)
+    advantages = build_advantages("prompt", AdvantagesConfig(buffer_size=6, min_count=3))
     first, second = seen(folder)
     for i in range(2):
         prompts = [Prompt(text) for text in first["prompts"][i] + second["prompts"][i]]

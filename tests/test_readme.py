@@ -82,11 +82,14 @@ def test_every_config_of_the_readme_is_there():
 
 
 def test_every_key_that_the_trainer_logs_is_in_the_table():
-    source = "".join((ROOT / "rlcm_fast" / name).read_text() for name in ("trainer.py", "evaluation.py"))
-    keys = re.findall(r'"((?:advantage|ratio|seconds|eval|reward)/[\w/{}]+)"', source)
+    files = ("trainer.py", "update.py", "rollout.py", "tasks.py", "algorithms/advantages.py")
+    source = "".join((ROOT / "rlcm_fast" / name).read_text() for name in files)
+    keys = re.findall(r'"((?:advantage|ratio|seconds|pretraining)/\w+)"', source)
+    assert len(keys) >= 10
     keys += ["iteration", "queries", "lr", "clip_fraction", "approx_kl", "loss", "kl_to_start", "grad_norm"]
+    keys += ["skipped_transitions", "advantage/zero_variance_groups", "gradient/<task>/norm"]
+    keys += ["reward/<name>/mean", "reward/<task>/<name>/mean", "gradient/<task>/<other>/cosine"]
+    keys += ["eval/<reward>/mean", "eval/<reward>/std", "eval/diversity"]
     table = "".join(line for line in README.splitlines() if line.startswith("| `"))
-    assert len(keys) > 15
     for key in keys:
-        shown = re.sub(r"\{\w+\}", "<reward>" if key.startswith("eval/") else "<name>", key)
-        assert f"`{shown}`" in table, shown
+        assert f"`{key}`" in table, key

@@ -9,8 +9,8 @@ from plugin_rewards import Brightness
 from tiny_policies import TinyNetwork, decode, encode, policy_of, prompts
 from torch import Tensor
 
-from rlcm_fast.rewards import RewardService
 from rlcm_fast.rollout import Rollout, rollout
+from rlcm_fast.tasks import TaskRewards
 from rlcm_fast.trajectory import Conditioning, Prompt
 
 NUM_SAMPLES = 6
@@ -39,7 +39,8 @@ def draw(micro_batch_size: int, log: list[str] | None = None) -> tuple[Rollout, 
         decoded.append(x_0)
         return decode(x_0)
 
-    service = RewardService({"brightness": (Brightness(), 1.0), "letter": (Letter(), 0.5)}, num_workers=2)
+    rewards = {"brightness": (Brightness(), 1.0), "letter": (Letter(), 0.5)}
+    service = TaskRewards({"one": rewards}, 2, lambda prompt: "one")
     generator = torch.Generator().manual_seed(0)
     stop = lambda: log.append("stop?")  # noqa: E731
     try:
@@ -51,12 +52,12 @@ def draw(micro_batch_size: int, log: list[str] | None = None) -> tuple[Rollout, 
 
 def test_rewards_are_those_of_the_samples_in_their_order():
     batch, decoded = draw(micro_batch_size=4)
-    images = decode(torch.cat(decoded))
-    torch.testing.assert_close(batch.rewards.by_name["brightness"], Brightness()(images, []), rtol=0, atol=0)
-    assert batch.rewards.by_name["letter"].tolist() == [0, 1, 2, 3, 0, 1]
-    weighted = batch.rewards.by_name["brightness"] + 0.5 * batch.rewards.by_name["letter"]
-    torch.testing.assert_close(batch.rewards.total, weighted)
-    assert batch.seconds >= batch.rewards.wait_seconds >= 0
+    images, rewards = decode(torch.cat(decoded)), batch.rewards["one"].by_name
+    torch.testing.assert_close(rewards["brightness"], Brightness()(images, []), rtol=0, atol=0)
+    assert rewards["letter"].tolist() == [0, 1, 2, 3, 0, 1]
+    weighted = rewards["brightness"] + 0.5 * rewards["letter"]
+    torch.testing.assert_close(batch.total, weighted)
+    assert batch.seconds >= batch.wait_seconds >= 0
 
 
 def test_micro_batches_become_one_trajectory_with_the_prompts_in_order():

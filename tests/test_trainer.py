@@ -34,6 +34,7 @@ EVERY_LINE = {
     "clip_fraction",
     "approx_kl",
     "kl_to_start",
+    "skipped_transitions",
     "loss",
     "grad_norm",
     "lr",
@@ -205,7 +206,7 @@ def test_the_leanest_settings_train_together(tiny_lcm_folder: str, tmp_path: Pat
     assert all(0 < line["lost_updates"] < 1 and line["grad_norm"] > 0 for line in lines)
     assert 0 < lines[0]["kl_to_start"] < lines[1]["kl_to_start"]
     assert trainer.reference is not None
-    for weight in (*trainer.backbone.unet.parameters(), *trainer.reference.unet.parameters()):
+    for weight in (*trainer.backbone.unet.parameters(), *trainer.reference.policy.unet.parameters()):
         assert weight.dtype == torch.bfloat16 and weight.grad is None
         assert weight.ndim < 4 or weight.is_contiguous(memory_format=torch.channels_last)
 

@@ -13,10 +13,13 @@ import torch
 from tiny_policies import TinyNetwork, engine_of, policy_of, trajectory_of
 from torch import Tensor
 
+from rlcm_fast import update as update_module
 from rlcm_fast.algorithms import PPO
+from rlcm_fast.algorithms.rebel import Rebel
 from rlcm_fast.config import UpdateConfig
 from rlcm_fast.interruption import Interrupted
 from rlcm_fast.policies import GaussianPolicy
+from rlcm_fast.reference import Reference
 from rlcm_fast.trajectory import Trajectory
 from rlcm_fast.update import UpdateMetrics, ratio_noise, update
 
@@ -31,7 +34,7 @@ class Setting:
     def __init__(self, micro_batch_size: int = 4, num_updates: int = 1, num_passes: int = 1, **engine: Any) -> None:
         in_update = NUM_TRANSITIONS // num_updates
         self.network = TinyNetwork()
-        self.reference = policy_of(copy.deepcopy(self.network))
+        self.reference = Reference(policy_of(copy.deepcopy(self.network)))
         self.engine = engine_of(self.network, in_update // micro_batch_size, **engine)
         self.policy: GaussianPolicy = policy_of(self.engine)
         self.trajectory: Trajectory = trajectory_of(self.policy, NUM_SAMPLES)
@@ -122,7 +125,7 @@ def test_the_kl_to_the_start_is_zero_at_first_and_then_its_closed_form():
     every = setting.trajectory.transitions(torch.arange(NUM_TRANSITIONS))
     with torch.no_grad():
         inputs = (every.x_t, every.step, every.conditioning)
-        shift = setting.policy.network_output(*inputs) - setting.reference.network_output(*inputs)
+        shift = setting.policy.network_output(*inputs) - setting.reference.policy.network_output(*inputs)
     _, b, sigma = setting.policy.coefficients(every.step).T
     closed_form = ((b / sigma) ** 2 * shift.square().flatten(1).mean(dim=1) / 2).mean()
     assert closed_form > 0
@@ -169,3 +172,58 @@ def test_ratio_noise_is_rounding_under_unchanged_weights_and_sees_changed_ones()
     assert ratio_noise(setting.policy, setting.trajectory, 4, generator) < 1e-6
     setting.update()
     assert ratio_noise(setting.policy, setting.trajectory, 4, generator) > 1e-3
+
+
+def test_transitions_without_a_signal_are_skipped_and_the_gradient_stays_the_same():
+    quiet = ADVANTAGES * torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0])  # 3 of 8 samples: 6 of 16 transitions
+    changes, metrics, calls = [], [], []
+    for is_skipping in (True, False):
+        setting = Setting(micro_batch_size=4, eps=1.0, lr=1.0)
+        before = setting.engine.full_weights()
+        forward = setting.network.of_state.register_forward_hook(lambda *_: calls.append(is_skipping))  # noqa: B023
+        with pytest.MonkeyPatch.context() as patch:
+            if not is_skipping:
+                patch.setattr(update_module._Work, "_kept", lambda _, signals: torch.arange(len(signals)))
+            metrics.append(setting.update(quiet))
+        forward.remove()
+        changes.append(difference(setting.engine.full_weights(), before).double())
+    assert (metrics[0].skipped, metrics[1].skipped) == (0.5, 0.0)  # 6 of 16 fill two micro-batches of 4
+    assert (calls.count(True), calls.count(False)) == (2, 4)
+    assert changes[1].norm() > 1e-3
+    assert (changes[0] - changes[1]).norm() / changes[1].norm() < 1e-6
+
+
+def test_a_kl_term_is_a_signal_of_its_own_so_nothing_is_skipped():
+    setting = Setting(lr=1e-3)
+    setting.update()
+    assert setting.update(torch.zeros(NUM_SAMPLES), kl_weight=0.1).skipped == 0
+
+
+def test_rebel_in_two_passes_has_the_gradient_of_its_loss():
+    """In the second update log-probs have changed: autograd through the sum over steps of a pair, all in one graph."""
+    setting = Setting(micro_batch_size=4, num_updates=2, eps=1.0, lr=1.0)
+    rebel = Rebel(eta=0.5)
+    seen: list[tuple[Tensor, dict[str, Tensor]]] = []
+    train_on = update_module._Work.train_on
+
+    def watched(work: Any, rows: Tensor, signals: Tensor) -> None:
+        before = setting.engine.full_weights()
+        train_on(work, rows, signals)
+        seen.append((rows, before))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(update_module._Work, "train_on", watched)
+        metrics = setting.update(algorithm=rebel)
+    rows, before = seen[1]
+    network = TinyNetwork()
+    network.load_state_dict(before)
+    samples = (rows // 2).unique()  # whole pairs, in order
+    every = setting.trajectory.transitions((samples[:, None] * 2 + torch.arange(2)).flatten())
+    change = (policy_of(network).log_prob(every) - every.log_prob_old).reshape(-1, 2).sum(dim=1)
+    first, second = change[0::2], change[1::2]
+    rewards = ADVANTAGES[samples]
+    loss = ((first - second) / rebel.eta - (rewards[0::2] - rewards[1::2])).square().mean()
+    loss.backward()
+    assert change.abs().max() > 1e-3, "the first update moved the log-probs"
+    gradient = torch.cat([weight.grad.flatten() for weight in network.parameters() if weight.grad is not None])
+    assert metrics.grad_norm == pytest.approx(gradient.norm().item(), rel=1e-5)

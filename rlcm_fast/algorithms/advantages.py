@@ -6,6 +6,13 @@
              over the whole batch: Zhang, Tzeng, Du, Kislyuk (arXiv 2401.12244)
     group    A = (r - mean_g) / (std(r - mean_g) + epsilon)
              mean_g over the images of the same prompt in this batch: GRPO (arXiv 2402.03300), but see 2.
+    leave_one_out
+             A = (r - mean over the OTHER images of the prompt) / std: RLOO (arXiv 2402.14740), which has std = 1
+             (scale none). The baseline does not depend on the image's own reward, so the policy gradient stays
+             unbiased. n / (n - 1) times `group` for n images, which the batch's std takes back where all n are equal.
+
+Groups whose images all score the same say nothing: they have A = 0 and are counted (`zero_variance_groups`, their
+share), and the update does not run the network for transitions with A = 0.
 
 Means, variances and standard deviations are those of the numbers at hand (divided by n, not by n - 1), computed in
 float64. Call them with the rewards and prompts of ALL ranks, gathered in rank order, and slice after: then every rank
@@ -14,7 +21,8 @@ holds the same statistics. They are exact functions of the calls so far: no rand
 Departures from the papers:
  1. prompt: the rewards of a call enter the buffers before any advantage is computed, as in DDPO's code.
  2. group: GRPO divides by the group's own standard deviation, which makes much of the prompts on which all images
-    score nearly alike (arXiv 2503.20783); here by that of the centred rewards of the whole batch.
+    score nearly alike (arXiv 2503.20783); here by that of the centred rewards of the whole batch, unless
+    advantages.scale=group asks for the paper's.
 """
 
 # B samples
@@ -29,6 +37,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlcm_fast.config import AdvantagesConfig
 from rlcm_fast.trajectory import Prompt
 
 
@@ -37,6 +46,10 @@ class Advantages(Protocol):
 
     def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """rewards (B,) float32, finite; one prompt each -> (B,) float32 on the rewards' device."""
+        ...
+
+    def metrics(self) -> Mapping[str, Any]:
+        """Of the last call."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -76,6 +89,9 @@ class PromptAdvantages:
         buffer = self._buffers[prompt]
         return _mean_and_std(buffer) if len(buffer) >= self._min_count else None
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """JSON: every float survives the round trip exactly."""
         return {
@@ -103,6 +119,9 @@ class BatchAdvantages:
         mean, std = _mean_and_std(_values(rewards, prompts))
         return ((rewards.double() - mean) / math.sqrt(std**2 + self._epsilon)).float()
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -113,24 +132,44 @@ class BatchAdvantages:
 class GroupAdvantages:
     """Compared with the other images of the same prompt in this batch; a group of equal rewards teaches nothing: 0."""
 
-    def __init__(self, epsilon: float = 1e-6) -> None:
+    def __init__(self, scale: str = "batch", leaves_one_out: bool = False, epsilon: float = 1e-6) -> None:
+        """scale: whose standard deviation divides, "batch", "group", "none"; leaves_one_out: the kind of that name."""
+        self._scale = scale
+        self._leaves_one_out = leaves_one_out
         self._epsilon = epsilon
+        self._zero_variance = 0.0
 
     def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         values = _values(rewards, prompts)
-        groups: dict[Prompt, list[float]] = {}
-        for value, prompt in zip(values, prompts, strict=True):
-            groups.setdefault(prompt, []).append(value)
+        groups: dict[Prompt, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            groups.setdefault(prompt, []).append(place)
         if len(groups) == len(values):
             raise ValueError(
                 "prompts.images_per_prompt=1 gives advantages.kind=group nothing to compare an image with; use at least"
                 " 2 images a prompt, or advantages.kind=prompt"
             )
-        means = {prompt: _mean_and_std(group)[0] for prompt, group in groups.items()}
-        centred = [value - means[prompt] for value, prompt in zip(values, prompts, strict=True)]
-        _, std = _mean_and_std(centred)
-        advantages = torch.tensor(centred, dtype=torch.float64) / (std + self._epsilon)
-        return advantages.to(rewards.device, torch.float32)
+        spread = {prompt: _mean_and_std(values[i] for i in places) for prompt, places in groups.items()}
+        self._zero_variance = sum(std == 0 for _, std in spread.values()) / len(groups)
+        centred = [
+            (value - spread[prompt][0]) * self._factor(len(groups[prompt]))
+            for value, prompt in zip(values, prompts, strict=True)
+        ]
+        _, of_batch = _mean_and_std(centred)
+        divisors = {
+            "batch": [of_batch + self._epsilon] * len(values),
+            "group": [spread[prompt][1] + self._epsilon for prompt in prompts],
+            "none": [1.0] * len(values),
+        }[self._scale]
+        advantages = [value / divisor for value, divisor in zip(centred, divisors, strict=True)]
+        return torch.tensor(advantages, dtype=torch.float32, device=rewards.device)
+
+    def _factor(self, size: int) -> float:
+        """r - mean of the others = size / (size - 1) times r - mean of all."""
+        return size / (size - 1) if self._leaves_one_out and size > 1 else 1.0
+
+    def metrics(self) -> dict[str, float]:
+        return {"zero_variance_groups": self._zero_variance}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -139,15 +178,41 @@ class GroupAdvantages:
         pass
 
 
-def build_advantages(kind: str, buffer_size: int, min_count: int) -> Advantages:
-    """kind: "prompt", "batch" or "group"; buffer_size and min_count matter to "prompt" alone."""
+class TaskAdvantages:
+    """Each task's images by statistics of their own."""
+
+    def __init__(self, by_task: Mapping[str, Advantages]) -> None:
+        self._by_task = dict(by_task)
+
+    def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """As of one task, of whichever tasks there are among the prompts."""
+        advantages = torch.zeros_like(rewards)
+        for task in dict.fromkeys(prompt.task for prompt in prompts):
+            places = [i for i, prompt in enumerate(prompts) if prompt.task == task]
+            advantages[places] = self._by_task[task](rewards[places], [prompts[i] for i in places])
+        return advantages
+
+    def metrics(self) -> dict[str, Mapping[str, float]]:
+        """By task."""
+        return {task: advantages.metrics() for task, advantages in self._by_task.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {task: advantages.state_dict() for task, advantages in self._by_task.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for task, advantages in self._by_task.items():
+            advantages.load_state_dict(state[task])
+
+
+def build_advantages(kind: str, config: AdvantagesConfig) -> Advantages:
+    """kind: as `config.kind`, which a task may overrule."""
     if kind == "prompt":
-        return PromptAdvantages(buffer_size, min_count)
+        return PromptAdvantages(config.buffer_size, config.min_count)
     if kind == "batch":
         return BatchAdvantages()
-    if kind == "group":
-        return GroupAdvantages()
-    raise ValueError(f"advantages.kind={kind} is unknown; use prompt, batch or group")
+    if kind in ("group", "leave_one_out"):
+        return GroupAdvantages(config.scale, kind == "leave_one_out")
+    raise ValueError(f"advantages.kind={kind} is unknown; use prompt, batch, group or leave_one_out")
 
 
 def _values(rewards: Tensor, prompts: Sequence[Prompt]) -> list[float]:

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rlcm_fast.algorithms.base import Algorithm
 from rlcm_fast.kernels import functional
 from rlcm_fast.kernels.functional import RatioStats
 
 
 @dataclass(frozen=True)
-class PPO:
+class PPO(Algorithm):
     """The loss of a micro-batch, given how far a ratio may move and how large an advantage may be."""
 
     clip_range: float = 1e-4
@@ -32,16 +33,16 @@ class PPO:
             if not value > 0:
                 raise ValueError(f"update.{name}={value} must be above 0")
 
-    def loss(self, log_prob: Tensor, log_prob_old: Tensor | None, advantages: Tensor) -> tuple[Tensor, RatioStats]:
-        """All (N,) float32 -> the mean loss (), differentiable in log_prob, and the ratio's statistics.
+    def loss(self, log_prob: Tensor, log_prob_old: Tensor | None, signals: Tensor) -> tuple[Tensor, RatioStats]:
+        """All (N,) float32 -> the mean loss (), differentiable in log_prob, and the ratio's statistics; signals are A.
 
         log_prob_old None: the old policy is the present one; the ratio is exactly 1 and its gradient that of log_prob.
         """
-        return functional.clipped_ratio_loss(log_prob, log_prob_old, advantages, self.clip_range, self.advantage_clip)
+        return functional.clipped_ratio_loss(log_prob, log_prob_old, signals, self.clip_range, self.advantage_clip)
 
     def loss_of_output(
-        self, x_t: Tensor, m: Tensor, x_s: Tensor, coef: Tensor, log_prob_old: Tensor | None, advantages: Tensor
+        self, x_t: Tensor, m: Tensor, x_s: Tensor, coef: Tensor, log_prob_old: Tensor | None, signals: Tensor
     ) -> tuple[Tensor, RatioStats]:
         """`loss` of the log-probs of x_s (N, C, H, W), given a network's output m and coef (N, 3): A, B, sigma."""
-        arguments = (coef, log_prob_old, advantages, self.clip_range, self.advantage_clip)
+        arguments = (coef, log_prob_old, signals, self.clip_range, self.advantage_clip)
         return functional.policy_loss(x_t, m, x_s, *arguments)

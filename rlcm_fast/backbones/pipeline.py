@@ -24,6 +24,8 @@ from rlcm_fast.backbones.assembly import assemble
 from rlcm_fast.config import LoraConfig, ModelConfig
 from rlcm_fast.trajectory import Conditioning, Prompt
 
+_ENCODING_BYTES = 256 * 2**20  # of text encodings that are kept
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -116,7 +118,7 @@ class Backbone:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt], with_negative: bool, remember: bool = True) -> Conditioning:
-        """The conditioning of B samples; each distinct text is encoded once in the life of the run.
+        """The conditioning of B samples; each distinct text is encoded once, and kept while there is room.
 
         remember: or else texts are encoded all together and forgotten, as captions of millions of images must be.
         """
@@ -127,6 +129,7 @@ class Backbone:
         else:
             with self._on_device(*self.text_encoders):
                 encodings, _ = self._encode_together(distinct, with_negative=False)
+        self._forget_oldest()
         rows = {text: row for row, text in enumerate(distinct)}
         negative = self._negative if with_negative else None
         return Conditioning(
@@ -137,6 +140,12 @@ class Backbone:
             negative_pooled=_stack([negative.pooled]) if negative else None,
             time_ids=self._time_ids() if self._is_sdxl else None,
         )
+
+    def _forget_oldest(self) -> None:
+        """Of millions of prompts nearly none comes again, and each takes 0.2 MB of Stable Diffusion's."""
+        of_one = sum(encoding.embeds.nbytes for encoding in list(self._encodings.values())[:1])
+        while len(self._encodings) * of_one > _ENCODING_BYTES:
+            del self._encodings[next(iter(self._encodings))]
 
     def _encode_missing(self, texts: list[str], with_negative: bool) -> None:
         """One by one: in a batch the last bits depend on the company, which a resumed run meets in another order."""
@@ -164,10 +173,16 @@ class Backbone:
             return encodings, None
         return encodings, Encoding(negative[0], None if negative_pooled is None else negative_pooled[0])
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Pixels, height first."""
+        size = self.unet.config.sample_size  # pyright: ignore[reportAttributeAccessIssue]
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self._pipeline.vae_scale_factor, width * self._pipeline.vae_scale_factor
+
     def _time_ids(self) -> Tensor:
         """(1, 6) what SDXL is told of an image: its size before and after cropping, and no crop."""
-        size = self.unet.config.sample_size  # pyright: ignore[reportAttributeAccessIssue]
-        pixels = [side * self._pipeline.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size)]
+        pixels = self.image_size
         return torch.tensor([[*pixels, 0, 0, *pixels]], dtype=torch.float32, device=self.device)
 
     @torch.no_grad()

@@ -38,6 +38,9 @@ class AveragingEngine(Engine):
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self.engine(*arguments, **keywords)
 
+    def begin_update(self, num_micro_batches: int) -> None:
+        self.engine.begin_update(num_micro_batches)
+
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 

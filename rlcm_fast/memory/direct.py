@@ -49,7 +49,7 @@ class DirectEngine(Engine):
         num_updates: int,
         seed: int,
     ) -> None:
-        """num_micro_batches: of one update and process; num_updates: of the run, for the learning rate.
+        """num_micro_batches: of one update and process at most; num_updates: of the run, for the learning rate.
 
         micro_batch_size is what DeepSpeed asks for; here nothing depends on it.
         """
@@ -69,13 +69,16 @@ class DirectEngine(Engine):
         elif parallel.world_size() > 1:
             self._replica = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
 
+    def begin_update(self, num_micro_batches: int) -> None:
+        self._num_micro_batches = num_micro_batches
+
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if isinstance(self._replica, DistributedDataParallel):  # gradients travel once an update
             self._replica.require_backward_grad_sync = self._num_backwards + 1 == self._num_micro_batches
         return self._replica(*arguments, **keywords)
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self._num_micro_batches).backward()
+        loss.backward()
         self._num_backwards += 1
 
     def step(self) -> float | None:

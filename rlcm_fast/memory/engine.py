@@ -1,6 +1,6 @@
 """An engine owns the trained weights, their gradients and the optimizer, behind a few verbs.
 
-    engine(x, ...) -> loss -> backward(loss), once a micro-batch -> step()      [full_weights, save, load]
+    begin_update(n) -> n times: engine(x, ...) -> loss -> backward(loss) -> step()      [full_weights, save, load]
 
 Everything else (VAE, text encoder, rewards, the frozen reference) is plain torch and never partitioned. zero.py is
 DeepSpeed, which shares out and keeps float32 master weights; direct.py needs neither, for bfloat16 weights without a
@@ -28,8 +28,12 @@ class Engine(ABC):
         """The network's output."""
 
     @abstractmethod
+    def begin_update(self, num_micro_batches: int) -> None:
+        """This update and those after it are of so many backward passes on each process, at most as built for."""
+
+    @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of a micro-batch's mean loss, divided by the number of micro-batches of an update."""
+        """Adds the gradient of `loss` (), which is what a micro-batch contributes to the loss of the update."""
 
     @abstractmethod
     def step(self) -> float | None:

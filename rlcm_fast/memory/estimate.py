@@ -22,6 +22,7 @@ import torch
 
 from rlcm_fast.config import Config, to_dict
 from rlcm_fast.config_checks import derived
+from rlcm_fast.config_sizes import num_pretraining, num_trained
 from rlcm_fast.memory.architecture import Architecture
 from rlcm_fast.memory.tracing import DecoderProfile, NetworkProfile, Recompute, Setup, profile_decoder, profile_unet
 
@@ -56,9 +57,14 @@ class Strategy:
     lora_rank: int = 0  # 0: all weights
     moves_idle: bool = False  # VAE and text encoders are on the GPU only while they work
     ema: Literal["off", "gpu", "cpu"] = "off"
-    has_reference: bool = False  # a frozen copy, for the KL term
+    reference: Literal["off", "copy", "offload"] = "off"  # the start model, for the KL term
+    pretraining_micro_batch_size: int = 0  # of real pairs, without guidance; 0: none
     rows_per_sample: int = 1  # of the network's batch; 2 under classifier-free guidance
     image_size: int | None = None  # pixels; None: the model's own
+
+    @property
+    def has_reference(self) -> bool:
+        return self.reference != "off"
 
 
 SETTINGS = {
@@ -85,10 +91,12 @@ def strategy_of(config: Config, image_size: int | None = None) -> Strategy:
         section, _, field = setting.partition(".")
         found[name] = values[section][field]
     is_guided = config.policy.kind == "ddim" and config.policy.guidance_scale != 1
-    has_reference = config.update.kl_weight > 0
+    reference = config.update.kl_reference if config.update.kl_weight > 0 else "off"
+    pretraining = config.pretraining.micro_batch_size if config.pretraining.weight > 0 else 0
     if config.ema.decay > 0:
         found["ema"] = {"model": "gpu", "cpu": "cpu"}[config.ema.device]
-    found |= {"has_reference": has_reference, "rows_per_sample": 2 if is_guided else 1, "image_size": image_size}
+    found |= {"reference": reference, "pretraining_micro_batch_size": pretraining}
+    found |= {"rows_per_sample": 2 if is_guided else 1, "image_size": image_size}
     return replace(Strategy(), **found)
 
 
@@ -100,9 +108,11 @@ class Workload:
     samples: int
     num_steps: int
     num_actions: int
+    num_trained: int  # actions of a sample that updates train on
     num_passes: int
     transitions_per_update: int
     num_updates: int  # of all passes
+    num_pairs: int = 0  # real images of all updates
 
     @classmethod
     def of(cls, config: Config, num_processes: int) -> Workload:
@@ -112,9 +122,13 @@ class Workload:
             numbers["samples_per_process"],
             config.policy.num_steps,
             numbers["actions_per_sample"],
+            num_trained(config),
             config.update.num_passes,
             numbers["transitions_per_update"] // num_processes,
             numbers["updates_per_iteration"],
+            num_pretraining(config, num_processes)
+            * config.pretraining.micro_batch_size
+            * numbers["updates_per_iteration"],
         )
 
 
@@ -200,10 +214,8 @@ def estimate_memory(
     training = replace(strategy, dtype="fp32") if strategy.lora_rank > 0 else strategy  # adapters are float32
     master, moments = _optimizer_bytes(training, unet.trainable, processes)
     gradients = _gradient_bytes(training, unet.trainable, processes)
-    rows = strategy.micro_batch_size * strategy.rows_per_sample
+    rows = max(strategy.micro_batch_size * strategy.rows_per_sample, strategy.pretraining_micro_batch_size)
     activations = unet.training_peak(rows)
-    if strategy.has_reference:  # its pass comes when the policy's activations are saved
-        activations = max(activations, unet.saved(rows) + unet.sampling_peak(rows))
     images = min(strategy.decode_batch_size or workload.samples, strategy.rollout_micro_batch_size, workload.samples)
     sampled = min(strategy.rollout_micro_batch_size, workload.samples) * strategy.rows_per_sample
     return Memory(
@@ -213,10 +225,10 @@ def estimate_memory(
         moments=0 if strategy.offload_optimizer else moments,
         vae=profiles.decoder.numel * FROZEN_DTYPE.itemsize,
         text_encoders=profiles.text_numel * FROZEN_DTYPE.itemsize,
-        reference=(trained + unet.frozen) * itemsize if strategy.has_reference and strategy.lora_rank == 0 else 0,
+        reference=(trained + unet.frozen) * itemsize if strategy.reference == "copy" and strategy.lora_rank == 0 else 0,
         ema=trained * 4 if strategy.ema == "gpu" else 0,
         rewards=reward_bytes,
-        trajectory=workload.samples * (workload.num_actions + 1) * profiles.latent_bytes,
+        trajectory=_trajectory_states(strategy, workload) * profiles.latent_bytes,
         bucket=BUCKET_ELEMENTS * DTYPES[training.dtype].itemsize if strategy.zero_stage >= 1 else 0,
         activations=round(activations),
         sampling=round(unet.sampling_peak(sampled)),
@@ -225,6 +237,12 @@ def estimate_memory(
         overhead=OVERHEAD_BYTES,
         moves_idle=strategy.moves_idle,
     )
+
+
+def _trajectory_states(strategy: Strategy, workload: Workload) -> int:
+    """Latents that are kept from the rollout to the end of the updates, the start model's outputs among them."""
+    states = workload.samples * (workload.num_actions + 1)
+    return states + (workload.samples * workload.num_trained if strategy.has_reference else 0)
 
 
 def moment_bytes(optimizer: str, sizes: Sequence[int], itemsize: int) -> int:

@@ -66,14 +66,17 @@ class Planner:
         """At the assumed utilisation of the GPU."""
         profiles, work, memory = self.profiles(strategy), self.workload, self.memory(strategy)
         rows, unet = work.samples * strategy.rows_per_sample, profiles.unet
-        of_transition = unet.training_flops + unet.forward_flops * (1 if strategy.has_reference else 0)
+        trained = work.samples * work.num_trained  # transitions of a pass
+        update = unet.training_flops * (trained * work.num_passes * strategy.rows_per_sample + work.num_pairs)
+        if strategy.has_reference:  # once a rollout
+            update += unet.forward_flops * (trained * strategy.rows_per_sample)
         is_bf16 = strategy.dtype != "fp32"
         # weights, master copy and moments are read and written, gradients are read
         moved = 2 * (memory.weights + memory.master + memory.moments) + memory.gradients
         return Seconds(
             sampling=_seconds(unet.forward_flops * (rows * work.num_steps), gpu, is_bf16),
             decoding=_seconds(profiles.decoder.flops * work.samples, gpu, torch.bfloat16 == FROZEN_DTYPE),
-            update=_seconds(of_transition * (rows * work.num_actions * work.num_passes), gpu, is_bf16),
+            update=_seconds(update, gpu, is_bf16),
             step=work.num_updates * gpu.seconds_to_move(moved),
         )
 

@@ -37,7 +37,7 @@ class ZeroEngine(Engine):
         num_updates: int,
         seed: int,
     ) -> None:
-        """num_micro_batches: of one update and process; num_updates: of the whole run, for the learning rate."""
+        """num_micro_batches: of one update and process at most; num_updates: of the run, for the learning rate."""
         torch_optimizer = build_optimizer(network, optimizer, engine, seed)
         factor = lr_factor(optimizer, num_updates)
         self.zero_stage = engine.zero_stage
@@ -56,19 +56,27 @@ class ZeroEngine(Engine):
             self._engine.enable_backward_allreduce = False  # it would copy all gradients into a flat buffer and back
         if engine.channels_last:
             module.to(memory_format=torch.channels_last)
+        self.begin_update(num_micro_batches)
+
+    def begin_update(self, num_micro_batches: int) -> None:
+        self._num_micro_batches = self._num_left = num_micro_batches
+        self._engine.set_gradient_accumulation_boundary(num_micro_batches == 1)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._engine(*arguments, **keywords)
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
+        self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float | None:
-        if not self._engine.is_gradient_accumulation_boundary():
+        self._num_left -= 1
+        if self._num_left > 0:
             self._engine.step()
+            self._engine.set_gradient_accumulation_boundary(self._num_left == 1)
             return None
         norm = self._clip() if self.zero_stage == 0 else None
         self._engine.step()
+        self.begin_update(self._num_micro_batches)
         return float(self._engine.get_global_grad_norm()) if norm is None else norm
 
     def _clip(self) -> float:
@@ -104,7 +112,8 @@ def _deepspeed_config(
 ) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": num_micro_batches,
+        # Only whether there are several matters: `begin_update` says how many.
+        "gradient_accumulation_steps": min(2, num_micro_batches),
         "gradient_clipping": max_grad_norm if engine.zero_stage > 0 else 0.0,
         # stage 3 would replace torch's linear in the whole process: other rounding, also for what it does not own
         "zero_optimization": {

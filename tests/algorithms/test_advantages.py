@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rlcm_fast.algorithms import build_advantages
 from rlcm_fast.algorithms.advantages import BatchAdvantages, GroupAdvantages, PromptAdvantages
+from rlcm_fast.config import AdvantagesConfig
 from rlcm_fast.trajectory import Prompt
 
 CAT, DOG = Prompt("a cat"), Prompt("a dog")
@@ -56,7 +57,7 @@ def test_group_advantages_sum_to_zero_over_every_prompt(batch: tuple[torch.Tenso
 def test_group_advantages_do_not_see_how_hard_a_prompt_is(batch: tuple[torch.Tensor, list[Prompt]], shift: float):
     rewards, prompts = batch[0].double(), batch[1]
     harder = rewards + shift * torch.tensor([prompt == CAT for prompt in prompts]).double()
-    before, after = GroupAdvantages(0.1)(rewards, prompts), GroupAdvantages(0.1)(harder, prompts)
+    before, after = GroupAdvantages(epsilon=0.1)(rewards, prompts), GroupAdvantages(epsilon=0.1)(harder, prompts)
     torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
 
 
@@ -73,7 +74,7 @@ def test_a_group_of_equal_rewards_gets_exactly_zero():
 
 @pytest.mark.parametrize("kind", ["prompt", "batch", "group"])
 def test_equal_rewards_everywhere_teach_nothing(kind: str):
-    advantages = build_advantages(kind, buffer_size=16, min_count=2)
+    advantages = build_advantages(kind, AdvantagesConfig(buffer_size=16, min_count=2))
     assert advantages(torch.full((6,), 0.1), [CAT, CAT, DOG, DOG, CAT, CAT]).tolist() == [0.0] * 6
 
 
@@ -133,7 +134,7 @@ def test_resuming_through_json_equals_an_uninterrupted_run(calls: list, data: st
 
 @pytest.mark.parametrize("kind", ["batch", "group"])
 def test_kinds_without_memory_have_an_empty_state(kind: str):
-    advantages = build_advantages(kind, buffer_size=16, min_count=16)
+    advantages = build_advantages(kind, AdvantagesConfig(buffer_size=16, min_count=16))
     assert advantages.state_dict() == {}
     advantages.load_state_dict({})
 
@@ -145,7 +146,7 @@ def test_the_result_is_float32_finite_and_leaves_the_rewards_alone(kind: str, ba
     rewards, prompts = batch
     prompts[1] = prompts[0]
     copy = rewards.clone()
-    advantages = build_advantages(kind, buffer_size=4, min_count=2)(rewards, prompts)
+    advantages = build_advantages(kind, AdvantagesConfig(buffer_size=4, min_count=2))(rewards, prompts)
     assert advantages.dtype == torch.float32 and advantages.shape == rewards.shape
     assert advantages.isfinite().all() and torch.equal(rewards, copy)
 
@@ -153,15 +154,38 @@ def test_the_result_is_float32_finite_and_leaves_the_rewards_alone(kind: str, ba
 @pytest.mark.parametrize(("buffer_size", "min_count"), [(16, 32), (16, 0), (0, 0)])
 def test_a_buffer_that_never_fills_is_refused_with_the_remedy(buffer_size: int, min_count: int):
     with pytest.raises(ValueError, match=f"advantages.min_count={min_count} must lie between 1 and .*={buffer_size}"):
-        build_advantages("prompt", buffer_size, min_count)
+        build_advantages("prompt", AdvantagesConfig(buffer_size=buffer_size, min_count=min_count))
 
 
 def test_an_unknown_kind_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"advantages.kind=task is unknown; use prompt, batch or group"):
-        build_advantages("task", 16, 16)
+    with pytest.raises(ValueError, match=r"advantages.kind=task is unknown; use prompt, batch, group or leave_one_out"):
+        build_advantages("task", AdvantagesConfig())
 
 
 @pytest.mark.parametrize("kind", ["prompt", "batch", "group"])
 def test_rewards_and_prompts_must_be_equally_many(kind: str):
     with pytest.raises(ValueError, match=r"rewards of shape \(3,\) for 2 prompts"):
-        build_advantages(kind, 16, 16)(torch.zeros(3), [CAT, DOG])
+        build_advantages(kind, AdvantagesConfig())(torch.zeros(3), [CAT, DOG])
+
+
+def test_leave_one_out_compares_with_the_mean_of_the_others():
+    rewards = torch.tensor([1.0, 2.0, 6.0, 10.0, 30.0])
+    prompts = [CAT, CAT, CAT, DOG, DOG]
+    advantages = GroupAdvantages("none", leaves_one_out=True)(rewards, prompts)
+    assert advantages.tolist() == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5, -20, 20])
+
+
+def test_scales_of_group_advantages():
+    rewards, prompts = torch.tensor([0.0, 2.0, 0.0, 20.0]), [CAT, CAT, DOG, DOG]
+    by_scale = {scale: GroupAdvantages(scale, epsilon=0.0)(rewards, prompts) for scale in ("batch", "group", "none")}
+    assert by_scale["none"].tolist() == [-1.0, 1.0, -10.0, 10.0]
+    assert by_scale["group"].tolist() == [-1.0, 1.0, -1.0, 1.0]
+    assert by_scale["batch"].tolist() == pytest.approx([x / math.sqrt(50.5) for x in (-1, 1, -10, 10)])
+
+
+@pytest.mark.parametrize("scale", ["batch", "group", "none"])
+def test_groups_without_variance_are_counted_and_have_no_advantage(scale: str):
+    advantages = GroupAdvantages(scale)
+    found = advantages(torch.tensor([3.0, 3.0, 3.0, 1.0, 2.0]), [CAT, CAT, CAT, DOG, DOG])
+    assert found[:3].tolist() == [0.0, 0.0, 0.0] and found[3:].abs().min() > 0.1
+    assert advantages.metrics() == {"zero_variance_groups": 0.5}

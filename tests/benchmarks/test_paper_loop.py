@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlcm_fast.algorithms import PPO, build_advantages
 from rlcm_fast.backbones.pipeline import Backbone
-from rlcm_fast.config import ModelConfig, PolicyConfig, UpdateConfig
+from rlcm_fast.config import AdvantagesConfig, ModelConfig, PolicyConfig, UpdateConfig
 from rlcm_fast.memory.engine import Engine
 from rlcm_fast.policies import GaussianPolicy, build_policy
 from rlcm_fast.policies.consistency import guidance_embedding
@@ -34,13 +34,16 @@ class GradientsOnly(Engine):
     zero_stage = 0
 
     def __init__(self, network: torch.nn.Module, num_micro_batches: int) -> None:
-        self._network, self._left, self._count = network, num_micro_batches, num_micro_batches
+        self._network, self._left = network, num_micro_batches
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._network(*arguments, **keywords)
 
+    def begin_update(self, num_micro_batches: int) -> None:
+        assert num_micro_batches == self._left
+
     def backward(self, loss: Tensor) -> None:
-        (loss / self._count).backward()
+        loss.backward()
 
     def step(self) -> float | None:
         self._left -= 1
@@ -86,7 +89,7 @@ def loop_of(backbone: Backbone, **habits: Any) -> PaperLoop:
         encode=lambda prompts: backbone.encode(prompts, with_negative=False),
         decode=backbone.decode,
         rewards=[],
-        advantages=build_advantages("prompt", 16, 16),
+        advantages=build_advantages("prompt", AdvantagesConfig(buffer_size=16, min_count=16)),
         optimizer=torch.optim.AdamW(unet.parameters()),
         update=UPDATE,
         sampling_batch_size=B,

@@ -101,8 +101,9 @@ def test_a_run_evaluates_and_exports_the_average_and_resumes_it_bitwise(
 
     trainer = make_trainer()
     seen: list[dict[str, Tensor]] = []
-    evaluator = trainer.evaluator
-    monkeypatch.setattr(trainer, "evaluator", lambda *a: (seen.append(trainer.engine.full_weights()), evaluator(*a))[1])
+    (evaluator,) = trainer.evaluators
+    watched = lambda *a: (seen.append(trainer.engine.full_weights()), evaluator(*a))[1]  # noqa: E731
+    monkeypatch.setattr(trainer, "evaluators", [watched])
     trainer.run()
     average = trainer.engine.average
     assert average is not None

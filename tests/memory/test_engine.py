@@ -23,7 +23,7 @@ def train(engine: Engine, num_updates: int = 3, dtype: torch.dtype = torch.float
     for _ in range(num_updates):
         for rows in torch.arange(8).split(4):
             t = trajectory.transitions(rows)
-            engine.backward(policy.network_output(t.x_t, t.step, t.conditioning).square().mean())
+            engine.backward(policy.network_output(t.x_t, t.step, t.conditioning).square().mean() / 2)
             norms.append(engine.step())
     assert norms[0::2] == [None] * num_updates
     return [norm for norm in norms[1::2] if norm is not None]

@@ -36,7 +36,14 @@ from rlcm_fast.trajectory import Prompt, Transitions
 
 ARCHITECTURE = load_architecture(str(SHIPPED["shapes/lcm"]))
 WORK = Workload(
-    num_processes=1, samples=8, num_steps=3, num_actions=2, num_passes=1, transitions_per_update=16, num_updates=1
+    num_processes=1,
+    samples=8,
+    num_steps=3,
+    num_actions=2,
+    num_trained=2,
+    num_passes=1,
+    transitions_per_update=16,
+    num_updates=1,
 )
 WITHIN = 0.02  # what the planner promises
 
@@ -203,9 +210,11 @@ def test_what_costs_more_memory_is_said_to():
     assert by_size == sorted(set(by_size))
     assert memory_of(Strategy(ema="gpu")).ema == memory_of(Strategy()).weights
     assert memory_of(Strategy(ema="cpu")) == memory_of(Strategy())
-    with_reference = memory_of(Strategy(has_reference=True))
-    assert with_reference.reference == with_reference.weights
-    assert with_reference.activations > memory_of(Strategy()).activations
+    with_copy, swapped = memory_of(Strategy(reference="copy")), memory_of(Strategy(reference="offload"))
+    assert with_copy.reference == with_copy.weights and swapped.reference == 0
+    assert with_copy.trajectory == swapped.trajectory > memory_of(Strategy()).trajectory
+    pairs = memory_of(Strategy(micro_batch_size=8, pretraining_micro_batch_size=16))
+    assert pairs.activations == memory_of(Strategy(micro_batch_size=16)).activations
     guided = memory_of(Strategy(rows_per_sample=2, micro_batch_size=8))
     assert guided.activations == memory_of(Strategy(micro_batch_size=16)).activations
 
@@ -224,7 +233,7 @@ def test_a_strategy_is_made_of_a_config():
     options = ["--engine.dtype=bf16", "--engine.zero_stage=1", "--update.micro_batch_size=8", "--update.kl_weight=0.1"]
     strategy = strategy_of(parse_config([*options, "--policy.kind=ddim", "--policy.guidance_scale=5"]), image_size=512)
     assert strategy == Strategy(
-        dtype="bf16", zero_stage=1, micro_batch_size=8, has_reference=True, rows_per_sample=2, image_size=512
+        dtype="bf16", zero_stage=1, micro_batch_size=8, reference="copy", rows_per_sample=2, image_size=512
     )
 
 

@@ -40,8 +40,9 @@ def train(engine: Engine, num_updates: int, num_micro_batches: int = 2, dtype: t
     x = torch.randn(8, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
     norms = []
     for _ in range(num_updates):
+        engine.begin_update(num_micro_batches)
         for rows in x.chunk(num_micro_batches):
-            engine.backward((engine(rows).float() - 1).square().mean())
+            engine.backward((engine(rows).float() - 1).square().mean() / num_micro_batches)
             norms.append(engine.step())
     return [norm for norm in norms if norm is not None]
 

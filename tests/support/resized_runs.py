@@ -81,13 +81,13 @@ def run_to(num_iterations: int, model: str, folder: Path, runs: Mapping[str, Map
         trainer = Trainer(parse_config(tiny_runs.arguments(model, folder / name, settings)))
         seen: dict[str, Any] = {
             "loaded": full_states(trainer.engine.engine),
-            "advantages": trainer.advantages.state_dict(),
+            "advantages": trainer.tasks.advantages.state_dict(),
         }
         prompts: list[str] = []
         _note_prompts(trainer, prompts)
         trainer.config = replace(trainer.config, num_iterations=num_iterations)
         trainer.run()
-        seen |= {"after": full_states(trainer.engine.engine), "advantages_after": trainer.advantages.state_dict()}
+        seen |= {"after": full_states(trainer.engine.engine), "advantages_after": trainer.tasks.advantages.state_dict()}
         _leave(folder / f"{name}.pt", {**seen, "prompts": parallel.all_gather_list(prompts)})
     return 0
 

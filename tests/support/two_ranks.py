@@ -54,12 +54,13 @@ def _watch(trainer: Trainer) -> dict[str, Any]:
         batch = rollout(prompts, iteration)
         seen["prompts"].append([prompt.text for prompt in prompts])
         seen["noise"].append(batch.trajectory.latents[:, 0].clone())
-        seen["rewards"].append(batch.rewards.total)
+        seen["rewards"].append(batch.total)
         return batch
 
     def watched_advantages(batch: Any, prompts: Any) -> Any:
-        seen["advantages"].append(shared_advantages(batch, prompts))
-        return seen["advantages"][-1]
+        advantages, weights = shared_advantages(batch, prompts)
+        seen["advantages"].append(advantages)
+        return advantages, weights
 
     trainer.rollout, trainer.shared_advantages = watched_rollout, watched_advantages  # type: ignore[method-assign]
     return seen

@@ -1,0 +1,107 @@
+"""The tasks of a run: each with its prompts, its rewards and its advantages; one, called "default", is the usual run.
+
+round           tasks that share a rollout and its updates: all of them (mixed), or one after another (by_task, the
+                schedule of large-scale RL for diffusion models, arXiv 2401.12244, algorithm 1)
+next_batch      a round's prompts, those of a task side by side
+rewards         each image is scored by its own task's rewards
+advantages      each task's images by statistics of their own
+"""
+
+# B images of a micro-batch
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rlcm_fast.algorithms import Advantages, TaskAdvantages, build_advantages
+from rlcm_fast.config import Config
+from rlcm_fast.config_tasks import Task, rounds_of, tasks_of
+from rlcm_fast.prompts import Sampler, build_sampler
+from rlcm_fast.rewards import Reward, Rewards, RewardService, build_rewards
+from rlcm_fast.trajectory import Prompt
+
+
+class Tasks:
+    """What the tasks of a config are made of, on one process."""
+
+    def __init__(self, config: Config, rank: int = 0, world_size: int = 1) -> None:
+        """Reads prompts and builds rewards, so it raises ValueError for what is wrong with them."""
+        tasks = tasks_of(config)
+        self.rounds: list[list[str]] = [[task.name for task in tasks] for tasks in rounds_of(config)]
+        self.trained: dict[str, dict[str, tuple[Reward, float]]] = {t.name: build_rewards(t.rewards) for t in tasks}
+        self.are_several = bool(config.tasks)
+        self.num_samples = sum(task.num_samples for task in tasks)  # of an iteration, over all processes
+        self.rewards = TaskRewards(self.trained, config.rollout.reward_workers, self._name_of)
+        self._samplers = {task.name: self._sampler(config, task, rank, world_size) for task in tasks}
+        by_task = {task.name: build_advantages(task.advantages, config.advantages) for task in tasks}
+        self.advantages: Advantages = TaskAdvantages(by_task) if self.are_several else by_task["default"]
+
+    def next_batch(self, names: Sequence[str]) -> list[Prompt]:
+        """This process's prompts of a round."""
+        return [prompt for name in names for prompt in self._samplers[name].next_batch()]
+
+    def advantage_metrics(self, names: Sequence[str]) -> dict[str, float]:
+        """`advantage/...` of the last batch, of several tasks `advantage/TASK/...`."""
+        metrics = self.advantages.metrics()
+        by_task = {f"{name}/": metrics[name] for name in names} if self.are_several else {"": metrics}
+        return {f"advantage/{prefix}{key}": value for prefix, own in by_task.items() for key, value in own.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON, the same on every rank."""
+        prompts = {name: sampler.state_dict() for name, sampler in self._samplers.items()}
+        return {"prompts": prompts, "advantages": self.advantages.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken."""
+        if state["prompts"].keys() != self._samplers.keys():
+            saved = ", ".join(state["prompts"])
+            raise ValueError(
+                f"resume: the checkpoint is of tasks {saved}, and this run has {', '.join(self._samplers)}; keep the "
+                "tasks, or start a new run from its export"
+            )
+        for name, sampler in self._samplers.items():
+            sampler.load_state_dict(state["prompts"][name])
+        self.advantages.load_state_dict(state["advantages"])
+
+    def _sampler(self, config: Config, task: Task, rank: int, world_size: int) -> Sampler:
+        share = (round(task.num_prompts) // world_size, task.images_per_prompt, config.seed, rank, world_size)
+        return build_sampler(task.source, *share, task=task.name)
+
+    def _name_of(self, prompt: Prompt) -> str:
+        return prompt.task if self.are_several else "default"  # a .jsonl may have labels of its own
+
+
+class TaskRewards:
+    """A reward service for each task behind the verbs of one."""
+
+    def __init__(
+        self,
+        trained: Mapping[str, Mapping[str, tuple[Reward, float]]],
+        num_workers: int,
+        name_of: Callable[[Prompt], str],
+    ) -> None:
+        """trained: each task's rewards with their weights, by name."""
+        self._services = {task: RewardService(rewards, num_workers) for task, rewards in trained.items()}
+        self._name_of = name_of
+        self._waiting: dict[str, None] = {}
+
+    def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
+        """As RewardService.submit; images (B, 3, H, W), those of a task side by side."""
+        names = [self._name_of(prompt) for prompt in prompts]
+        for name in dict.fromkeys(names):
+            first, count = names.index(name), names.count(name)
+            assert names[first : first + count] == [name] * count, "a task's images are not side by side"
+            self._services[name].submit(images[first : first + count], prompts[first : first + count])
+            self._waiting[name] = None
+
+    def gather(self, iteration: int) -> dict[str, Rewards]:
+        """By task, in the order of submission."""
+        waiting, self._waiting = self._waiting, {}
+        return {name: self._services[name].gather(iteration) for name in waiting}
+
+    def shutdown(self) -> None:
+        for service in self._services.values():
+            service.shutdown()

@@ -1,0 +1,155 @@
+"""Several tasks: whose prompts, whose rewards, whose statistics; and a run of them, mixed and one by one."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+
+from rlcm_fast.config import Config, parse_config
+from rlcm_fast.config_checks import derived, validate
+from rlcm_fast.task_gradients import gradient_metrics
+from rlcm_fast.tasks import Tasks
+from rlcm_fast.trainer import Trainer
+
+BRIGHT = {"name": tiny_runs.REWARD}
+SMALL = {"name": "jpeg_compressibility"}
+
+
+def make_config(model: str, run_dir: Path, **settings: Any) -> Config:
+    """Two tasks of four images each; settings: with __ for the dots."""
+    prompts = Path(model) / "prompts.txt"
+    tasks = [
+        {"name": "bright", "source": str(prompts), "rewards": [BRIGHT], "advantages": "group"},
+        {"name": "small", "source": str(prompts), "rewards": [SMALL, {**BRIGHT, "weight": 0.5}], "share": 1.0},
+    ]
+    values = {"prompts.num_prompts": 4, "update.micro_batch_size": 4, "tasks": tasks}
+    values |= {name.replace("__", "."): value for name, value in settings.items()}
+    return parse_config(tiny_runs.arguments(model, run_dir, values))
+
+
+def test_each_image_is_scored_by_its_own_tasks_rewards(tiny_lcm_folder: str, tmp_path: Path):
+    tasks = Tasks(make_config(tiny_lcm_folder, tmp_path))
+    prompts = tasks.next_batch(["bright", "small"])
+    assert [prompt.task for prompt in prompts] == ["bright"] * 4 + ["small"] * 4
+    images = torch.rand(8, 3, 16, 16)
+    for rows in torch.arange(8).split(3):  # the second holds both tasks
+        tasks.rewards.submit(images[rows], [prompts[i] for i in rows.tolist()])
+    found = tasks.rewards.gather(0)
+    tasks.rewards.shutdown()
+    bright = tasks.trained["bright"][tiny_runs.REWARD][0](images, prompts)
+    assert found["bright"].by_name.keys() == {tiny_runs.REWARD}
+    assert found["small"].by_name.keys() == {"jpeg_compressibility", tiny_runs.REWARD}
+    assert torch.equal(found["bright"].total, bright[:4])
+    assert torch.equal(found["small"].total, found["small"].by_name["jpeg_compressibility"] + 0.5 * bright[4:])
+
+
+def test_advantages_are_of_a_tasks_own_statistics_and_survive_a_checkpoint(tiny_lcm_folder: str, tmp_path: Path):
+    config = make_config(tiny_lcm_folder, tmp_path)
+    tasks, apart = Tasks(config), Tasks(config)
+    prompts = tasks.next_batch(["bright", "small"])
+    rewards = torch.tensor([1.0, 2.0, 5.0, 5.0, 100.0, 200.0, 300.0, 500.0])
+    advantages = tasks.advantages(rewards, prompts)
+    assert torch.equal(advantages[:4], apart.advantages(rewards[:4], prompts[:4]))
+    assert torch.equal(advantages[4:], apart.advantages(rewards[4:], prompts[4:]))
+    assert tasks.advantage_metrics(["bright", "small"]) == {"advantage/bright/zero_variance_groups": 0.5}
+    state = json.loads(json.dumps(tasks.state_dict()))
+    resumed = Tasks(config)
+    resumed.load_state_dict(state)
+    assert resumed.next_batch(["small"]) == tasks.next_batch(["small"])
+    assert torch.equal(resumed.advantages(rewards, prompts), tasks.advantages(rewards, prompts))
+    one = Tasks(make_config(tiny_lcm_folder, tmp_path, tasks=[]))
+    with pytest.raises(ValueError, match="resume: the checkpoint is of tasks bright, small, and this run has default"):
+        one.load_state_dict(state)
+
+
+def test_without_tasks_the_labels_of_a_file_change_nothing(tiny_lcm_folder: str, tmp_path: Path):
+    source = tmp_path / "labelled.jsonl"
+    source.write_text('{"text": "a", "task": "x"}\n{"text": "b", "task": "y"}\n')
+    tasks = Tasks(make_config(tiny_lcm_folder, tmp_path, tasks=[], prompts__num_prompts=2, prompts__source=source))
+    prompts = tasks.next_batch(["default"])
+    assert {prompt.task for prompt in prompts} == {"x", "y"}
+    tasks.rewards.submit(torch.rand(4, 3, 16, 16), prompts)
+    assert tasks.rewards.gather(0).keys() == {"default"}
+    tasks.rewards.shutdown()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("schedule", ["mixed", "by_task"])
+def test_tasks_train_together_and_a_resumed_run_is_the_uninterrupted_one(
+    schedule: str, tiny_lcm_folder: str, tmp_path: Path
+):
+    common = {"task_schedule": schedule, "evaluation__every": 3, "checkpoint__every": 1, "update__num_updates": 1}
+    whole = Trainer(make_config(tiny_lcm_folder, tmp_path / "whole", **common))
+    whole.run()
+    lines = tiny_runs.metrics(tmp_path / "whole")
+    assert [line["queries"] for line in lines] == [8, 16, 24, 24]
+    assert {f"reward/{name}/mean" for name in (f"bright/{tiny_runs.REWARD}", "small/total")} <= lines[0].keys()
+    assert {"gradient/bright/norm", "gradient/small/norm", "gradient/bright/small/cosine"} <= lines[0].keys()
+    assert -1 <= lines[0]["gradient/bright/small/cosine"] <= 1
+    assert {"eval/bright/diversity", "eval/small/jpeg_compressibility/mean"} <= lines[0].keys()
+    assert whole.engine.lr < 1e-3
+
+    cut = Trainer(make_config(tiny_lcm_folder, tmp_path / "cut", **common))
+    update, calls = cut.update, []
+
+    def interrupted_update(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2 * len(cut.tasks.rounds):  # the last round of the second iteration
+            signal.raise_signal(signal.SIGINT)
+        return update(*arguments)
+
+    cut.update = interrupted_update  # type: ignore[method-assign]
+    cut.run()
+    assert cut.iteration == (1 if schedule == "mixed" else 2), "once the first task has moved weights it is too late"
+    resumed = Trainer(make_config(tiny_lcm_folder, tmp_path / "cut", **common, resume="latest"))
+    resumed.run()
+    weights = whole.engine.full_weights()
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.engine.full_weights().items())
+
+
+def test_one_by_one_has_a_round_and_its_updates_for_every_task(tiny_lcm_folder: str, tmp_path: Path):
+    mixed = derived(make_config(tiny_lcm_folder, tmp_path), 1)
+    by_task = derived(make_config(tiny_lcm_folder, tmp_path, task_schedule="by_task"), 1)
+    assert (mixed["samples_per_iteration"], by_task["samples_per_iteration"]) == (8, 8)
+    assert by_task["updates_per_iteration"] == 2 * mixed["updates_per_iteration"]
+    assert by_task["transitions_per_update"] == mixed["transitions_per_update"] / 2
+
+
+def test_norms_and_cosines_of_gradients():
+    gradients = {
+        "a": [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])],
+        "b": [torch.tensor([0.0, 1.0]), torch.ones(1, 1)],
+    }
+    metrics = gradient_metrics(gradients)
+    assert metrics == pytest.approx(
+        {"gradient/a/norm": 5.0, "gradient/b/norm": math.sqrt(2), "gradient/a/b/cosine": 4 / (5 * math.sqrt(2))}
+    )
+    assert gradient_metrics({"a": [torch.ones(1)], "b": [torch.zeros(1)]})["gradient/a/b/cosine"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"name": "small"}, r"tasks\[1\].name=small is already that of another task"),
+        ({"name": "a/b"}, r"tasks\[0\].name='a/b' is no name"),
+        ({"share": 0.0}, r"tasks\[0\].share=0.0 is out of range"),
+        ({"share": 2.5}, r"tasks\[0\].share=2.5 gives task bright 2.85714 prompts with 2 images each of the 8 images"),
+        ({"rewards": []}, r"tasks\[0\].rewards=\[\] leaves nothing to optimise"),
+        ({"images_per_prompt": 1}, "prompts.images_per_prompt=1 makes no group for advantages.kind=group"),
+    ],
+)
+def test_a_task_that_cannot_be_is_one_line(change: dict[str, Any], problem: str, tiny_lcm_folder: str, tmp_path: Path):
+    prompts = str(Path(tiny_lcm_folder) / "prompts.txt")
+    tasks: list[dict[str, Any]] = [
+        {"name": "bright", "source": prompts, "rewards": [BRIGHT], "advantages": "group", **change},
+        {"name": "small", "source": prompts, "rewards": [SMALL]},
+    ]
+    with pytest.raises(ValueError, match=problem):
+        validate(make_config(tiny_lcm_folder, tmp_path, tasks=tasks), 1)
