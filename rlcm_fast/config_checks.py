@@ -16,7 +16,7 @@ from rlcm_fast.config_tasks import check_task_names, check_tasks, rounds_of, tas
 _ONE_STEP = (
     "policy.num_steps=1 leaves nothing to train: the last step is deterministic (sigma = 0), it makes the image and is "
     "no action, so its log-prob has no gradient; sample with 2 steps or more (the trained model still runs with 1), "
-    "or set policy.last_step=renoise for the paper's letter, whose last action is pure variance"
+    "or set policy.last_step=sampled, which draws the image with a small noise (renoise, the paper's, is pure variance)"
 )
 
 
@@ -77,6 +77,10 @@ def _bounds(config: Config) -> Iterator[_Bound]:
     algorithm = config.algorithm
     yield _Bound("algorithm.eta", algorithm.eta, algorithm.eta > 0, "a positive number, as 1")
     yield _Bound("algorithm.temperature", algorithm.temperature, algorithm.temperature > 0, "a positive number, as 1")
+    last = policy.last_sigma
+    yield _Bound(
+        "policy.last_sigma", last, last > 0, "a positive number, as 0.1; the latent's own deviation is about 1"
+    )
     yield _Bound("lora.alpha", config.lora.alpha, config.lora.alpha > 0, "a positive number, as 16")
     yield _Bound("update.clip_range", update.clip_range, 0 < update.clip_range < 1, "a number in (0, 1), as 1e-4")
     yield _Bound("update.advantage_clip", update.advantage_clip, update.advantage_clip > 0, "a positive number, as 10")

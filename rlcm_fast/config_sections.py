@@ -46,8 +46,10 @@ class PolicyConfig:
     """Classifier-free guidance; 1 is none. A consistency model takes it as an input; an LCM-LoRA model calls twice."""
     eta: float = 1.0
     """Noise of a ddim step, in (0, 1]; without meaning for consistency."""
-    last_step: Literal["deterministic", "renoise"] = "deterministic"
-    """renoise: the letter of the RLCM paper, whose last action noises an image that is thrown away."""
+    last_step: Literal["deterministic", "renoise", "sampled"] = "deterministic"
+    """renoise: the RLCM paper's last action, which noises an image that is thrown away; sampled: one that draws it."""
+    last_sigma: float = 0.1
+    """Noise of the last action, in the latent, with last_step=sampled; evaluations draw without it."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class RolloutConfig:
     """Samples of one sampling pass, per process."""
     reward_workers: int = 2
     """Threads that compute rewards while the next samples are drawn, per process."""
+    shared_noise: bool = False
+    """All images of a prompt in an iteration start from the same noise, and differ by the noise of their steps."""
     decode_batch_size: int = 0
     """Images that the VAE decodes at once, in evaluations too; 0: as many as were sampled."""
 
@@ -154,6 +158,8 @@ class UpdateConfig:
     """mixed: an update's transitions are of all steps; by_step: of as few steps as can be (2401.12244: one)."""
     micro_batch_size: int = 64
     """Transitions of one forward and backward, per process; must divide the transitions of an update."""
+    step_weights: Literal["equal", "sensitivity"] = "equal"
+    """sensitivity: each step's loss is divided by B / sigma, what its mean moves by the network's output."""
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down; 0 is off."""
     kl_weight: float = 0.0

@@ -137,7 +137,7 @@ def draw(
         index = first + parallel.rank()
         is_mine = index < len(micro_batches)
         batch = micro_batches[index if is_mine else first]
-        _, x_0 = policy.sample(encode(batch), parallel.generator(seed, index))
+        _, x_0 = policy.sample(encode(batch), parallel.generator(seed, index), explores=False)
         if is_mine:
             images.append(decode(x_0))
             kept += batch

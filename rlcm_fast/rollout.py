@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlcm_fast import parallel
+from rlcm_fast.config import RolloutConfig
 from rlcm_fast.policies.base import GaussianPolicy
 from rlcm_fast.rewards import Rewards
 from rlcm_fast.tasks import TaskRewards
@@ -62,7 +63,7 @@ def rollout(
     decode: Callable[[Tensor], Tensor],
     rewards: TaskRewards,
     generator: torch.Generator,
-    micro_batch_size: int,
+    config: RolloutConfig,
     iteration: int,
     between_micro_batches: Callable[[], None] = lambda: None,
 ) -> Rollout:
@@ -70,9 +71,11 @@ def rollout(
     start = time.perf_counter()
     conditioning = encode(prompts)
     parts = []
-    for rows in torch.arange(len(prompts)).split(micro_batch_size):
+    shared = policy.noise(len(conditioning.prompt_embeds), generator) if config.shared_noise else None
+    for rows in torch.arange(len(prompts)).split(config.micro_batch_size):
         between_micro_batches()
-        trajectory, x_0 = policy.sample(conditioning.take(rows.to(conditioning.index.device)), generator)
+        own = conditioning.take(rows.to(conditioning.index.device))
+        trajectory, x_0 = policy.sample(own, generator, None if shared is None else shared[own.index])
         rewards.submit(decode(x_0), [prompts[row] for row in rows.tolist()])
         parts.append(trajectory)
     trajectory = Trajectory.cat(parts)

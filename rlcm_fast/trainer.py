@@ -141,7 +141,7 @@ class Trainer:
             self.backbone.decode,
             self.tasks.rewards,
             parallel.generator(self.config.seed, 1, parallel.rank(), turn),
-            self.config.rollout.micro_batch_size,
+            self.config.rollout,
             turn // len(self.tasks.rounds),
             self._check_of(turn),
         )

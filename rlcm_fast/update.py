@@ -28,6 +28,7 @@ from rlcm_fast.kernels import functional
 from rlcm_fast.kernels.functional import RatioStats
 from rlcm_fast.memory.engine import Engine
 from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.policies.schedules import Schedule
 from rlcm_fast.reference import Reference
 from rlcm_fast.selection import Selection
 from rlcm_fast.trajectory import Trajectory
@@ -119,6 +120,16 @@ def ratio_noise(policy: GaussianPolicy, trajectory: Trajectory, micro_batch_size
     return torch.expm1(policy.log_prob(transitions) - transitions.log_prob_old).abs().max().item()
 
 
+def step_weights(schedule: Schedule, kind: str) -> Tensor:
+    """(K,) float32 of mean 1, the weight of each action's loss; "sensitivity": proportional to sigma / |B|.
+
+    The gradient of a log-prob in the network's output is B / sigma z over C H W, so with these every step pulls alike.
+    """
+    _, b, sigma = schedule.coefficients[: schedule.num_actions].T
+    weights = (sigma / b).abs() if kind == "sensitivity" else torch.ones_like(sigma)
+    return weights / weights.mean()
+
+
 @dataclass
 class _Work:
     """The updates of one rollout, and what they have recorded so far."""
@@ -139,6 +150,7 @@ class _Work:
         self.extra_losses: list[Tensor] = []
         self.num_updates, self.num_chosen, self.num_trained = 0, 0, 0
         self.grad_norm = self.extra_seconds = 0.0
+        self.step_weights = step_weights(self.policy.schedule, self.config.step_weights).to(self.weights.device)
 
     def look_up_reference(self, rows: Tensor) -> None:
         """Of every chosen transition, what the start model says of its state."""
@@ -153,7 +165,8 @@ class _Work:
         num_actions = self.trajectory.num_actions
         weights = self.weights[(rows // num_actions).to(self.weights.device)]
         change = self._change(rows) if self.algorithm.is_of_pairs and self.num_updates > 0 else None
-        return self.algorithm.signals(weights, change, num_actions)
+        signals = self.algorithm.signals(weights, change, num_actions)
+        return signals * self.step_weights[(rows % num_actions).to(signals.device)]
 
     @torch.no_grad()
     def _change(self, rows: Tensor) -> Tensor:

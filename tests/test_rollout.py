@@ -9,6 +9,7 @@ from plugin_rewards import Brightness
 from tiny_policies import TinyNetwork, decode, encode, policy_of, prompts
 from torch import Tensor
 
+from rlcm_fast.config import RolloutConfig
 from rlcm_fast.rollout import Rollout, rollout
 from rlcm_fast.tasks import TaskRewards
 from rlcm_fast.trajectory import Conditioning, Prompt
@@ -25,7 +26,9 @@ class Letter:
         return torch.tensor([float(ord(prompt.text) - ord("a")) for prompt in prompts])
 
 
-def draw(micro_batch_size: int, log: list[str] | None = None) -> tuple[Rollout, list[Tensor]]:
+def draw(
+    micro_batch_size: int, log: list[str] | None = None, shared_noise: bool = False
+) -> tuple[Rollout, list[Tensor]]:
     """A rollout, and its x_0 in micro-batches; log: "encode", "stop?" and "decode" in the order of the calls."""
     log = [] if log is None else log
     decoded: list[Tensor] = []
@@ -44,7 +47,8 @@ def draw(micro_batch_size: int, log: list[str] | None = None) -> tuple[Rollout, 
     generator = torch.Generator().manual_seed(0)
     stop = lambda: log.append("stop?")  # noqa: E731
     try:
-        arguments = (prompts(NUM_SAMPLES), logged_encode, logged_decode, service, generator, micro_batch_size, 0, stop)
+        config = RolloutConfig(micro_batch_size=micro_batch_size, shared_noise=shared_noise)
+        arguments = (prompts(NUM_SAMPLES), logged_encode, logged_decode, service, generator, config, 0, stop)
         return rollout(policy_of(TinyNetwork()), *arguments), decoded
     finally:
         service.shutdown()
@@ -73,3 +77,11 @@ def test_prompts_are_encoded_once_and_stopping_is_offered_before_every_micro_bat
     log: list[str] = []
     draw(2, log)
     assert log == ["encode"] + ["stop?", "decode"] * 3
+
+
+def test_images_of_a_prompt_may_share_their_first_state_and_only_that():
+    shared, apart = (draw(4, shared_noise=is_shared)[0].trajectory.latents for is_shared in (True, False))
+    assert torch.equal(shared[0, 0], shared[4, 0])  # a, b, c, d, a, b
+    assert torch.equal(shared[1, 0], shared[5, 0]) and not torch.equal(shared[0, 0], shared[1, 0])
+    assert not torch.equal(shared[0, 1], shared[4, 1])
+    assert not torch.equal(apart[0, 0], apart[4, 0])

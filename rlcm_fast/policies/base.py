@@ -127,13 +127,22 @@ class GaussianPolicy(ABC):
         return functional.gaussian_log_prob(transitions.x_t, m, transitions.x_s, self.coefficients(transitions.step))
 
     @torch.no_grad()
-    def sample(self, conditioning: Conditioning, generator: torch.Generator) -> tuple[Trajectory, Tensor]:
+    def sample(
+        self,
+        conditioning: Conditioning,
+        generator: torch.Generator,
+        start: Tensor | None = None,
+        explores: bool = True,
+    ) -> tuple[Trajectory, Tensor]:
         """Draw a trajectory, and x_0 (B, C, H, W) float32, the latents of its images (not divided by a scaling factor).
 
         Draws the first state, then one noise tensor an action, as diffusers' pipelines do: the same seed gives the same
         image. A generator of another device than the policy's draws there and copies (diffusers' habit too).
+
+        start (B, C, H, W) float32: first states in the place of drawn ones. explores: where the last action draws the
+        image (Schedule.image_is_action), x_0 is what it drew, and its mean otherwise.
         """
-        x_t = self._noise(len(conditioning.index), generator)
+        x_t = self.noise(len(conditioning.index), generator) if start is None else start
         states, log_probs, x_0 = [x_t], [], x_t
         for k in range(self.num_steps):
             step = torch.full((len(x_t),), k, device=x_t.device)
@@ -141,15 +150,18 @@ class GaussianPolicy(ABC):
             if k == self.num_steps - 1:
                 x_0 = functional.gaussian_mean(x_t, m, self.schedule.image_coefficients.expand(len(x_t), 3))
             if k < self.num_actions:
-                noise = self._noise(len(x_t), generator)
+                noise = self.noise(len(x_t), generator)
                 x_t, log_prob = functional.gaussian_step(x_t, m, self.coefficients(step), noise)
                 states.append(x_t)
                 log_probs.append(log_prob)
             else:
                 x_t = functional.gaussian_mean(x_t, m, self.coefficients(step))
+        if self.schedule.image_is_action and explores:
+            x_0 = x_t
         actions = torch.stack(log_probs, dim=1) if log_probs else x_t.new_zeros(len(x_t), 0)
         return Trajectory(torch.stack(states, dim=1), actions, conditioning), x_0
 
-    def _noise(self, num_samples: int, generator: torch.Generator) -> Tensor:
+    def noise(self, num_samples: int, generator: torch.Generator) -> Tensor:
+        """(num_samples, C, H, W) float32 standard normal numbers, on the policy's device."""
         shape = (num_samples, *self.latent_shape)
         return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(self.device)

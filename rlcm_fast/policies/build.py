@@ -27,12 +27,16 @@ def build_policy(
     Raises:
         ValueError: the model is not of that kind, or its scheduler does what no affine Gaussian step does.
     """
+    is_sampled = config.last_step == "sampled"
+    last_step = "deterministic" if is_sampled else config.last_step
     if config.kind == "consistency":
         _check_is_consistency_model(unet_config, scheduler_config)
-        schedule = consistency_schedule(scheduler_config, config.num_steps, config.last_step)
-        return ConsistencyPolicy(unet, schedule, config.guidance_scale, unet_config, dtype, device)
-    schedule = ddim_schedule(scheduler_config, config.num_steps, config.eta, config.last_step)
-    return DiffusionPolicy(unet, schedule, config.guidance_scale, unet_config, dtype, device)
+        policy_class, schedule = ConsistencyPolicy, consistency_schedule(scheduler_config, config.num_steps, last_step)
+    else:
+        schedule = ddim_schedule(scheduler_config, config.num_steps, config.eta, last_step)
+        policy_class = DiffusionPolicy
+    schedule = schedule.with_sampled_image(config.last_sigma) if is_sampled else schedule
+    return policy_class(unet, schedule, config.guidance_scale, unet_config, dtype, device)
 
 
 def _check_is_consistency_model(unet_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@ networks are trained on; near t = 0 its rounding is 3e-5 of 1 - alpha_bar); ever
 float64 and kept in float32. Timesteps are those of diffusers' LCMScheduler and DDIMScheduler, also where DDIMScheduler
 steps to t - T // S although the next timestep is another (S does not divide T).
 
-The last step is deterministic and makes the image: it is no action. With last_step="renoise" it is one:
+The last step is deterministic and makes the image: it is no action. `with_sampled_image` makes it one that draws the
+image itself, with a small sigma that no scheduler has. With last_step="renoise" it is one, too:
  - consistency: the paper's letter. The action re-noises f to the level of its own t, and the image is decoded from f.
  - DDIM: the scheduler's own last noise is kept (it has some if set_alpha_to_one is false and eta is not 0).
 
@@ -32,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,9 @@ class Schedule:
     timesteps: Tensor  # (S,) int64
     coefficients: Tensor  # (S, 3) float32, A, B, sigma of each step
     image_coefficients: Tensor  # (3,) float32, A, B, 0: the image's latent from the state before the last step
-    num_actions: int  # K: S - 1 if the last step is deterministic, S if it re-noises, 0 for DDIM with eta = 0
+    num_actions: int  # K: S - 1 if the last step is deterministic, S if it is not, 0 for DDIM with eta = 0
     levels: NoiseLevels
+    image_is_action: bool = False  # the state after the last action is the image, not what its mean would be
 
     @property
     def num_steps(self) -> int:
@@ -79,7 +81,15 @@ class Schedule:
             self.image_coefficients.to(device),
             self.num_actions,
             self.levels.to(device),
+            self.image_is_action,
         )
+
+    def with_sampled_image(self, sigma: float) -> Schedule:
+        """The last step as an action that draws the image around its mean; of a schedule whose last has no noise."""
+        assert self.coefficients[-1, 2] == 0.0
+        coefficients = self.coefficients.clone()
+        coefficients[-1, 2] = sigma
+        return replace(self, coefficients=coefficients, num_actions=self.num_steps, image_is_action=True)
 
     def require_actions(self) -> None:
         """Refuse to train where there is nothing to train."""
