@@ -57,7 +57,7 @@ class PromptsConfig:
     """Where prompts come from, and how many an iteration takes."""
 
     source: str = "shapes:one"
-    """shapes:one, shapes:two, shapes:neutral, shapes:all (each also with :held_out), a .txt or a .jsonl file."""
+    """shapes:one, two, neutral, all (also with :held_out), a .txt or .jsonl file, hf:PATH, package.module:function."""
     num_prompts: int = 16
     """Distinct prompts of an iteration, over all processes."""
     images_per_prompt: int = 4
