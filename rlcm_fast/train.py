@@ -123,21 +123,26 @@ def _read_config(argv: Sequence[str], rank: int, world_size: int) -> Config:
 
 
 def _check_plugins(config: Config) -> None:
-    """Rewards, prompts and pairs exist; needs torch, so it comes after all other checks."""
+    """Rewards, prompts and pairs exist; needs torch, so it comes after all other checks.
+
+    Rewards come first, since prompts may be on a network. A dry run opens no dataset, and lets rewards wait for models.
+    """
     from rlcm_fast.config_tasks import tasks_of
     from rlcm_fast.pairs import check_source
-    from rlcm_fast.prompts import load_prompts
+    from rlcm_fast.prompts import check_prompts, load_prompts
     from rlcm_fast.rewards import check_name
 
-    named = [("evaluation.rewards", config.evaluation.rewards)]
+    named, sources = [("evaluation.rewards", config.evaluation.rewards)], []
     for number, task in enumerate(tasks_of(config)):
         prefix = f"tasks[{number}]." if config.tasks else ""
         named.append((f"{prefix}rewards", list(task.rewards)))
-        load_prompts(task.source, f"{prefix}source" if prefix else "prompts.source")
-        load_prompts(task.evaluation, f"{prefix}evaluation" if prefix else "evaluation.prompts")
+        sources.append((task.source, f"{prefix}source" if prefix else "prompts.source"))
+        sources.append((task.evaluation, f"{prefix}evaluation" if prefix else "evaluation.prompts"))
     for field, rewards in named:
         for index, reward in enumerate(rewards):
-            check_name(reward.name, f"{field}[{index}].name")
+            check_name(reward.name, f"{field}[{index}].name", must_run=not config.dry_run)
+    for source, field in sources:
+        (check_prompts if config.dry_run else load_prompts)(source, field)
     if config.pretraining.weight > 0:
         check_source(config.pretraining.data)
 

@@ -81,6 +81,46 @@ def test_a_dry_run_takes_rewards_whose_models_are_not_run_yet(tiny_lcm_folder: s
     assert yaml.safe_load(capsys.readouterr().out)["rewards"][1]["group_size"] == 16
 
 
+DATASET = "hf:owner/name?column=prompt"
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The datasets that were opened, which would be a network."""
+    paths: list[str] = []
+
+    def load(path: str, *_: object, **__: object) -> None:
+        paths.append(path)
+        raise OSError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    return paths
+
+
+def test_a_dry_run_checks_the_form_of_a_dataset_and_opens_none(opened: list[str], capsys: pytest.CaptureFixture[str]):
+    settings = ["--dry_run", "--pretraining.weight=1", "--pretraining.data=hf:owner/pairs?image=jpg&text=caption"]
+    assert main([*settings, "--prompts.source", DATASET, "--evaluation.prompts", DATASET]) == 0
+    assert main([*settings, "--evaluation.prompts", f"{DATASET}&windows=3"]) == 2
+    assert f"evaluation.prompts={DATASET}&windows=3: windows is no option" in capsys.readouterr().err
+    assert opened == []
+
+
+@pytest.mark.parametrize("field", ["rewards", "evaluation.rewards"])
+def test_a_reward_that_waits_for_its_model_stops_a_run_before_anything_is_looked_up(
+    field: str, opened: list[str], capsys: pytest.CaptureFixture[str]
+):
+    prompts = ["--prompts.source", DATASET, "--evaluation.prompts", DATASET, "--model.path", "owner/not-there"]
+    assert main([*prompts, f"--{field}", "[{name: aesthetic}]"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {field}[0].name=aesthetic needs the LAION aesthetic predictor, an MLP on CLIP ViT-L/14, which "
+        "rlcm_fast does not run yet; give your own as package.module:Class\n"
+    )
+    assert opened == []
+    assert main(prompts) == 2  # rewards that run: now the dataset is opened, still before weights load
+    assert f"error: prompts.source={DATASET} cannot be streamed: no network" in capsys.readouterr().err
+    assert opened == ["owner/name"]
+
+
 def test_a_plugin_that_is_not_there_is_one_line_from_a_process_of_its_own():
     done = door("--prompts.source", "no.txt")
     assert done.returncode == 2

@@ -4,10 +4,19 @@ measurements."""
 from __future__ import annotations
 
 from rlcm_fast.prompts.sampler import PromptSampler, Sampler, deal
-from rlcm_fast.prompts.sources import BUILT_IN, load_prompts
+from rlcm_fast.prompts.sources import BUILT_IN, check_prompts, load_prompts
 from rlcm_fast.prompts.stream import PREFIX, StreamSampler
 
-__all__ = ["BUILT_IN", "PromptSampler", "Sampler", "StreamSampler", "build_sampler", "deal", "load_prompts"]
+__all__ = [
+    "BUILT_IN",
+    "PromptSampler",
+    "Sampler",
+    "StreamSampler",
+    "build_sampler",
+    "check_prompts",
+    "deal",
+    "load_prompts",
+]
 
 
 def build_sampler(

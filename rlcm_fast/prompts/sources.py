@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rlcm_fast.plugins import load_class
 from rlcm_fast.prompts.files import PromptFile
-from rlcm_fast.prompts.stream import PREFIX, first_window
+from rlcm_fast.prompts.stream import PREFIX, check_stream, first_window
 from rlcm_fast.trajectory import Prompt
 
 MOST_CHECKED = 100_000
@@ -50,6 +50,14 @@ def load_prompts(source: str, field: str = "prompts.source") -> Sequence[Prompt]
     if not prompts:
         raise ValueError(f"{where} holds no prompts; give at least one")
     return prompts
+
+
+def check_prompts(source: str, field: str = "prompts.source") -> None:
+    """Raises what `load_prompts` would, but opens no dataset, which may be on a network."""
+    if source.startswith(PREFIX):
+        check_stream(source, f"{field}={source}")
+    else:
+        load_prompts(source, field)
 
 
 def _call(source: str, where: str) -> list[Prompt]:

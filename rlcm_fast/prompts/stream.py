@@ -12,6 +12,7 @@ the end the next pass begins, whose windows are shuffled otherwise.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 import zlib
 from collections.abc import Mapping
@@ -166,6 +167,13 @@ class StreamSampler:
         self._number, self._position = number, 0
 
 
+def check_stream(source: str, where: str) -> None:
+    """Raises ValueError for what is known to fail before the dataset is opened: options, folders, the package."""
+    _parse(source, where)
+    if importlib.util.find_spec("datasets") is None:
+        raise ValueError(_no_package(where))
+
+
 def first_window(source: str, where: str) -> list[Prompt]:
     """What a measurement takes of a dataset: the prompts of the first window that holds any, in its order."""
     stream = PromptStream(source, where)
@@ -181,6 +189,13 @@ def _too_few(where: str, count: int, wanted: int) -> str:
     return (
         f"{where} holds {count} prompts, fewer than the prompts.num_prompts={wanted} of an iteration; lower it to at"
         f" most {count} (and raise prompts.images_per_prompt to keep the batch size), or give more prompts"
+    )
+
+
+def _no_package(where: str) -> str:
+    return (
+        f"{where} needs the package datasets, which is not installed: pip install 'rlcm_fast[data]'; or give a .txt or"
+        " .jsonl file"
     )
 
 
@@ -211,10 +226,7 @@ def _open(options: _Options, where: str) -> Any:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(
-            f"{where} needs the package datasets, which is not installed: pip install 'rlcm_fast[data]'; or give a .txt"
-            " or .jsonl file"
-        ) from error
+        raise ValueError(_no_package(where)) from error
     try:
         dataset = load_dataset(options.path, options.name, split=options.split, streaming=True)
     except (OSError, ValueError) as error:

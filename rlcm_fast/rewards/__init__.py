@@ -49,10 +49,15 @@ NAMED = {
 """The papers' rewards that wait for their models: configs may name them, building one says what it needs."""
 
 
-def check_name(name: str, field: str) -> None:
-    """Raise a ValueError that names `field` unless `name` is one of BUILT_IN or NAMED, or a class that is there."""
+def check_name(name: str, field: str, must_run: bool = False) -> None:
+    """Raise a ValueError that names `field` unless `name` is one of BUILT_IN or a class that is there.
+
+    One of NAMED passes too, unless it `must_run`.
+    """
     if name not in NAMED:
         load_class(name, BUILT_IN, field)
+    elif must_run:
+        raise ValueError(_waits(f"{field}={name}", name))
 
 
 def build_reward(
@@ -66,10 +71,7 @@ def build_reward(
     A set reward comes as a GroupReward with `group_size` and `credit`, which a reward of single images must not have.
     """
     if name in NAMED:
-        raise ValueError(
-            f"rewards: name={name} needs {NAMED[name]}, which rlcm_fast does not run yet; give your own as "
-            "package.module:Class"
-        )
+        raise ValueError(_waits(f"rewards: name={name}", name))
     try:
         reward = build(name, arguments, BUILT_IN)
     except ValueError as error:
@@ -97,3 +99,7 @@ def build_rewards(configs: Sequence[RewardConfig]) -> dict[str, tuple[Reward, fl
         config.name: (build_reward(config.name, config.arguments, config.group_size, config.credit), config.weight)
         for config in configs
     }
+
+
+def _waits(where: str, name: str) -> str:
+    return f"{where} needs {NAMED[name]}, which rlcm_fast does not run yet; give your own as package.module:Class"
