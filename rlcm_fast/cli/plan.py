@@ -81,7 +81,7 @@ def _head(planner: Planner, strategy: Strategy, name: str) -> list[str]:
     return [
         f"{name}: UNet of {millions:.1f} M parameters, {unet.forward_flops.total / 1e9:.4g} GFLOP forward, "
         f"{unet.training_flops.total / 1e9:.5g} with backward",
-        f"an iteration{of}: {images}, {work.num_steps} steps each, {work.samples * work.num_actions} transitions; "
+        f"an iteration{of}: {images}, {work.num_steps} steps each, {work.samples * work.num_trained} transitions; "
         f"micro-batches of {strategy.rollout_micro_batch_size} (rollout) and {strategy.micro_batch_size} (update)",
         "",
     ]

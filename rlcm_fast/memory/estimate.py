@@ -22,7 +22,8 @@ import torch
 
 from rlcm_fast.config import Config, to_dict
 from rlcm_fast.config_checks import derived
-from rlcm_fast.config_sizes import num_pretraining, num_trained
+from rlcm_fast.config_sizes import num_trained
+from rlcm_fast.config_tasks import rounds_of
 from rlcm_fast.memory.architecture import Architecture
 from rlcm_fast.memory.tracing import DecoderProfile, NetworkProfile, Recompute, Setup, profile_decoder, profile_unet
 
@@ -106,29 +107,30 @@ class Workload:
 
     num_processes: int
     samples: int
+    samples_at_once: int  # of one rollout, the largest where tasks take turns
     num_steps: int
     num_actions: int
-    num_trained: int  # actions of a sample that updates train on
+    num_trained: int  # of the actions of a sample
     num_passes: int
     transitions_per_update: int
     num_updates: int  # of all passes
-    num_pairs: int = 0  # real images of all updates
+    pairs_per_update: int  # of real images
 
     @classmethod
     def of(cls, config: Config, num_processes: int) -> Workload:
         numbers = derived(config, num_processes)
+        pretraining = config.pretraining
         return cls(
             num_processes,
             numbers["samples_per_process"],
+            max(sum(task.num_samples for task in tasks) for tasks in rounds_of(config)) // num_processes,
             config.policy.num_steps,
             numbers["actions_per_sample"],
             num_trained(config),
             config.update.num_passes,
             numbers["transitions_per_update"] // num_processes,
             numbers["updates_per_iteration"],
-            num_pretraining(config, num_processes)
-            * config.pretraining.micro_batch_size
-            * numbers["updates_per_iteration"],
+            pretraining.batch_size // num_processes if pretraining.weight > 0 else 0,
         )
 
 
@@ -216,8 +218,8 @@ def estimate_memory(
     gradients = _gradient_bytes(training, unet.trainable, processes)
     rows = max(strategy.micro_batch_size * strategy.rows_per_sample, strategy.pretraining_micro_batch_size)
     activations = unet.training_peak(rows)
-    images = min(strategy.decode_batch_size or workload.samples, strategy.rollout_micro_batch_size, workload.samples)
-    sampled = min(strategy.rollout_micro_batch_size, workload.samples) * strategy.rows_per_sample
+    sampled = min(strategy.rollout_micro_batch_size, workload.samples_at_once)
+    images = min(strategy.decode_batch_size or sampled, sampled)
     return Memory(
         weights=_weight_bytes(strategy, trained, unet.frozen, processes),
         gradients=gradients,
@@ -231,7 +233,7 @@ def estimate_memory(
         trajectory=_trajectory_states(strategy, workload) * profiles.latent_bytes,
         bucket=BUCKET_ELEMENTS * DTYPES[training.dtype].itemsize if strategy.zero_stage >= 1 else 0,
         activations=round(activations),
-        sampling=round(unet.sampling_peak(sampled)),
+        sampling=round(unet.sampling_peak(sampled * strategy.rows_per_sample)),
         decoding=round(profiles.decoder.peak(images)),
         step_temporaries=_step_bytes(training, unet.trainable, processes, gradients, device),
         overhead=OVERHEAD_BYTES,
@@ -241,8 +243,8 @@ def estimate_memory(
 
 def _trajectory_states(strategy: Strategy, workload: Workload) -> int:
     """Latents that are kept from the rollout to the end of the updates, the start model's outputs among them."""
-    states = workload.samples * (workload.num_actions + 1)
-    return states + (workload.samples * workload.num_trained if strategy.has_reference else 0)
+    states = workload.samples_at_once * (workload.num_actions + 1)
+    return states + (workload.samples_at_once * workload.num_trained if strategy.has_reference else 0)
 
 
 def moment_bytes(optimizer: str, sizes: Sequence[int], itemsize: int) -> int:

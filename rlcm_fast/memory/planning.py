@@ -67,7 +67,8 @@ class Planner:
         profiles, work, memory = self.profiles(strategy), self.workload, self.memory(strategy)
         rows, unet = work.samples * strategy.rows_per_sample, profiles.unet
         trained = work.samples * work.num_trained  # transitions of a pass
-        update = unet.training_flops * (trained * work.num_passes * strategy.rows_per_sample + work.num_pairs)
+        update = unet.training_flops * (trained * work.num_passes * strategy.rows_per_sample)
+        update += unet.training_flops * (work.pairs_per_update * work.num_updates)
         if strategy.has_reference:  # once a rollout
             update += unet.forward_flops * (trained * strategy.rows_per_sample)
         is_bf16 = strategy.dtype != "fp32"
@@ -88,7 +89,7 @@ class Planner:
 
     def largest_rollout_micro_batch(self, strategy: Strategy, gpu: Gpu) -> int:
         """The largest rollout.micro_batch_size of use whose sampling and decoding fit; 0 if none does."""
-        sizes = range(1, self.workload.samples + 1)
+        sizes = range(1, self.workload.samples_at_once + 1)
         return self._largest(sizes, strategy, "rollout_micro_batch_size", ("sampling", "decoding"), gpu)
 
     def _largest(self, sizes: Iterable[int], strategy: Strategy, field: str, stages: tuple[str, str], gpu: Gpu) -> int:

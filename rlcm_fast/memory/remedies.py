@@ -120,7 +120,7 @@ class Remedies:
         found: Settings = {}
         if update < strategy.micro_batch_size:
             found["update.micro_batch_size"] = update
-        if rollout < min(strategy.rollout_micro_batch_size, planner.workload.samples):
+        if rollout < min(strategy.rollout_micro_batch_size, planner.workload.samples_at_once):
             found["rollout.micro_batch_size"] = rollout
         return found
 

@@ -38,12 +38,14 @@ ARCHITECTURE = load_architecture(str(SHIPPED["shapes/lcm"]))
 WORK = Workload(
     num_processes=1,
     samples=8,
+    samples_at_once=8,
     num_steps=3,
     num_actions=2,
     num_trained=2,
     num_passes=1,
     transitions_per_update=16,
     num_updates=1,
+    pairs_per_update=0,
 )
 WITHIN = 0.02  # what the planner promises
 

@@ -48,6 +48,15 @@ def test_the_figures_of_the_sd15_consistency_model_are_the_known_ones():
     assert sum(p.numel() for p in architecture.build_text_encoders()[0].parameters()) / 1e6 == pytest.approx(123, abs=1)
 
 
+def test_the_sizes_of_stable_diffusion_2_are_the_known_ones():
+    architecture = load_architecture("stabilityai/stable-diffusion-2-base")
+    assert sum(p.numel() for p in architecture.build_unet().parameters()) == 865_910_724
+    assert sum(p.numel() for p in architecture.build_text_encoders()[0].parameters()) / 1e6 == pytest.approx(
+        340.4, abs=0.1
+    )
+    assert architecture.image_size == 512
+
+
 @pytest.mark.slow
 def test_sdxl_is_planned_within_a_minute_and_its_figures_are_the_known_ones():
     start = time.perf_counter()
@@ -89,6 +98,22 @@ def test_seconds_follow_the_rate_and_the_work(planner: Planner):
     for stage in ("sampling", "decoding", "update"):
         once = getattr(planner.seconds(STRATEGY, slow), stage)
         assert getattr(twice.seconds(STRATEGY, slow), stage) == pytest.approx(2 * once)
+
+
+def test_the_workload_of_tasks_in_turn_and_of_some_timesteps_is_what_a_run_does():
+    small, large = (f"source: 'shapes:one', rewards: [{{name: diversity}}], share: {share}" for share in (1, 3))
+    tasks = f"[{{name: small, {small}}}, {{name: large, {large}}}]"
+    in_turn = ["--tasks", tasks, "--task_schedule=by_task", "--update.num_timesteps=2", "--update.num_updates=2"]
+    pairs = ["--pretraining.weight=1", "--pretraining.data=shapes:all", "--update.micro_batch_size=4"]
+    work = Workload.of(parse_config([*in_turn, *pairs]), 2)
+    assert (work.samples, work.samples_at_once, work.num_actions, work.num_trained) == (32, 24, 3, 2)
+    assert (work.num_updates, work.transitions_per_update, work.pairs_per_update) == (4, 24, 32)
+    planner, gpu = planner_of(SHAPES, work), GPUS["rtx4090"]
+    bare = planner_of(SHAPES, replace(work, pairs_per_update=0))
+    update = bare.seconds(STRATEGY, gpu).update
+    assert planner.seconds(STRATEGY, gpu).update == pytest.approx(update * (1 + 4 * 32 / (32 * 2)))
+    trajectory = bare.memory(STRATEGY).trajectory
+    assert trajectory == 24 * 4 * planner.profiles(STRATEGY).latent_bytes
 
 
 def test_gpus_are_found_by_their_usual_names():
