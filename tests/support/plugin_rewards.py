@@ -75,3 +75,10 @@ class KilledWhileSaving(Brightness):
             os.kill(os.getpid(), signal.SIGKILL)
 
         checkpoint.save_file = kill
+
+
+class Quadrants:
+    """A classifier of four classes for distribution_parity: a quarter of the image for each, the brighter the likelier."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images.mean(dim=1), 2).flatten(1).mul(10).softmax(dim=1)

@@ -1,0 +1,149 @@
+"""The papers' recipes at full size: checked and planned without a network, and run with small random models."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import tiny_runs
+
+from rlcm_fast.backbones.pipeline import Backbone
+from rlcm_fast.cli.main import main as command
+from rlcm_fast.config import parse_config
+from rlcm_fast.config_checks import validate
+from rlcm_fast.train import main
+from rlcm_fast.trainer import Trainer
+
+RLCM = ("compressibility", "incompressibility", "aesthetic", "alignment")
+LARGE_SCALE = ("preference", "composition", "fairness", "joint")
+RECIPES = [*(f"rlcm/{name}" for name in RLCM), *(f"large_scale/{name}" for name in LARGE_SCALE)]
+ADAPTERS = {name: "lora_8_8" if name == "aesthetic" else "lora_16_32" for name in RLCM}
+WAITS = {
+    "rlcm/aesthetic": "rewards[0].name=aesthetic needs the LAION aesthetic predictor",
+    "rlcm/alignment": "rewards[0].name=vlm_alignment needs a vision-language model",
+    "large_scale/preference": "rewards[0].name=image_reward needs the ImageReward model",
+    "large_scale/composition": "rewards[0].name=object_detection needs an open-vocabulary detector",
+    "large_scale/fairness": "classifier=skin_tone needs a classifier of four skin tones",
+    "large_scale/joint": "tasks[0].rewards[0].name=image_reward needs the ImageReward model",
+}
+SMALL = {
+    "rlcm": ["--evaluation.num_images=8"],
+    "large_scale": [
+        "--policy.num_steps=10",
+        "--pretraining.batch_size=16",
+        "--pretraining.workers=0",
+        "--evaluation.num_images=16",
+    ],
+}
+NUM_PROMPTS = {"rlcm/alignment": 20, "large_scale/fairness": 1, "large_scale/joint": 48}  # of others 16
+
+
+def with_adapters(name: str) -> list[str]:
+    return ["--config", f"configs/rlcm/{name}.yaml", "--config", f"configs/rlcm/{ADAPTERS[name]}.yaml"]
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("this would look for weights or data on a network")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    monkeypatch.setattr(Backbone, "load", refuse)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.usefixtures("no_network")
+def test_a_dry_run_of_a_recipe_passes_without_a_network(recipe: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["--config", f"configs/{recipe}.yaml", "--dry_run", "true"]) == 0
+    assert "# total_queries: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", WAITS)
+@pytest.mark.usefixtures("no_network", "one_process")
+def test_a_recipe_whose_reward_waits_for_its_model_says_so_in_one_line(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["--config", f"configs/{recipe}.yaml", "--run_dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert WAITS[recipe] in said and "which rlcm_fast does not run yet" in said
+
+
+@pytest.mark.parametrize("name", LARGE_SCALE)
+def test_a_large_recipe_is_good_for_every_power_of_two_up_to_the_papers_128_processes(name: str):
+    config = parse_config(["--config", f"configs/large_scale/{name}.yaml"])
+    for power in range(8):
+        validate(config, 2**power)
+
+
+@pytest.mark.parametrize("name", RLCM)
+def test_adapters_in_a_second_file_change_only_what_they_are_about(name: str):
+    whole, adapted = parse_config(["--config", f"configs/rlcm/{name}.yaml"]), parse_config(with_adapters(name))
+    validate(adapted, 3 if name == "alignment" else 4)  # the paper's numbers of GPUs
+    changed = {field for field in vars(whole) if getattr(whole, field) != getattr(adapted, field)}
+    assert changed == {"lora", "optimizer", "engine"}
+    assert (adapted.lora.rank, adapted.optimizer.lr, adapted.optimizer.final_lr_fraction) == (
+        8 if name == "aesthetic" else 16,
+        1e-4,
+        0.667,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.usefixtures("no_network")
+def test_a_recipe_fits_on_the_gpus_it_is_for(recipe: str, capsys: pytest.CaptureFixture[str]):
+    gpus = ["--gpu", "rtx4090"] if recipe.startswith("rlcm/") else ["--gpu", "a100-80gb", "--processes", "128"]
+    files = [with_adapters(recipe.removeprefix("rlcm/"))] if recipe.startswith("rlcm/") else []
+    for config in (["--config", f"configs/{recipe}.yaml"], *files):
+        assert command(["plan", *config, *gpus]) == 0
+        assert "it fits: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "recipe", [r if r == "large_scale/joint" else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES]
+)
+@pytest.mark.usefixtures("one_process")
+def test_a_recipe_runs_with_a_small_model_of_its_layout(recipe: str, tmp_path: Path, request: pytest.FixtureRequest):
+    line = smoke_run(recipe, tmp_path, request)
+    assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
+    assert line["grad_norm"] > 0
+    if recipe == "large_scale/joint":
+        rewards = ("preference/plugin_rewards:Brightness", "composition/plugin_rewards:Brightness")
+        assert {f"reward/{name}/mean" for name in (*rewards, "fairness/distribution_parity")} <= line.keys()
+        assert line["queries"] == 2 * 3 * 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RLCM)
+@pytest.mark.usefixtures("one_process")
+def test_a_recipes_adapters_run_with_a_small_model(name: str, tmp_path: Path, request: pytest.FixtureRequest):
+    adapters = ["--config", f"configs/rlcm/{ADAPTERS[name]}.yaml"]
+    assert smoke_run(f"rlcm/{name}", tmp_path, request, adapters)["grad_norm"] > 0
+    assert (tmp_path / "run" / "lora").is_dir()
+
+
+def smoke_run(recipe: str, folder: Path, request: pytest.FixtureRequest, more: list[str] | None = None) -> dict:
+    """The last of two iterations; everything is the recipe's but what needs a hub, a GPU, a compiler or much time."""
+    family = recipe.partition("/")[0]
+    model = request.getfixturevalue("tiny_lcm_folder" if family == "rlcm" else "tiny_sd_folder")
+    config = folder / "config.yaml"
+    config.write_text(_without_a_hub(Path(f"configs/{recipe}.yaml").read_text(), folder))
+    sizes = ["--model.image_size=0", f"--prompts.num_prompts={NUM_PROMPTS.get(recipe, 16)}", *SMALL[family]]
+    run = ["--num_iterations=2", f"--run_dir={folder / 'run'}", f"--model.path={model}", "--engine.compile=off"]
+    Trainer(parse_config(["--config", str(config), *(more or []), *sizes, *run])).run()
+    lines = [line for line in tiny_runs.metrics(folder / "run") if "loss" in line]
+    assert [line["iteration"] for line in lines] == [0, 1]
+    return lines[-1]
+
+
+def _without_a_hub(text: str, folder: Path) -> str:
+    """A recipe with plug-ins in the place of models that are not run, a list for its dataset, renders for its pairs."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("".join(f"a picture of {number} cats\n" for number in range(40)))
+    text = re.sub(r"name: (image_reward|object_detection|aesthetic|vlm_alignment)\b", f"name: {tiny_runs.REWARD}", text)
+    text = text.replace("classifier: skin_tone", 'classifier: "plugin_rewards:Quadrants"')
+    text = re.sub(r"hf:poloclub\S+", str(prompts), text)
+    return re.sub(r"data: hf:laion\S+", "data: shapes:all", text)
