@@ -77,7 +77,7 @@ def test_every_training_option_of_the_readme_is_a_field():
 
 
 def test_every_config_of_the_readme_is_there():
-    for name in re.findall(r"configs/shapes/\w+\.yaml", README):
+    for name in re.findall(r"configs/\w+/\w+\.yaml", README):
         assert (ROOT / name).is_file(), name
 
 

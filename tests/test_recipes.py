@@ -31,7 +31,7 @@ WAITS = {
 SMALL = {
     "rlcm": ["--evaluation.num_images=8"],
     "large_scale": [
-        "--policy.num_steps=10",
+        "--policy.num_steps=7",
         "--pretraining.batch_size=16",
         "--pretraining.workers=0",
         "--evaluation.num_images=16",

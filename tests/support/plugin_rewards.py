@@ -78,7 +78,7 @@ class KilledWhileSaving(Brightness):
 
 
 class Quadrants:
-    """Four classes for distribution_parity: a quarter of the image for each, the brighter the likelier."""
+    """A classifier of four classes, each likelier the brighter its quarter of the image is."""
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return torch.nn.functional.adaptive_avg_pool2d(images.mean(dim=1), 2).flatten(1).mul(10).softmax(dim=1)
