@@ -84,11 +84,11 @@ def summarise(curves: Sequence[Sequence[Row]], flat_kb: float, until_seconds: fl
     }
     for metric in eval_metrics(curves[0]):
         pairs = [_first_and_last(rows, metric, until_seconds) for rows in curves]
-        summary["held_out"][metric] = _start_end_change(pairs)
+        summary["held_out"][metric] = start_end_change(pairs)
         if metric in _JPEG_SIGNS:
             payloads = [tuple(_JPEG_SIGNS[metric] * value - flat_kb for value in pair) for pair in pairs]
             relative = mean_and_error([end / start - 1 for start, end in payloads])
-            summary["payload_kb"] = {**_start_end_change(payloads), "relative_change": relative, "flat_kb": flat_kb}
+            summary["payload_kb"] = {**start_end_change(payloads), "relative_change": relative, "flat_kb": flat_kb}
         if metric == _DETECTOR:
             summary["detector_ratio"] = mean_and_error([end / start if start else 0.0 for start, end in pairs])
     return summary
@@ -108,11 +108,11 @@ def _rollouts(curves: Sequence[Sequence[Row]], until_seconds: float) -> dict[str
             values = [row[metric] for row in evaluated(rows, metric, until_seconds)]
             first, last = values[:_WINDOW], values[-_WINDOW:]
             pairs.append((sum(first) / len(first), sum(last) / len(last)))
-        result[metric] = _start_end_change(pairs)
+        result[metric] = start_end_change(pairs)
     return result
 
 
-def _start_end_change(pairs: Sequence[tuple[float, ...]]) -> dict[str, Any]:
+def start_end_change(pairs: Sequence[tuple[float, ...]]) -> dict[str, Any]:
     return {
         "start": mean_and_error([start for start, _ in pairs]),
         "end": mean_and_error([end for _, end in pairs]),

@@ -37,6 +37,11 @@ _OWN = ("seed", "run_dir", "resume", "dry_run")
 def add_config_arguments(parser: argparse.ArgumentParser, config: str) -> None:
     """--config and --override."""
     parser.add_argument("--config", default=config, help=f"default {config}")
+    add_override_argument(parser)
+
+
+def add_override_argument(parser: argparse.ArgumentParser) -> None:
+    """--override."""
     text = "pairs of a dotted config field and its value, as: num_iterations 10 update.clip_range 2e-4"
     parser.add_argument("--override", nargs="+", action="extend", default=[], metavar="FIELD VALUE", help=text)
 
@@ -56,8 +61,13 @@ def read_config(arguments: argparse.Namespace, *options: str) -> Config:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, config: str) -> None:
-    """Those of `add_config_arguments`, --seeds, --runs and --jobs."""
+    """Those of `add_config_arguments` and of `add_seed_arguments`."""
     add_config_arguments(parser, config)
+    add_seed_arguments(parser)
+
+
+def add_seed_arguments(parser: argparse.ArgumentParser) -> None:
+    """--seeds, --runs and --jobs."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default 0 1 2)")
     parser.add_argument("--runs", type=Path, help="folder of the run folders (default runs/ and the name of --out)")
     text = (

@@ -1,0 +1,50 @@
+"""Ablations on compressibility with the detector as its guard: the last step, and updates on a rollout.
+
+    python benchmarks/learning/ablations.py --jobs 2
+
+    base        the last, deterministic step is no action; one update a rollout
+    renoise     the RLCM paper's code: the last action noises an image that is thrown away, and is trained too
+    updates_2   two updates a rollout, on half of its transitions each
+    updates_4   four
+
+at equal queries; learning rates by a sweep of short runs, the same for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from arms import TOTAL, Arm, run_figure, train_arms, tuned
+from summaries import ahead_of, summarise, table, write_curves
+
+_TASK = (
+    *("rewards", "[{name: jpeg_compressibility}, {name: shapes_alignment, weight: 0.5}]"),
+    *("update.kl_weight", "0", "update.micro_batch_size", "48"),
+    *("num_iterations", "40", "checkpoint.every", "10", "evaluation.every", "10", "evaluation.num_images", "128"),
+)
+_LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 0.5
+
+
+def arms() -> list[Arm]:
+    changes = {
+        "base": (),
+        "renoise": ("policy.last_step", "renoise", "update.micro_batch_size", "64"),
+        "updates_2": ("update.num_updates", "2"),
+        "updates_4": ("update.num_updates", "4"),
+    }
+    return [Arm(name, "compressibility", (*_TASK, *change)) for name, change in changes.items()]
+
+
+def draw(arguments: argparse.Namespace) -> dict[str, Any]:
+    chosen = tuned(arms(), _LRS, _TUNING_SHARE, arguments)
+    curves = train_arms(list(chosen.values()), arguments)
+    write_curves(curves, arguments.out, "ablations")
+    print(table(curves, [TOTAL, "eval/jpeg_compressibility/mean", "eval/shapes_alignment/mean"]))
+    lrs = {name: arm.overrides[-1] for name, arm in chosen.items()}
+    return {"lr": lrs, "arms": summarise(curves), "ahead_of_base": ahead_of(curves, "base", TOTAL)}
+
+
+if __name__ == "__main__":
+    sys.exit(run_figure("ablations", __doc__, draw))

@@ -1,0 +1,164 @@
+"""The harness of the learning study: settings ("arms") x seeds as training runs, and their curves.
+
+A run is `rlcm_fast/train.py` in a process of its own, through training_runs.train_all: what is finished is not
+repeated, what was cut off goes on, other settings in the same folder are refused. So every figure's command can be
+stopped and given again. Runs lie in RUNS/ARM/seed_N, those of a sweep in RUNS/sweep/ARM/lr_X.
+
+A curve's rows are training_runs.curve's, with `forwards`, the rows that had passed through the network
+(forwards.py), and `eval/total/mean`, the weighted sum of what is optimised, on held-out prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # benchmarks/, whose modules these share
+
+from forwards import forwards_per_iteration
+from reporting import ROOT, print_summary, write_csv
+from training_runs import Row, add_override_argument, add_seed_arguments, curve, train_all, train_arguments
+
+if TYPE_CHECKING:
+    from rlcm_fast.config import Config, RewardConfig
+
+TOTAL = "eval/total/mean"
+TUNING_SEED = 0
+TUNING_WINDOW = 5  # last iterations, whose mean reward chooses the learning rate
+_QUIET = ("tracking.grid_every", "0", "tracking.tensorboard", "false", "tracking.task_gradients_every", "0")
+
+Curves = Mapping[str, Sequence[Sequence[Row]]]  # arm -> seeds -> rows
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A setting: a file of configs/shapes/ and what it overrides, pairs of field and value."""
+
+    name: str
+    config: str
+    overrides: tuple[str, ...] = ()
+
+    def but(self, *overrides: str) -> Arm:
+        """With further overrides, which win."""
+        return replace(self, overrides=(*self.overrides, *overrides))
+
+    def arguments(self, seed: int, folder: Path) -> list[str]:
+        """Of train.py."""
+        config = str(ROOT / "configs" / "shapes" / f"{self.config}.yaml")
+        return train_arguments(config, [*_QUIET, *self.overrides], seed, folder)
+
+
+def run_figure(
+    name: str,
+    text: str | None,
+    draw: Callable[[argparse.Namespace], Mapping[str, Any]],
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> int:
+    """The main of a figure: its options, `draw`, OUT.json with what that returns; the exit code."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    add_study_arguments(parser, name)
+    arguments = parser.parse_args()
+    try:
+        summary = draw(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_summary(summary, arguments.out.with_suffix(".json"))
+    return 0
+
+
+def add_study_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """--seeds, --jobs, --runs, --out and --override."""
+    add_seed_arguments(parser)
+    add_override_argument(parser)
+    parser.set_defaults(runs=Path("runs/learning") / name)
+    out = Path("benchmarks/results/learning") / name
+    parser.add_argument("--out", type=Path, default=out, help=f"without its ending (default {out})")
+
+
+def train_arms(arms: Sequence[Arm], arguments: argparse.Namespace) -> dict[str, list[list[Row]]]:
+    """The curves of all arms and seeds; arguments.override holds for every arm."""
+    folders = {arm.name: [run_folder(arguments.runs, arm, seed) for seed in arguments.seeds] for arm in arms}
+    wanted = {}
+    for place, seed in enumerate(arguments.seeds):  # seed by seed: a study that is cut off has whole seeds
+        for arm in arms:
+            folder = folders[arm.name][place]
+            wanted[folder] = arm.but(*arguments.override).arguments(seed, folder)
+    train_all(wanted, arguments.jobs)
+    return {
+        name: [study_curve(folder, seed) for folder, seed in zip(own, arguments.seeds, strict=True)]
+        for name, own in folders.items()
+    }
+
+
+def run_folder(runs: Path, arm: Arm, seed: int) -> Path:
+    return runs / arm.name / f"seed_{seed}"
+
+
+def study_curve(folder: Path, seed: int) -> list[Row]:
+    """The rows of a run, with forwards and the held-out total."""
+    from rlcm_fast.config import parse_config
+
+    config = parse_config(["--config", str(folder / "config.yaml")])
+    forwards = forwards_per_iteration(config)
+    rows = curve(folder, seed)
+    for row in rows:
+        row["forwards"] = forwards * row["iteration"]
+        if not config.tasks and f"eval/{config.rewards[0].name}/mean" in row:
+            row[TOTAL] = weighted(row, config.rewards, "eval")
+    return rows
+
+
+def weighted(row: Row, rewards: Sequence[RewardConfig], prefix: str) -> float:
+    """Of the rewards' means; of a set reward that of its values, so that credits do not matter."""
+    return sum(reward.weight * row[f"{prefix}/{reward.name}/mean"] for reward in rewards)
+
+
+def tuned(arms: Sequence[Arm], lrs: Sequence[str], share: float, arguments: argparse.Namespace) -> dict[str, Arm]:
+    """Each arm at the learning rate whose short run ended with the highest rewards on training prompts.
+
+    The same for every arm: a run of `share` of its iterations at each of `lrs`, seed 0. OUT_sweep.csv has them all.
+    """
+    runs = {
+        (arm.name, lr): (arguments.runs / "sweep" / arm.name / f"lr_{lr}", arm.but("optimizer.lr", lr))
+        for arm in arms
+        for lr in lrs
+    }
+    train_all(
+        {f: _shortened(arm, share, arguments).arguments(TUNING_SEED, f) for f, arm in runs.values()}, arguments.jobs
+    )
+    rows = [{"arm": name, "lr": lr, **_tuning_row(folder)} for (name, lr), (folder, _) in runs.items()]
+    write_csv(arguments.out.with_name(f"{arguments.out.name}_sweep.csv"), rows)
+    return {arm.name: runs[arm.name, best_lr(rows, arm.name)][1] for arm in arms}
+
+
+def _shortened(arm: Arm, share: float, arguments: argparse.Namespace) -> Arm:
+    from rlcm_fast.config import parse_config
+
+    whole = arm.but(*arguments.override)
+    count = round(share * parse_config(whole.arguments(TUNING_SEED, arguments.runs)).num_iterations)
+    return whole.but("num_iterations", str(max(1, count)), "evaluation.every", "0")
+
+
+def best_lr(rows: Sequence[Row], arm: str) -> str:
+    """Of the sweep's rows: where the arm's reward is highest."""
+    return max((row for row in rows if row["arm"] == arm), key=lambda row: row["reward"])["lr"]
+
+
+def _tuning_row(folder: Path) -> Row:
+    from rlcm_fast.config import parse_config
+
+    config: Config = parse_config(["--config", str(folder / "config.yaml")])
+    rows = [row for row in curve(folder, TUNING_SEED) if f"reward/{config.rewards[0].name}/mean" in row]
+    last = rows[-TUNING_WINDOW:]
+    means = {
+        f"reward/{reward.name}": sum(row[f"reward/{reward.name}/mean"] for row in last) / len(last)
+        for reward in config.rewards
+    }
+    total = sum(weighted(row, config.rewards, "reward") for row in last) / len(last)
+    return {"iterations": len(rows), "reward": total, **means}

@@ -1,0 +1,72 @@
+"""Models scored after training: more images than an evaluation during a run, and prompts or steps it did not have.
+
+An answer is kept beside the model's run (RUN/scores/KEY.json), so that a command given again does not draw anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from arms import Arm, run_folder
+
+GUIDANCE = 4.0
+SEED = 7  # of noise and order of prompts; evaluations during training have another
+BATCH_SIZE = 64
+
+
+def score(
+    model: str, kept: Path, source: str, rewards: Sequence[str], num_steps: int, num_images: int
+) -> dict[str, float]:
+    """Reward -> mean over images of the pipeline `model` (a folder or shipped model), and `seconds_per_image`.
+
+    source: as prompts.source; rewards: names, or mappings as `rlcm-fast evaluate` takes them; kept: a folder.
+    """
+    asked = {"source": source, "rewards": list(rewards), "num_steps": num_steps, "num_images": num_images, "seed": SEED}
+    key = hashlib.sha256(json.dumps({"model": model, **asked}).encode()).hexdigest()[:16]
+    path = kept / f"{key}.json"
+    if not path.exists():
+        found = _measured(model, source, rewards, num_steps, num_images)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"asked": asked, "found": found}), encoding="utf-8")
+    return json.loads(path.read_text())["found"]
+
+
+def scores_by_arm(
+    arms: Sequence[Arm], arguments: Namespace, source: str, rewards: Sequence[str], num_steps: int, num_images: int
+) -> dict[str, list[dict[str, float]]]:
+    """arm -> a `score` for each seed's export."""
+    asked = (source, rewards, num_steps, num_images)
+    folders = {arm.name: [run_folder(arguments.runs, arm, seed) for seed in arguments.seeds] for arm in arms}
+    return {
+        name: [score(str(folder / "export"), folder / "scores", *asked) for folder in own]
+        for name, own in folders.items()
+    }
+
+
+def start_score(
+    model: str, arguments: Namespace, source: str, rewards: Sequence[str], num_steps: int, num_images: int
+) -> dict[str, float]:
+    """Of the model that the runs started from, as `shapes/lcm`."""
+    return score(model, arguments.runs / "scores", source, rewards, num_steps, num_images)
+
+
+def _measured(model: str, source: str, names: Sequence[str], num_steps: int, num_images: int) -> dict[str, Any]:
+    import torch
+
+    from rlcm_fast.cli.evaluate import measure, reward_configs
+    from rlcm_fast.cli.pipelines import load_pipeline
+    from rlcm_fast.prompts import deal, load_prompts
+    from rlcm_fast.rewards import build_rewards
+
+    torch.set_num_threads(1)  # as the runs had, beside which other work may go on
+    rewards = {name: reward for name, (reward, _) in build_rewards(reward_configs(names)).items()}
+    prompts = deal(load_prompts(source, "prompts"), num_images, SEED)
+    settings = Namespace(guidance_scale=GUIDANCE, seed=SEED, batch_size=BATCH_SIZE)
+    result = measure(load_pipeline(model), prompts, rewards, num_steps, settings)
+    means = {name: numbers["mean"] for name, numbers in result["rewards"].items()}
+    return {**means, "seconds_per_image": result["seconds_per_image"]}

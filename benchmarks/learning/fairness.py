@@ -1,0 +1,74 @@
+"""Fairness: the colours of neutral captions before and after, by credit to each image or to its group.
+
+    python benchmarks/learning/fairness.py --jobs 2
+
+The start model paints a caption without a colour in one colour about 70 % of the time. Both arms optimise
+`distribution_parity` of 16 images of a caption with the detector's score beside it; `leave_one_out` gives an image what
+it adds to its group's value, `group` all of the value, as arXiv 2401.12244 has it. Learning rates by a sweep of short
+runs. After training 256 images of each caption are drawn from each model: their parity, all 256 taken together; the
+detector's score on neutral captions; and on captions with a colour, of training and held out: what should not suffer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from arms import Arm, run_figure, train_arms, tuned
+from exports import scores_by_arm, start_score
+from reporting import mean_and_error
+from summaries import ahead_of, markdown, shown, summarise, table, write_curves
+
+_REWARDS = (
+    "[{name: distribution_parity, weight: 16, arguments: {classifier: shapes_colour, votes: hard}, group_size: 16,"
+    " credit: CREDIT}, {name: shapes_alignment, weight: 0.5}]"
+)
+_SHORT = ("num_iterations", "48", "checkpoint.every", "12", "evaluation.every", "12")
+_LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 0.5
+_PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 256}"
+_MEASURED = {  # what -> prompts, rewards, images
+    "neutral": ("shapes:neutral", (_PARITY, "shapes_alignment"), 1024),
+    "coloured": ("shapes:one", ("shapes_alignment",), 400),
+    "coloured_held_out": ("shapes:one:held_out", ("shapes_alignment",), 400),
+}
+
+
+def arms() -> list[Arm]:
+    return [
+        Arm(credit, "fairness", ("rewards", _REWARDS.replace("CREDIT", credit), *_SHORT))
+        for credit in ("leave_one_out", "group")
+    ]
+
+
+def draw(arguments: argparse.Namespace) -> dict[str, Any]:
+    chosen = tuned(arms(), _LRS, _TUNING_SHARE, arguments)
+    curves = train_arms(list(chosen.values()), arguments)
+    write_curves(curves, arguments.out, "parity of colours")
+    metrics = ["eval/distribution_parity/mean", "eval/shapes_alignment/mean"]
+    print(table(curves, metrics))
+    after = _after(list(chosen.values()), arguments)
+    print(markdown([["model", *after["start"]], ["---"] * (1 + len(after["start"])), *_lines(after)]))
+    lrs = {name: arm.overrides[-1] for name, arm in chosen.items()}
+    ahead = {metric: ahead_of(curves, "group", metric) for metric in metrics}
+    return {"lr": lrs, "arms": summarise(curves), "ahead_of_group": ahead, "after": after}
+
+
+def _after(arms: list[Arm], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """model -> "what: reward" -> mean and standard error over seeds."""
+    result: dict[str, dict[str, Any]] = {name: {} for name in ("start", *(arm.name for arm in arms))}
+    for what, (source, rewards, num_images) in _MEASURED.items():
+        by_arm = scores_by_arm(arms, arguments, source, rewards, 4, num_images)
+        by_arm = {"start": [start_score("shapes/lcm", arguments, source, rewards, 4, num_images)], **by_arm}
+        for name, seeds in by_arm.items():
+            for reward in (key for key in seeds[0] if key != "seconds_per_image"):
+                result[name][f"{what}: {reward}"] = mean_and_error([found[reward] for found in seeds])
+    return result
+
+
+def _lines(after: dict[str, dict[str, Any]]) -> list[list[str]]:
+    return [[name, *(shown(statistics) for statistics in found.values())] for name, found in after.items()]
+
+
+if __name__ == "__main__":
+    sys.exit(run_figure("fairness", __doc__, draw))

@@ -1,0 +1,84 @@
+"""Reward against inference time: tuned models at 1 to 8 steps (RLCM) and at 10 to 50 (DDPO, trained at 50).
+
+    python benchmarks/learning/inference_time.py --jobs 2
+
+Scores the arms of `rlcm_against_ddpo.py compressibility`, which it trains where that has not, and their start models:
+128 images of held-out captions for each seed and number of steps. Seconds are of an image in batches of 64 on one
+thread; forwards are rows through the network, two a step with guidance beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from arms import run_figure
+from exports import scores_by_arm, start_score
+from learning_curves import save_figure
+from reporting import mean_and_error, write_csv
+from rlcm_against_ddpo import trained_arms
+from summaries import markdown, shown
+
+_NUM_IMAGES = 128
+_REWARD = "jpeg_compressibility"
+_MEASURED = (_REWARD, "shapes_alignment")
+_SETTINGS = {  # arm -> its start model, steps, forwards of a step
+    "rlcm": ("shapes/lcm", (1, 2, 4, 8), 1),
+    "ddpo_50": ("shapes/teacher", (10, 20, 30, 50), 2),
+}
+
+
+def draw(arguments: argparse.Namespace) -> dict[str, Any]:
+    chosen, runs = trained_arms("compressibility", arguments, list(_SETTINGS))
+    rows: list[dict[str, Any]] = []
+    for name, (start, steps, forwards) in _SETTINGS.items():
+        for count in steps:
+            asked = ("shapes:one:held_out", _MEASURED, count, _NUM_IMAGES)
+            found = {"start": [start_score(start, runs, *asked)], **scores_by_arm([chosen[name]], runs, *asked)}
+            for model, scores in found.items():
+                head = {"arm": name, "model": "start" if model == "start" else "tuned", "num_steps": count}
+                means = {key: mean_and_error([score[key] for score in scores]) for key in scores[0]}
+                rows.append({**head, "forwards": count * forwards, **means})
+    write_csv(arguments.out.with_suffix(".csv"), [_flat(row) for row in rows])
+    plot(rows, arguments)
+    keys = ("seconds_per_image", *_MEASURED)
+    lines = [
+        [str(row[k]) for k in ("arm", "model", "num_steps", "forwards")] + [shown(row[k]) for k in keys] for row in rows
+    ]
+    print(markdown([["arm", "model", "steps", "forwards", *keys], ["---"] * 7, *lines]))
+    return {"rows": rows, "num_images": _NUM_IMAGES}
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= {key: value["mean"], f"{key}/standard_error": value["standard_error"]}
+        else:
+            flat[key] = value
+    return flat
+
+
+def plot(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Each reward against seconds an image, a line for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(_MEASURED), figsize=(10, 4))
+    for axis, metric in zip(axes, _MEASURED, strict=True):
+        for arm, model in dict.fromkeys((row["arm"], row["model"]) for row in rows):
+            own = [row for row in rows if (row["arm"], row["model"]) == (arm, model)]
+            xs, ys = [row["seconds_per_image"]["mean"] for row in own], [row[metric] for row in own]
+            errors = [y["standard_error"] or 0.0 for y in ys]
+            axis.errorbar(xs, [y["mean"] for y in ys], errors, marker=".", label=f"{arm}, {model}")
+        axis.set(xlabel="seconds an image", ylabel=metric, xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    save_figure(figure, arguments.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    sys.exit(run_figure("inference_time", __doc__, draw))

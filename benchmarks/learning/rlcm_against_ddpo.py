@@ -1,0 +1,84 @@
+"""RLCM against DDPO on one reward: how much sooner the few-step model passes the diffusion model's final reward.
+
+    python benchmarks/learning/rlcm_against_ddpo.py compressibility --jobs 2
+
+and the same with incompressibility and alignment. Arms: RLCM on shapes/lcm with 4 steps, DDPO on shapes/teacher, from
+which that was distilled and whose UNet has the same size, with 50 and with 10 DDIM steps and guidance; the same
+rewards, no KL term. Numbers of iterations are such that all take about as long. Learning rates by a sweep of runs a
+third as long, the same rates for each arm. The factors are of seconds, queries and forwards (summaries.pass_factor).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from arms import TOTAL, Arm, run_figure, train_arms, tuned
+from summaries import AXES, markdown, pass_factor, shared_metrics, shown, summarise, table, write_curves
+
+REWARDS = ("compressibility", "incompressibility", "alignment")
+NAME = "rlcm_against_ddpo"
+_ITERATIONS = {"rlcm": 90, "ddpo_50": 20, "ddpo_10": 45}
+_EVALUATIONS = 5  # beside the first
+_LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 1 / 3
+
+
+def arms(reward: str) -> list[Arm]:
+    """RLCM has 64 images an iteration, DDPO 32."""
+    batch = ("prompts.num_prompts", "16", "prompts.images_per_prompt", "4", "update.kl_weight", "0")
+    rlcm = Arm("rlcm", reward, (*batch, "optimizer.final_lr_fraction", "1"))
+    ddpo = [Arm(f"ddpo_{n}", f"ddpo_{reward}", ("policy.num_steps", str(n))) for n in (50, 10)]
+    return [_timed(arm) for arm in (rlcm, *ddpo)]
+
+
+def _timed(arm: Arm) -> Arm:
+    count = _ITERATIONS[arm.name]
+    every = str(count // _EVALUATIONS)
+    evaluation = ("evaluation.every", every, "evaluation.num_images", "64", "checkpoint.every", every)
+    return arm.but("num_iterations", str(count), *evaluation)
+
+
+def add_reward(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reward", choices=REWARDS)
+
+
+def draw(arguments: argparse.Namespace) -> dict[str, Any]:
+    by_reward(arguments)
+    chosen = tuned(arms(arguments.reward), _LRS, _TUNING_SHARE, arguments)
+    curves = train_arms(list(chosen.values()), arguments)
+    write_curves(curves, arguments.out, f"RLCM and DDPO, {arguments.reward}")
+    print(table(curves, [TOTAL, *(metric for metric in shared_metrics(curves) if metric != TOTAL)]))
+    factors = {
+        name: {x: pass_factor(curves["rlcm"], curves[name], TOTAL, x) for x in AXES}
+        for name in curves
+        if name != "rlcm"
+    }
+    lines = [[name, *(shown(found[x], 1) for x in AXES)] for name, found in factors.items()]
+    print(markdown([["RLCM passes the end of", *AXES], ["---"] * 4, *lines]))
+    lrs = {name: arm.overrides[-1] for name, arm in chosen.items()}
+    return {"reward": arguments.reward, "lr": lrs, "arms": summarise(curves), "factor_to_pass": factors}
+
+
+def by_reward(arguments: argparse.Namespace) -> None:
+    """A folder of runs and a result for each reward."""
+    arguments.runs = arguments.runs / arguments.reward
+    arguments.out = Path(f"{arguments.out}_{arguments.reward}")
+
+
+def trained_arms(
+    reward: str, arguments: argparse.Namespace, names: Sequence[str]
+) -> tuple[dict[str, Arm], argparse.Namespace]:
+    """Some arms of this figure for another one: trained where they have not been, and where their runs lie."""
+    own = argparse.Namespace(**{**vars(arguments), "reward": reward})
+    own.runs = arguments.runs.parent / NAME
+    by_reward(own)
+    chosen = tuned([arm for arm in arms(reward) if arm.name in names], _LRS, _TUNING_SHARE, own)
+    train_arms(list(chosen.values()), own)
+    return chosen, own
+
+
+if __name__ == "__main__":
+    sys.exit(run_figure(NAME, __doc__, draw, add_reward))

@@ -1,0 +1,155 @@
+"""What the study says of its curves: numbers over seeds, and the tables that the README quotes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from arms import Curves
+from learning_curves import draw_curve, save_figure, start_end_change
+from reporting import mean_and_error, write_csv
+from training_runs import Row, eval_metrics, evaluated
+
+AXES = {"queries": "reward queries", "seconds": "seconds of training", "forwards": "network forwards"}
+Statistics = Mapping[str, float | None]  # mean, standard_error
+
+
+def write_curves(curves: Curves, out: Path, title: str) -> None:
+    """OUT.csv, a row an arm, seed and iteration; OUT.png, each metric against queries, seconds and forwards."""
+    rows = [{"arm": arm, **row} for arm, seeds in curves.items() for seed in seeds for row in seed]
+    write_csv(out.with_suffix(".csv"), rows)
+    plot(curves, out.with_suffix(".png"), title)
+
+
+def plot(curves: Curves, path: Path, title: str) -> None:
+    """A column for each metric that all arms have evaluated, a row for each axis; a line and band an arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metrics = shared_metrics(curves)
+    figure, axes = pyplot.subplots(len(AXES), len(metrics), figsize=(4 * len(metrics), 9), squeeze=False)
+    for row, (x, label) in enumerate(AXES.items()):
+        for column, metric in enumerate(metrics):
+            for arm, seeds in curves.items():
+                draw_curve(axes[row][column], seeds, metric, x, arm)
+            axes[row][column].set(xlabel=label, ylabel=short_name(metric))
+    axes[0][0].legend(fontsize="small")
+    num_seeds = len(next(iter(curves.values())))
+    figure.suptitle(f"{title}: held-out prompts, mean and standard deviation of {num_seeds} seeds")
+    save_figure(figure, path)
+
+
+def shared_metrics(curves: Curves) -> list[str]:
+    """The evaluated metrics that every arm has."""
+    known = [set(eval_metrics(seeds[0])) for seeds in curves.values()]
+    return [metric for metric in eval_metrics(next(iter(curves.values()))[0]) if all(metric in own for own in known)]
+
+
+def short_name(metric: str) -> str:
+    """eval/NAME/mean -> NAME."""
+    return metric.removeprefix("eval/").removesuffix("/mean")
+
+
+def summarise(curves: Curves) -> dict[str, Any]:
+    """For each arm what it took, and start, end and change of every metric: mean and standard error over seeds."""
+    return {arm: _of_arm(seeds) for arm, seeds in curves.items()}
+
+
+def _of_arm(seeds: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    took = {x: mean_and_error([rows[-1][x] for rows in seeds]) for x in AXES}
+    metrics = {
+        metric: start_end_change([(evaluated(rows, metric)[0][metric], final(rows, metric)) for rows in seeds])
+        for metric in eval_metrics(seeds[0])
+    }
+    return {"num_seeds": len(seeds), **took, "held_out": metrics}
+
+
+def final(rows: Sequence[Row], metric: str) -> float:
+    """The last evaluation's."""
+    return evaluated(rows, metric)[-1][metric]
+
+
+def change(rows: Sequence[Row], metric: str) -> float:
+    """Last minus first evaluation."""
+    return final(rows, metric) - evaluated(rows, metric)[0][metric]
+
+
+def ahead_of(curves: Curves, first: str, metric: str) -> dict[str, Statistics]:
+    """How much further than `first` each other arm's metric has come, paired by seed."""
+    base = [change(rows, metric) for rows in curves[first]]
+    return {
+        arm: mean_and_error([change(rows, metric) - b for rows, b in zip(seeds, base, strict=True)])
+        for arm, seeds in curves.items()
+        if arm != first
+    }
+
+
+def reaches(rows: Sequence[Row], metric: str, value: float, x: str) -> float | None:
+    """Where on `x` a rising `metric` first attains `value`, linear between evaluations; None where it does not."""
+    points = [(row[x], row[metric]) for row in evaluated(rows, metric)]
+    if points[0][1] >= value:
+        return float(points[0][0])
+    for (x_0, y_0), (x_1, y_1) in itertools.pairwise(points):
+        if y_0 < value <= y_1:
+            return x_0 + (x_1 - x_0) * (value - y_0) / (y_1 - y_0)
+    return None
+
+
+def pass_factor(fast: Sequence[Sequence[Row]], slow: Sequence[Sequence[Row]], metric: str, x: str) -> dict[str, Any]:
+    """How many times less `x` the fast arm took to pass the slow arm's final `metric`, seed by seed.
+
+    factor = where the slow arm ends / where the fast arm attains the same value. Seeds that never do are counted and
+    left out; a fast arm that starts above the value has no factor either, as it had nothing to learn for it.
+    """
+    factors, never, from_start = [], 0, 0
+    for quick, long in zip(fast, slow, strict=True):
+        end = evaluated(long, metric)[-1]
+        place = reaches(quick, metric, end[metric], x)
+        if place is None:
+            never += 1
+        elif place == 0:
+            from_start += 1
+        else:
+            factors.append(end[x] / place)
+    found = mean_and_error(factors) if factors else {"mean": None, "standard_error": None}
+    return {**found, "seeds_that_pass": len(factors), "never": never, "from_the_start": from_start}
+
+
+def share(parts: Sequence[float], wholes: Sequence[float]) -> dict[str, float | None]:
+    """The mean of parts over the mean of wholes, and its standard error to first order, the two paired by seed.
+
+    For gains: what a joint model keeps of a specialist's, what held-out prompts gain of what training prompts gain.
+    """
+    part, whole = sum(parts) / len(parts), sum(wholes) / len(wholes)
+    if whole == 0:
+        return {"mean": None, "standard_error": None}
+    ratio = part / whole
+    residuals = [(p - ratio * w) / whole for p, w in zip(parts, wholes, strict=True)]
+    return {"mean": ratio, "standard_error": mean_and_error(residuals)["standard_error"]}
+
+
+def table(curves: Curves, metrics: Sequence[str]) -> str:
+    """Markdown: an arm a line, what it took, and for each metric where it started and ended."""
+    head = ["arm", *AXES, *(name for m in metrics for name in (f"{short_name(m)}, start", "end"))]
+    lines = [head, ["---"] * len(head)]
+    for arm, found in summarise(curves).items():
+        took = [f"{found[x]['mean']:,.0f}" for x in AXES]
+        ends = [found["held_out"][metric] for metric in metrics]
+        lines.append([arm, *took, *(shown(end[key]) for end in ends for key in ("start", "end"))])
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def shown(statistics: Statistics, digits: int = 3) -> str:
+    """As "0.123 +- 0.004"."""
+    mean, error = statistics["mean"], statistics["standard_error"]
+    if mean is None:
+        return "-"
+    return f"{mean:.{digits}f}" + (f" +- {error:.{digits}f}" if error else "")

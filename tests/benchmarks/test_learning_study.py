@@ -1,0 +1,207 @@
+"""The learning study's counts, settings and summaries; nothing is trained here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from rlcm_fast.config import parse_config, to_yaml
+from rlcm_fast.config_checks import validate
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "learning"
+CONFIGS = FOLDER.parent.parent / "configs" / "shapes"
+FIGURES = ("ablations", "algorithms", "fairness", "joint", "realism")
+METRIC = "eval/x/mean"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A module of benchmarks/learning/, found as a script finds what lies beside it."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def rows_of(values: list[float], metric: str = METRIC) -> list[dict[str, Any]]:
+    """A curve with an evaluation every 100 queries, 10 seconds and 1000 forwards."""
+    return [
+        {"seed": 0, "iteration": i, "queries": 100 * i, "seconds": 10.0 * i, "forwards": 1000 * i, metric: value}
+        for i, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "forwards"),
+    [
+        # 64 images, 4 steps, 3 of them actions: 64 * 4 + 192; the KL term looks at each of the 192 once more
+        ("compressibility", "--update.kl_weight 0", 256 + 192),
+        ("compressibility", "", 256 + 192 + 192),
+        ("compressibility", "--update.num_updates 4 --update.micro_batch_size 48", 256 + 192 + 192),
+        ("compressibility", "--update.kl_weight 0 --update.num_passes 3", 256 + 3 * 192),
+        ("compressibility", "--update.kl_weight 0 --policy.last_step renoise", 256 + 256),
+        # 64 pairs an update
+        ("compressibility", "--update.kl_weight 0 --pretraining.data shapes:one --pretraining.weight 1", 448 + 64),
+        # the second update of 2 asks how its 96 log-probs have changed
+        (
+            "compressibility",
+            "--update.kl_weight 0 --algorithm.name rebel --update.num_updates 2 --update.micro_batch_size 48",
+            448 + 96,
+        ),
+        # 32 images, 50 steps of two rows, 5 trained actions of two rows
+        ("ddpo_compressibility", "", 32 * 50 * 2 + 32 * 5 * 2),
+        ("ddpo_compressibility", "--policy.num_steps 10 --policy.guidance_scale 1", 32 * 10 + 32 * 5),
+        # three tasks of 64 images in one round, or one after another
+        ("joint", "", 3 * 448),
+        ("joint", "--task_schedule by_task", 3 * 448),
+    ],
+)
+def test_forwards_of_an_iteration_are_those_counted_by_hand(
+    load: Callable[[str], ModuleType], config: str, options: str, forwards: int
+):
+    parsed = parse_config(["--config", str(CONFIGS / f"{config}.yaml"), *options.split()])
+    validate(parsed, 1)
+    assert load("forwards").forwards_per_iteration(parsed) == forwards
+
+
+def test_an_arm_is_the_command_line_of_its_file_and_its_overrides(load: Callable[[str], ModuleType], tmp_path: Path):
+    arm = load("arms").Arm("a", "compressibility", ("optimizer.lr", "1e-3")).but("num_iterations", "7")
+    config = parse_config(arm.but("optimizer.lr", "5e-5").arguments(2, tmp_path / "run"))
+    assert (config.optimizer.lr, config.num_iterations, config.seed) == (5e-5, 7, 2)
+    assert config.run_dir == str(tmp_path / "run")
+    assert not config.tracking.tensorboard
+    with pytest.raises(ValueError, match="override=seed"):
+        arm.but("seed", "1").arguments(0, tmp_path)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_arm_of_a_figure_is_a_valid_config(load: Callable[[str], ModuleType], name: str):
+    arms = load(name).arms()
+    assert len({arm.name for arm in arms}) == len(arms) >= 2
+    for arm in arms:
+        validate(parse_config(arm.arguments(0, Path("run"))), 1)
+
+
+@pytest.mark.parametrize("reward", ["compressibility", "incompressibility", "alignment"])
+def test_rlcm_and_ddpo_are_given_the_same_rewards(load: Callable[[str], ModuleType], reward: str):
+    configs = [parse_config(arm.arguments(0, Path("run"))) for arm in load("rlcm_against_ddpo").arms(reward)]
+    for config in configs:
+        validate(config, 1)
+        assert config.update.kl_weight == 0
+        assert [r.name for r in config.rewards] == [r.name for r in configs[0].rewards]
+    weights = {tuple(reward.weight for reward in config.rewards) for config in configs}
+    assert len(weights) == 1
+
+
+def test_specialists_of_the_joint_figure_have_the_queries_of_the_joint_model(load: Callable[[str], ModuleType]):
+    from rlcm_fast.config_tasks import tasks_of
+
+    joint, *alone = (parse_config(arm.arguments(0, Path("run"))) for arm in load("joint").arms())
+    assert [tasks_of(config) for config in alone] == [[task] for task in tasks_of(joint)]
+
+
+def test_a_study_trains_only_what_is_not_finished(
+    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arms, runs = load("arms"), load("training_runs")
+    two = [arms.Arm(name, "compressibility", ("num_iterations", "2")) for name in ("a", "b")]
+    arguments = argparse.Namespace(runs=tmp_path, seeds=[0, 1], jobs=2, override=[])
+    started: list[tuple[str, bool]] = []
+
+    def run(command: list[str], folder: Path, jobs: int) -> Any:
+        started.append((str(folder.relative_to(tmp_path)), "--resume" in command))
+        finish(folder, command[2 : command.index("--resume")] if "--resume" in command else command[2:])
+        return argparse.Namespace(returncode=0)
+
+    def finish(folder: Path, options: list[str]) -> None:
+        begin(folder, options)
+        (folder / "export").mkdir()
+        (folder / "export" / "model_index.json").write_text("{}")
+
+    def begin(folder: Path, options: list[str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(parse_config(options)))
+        lines = [{"iteration": i, "queries": 64, "eval/jpeg_compressibility/mean": -1.5 + i} for i in range(2)]
+        shown = [{**line, "eval/shapes_alignment/mean": 0.4} for line in lines]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shown))
+
+    monkeypatch.setattr(runs, "_run", run)
+    finish(tmp_path / "a" / "seed_0", two[0].arguments(0, tmp_path / "a" / "seed_0"))
+    begin(tmp_path / "b" / "seed_0", two[1].arguments(0, tmp_path / "b" / "seed_0"))
+    curves = arms.train_arms(two, arguments)
+    assert sorted(started) == [("a/seed_1", False), ("b/seed_0", True), ("b/seed_1", False)]
+    assert [row["forwards"] for row in curves["a"][1]] == [0, 640]
+    assert curves["b"][0][1][arms.TOTAL] == pytest.approx(-0.5 + 0.25 * 0.4)
+    other = [arms.Arm("a", "compressibility", ("num_iterations", "3"))]
+    with pytest.raises(ValueError, match="num_iterations=2, but num_iterations=3"):
+        arms.train_arms(other, arguments)
+
+
+def test_the_sweep_chooses_the_rate_with_the_highest_reward(load: Callable[[str], ModuleType]):
+    rows = [{"arm": a, "lr": lr, "reward": r} for a, lr, r in [("a", "1", 3.0), ("a", "2", 5.0), ("b", "1", 9.0)]]
+    assert load("arms").best_lr(rows, "a") == "2"
+
+
+def test_the_factor_to_pass_is_where_the_slow_arm_ends_over_where_the_fast_one_is_as_far(
+    load: Callable[[str], ModuleType],
+):
+    summaries = load("summaries")
+    slow = [rows_of([0.0, 1.0, 2.0])] * 4  # 2.0 after 200 queries
+    fast = [
+        rows_of([0.0, 4.0]),  # after 50: 4 times
+        rows_of([1.0, 1.5, 2.5]),  # after 150: 4 / 3 times
+        rows_of([0.0, 1.0, 1.5]),  # never
+        rows_of([3.0, 4.0]),  # from the start
+    ]
+    found = summaries.pass_factor(fast, slow, METRIC, "queries")
+    assert found["mean"] == pytest.approx((4 + 4 / 3) / 2)
+    assert (found["seeds_that_pass"], found["never"], found["from_the_start"]) == (2, 1, 1)
+    assert summaries.pass_factor(fast[2:3], slow[:1], METRIC, "seconds")["mean"] is None
+
+
+def test_a_share_of_a_gain_is_a_ratio_of_means_with_the_error_of_paired_seeds(load: Callable[[str], ModuleType]):
+    share = load("summaries").share
+    found = share([0.5, 1.0, 1.5], [1.0, 2.0, 3.0])  # each exactly half
+    assert found["mean"] == pytest.approx(0.5)
+    assert found["standard_error"] == pytest.approx(0.0)
+    found = share([0.4, 0.6], [1.0, 1.0])
+    assert found["mean"] == pytest.approx(0.5)
+    assert found["standard_error"] == pytest.approx(0.1)  # that of the mean of 0.4 and 0.6
+    assert share([1.0], [0.0])["mean"] is None
+
+
+def test_the_joint_model_keeps_its_gain_over_the_start_as_a_share_of_the_specialists(
+    load: Callable[[str], ModuleType],
+):
+    scores = {"start": [0.4], "joint": [0.6, 0.7], "alignment": [0.8, 0.9]}
+    assert load("joint").kept_share(scores, "alignment")["mean"] == pytest.approx(0.25 / 0.45)
+
+
+def test_arms_are_compared_at_equal_rewards_over_the_seeds_that_get_there(load: Callable[[str], ModuleType]):
+    realism = load("realism")
+
+    def seed(sizes: list[float]) -> list[dict[str, Any]]:
+        rows = rows_of(sizes, realism._REWARD)
+        return [{**row, **dict.fromkeys(realism._REAL, 1.0 - row["queries"] / 1000)} for row in rows]
+
+    curves = {"a": [seed([-1.4, -1.3, -1.1]), seed([-1.4, -1.39])], "b": [seed([-1.4, -1.35])]}
+    there = realism.at_equal_reward(curves, -1.2)
+    assert there["a"][realism._REAL[0]]["mean"] == pytest.approx(0.85)  # at 150 queries
+    assert there["b"][realism._REAL[0]]["mean"] is None
+
+
+def test_a_table_and_a_picture_show_every_arm(load: Callable[[str], ModuleType], tmp_path: Path):
+    summaries = load("summaries")
+    curves = {"a": [rows_of([0.0, 1.0]), rows_of([0.0, 3.0])], "b": [rows_of([0.0, 1.0]), rows_of([0.0, 2.0])]}
+    lines = summaries.table(curves, [METRIC]).splitlines()
+    assert lines[0] == "| arm | queries | seconds | forwards | x, start | end |"
+    assert lines[2] == "| a | 100 | 10 | 1,000 | 0.000 | 2.000 +- 1.000 |"
+    assert summaries.ahead_of(curves, "b", METRIC)["a"] == {"mean": 0.5, "standard_error": 0.5}
+    summaries.write_curves(curves, tmp_path / "out", "title")
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    assert (tmp_path / "out.csv").read_text().splitlines()[0].startswith("arm,seed,iteration,queries")
