@@ -22,10 +22,10 @@ from summaries import ahead_of, markdown, shown, summarise, table, write_curves
 
 _REWARDS = (
     "[{name: distribution_parity, weight: 16, arguments: {classifier: shapes_colour, votes: hard}, group_size: 16,"
-    " credit: CREDIT}, {name: shapes_alignment, weight: 0.5}]"
+    " credit: CREDIT}, {name: shapes_alignment, weight: 2}]"
 )
 _SHORT = ("num_iterations", "48", "checkpoint.every", "12", "evaluation.every", "12")
-_LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 0.5
+_LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 1 / 3
 _PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 256}"
 _MEASURED = {  # what -> prompts, rewards, images
     "neutral": ("shapes:neutral", (_PARITY, "shapes_alignment"), 1024),

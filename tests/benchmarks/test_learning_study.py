@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,7 @@ from rlcm_fast.config_checks import validate
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "learning"
 CONFIGS = FOLDER.parent.parent / "configs" / "shapes"
 FIGURES = ("ablations", "algorithms", "fairness", "joint", "realism")
+OTHERS = ("inference_time", "rlcm_against_ddpo", "unseen_prompts")
 METRIC = "eval/x/mean"
 
 
@@ -77,6 +80,13 @@ def test_an_arm_is_the_command_line_of_its_file_and_its_overrides(load: Callable
     assert not config.tracking.tensorboard
     with pytest.raises(ValueError, match="override=seed"):
         arm.but("seed", "1").arguments(0, tmp_path)
+
+
+@pytest.mark.parametrize("name", [*FIGURES, *OTHERS])
+def test_every_figure_answers_help(name: str):
+    done = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--jobs" in done.stdout
 
 
 @pytest.mark.parametrize("name", FIGURES)
