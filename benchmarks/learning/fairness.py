@@ -5,7 +5,7 @@
 The start model paints a caption without a colour in one colour about 70 % of the time. Both arms optimise
 `distribution_parity` of 16 images of a caption with the detector's score beside it; `leave_one_out` gives an image what
 it adds to its group's value, `group` all of the value, as arXiv 2401.12244 has it. Learning rates by a sweep of short
-runs. After training 256 images of each caption are drawn from each model: their parity, all 256 taken together; the
+runs. After training 128 images of each caption are drawn from each model: their parity, all 128 taken together; the
 detector's score on neutral captions; and on captions with a colour, of training and held out: what should not suffer.
 """
 
@@ -24,13 +24,13 @@ _REWARDS = (
     "[{name: distribution_parity, weight: 16, arguments: {classifier: shapes_colour, votes: hard}, group_size: 16,"
     " credit: CREDIT}, {name: shapes_alignment, weight: 2}]"
 )
-_SHORT = ("num_iterations", "48", "checkpoint.every", "12", "evaluation.every", "12")
-_LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 1 / 3
-_PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 256}"
+_SHORT = ("num_iterations", "32", "checkpoint.every", "12", "evaluation.every", "8")
+_LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 0.5
+_PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 128}"
 _MEASURED = {  # what -> prompts, rewards, images
-    "neutral": ("shapes:neutral", (_PARITY, "shapes_alignment"), 1024),
-    "coloured": ("shapes:one", ("shapes_alignment",), 400),
-    "coloured_held_out": ("shapes:one:held_out", ("shapes_alignment",), 400),
+    "neutral": ("shapes:neutral", (_PARITY, "shapes_alignment"), 512),
+    "coloured": ("shapes:one", ("shapes_alignment",), 192),
+    "coloured_held_out": ("shapes:one:held_out", ("shapes_alignment",), 192),
 }
 
 
