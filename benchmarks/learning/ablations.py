@@ -1,11 +1,15 @@
-"""Ablations on compressibility with the detector as its guard: the last step, and updates on a rollout.
+"""Ablations on compressibility with the detector as its guard, each one change to `base`.
 
     python benchmarks/learning/ablations.py --jobs 2
 
     base        the last, deterministic step is no action; one update a rollout
     renoise     the RLCM paper's code: the last action noises an image that is thrown away, and is trained too
+    sampled     the last step is an action that draws the image itself, with a sigma of 0.1 in the latent
+    sensitivity each step's loss divided by B / sigma, what its mean moves by the network's output
     updates_2   two updates a rollout, on half of its transitions each
     updates_4   four
+    group       advantages within the images of a prompt in the batch
+    group_shared_noise   that, and all images of a prompt start from the same noise
 
 at equal queries; learning rates by a sweep of short runs, the same for each.
 """
@@ -31,8 +35,12 @@ def arms() -> list[Arm]:
     changes = {
         "base": (),
         "renoise": ("policy.last_step", "renoise", "update.micro_batch_size", "64"),
+        "sampled": ("policy.last_step", "sampled", "update.micro_batch_size", "64"),
+        "sensitivity": ("update.step_weights", "sensitivity"),
         "updates_2": ("update.num_updates", "2"),
         "updates_4": ("update.num_updates", "4"),
+        "group": ("advantages.kind", "group"),
+        "group_shared_noise": ("advantages.kind", "group", "rollout.shared_noise", "true"),
     }
     return [Arm(name, "compressibility", (*_TASK, *change)) for name, change in changes.items()]
 
