@@ -33,18 +33,24 @@ def all_gather(values: Tensor) -> Tensor:
     """The tensors of all ranks, equal shapes (N, ...), along the first dimension in rank order: (N * world, ...)."""
     if world_size() == 1:
         return values
-    parts = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
+    own = _sendable(values).contiguous()
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    return torch.cat(parts).to(values.device)
 
 
 def mean(values: Tensor) -> Tensor:
     """The mean of the tensors of all ranks, of equal shapes."""
     if world_size() == 1:
         return values
-    total = values.clone()
+    total = _sendable(values).clone()
     dist.all_reduce(total)
-    return total / world_size()
+    return total.to(values.device) / world_size()
+
+
+def _sendable(values: Tensor) -> Tensor:
+    """On the GPU where NCCL carries them, which refuses what is in the CPU's memory, as rewards are."""
+    return values.cuda() if dist.get_backend() == "nccl" else values
 
 
 def all_gather_list(values: list[T]) -> list[T]:

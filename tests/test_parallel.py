@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from itertools import product
 
+import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from rlcm_fast import parallel
 
@@ -37,6 +40,34 @@ def test_a_single_process_has_its_own_values_only():
     assert parallel.all_gather_list(["a"]) == ["a"]
     assert parallel.any_rank(True) and not parallel.any_rank(False)
     parallel.barrier()
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_values_travel_by_way_of_the_gpu_where_nccl_carries_them(backend: str, monkeypatch: pytest.MonkeyPatch):
+    """NCCL says "No backend type associated with device type cpu" of rewards, which are in the CPU's memory."""
+    on_gpu: list[Tensor] = []  # a copy stands for the tensor on a GPU
+
+    def cuda(values: Tensor) -> Tensor:
+        on_gpu.append(values.clone())
+        return on_gpu[-1]
+
+    def is_on_gpu(values: Tensor) -> bool:
+        return any(values is other for other in on_gpu)
+
+    def all_gather(parts: list[Tensor], values: Tensor) -> None:
+        assert is_on_gpu(values) == (backend == "nccl")
+        for part in parts:
+            part.copy_(values)
+
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    monkeypatch.setattr(dist, "all_reduce", lambda total: total.mul_(2))
+    monkeypatch.setattr(Tensor, "cuda", cuda)
+    assert parallel.all_gather(torch.arange(2)).tolist() == [0, 1, 0, 1]
+    values = torch.arange(2.0)
+    assert parallel.mean(values).tolist() == [0.0, 1.0] == values.tolist()
+    assert len(on_gpu) == (2 if backend == "nccl" else 0)
 
 
 def test_a_lost_process_is_known_by_what_the_libraries_say():
