@@ -5,7 +5,7 @@
     pairs     an update has all actions of some pairs of neighbouring samples, for algorithms that compare two images
 
 With num_timesteps above 0 that many of the K actions of a sample are drawn, once a rollout: in the order `by_step` the
-same for all samples, else each sample its own.
+same for all samples of all processes, whose gradients make one update, else each sample its own.
 """
 
 # B samples, K actions, T <= K of them trained, U updates, N transitions of an update
@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlcm_fast import parallel
 from rlcm_fast.config import UpdateConfig
 
 
@@ -31,10 +32,11 @@ class Selection:
         self._by_sample = first + self._steps(num_samples, num_actions)  # (B, T), of by_step in the order of updates
 
     def _steps(self, num_samples: int, num_actions: int) -> Tensor:
-        """(B, T) or (1, T) int64 in [0, K)."""
+        """(B, T) or (1, T) int64 in [0, K); in the order by_step every rank must ask."""
         num_trained = self._config.num_timesteps or num_actions
         if self._config.order == "by_step":
-            return torch.randperm(num_actions, generator=self._generator)[None, :num_trained]
+            steps = torch.randperm(num_actions, generator=self._generator)[:num_trained].tolist()
+            return torch.tensor(parallel.all_gather_list([steps])[0])[None]  # the first process' for all
         if num_trained == num_actions:
             return torch.arange(num_actions)[None]
         drawn = torch.rand(num_samples, num_actions, generator=self._generator).argsort(dim=1)[:, :num_trained]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlcm_fast import parallel
 from rlcm_fast.config import UpdateConfig
 from rlcm_fast.selection import Selection
 
@@ -63,6 +64,20 @@ def test_by_step_an_update_is_one_step_of_all_samples():
     assert all(len(of_update) == 1 for of_update in steps) and len(set.union(*steps)) == 3
     assert all(sorted((part // K).tolist()) == list(range(B)) for part in parts)
     assert any((part // K).tolist() != list(range(B)) for part in parts), "shuffled"
+
+
+def test_by_step_an_update_is_one_step_on_all_processes(monkeypatch: pytest.MonkeyPatch):
+    theirs: list[Any] = []
+
+    def of_two_ranks(mine: list[Any]) -> list[Any]:
+        theirs.extend(mine if not theirs else [])
+        return [*theirs, *mine]
+
+    monkeypatch.setattr(parallel, "all_gather_list", of_two_ranks)
+    settings = {"num_timesteps": 3, "num_updates": 3, "order": "by_step"}
+    ranks = [select(seed=seed, **settings).one_pass() for seed in (0, 1)]
+    assert [steps_of(part) for part in ranks[0]] == [steps_of(part) for part in ranks[1]]
+    assert not torch.equal(*ranks), "each has an order of its own samples"
 
 
 def test_by_step_hands_out_whole_steps_to_fewer_updates():
