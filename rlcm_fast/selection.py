@@ -1,4 +1,4 @@
-"""Which transitions an update trains on, and in which order.
+"""Which transitions an update trains on, in which order, and with which weight.
 
     mixed     all transitions shuffled over samples AND steps, cut into `num_updates` equal parts
     by_step   an update has num_timesteps / num_updates steps of all samples: one each in large-scale RL (2401.12244)
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.config import UpdateConfig
+from rlcm_fast.policies.schedules import Schedule
 
 
 class Selection:
@@ -62,3 +63,13 @@ class Selection:
     def shuffled(self, count: int) -> Tensor:
         """(count,) an order of so many transitions."""
         return torch.randperm(count, generator=self._generator)
+
+
+def step_weights(schedule: Schedule, kind: str) -> Tensor:
+    """(K,) float32 of mean 1, the weight of each action's loss; "sensitivity": proportional to sigma / |B|.
+
+    The gradient of a log-prob in the network's output is B / sigma z over C H W, so with these every step pulls alike.
+    """
+    _, b, sigma = schedule.coefficients[: schedule.num_actions].T
+    weights = (sigma / b).abs() if kind == "sensitivity" else torch.ones_like(sigma)
+    return weights / weights.mean()

@@ -22,7 +22,7 @@ from rlcm_fast import parallel
 from rlcm_fast.algorithms import Algorithm
 from rlcm_fast.config import UpdateConfig
 from rlcm_fast.policies.base import GaussianPolicy
-from rlcm_fast.selection import Selection
+from rlcm_fast.selection import Selection, step_weights
 from rlcm_fast.trajectory import Trajectory
 
 Gradient = list[Tensor]
@@ -45,9 +45,9 @@ def gradients_by_task(
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     selection = Selection(trajectory.num_samples, trajectory.num_actions, config, algorithm.is_of_pairs, generator)
     rows = selection.rows
-    signals = algorithm.signals(
-        weights[(rows // trajectory.num_actions).to(weights.device)], None, trajectory.num_actions
-    )
+    sample, step = (part.to(weights.device) for part in (rows // trajectory.num_actions, rows % trajectory.num_actions))
+    of_steps = step_weights(policy.schedule, config.step_weights).to(weights.device)
+    signals = algorithm.signals(weights[sample], None, trajectory.num_actions) * of_steps[step]
     gradients = {}
     for task in dict.fromkeys(tasks):
         is_mine = torch.tensor([name == task for name in tasks])[rows // trajectory.num_actions]

@@ -127,7 +127,7 @@ class Trainer:
         batch = self.rollout(prompts, turn)  # no grad
         advantages, weights = self.shared_advantages(batch, prompts)  # (B,), (B,)
         noise = self.check_ratio(batch) if turn == 0 else {}
-        gradients = self.task_gradients(batch, prompts, weights, iteration)
+        gradients = self.task_gradients(batch, prompts, weights, turn)
         updated = self.update(batch, weights, turn)
         stages = {**batch.metrics(self.tasks.are_several), **self.tasks.advantage_metrics(self.tasks.rounds[number])}
         return {**stages, **updated.metrics(advantages), **noise, **gradients, **_seconds(batch, updated)}
@@ -169,15 +169,13 @@ class Trainer:
             before_first_step=self._check_of(turn),
         )
 
-    def task_gradients(
-        self, batch: Rollout, prompts: list[Prompt], weights: Tensor, iteration: int
-    ) -> dict[str, float]:
+    def task_gradients(self, batch: Rollout, prompts: list[Prompt], weights: Tensor, turn: int) -> dict[str, float]:
         """How several tasks pull, where that is due, once all have had their turn; see task_gradients.py."""
-        every = self.config.tracking.task_gradients_every
+        every, iteration = self.config.tracking.task_gradients_every, turn // len(self.tasks.rounds)
         if not self.tasks.are_several or every == 0 or iteration % every or self.config.engine.zero_stage == 3:
             return {}
         unet, names = self.backbone.unet, [prompt.task for prompt in prompts]
-        generator = parallel.generator(self.config.seed, 4, parallel.rank(), iteration)
+        generator = parallel.generator(self.config.seed, 4, parallel.rank(), turn)
         arguments = (self.algorithm, batch.trajectory, weights, names, self.config.update, generator)
         self.gradients |= gradients_by_task(self._build_policy(unet), unet, *arguments)
         if len(self.gradients) < len(self.tasks.trained):

@@ -28,9 +28,8 @@ from rlcm_fast.kernels import functional
 from rlcm_fast.kernels.functional import RatioStats
 from rlcm_fast.memory.engine import Engine
 from rlcm_fast.policies.base import GaussianPolicy
-from rlcm_fast.policies.schedules import Schedule
 from rlcm_fast.reference import Reference
-from rlcm_fast.selection import Selection
+from rlcm_fast.selection import Selection, step_weights
 from rlcm_fast.trajectory import Trajectory
 
 
@@ -118,16 +117,6 @@ def ratio_noise(policy: GaussianPolicy, trajectory: Trajectory, micro_batch_size
     rows = torch.randperm(trajectory.num_transitions, generator=generator)[:micro_batch_size]
     transitions = trajectory.transitions(rows)
     return torch.expm1(policy.log_prob(transitions) - transitions.log_prob_old).abs().max().item()
-
-
-def step_weights(schedule: Schedule, kind: str) -> Tensor:
-    """(K,) float32 of mean 1, the weight of each action's loss; "sensitivity": proportional to sigma / |B|.
-
-    The gradient of a log-prob in the network's output is B / sigma z over C H W, so with these every step pulls alike.
-    """
-    _, b, sigma = schedule.coefficients[: schedule.num_actions].T
-    weights = (sigma / b).abs() if kind == "sensitivity" else torch.ones_like(sigma)
-    return weights / weights.mean()
 
 
 @dataclass
