@@ -42,8 +42,8 @@ def _check_groups(config: Config) -> None:
     for task in tasks_of(config):
         if task.advantages not in ("group", "leave_one_out"):
             raise ValueError(
-                f"algorithm.name=grpo compares the images of one prompt, and advantages.kind={task.advantages} does "
-                "not; set advantages.kind=group, or algorithm.name=ppo"
+                f"algorithm.name=grpo compares the images of one prompt, and {task.advantages_field}={task.advantages} "
+                f"does not; set {task.advantages_field}=group, or algorithm.name=ppo"
             )
 
 
@@ -52,13 +52,18 @@ def _check_pairs(config: Config) -> None:
     for task in tasks_of(config):
         if task.images_per_prompt % 2:
             raise ValueError(
-                f"prompts.images_per_prompt={task.images_per_prompt} leaves an image without another of its prompt, "
+                f"{task.images_field}={task.images_per_prompt} leaves an image without another of its prompt, "
                 f"and algorithm.name=rebel takes pairs; give {task.images_per_prompt + 1}"
             )
     if update.num_timesteps > 0 or update.order == "by_step":
         raise ValueError(
             f"algorithm.name=rebel sums log-probs over all actions of a sample, so update.num_timesteps="
             f"{update.num_timesteps} and update.order={update.order} leave it half a sum; set 0 and mixed"
+        )
+    if update.step_weights != "equal":
+        raise ValueError(
+            f"update.step_weights={update.step_weights} would weigh the actions of algorithm.name=rebel's sum in the "
+            "gradient alone, which is then of no loss; set update.step_weights=equal"
         )
 
 

@@ -23,6 +23,8 @@ class Task:
     images_per_prompt: int
     advantages: str
     evaluation: str
+    images_field: str = "prompts.images_per_prompt"  # where these two were set, for messages
+    advantages_field: str = "advantages.kind"
 
     @property
     def num_samples(self) -> int:
@@ -39,12 +41,14 @@ def tasks_of(config: Config) -> list[Task]:
     images = prompts.num_prompts * prompts.images_per_prompt
     whole = sum(task.share for task in config.tasks)
     tasks = []
-    for task in config.tasks:
+    for index, task in enumerate(config.tasks):
         per_prompt = task.images_per_prompt or prompts.images_per_prompt
         num_prompts = images * task.share / whole / per_prompt
         counts = (round(num_prompts) if abs(num_prompts - round(num_prompts)) < 1e-9 else num_prompts, per_prompt)
         own = (task.advantages or kind, task.evaluation or evaluation)
-        tasks.append(Task(task.name, task.source, task.rewards, *counts, *own))
+        images_field = f"tasks[{index}].images_per_prompt" if task.images_per_prompt else Task.images_field
+        fields = (images_field, f"tasks[{index}].advantages" if task.advantages else Task.advantages_field)
+        tasks.append(Task(task.name, task.source, task.rewards, *counts, *own, *fields))
     return tasks
 
 
@@ -77,7 +81,7 @@ def check_tasks(config: Config, world_size: int) -> None:
         images = task.images_per_prompt
         if task.advantages in ("group", "leave_one_out") and images < 2:
             raise ValueError(
-                f"prompts.images_per_prompt={images} makes no group for advantages.kind={task.advantages}; give 2 or "
+                f"{task.images_field}={images} makes no group for {task.advantages_field}={task.advantages}; give 2 or "
                 "more"
             )
         if task.advantages == "prompt" and not 2 <= advantages.min_count <= advantages.buffer_size:
@@ -87,8 +91,10 @@ def check_tasks(config: Config, world_size: int) -> None:
                 f"advantages.buffer_size={advantages.buffer_size}; {remedy}"
             )
         if task.num_samples < 2:
-            of = f" of task {task.name}" if config.tasks else ""
-            raise ValueError(f"prompts.num_prompts=1 with images_per_prompt=1 has no spread of rewards{of}; give 2")
+            if config.tasks:
+                share = f"tasks[{index}].share={config.tasks[index].share}"
+                raise ValueError(f"{share} gives task {task.name} one image, so no spread of rewards; give it more")
+            raise ValueError("prompts.num_prompts=1 with images_per_prompt=1 has no spread of rewards; give 2")
 
 
 def _check_prompts(config: Config, index: int, task: Task, world_size: int) -> None:

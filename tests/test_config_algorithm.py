@@ -21,6 +21,10 @@ def options(text: str) -> list[str]:
         ("algorithm.name=rebel prompts.images_per_prompt=3", "images_per_prompt=3 leaves an image without another"),
         ("algorithm.name=rebel update.num_timesteps=2", "update.num_timesteps=2 and update.order=mixed leave it half"),
         (
+            "algorithm.name=rebel update.step_weights=sensitivity",
+            "step_weights=sensitivity would weigh",
+        ),
+        (
             "algorithm.name=rebel prompts.num_prompts=3 update.num_updates=4 update.micro_batch_size=9",
             "update.num_updates=4 does not divide the 6 pairs of images .* try 3 or 6",
         ),

@@ -142,7 +142,11 @@ def test_norms_and_cosines_of_gradients():
         ({"share": 0.0}, r"tasks\[0\].share=0.0 is out of range"),
         ({"share": 2.5}, r"tasks\[0\].share=2.5 gives task bright 2.85714 prompts with 2 images each of the 8 images"),
         ({"rewards": []}, r"tasks\[0\].rewards=\[\] leaves nothing to optimise"),
-        ({"images_per_prompt": 1}, "prompts.images_per_prompt=1 makes no group for advantages.kind=group"),
+        (
+            {"share": 1 / 7, "images_per_prompt": 1, "advantages": "batch"},
+            r"tasks\[0\].share=0.14.* gives task bright one image, so no spread of rewards",
+        ),
+        ({"images_per_prompt": 1}, r"tasks\[0\].images_per_prompt=1 makes no group for tasks\[0\].advantages=group"),
     ],
 )
 def test_a_task_that_cannot_be_is_one_line(change: dict[str, Any], problem: str, tiny_lcm_folder: str, tmp_path: Path):
