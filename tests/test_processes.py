@@ -21,6 +21,8 @@ STAGES = (0, 1, 2, 3)
 # A large eps keeps Adam from blowing up the rounding noise of gradients that are zero but for it.
 SETTINGS = {"prompts.num_prompts": 4, "num_iterations": 2, "optimizer.eps": 1e-3, "evaluation.every": 1}
 SETS = {"num_iterations": 1, "rewards": [{"name": "diversity", "group_size": 2}], "evaluation.num_images": 4}
+ONE = {"source": "shapes:one", "rewards": [{"name": tiny_runs.REWARD}]}
+TASKS = {"tasks": [{"name": name, **ONE} for name in "ab"], "num_iterations": 1, "engine.zero_stage": 2}
 RUNS: dict[str, dict[str, object]] = {
     **{f"stage_{stage}": {**SETTINGS, "engine.zero_stage": stage} for stage in STAGES},
     "again": SETTINGS,
@@ -37,6 +39,7 @@ RUNS: dict[str, dict[str, object]] = {
     "average": {**SETTINGS, "engine.zero_stage": 1, "ema.decay": 0.9},
     "adapters": {**SETTINGS, "engine.zero_stage": 3, "lora.rank": 2, "update.kl_weight": 0.1},
     "sets": {**SETTINGS, **SETS},
+    **{f"tasks_{every}": {**SETTINGS, **TASKS, "tracking.task_gradients_every": every} for every in (0, 1)},
     "few_images": {**SETTINGS, "evaluation.num_images": 2, "num_iterations": 1, "tracking.grid_every": 1},
 }
 
@@ -65,6 +68,13 @@ def _exported(folder: Path, run: str) -> dict[str, Tensor]:
 
 def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def test_measuring_the_gradients_of_tasks_leaves_shared_gradients_alone(folder: Path):
+    plain, measured = seen(folder, "tasks_0"), seen(folder, "tasks_1")
+    assert largest_difference(plain[0]["weights"], measured[0]["weights"]) == 0.0
+    line = tiny_runs.metrics(folder / "tasks_1")[0]
+    assert line["gradient/a/norm"] > 0 and -1 <= line["gradient/a/b/cosine"] <= 1
 
 
 def test_prompts_of_an_iteration_are_disjoint_between_ranks(folder: Path):

@@ -21,6 +21,10 @@ from rlcm_fast.memory.engine import Engine
 from rlcm_fast.memory.recomputation import set_recomputation
 
 pytestmark = pytest.mark.usefixtures("one_process")
+COMPILED = (
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler for DeepSpeedCPUAdam"),
+)
 
 
 class Large(nn.Module):
@@ -54,6 +58,21 @@ def length(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 
 def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+@pytest.mark.parametrize("offload", [False, pytest.param(True, marks=COMPILED)])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_updates_may_have_more_or_fewer_micro_batches_than_the_one_before(stage: int, offload: bool):
+    """As where transitions have no signal; DeepSpeed is told where an update ends."""
+    ends = []
+    for settings in ({}, {"stage": stage, "offload": offload}):
+        engine = engine_of(Large(), 4, lr=1e-3, eps=1e-3, max_grad_norm=0.1, **settings)
+        norms = [norm for count in (4, 1, 2, 1, 4) for norm in train(engine, 1, count)]
+        ends.append((norms, engine.full_weights(), engine.lr))
+    (expected, weights, lr), (norms, sharded, lr_of_stage) = ends
+    assert norms == pytest.approx(expected, rel=1e-4) and lr == lr_of_stage
+    assert 0.1 < expected[-1] < expected[0], "clipped, and learning"
+    assert distance(weights, sharded) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "bnb_adamw_8bit", "bnb_paged_adamw_8bit"])
@@ -232,9 +251,7 @@ def _gradients_and_kept(unet: nn.Module) -> tuple[list[Tensor], int]:
     return list(gradients), sum(kept.values())
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeedCPUAdam is compiled here, and there is no compiler")
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=COMPILED) for stage in (1, 2, 3)])
 def test_states_on_the_cpu_train_as_those_on_the_device(stage: int):
     """DeepSpeedCPUAdam is compiled at its first use, which takes most of a minute."""
     engines = [engine_of(Large(), 2, stage=stage, lr=1e-3, offload=offload) for offload in (False, True)]
