@@ -185,7 +185,8 @@ def planned(case: Case) -> dict[str, Any]:
 
     from rlcm_fast.backbones.loading import resolve_model_path
     from rlcm_fast.memory.architecture import load_architecture
-    from rlcm_fast.memory.estimate import Workload, estimate_memory, measure, strategy_of
+    from rlcm_fast.memory.estimate import estimate_memory, measure, strategy_of
+    from rlcm_fast.memory.workload import Workload
 
     config = config_of(case, "unused")
     architecture = load_architecture(resolve_model_path(config.model.path))

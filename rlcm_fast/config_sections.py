@@ -107,7 +107,7 @@ class RolloutConfig:
     micro_batch_size: int = 64
     """Samples of one sampling pass, per process."""
     reward_workers: int = 2
-    """Threads that compute rewards while the next samples are drawn, per process."""
+    """Threads that compute rewards while the next samples are drawn, per process and task."""
     shared_noise: bool = False
     """All images of a prompt in an iteration start from the same noise, and differ by the noise of their steps."""
     decode_batch_size: int = 0
@@ -283,6 +283,6 @@ class TrackingConfig:
     grid_images: int = 16
     """Images of a grid."""
     task_gradients_every: int = 10
-    """Iterations between measurements of each task's gradient, with several tasks and zero_stage < 3; 0 is off."""
+    """Iterations between measurements of each task's gradient, where an engine holds all gradients; 0 is off."""
     plan: bool = True
     """On a GPU, say at the start whether the run fits, and after an iteration how far off that was."""

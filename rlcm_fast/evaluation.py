@@ -20,8 +20,9 @@ from rlcm_fast.config import Config, EvaluationConfig
 from rlcm_fast.config_tasks import tasks_of
 from rlcm_fast.policies.base import GaussianPolicy
 from rlcm_fast.prompts import deal, load_prompts
-from rlcm_fast.rewards import Reward, RewardService, build_reward, build_rewards, evaluate
+from rlcm_fast.rewards import Reward, RewardService, build_reward, evaluate
 from rlcm_fast.rewards.diversity import Diversity, Thumbnails
+from rlcm_fast.tasks import Tasks
 from rlcm_fast.trajectory import Conditioning, Prompt
 
 
@@ -75,15 +76,15 @@ class Evaluator:
 
 def build_evaluators(
     config: Config,
-    trained: Mapping[str, Mapping[str, tuple[Reward, float]]],
+    tasks: Tasks,
     encode: Callable[[Sequence[Prompt]], Conditioning],
     decode: Callable[[Tensor], Tensor],
 ) -> list[Evaluator]:
-    """One for each task; trained: the rewards of each, by its name. Several tasks have keys `eval/TASK/...`."""
+    """One for each task, of its rewards and those to watch. Several tasks have keys `eval/TASK/...`."""
     return [
         build_evaluator(
             replace(config.evaluation, prompts=task.evaluation),
-            trained[task.name],
+            {**tasks.trained[task.name], **tasks.watched},
             encode,
             decode,
             f"eval/{task.name}" if config.tasks else "eval",
@@ -94,13 +95,13 @@ def build_evaluators(
 
 def build_evaluator(
     config: EvaluationConfig,
-    trained: Mapping[str, tuple[Reward, float]],
+    rewards: Mapping[str, tuple[Reward, float]],
     encode: Callable[[Sequence[Prompt]], Conditioning],
     decode: Callable[[Tensor], Tensor],
     prefix: str = "eval",
 ) -> Evaluator:
-    """Trained rewards, those to watch, and on ShapesWorld always the detector: a reward alone proves nothing."""
-    rewards = {**trained, **build_rewards(config.rewards)}
+    """Of these rewards, and on ShapesWorld always of the detector: a reward alone proves nothing."""
+    rewards = dict(rewards)
     if config.prompts.startswith("shapes:"):
         rewards.setdefault("shapes_alignment", (build_reward("shapes_alignment", {}), 1.0))
     prompts = deal(load_prompts(config.prompts, "evaluation.prompts"), config.num_images, config.seed)
@@ -115,7 +116,7 @@ def grid_prompts(config: Config) -> list[Prompt]:
     for source in sources:
         prompts = load_prompts(source, "evaluation.prompts")
         found += prompts[:: max(1, len(prompts) // share)][:share]
-    return found
+    return found[: config.tracking.grid_images]
 
 
 def draw(

@@ -12,16 +12,19 @@ advantages      each task's images by statistics of their own
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from rlcm_fast.algorithms import Advantages, TaskAdvantages, build_advantages
-from rlcm_fast.config import Config
+from rlcm_fast.config import Config, RewardConfig
 from rlcm_fast.config_tasks import Task, rounds_of, tasks_of
 from rlcm_fast.prompts import Sampler, build_sampler
 from rlcm_fast.rewards import Reward, Rewards, RewardService, build_rewards
 from rlcm_fast.trajectory import Prompt
+
+_APART = 1_000_003  # between the seeds of tasks, so that two with one source do not draw the same prompts
 
 
 class Tasks:
@@ -31,11 +34,16 @@ class Tasks:
         """Reads prompts and builds rewards, so it raises ValueError for what is wrong with them."""
         tasks = tasks_of(config)
         self.rounds: list[list[str]] = [[task.name for task in tasks] for tasks in rounds_of(config)]
-        self.trained: dict[str, dict[str, tuple[Reward, float]]] = {t.name: build_rewards(t.rewards) for t in tasks}
+        built: dict[str, Reward] = {}  # tasks with the same reward share its model
+        self.trained = {task.name: _shared(task.rewards, built) for task in tasks}
+        self.watched = _shared(config.evaluation.rewards, built)
         self.are_several = bool(config.tasks)
         self.num_samples = sum(task.num_samples for task in tasks)  # of an iteration, over all processes
         self.rewards = TaskRewards(self.trained, config.rollout.reward_workers, self._name_of)
-        self._samplers = {task.name: self._sampler(config, task, rank, world_size) for task in tasks}
+        self._samplers = {
+            task.name: self._sampler(config, task, config.seed + number * _APART, rank, world_size)
+            for number, task in enumerate(tasks)
+        }
         by_task = {task.name: build_advantages(task.advantages, config.advantages) for task in tasks}
         self.advantages: Advantages = TaskAdvantages(by_task) if self.are_several else by_task["default"]
 
@@ -66,12 +74,23 @@ class Tasks:
             sampler.load_state_dict(state["prompts"][name])
         self.advantages.load_state_dict(state["advantages"])
 
-    def _sampler(self, config: Config, task: Task, rank: int, world_size: int) -> Sampler:
-        share = (round(task.num_prompts) // world_size, task.images_per_prompt, config.seed, rank, world_size)
+    def _sampler(self, config: Config, task: Task, seed: int, rank: int, world_size: int) -> Sampler:
+        share = (round(task.num_prompts) // world_size, task.images_per_prompt, seed, rank, world_size)
         return build_sampler(task.source, *share, task=task.name)
 
     def _name_of(self, prompt: Prompt) -> str:
         return prompt.task if self.are_several else "default"  # a .jsonl may have labels of its own
+
+
+def _shared(configs: Sequence[RewardConfig], built: dict[str, Reward]) -> dict[str, tuple[Reward, float]]:
+    """As build_rewards; what differs only by its weight from one in `built` is that one."""
+    rewards = {}
+    for config in configs:
+        key = repr(replace(config, weight=1.0))
+        if key not in built:
+            built[key] = build_rewards([config])[config.name][0]
+        rewards[config.name] = (built[key], config.weight)
+    return rewards
 
 
 class TaskRewards:

@@ -83,7 +83,7 @@ class Trainer:
         )
         self.algorithm = build_algorithm(config.algorithm, config.update)
         self.pretraining = Pretraining(config, self.policy, self.backbone) if config.pretraining.weight > 0 else None
-        self.evaluators = build_evaluators(config, self.tasks.trained, self.encode, self.backbone.decode)
+        self.evaluators = build_evaluators(config, self.tasks, self.encode, self.backbone.decode)
         self.grid_prompts = grid_prompts(config)
         if checkpoint:
             self.load_state_dict(load_checkpoint(checkpoint, self.engine))
@@ -172,7 +172,10 @@ class Trainer:
     def task_gradients(self, batch: Rollout, prompts: list[Prompt], weights: Tensor, turn: int) -> dict[str, float]:
         """How several tasks pull, where that is due, once all have had their turn; see task_gradients.py."""
         every, iteration = self.config.tracking.task_gradients_every, turn // len(self.tasks.rounds)
-        if not self.tasks.are_several or every == 0 or iteration % every or self.config.engine.zero_stage == 3:
+        engine = self.config.engine
+        if not self.tasks.are_several or every == 0 or iteration % every:
+            return {}
+        if engine.zero_stage >= 2 or engine.optimizer_in_backward:  # which are there so that gradients never all exist
             return {}
         unet, names = self.backbone.unet, [prompt.task for prompt in prompts]
         generator = parallel.generator(self.config.seed, 4, parallel.rank(), turn)

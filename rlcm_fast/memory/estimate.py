@@ -21,11 +21,9 @@ from typing import Any, Literal
 import torch
 
 from rlcm_fast.config import Config, to_dict
-from rlcm_fast.config_checks import derived
-from rlcm_fast.config_sizes import num_trained
-from rlcm_fast.config_tasks import rounds_of
 from rlcm_fast.memory.architecture import Architecture
 from rlcm_fast.memory.tracing import DecoderProfile, NetworkProfile, Recompute, Setup, profile_decoder, profile_unet
+from rlcm_fast.memory.workload import Workload
 
 Device = Literal["cuda", "cpu"]
 GIB = 2**30
@@ -99,39 +97,6 @@ def strategy_of(config: Config, image_size: int | None = None) -> Strategy:
     found |= {"reference": reference, "pretraining_micro_batch_size": pretraining}
     found |= {"rows_per_sample": 2 if is_guided else 1, "image_size": image_size}
     return replace(Strategy(), **found)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """An iteration of one process."""
-
-    num_processes: int
-    samples: int
-    samples_at_once: int  # of one rollout, the largest where tasks take turns
-    num_steps: int
-    num_actions: int
-    num_trained: int  # of the actions of a sample
-    num_passes: int
-    transitions_per_update: int
-    num_updates: int  # of all passes
-    pairs_per_update: int  # of real images
-
-    @classmethod
-    def of(cls, config: Config, num_processes: int) -> Workload:
-        numbers = derived(config, num_processes)
-        pretraining = config.pretraining
-        return cls(
-            num_processes,
-            numbers["samples_per_process"],
-            max(sum(task.num_samples for task in tasks) for tasks in rounds_of(config)) // num_processes,
-            config.policy.num_steps,
-            numbers["actions_per_sample"],
-            num_trained(config),
-            config.update.num_passes,
-            numbers["transitions_per_update"] // num_processes,
-            numbers["updates_per_iteration"],
-            pretraining.batch_size // num_processes if pretraining.weight > 0 else 0,
-        )
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,10 @@ from typing import Any
 import torch
 
 from rlcm_fast.memory.architecture import Architecture
-from rlcm_fast.memory.estimate import (
-    FROZEN_DTYPE,
-    GIB,
-    Memory,
-    Profiles,
-    Strategy,
-    Workload,
-    estimate_memory,
-    measure,
-)
+from rlcm_fast.memory.estimate import FROZEN_DTYPE, GIB, Memory, Profiles, Strategy, estimate_memory, measure
 from rlcm_fast.memory.gpus import Gpu
 from rlcm_fast.memory.tracing import Flops
+from rlcm_fast.memory.workload import Workload
 
 
 @dataclass(frozen=True)

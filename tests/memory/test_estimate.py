@@ -18,18 +18,10 @@ from rlcm_fast.config import EngineConfig, ModelConfig, OptimizerConfig, PolicyC
 from rlcm_fast.kernels.adamw import AdamW8bit
 from rlcm_fast.memory import estimate
 from rlcm_fast.memory.architecture import load_architecture
-from rlcm_fast.memory.estimate import (
-    Memory,
-    Profiles,
-    Strategy,
-    Workload,
-    estimate_memory,
-    measure,
-    moment_bytes,
-    strategy_of,
-)
+from rlcm_fast.memory.estimate import Memory, Profiles, Strategy, estimate_memory, measure, moment_bytes, strategy_of
 from rlcm_fast.memory.recomputation import set_recomputation
 from rlcm_fast.memory.tracing import Setup, prepare_unet, trace_unet
+from rlcm_fast.memory.workload import Workload
 from rlcm_fast.memory.zero import ZeroEngine
 from rlcm_fast.policies import GaussianPolicy, build_policy
 from rlcm_fast.trajectory import Prompt, Transitions

@@ -13,10 +13,11 @@ from planners import SHAPES, planner_of
 
 from rlcm_fast.config import Config, parse_config
 from rlcm_fast.memory.architecture import load_architecture
-from rlcm_fast.memory.estimate import GIB, Workload, strategy_of
+from rlcm_fast.memory.estimate import GIB, strategy_of
 from rlcm_fast.memory.gpus import GPUS, find_gpu
 from rlcm_fast.memory.planning import Planner
 from rlcm_fast.memory.tracing import Setup, prepare_unet, profile_decoder, trace_unet
+from rlcm_fast.memory.workload import Workload
 
 SD15, SDXL = "SimianLuo/LCM_Dreamshaper_v7", "latent-consistency/lcm-sdxl"
 STRATEGY = strategy_of(Config())

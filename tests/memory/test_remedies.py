@@ -12,10 +12,11 @@ from planners import SHAPES, planner_of
 
 from rlcm_fast.config import Config, parse_config
 from rlcm_fast.config_checks import validate
-from rlcm_fast.memory.estimate import SETTINGS, Workload, strategy_of
+from rlcm_fast.memory.estimate import SETTINGS, strategy_of
 from rlcm_fast.memory.gpus import GPUS, Gpu
 from rlcm_fast.memory.planning import Planner
 from rlcm_fast.memory.remedies import LADDER, Remedies, with_settings
+from rlcm_fast.memory.workload import Workload
 
 CONFIGS = sorted(Path("configs").glob("*/*.yaml"))
 MORE = {

@@ -6,8 +6,8 @@ from typing import Any
 
 from rlcm_fast.backbones.loading import SHIPPED
 from rlcm_fast.memory.architecture import load_architecture
-from rlcm_fast.memory.estimate import Workload
 from rlcm_fast.memory.planning import Planner
+from rlcm_fast.memory.workload import Workload
 
 SHAPES = str(SHIPPED["shapes/lcm"])
 
