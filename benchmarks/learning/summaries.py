@@ -39,7 +39,7 @@ def plot(curves: Curves, path: Path, title: str) -> None:
             axes[row][column].set(xlabel=label, ylabel=short_name(metric))
     axes[0][0].legend(fontsize="small")
     num_seeds = len(next(iter(curves.values())))
-    figure.suptitle(f"{title}: held-out prompts, mean and standard deviation of {num_seeds} seeds")
+    figure.suptitle(f"{title}: evaluations, mean and standard deviation of {num_seeds} seeds")
     save_figure(figure, path)
 
 
