@@ -7,7 +7,7 @@ there are tasks, prompts.source and rewards have no meaning.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlcm_fast.config import Config, RewardConfig
 
@@ -23,8 +23,9 @@ class Task:
     images_per_prompt: int
     advantages: str
     evaluation: str
-    images_field: str = "prompts.images_per_prompt"  # where these two were set, for messages
-    advantages_field: str = "advantages.kind"
+    # Where these two were set, for messages.
+    images_field: str = field(default="prompts.images_per_prompt", compare=False)
+    advantages_field: str = field(default="advantages.kind", compare=False)
 
     @property
     def num_samples(self) -> int:
@@ -46,8 +47,8 @@ def tasks_of(config: Config) -> list[Task]:
         num_prompts = images * task.share / whole / per_prompt
         counts = (round(num_prompts) if abs(num_prompts - round(num_prompts)) < 1e-9 else num_prompts, per_prompt)
         own = (task.advantages or kind, task.evaluation or evaluation)
-        images_field = f"tasks[{index}].images_per_prompt" if task.images_per_prompt else Task.images_field
-        fields = (images_field, f"tasks[{index}].advantages" if task.advantages else Task.advantages_field)
+        images_field = f"tasks[{index}].images_per_prompt" if task.images_per_prompt else "prompts.images_per_prompt"
+        fields = (images_field, f"tasks[{index}].advantages" if task.advantages else "advantages.kind")
         tasks.append(Task(task.name, task.source, task.rewards, *counts, *own, *fields))
     return tasks
 

@@ -79,4 +79,4 @@ def test_every_config_that_ships_is_valid(file: Path, monkeypatch: pytest.Monkey
     config = parse_config(["--config", str(file)])
     validate(config, 8 if "multinode" in file.name else 1)
     for source in (config.prompts.source, config.evaluation.prompts):
-        assert source.startswith("shapes:") or Path(source).is_file()
+        assert source.startswith(("shapes:", "hf:", "rlcm_fast.prompts.composition:")) or Path(source).is_file()

@@ -22,7 +22,7 @@ STAGES = (0, 1, 2, 3)
 SETTINGS = {"prompts.num_prompts": 4, "num_iterations": 2, "optimizer.eps": 1e-3, "evaluation.every": 1}
 SETS = {"num_iterations": 1, "rewards": [{"name": "diversity", "group_size": 2}], "evaluation.num_images": 4}
 ONE = {"source": "shapes:one", "rewards": [{"name": tiny_runs.REWARD}]}
-TASKS = {"tasks": [{"name": name, **ONE} for name in "ab"], "num_iterations": 1, "engine.zero_stage": 2}
+TASKS = {"tasks": [{"name": name, **ONE} for name in "ab"], "num_iterations": 1, "engine.zero_stage": 1}
 RUNS: dict[str, dict[str, object]] = {
     **{f"stage_{stage}": {**SETTINGS, "engine.zero_stage": stage} for stage in STAGES},
     "again": SETTINGS,

@@ -120,7 +120,8 @@ def test_a_study_trains_only_what_is_not_finished(
 ):
     arms, runs = load("arms"), load("training_runs")
     two = [arms.Arm(name, "compressibility", ("num_iterations", "2")) for name in ("a", "b")]
-    arguments = argparse.Namespace(runs=tmp_path, seeds=[0, 1], jobs=2, override=[])
+    # One job: `run` below reads a config, and CPython 3.11 fails now and then to parse two sources in two threads.
+    arguments = argparse.Namespace(runs=tmp_path, seeds=[0, 1], jobs=1, override=[])
     started: list[tuple[str, bool]] = []
 
     def run(command: list[str], folder: Path, jobs: int) -> Any:
