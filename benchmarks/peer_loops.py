@@ -18,7 +18,7 @@ from rlcm_fast.config import Config
 from rlcm_fast.memory.optimizers import build_optimizer
 from rlcm_fast.policies import build_policy
 from rlcm_fast.policies.consistency import guidance_embedding
-from rlcm_fast.prompts import PromptSampler, load_prompts
+from rlcm_fast.prompts import PromptSampler, Share, load_prompts
 from rlcm_fast.rewards import Reward, build_reward
 from rlcm_fast.trainer import Trainer
 from rlcm_fast.trajectory import Prompt
@@ -54,9 +54,7 @@ def _loop(config: Config, backbone: Backbone, habits: Habits) -> PaperLoop:
         latent_shape=build_policy(config.policy, unet, *schedule).latent_shape,
         prompts=PromptSampler(
             load_prompts(config.prompts.source),
-            config.prompts.num_prompts,
-            config.prompts.images_per_prompt,
-            config.seed,
+            Share(config.prompts.num_prompts, config.prompts.images_per_prompt, config.seed),
         ),
         encode=lambda prompts: backbone.encode(prompts, with_negative=False),
         decode=backbone.decode,

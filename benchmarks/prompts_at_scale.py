@@ -67,18 +67,18 @@ def write_prompts(path: Path, lines: int) -> None:
 
 def measure(path: Path, num_prompts: int, iterations: int) -> dict[str, Any]:
     """One file, in this process, which should be a fresh one."""
-    from rlcm_fast.prompts import build_sampler
+    from rlcm_fast.prompts import Share, build_sampler
 
     _drop_from_page_cache(path)
     before, start = _memory_mb("VmRSS"), time.perf_counter()
-    sampler = build_sampler(str(path), num_prompts, 1, seed=0)
+    sampler = build_sampler(str(path), Share(num_prompts, 1, seed=0))
     sampler.next_batch()
     start_seconds, held, peak = time.perf_counter() - start, _memory_mb("VmRSS"), _memory_mb("VmHWM")
     batches = list(_seconds_of_batches(sampler.next_batch, 100))
 
     start = time.perf_counter()
     state = {**sampler.state_dict(), "num_batches": iterations}
-    resumed = build_sampler(str(path), num_prompts, 1, seed=0)
+    resumed = build_sampler(str(path), Share(num_prompts, 1, seed=0))
     resumed.load_state_dict(state)
     resumed.next_batch()
     return {

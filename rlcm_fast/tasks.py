@@ -20,7 +20,7 @@ from torch import Tensor
 from rlcm_fast.algorithms import Advantages, TaskAdvantages, build_advantages
 from rlcm_fast.config import Config, RewardConfig
 from rlcm_fast.config_tasks import Task, rounds_of, tasks_of
-from rlcm_fast.prompts import Sampler, build_sampler
+from rlcm_fast.prompts import Sampler, Share, build_sampler
 from rlcm_fast.rewards import Reward, Rewards, RewardService, build_rewards
 from rlcm_fast.trajectory import Prompt
 
@@ -75,8 +75,8 @@ class Tasks:
         self.advantages.load_state_dict(state["advantages"])
 
     def _sampler(self, config: Config, task: Task, seed: int, rank: int, world_size: int) -> Sampler:
-        share = (round(task.num_prompts) // world_size, task.images_per_prompt, seed, rank, world_size)
-        return build_sampler(task.source, *share, task=task.name)
+        num_prompts = round(task.num_prompts) // world_size
+        return build_sampler(task.source, Share(num_prompts, task.images_per_prompt, seed, rank, world_size, task.name))
 
     def _name_of(self, prompt: Prompt) -> str:
         return prompt.task if self.are_several else "default"  # a .jsonl may have labels of its own

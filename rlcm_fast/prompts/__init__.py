@@ -3,7 +3,7 @@ measurements."""
 
 from __future__ import annotations
 
-from rlcm_fast.prompts.sampler import PromptSampler, Sampler, deal
+from rlcm_fast.prompts.sampler import PromptSampler, Sampler, Share, deal
 from rlcm_fast.prompts.sources import BUILT_IN, check_prompts, load_prompts
 from rlcm_fast.prompts.stream import PREFIX, StreamSampler
 
@@ -11,6 +11,7 @@ __all__ = [
     "BUILT_IN",
     "PromptSampler",
     "Sampler",
+    "Share",
     "StreamSampler",
     "build_sampler",
     "check_prompts",
@@ -19,22 +20,8 @@ __all__ = [
 ]
 
 
-def build_sampler(
-    source: str,
-    num_prompts: int,
-    images_per_prompt: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    task: str = "default",
-    field: str = "prompts.source",
-) -> Sampler:
-    """The sampler for `source`; num_prompts: of an iteration on THIS rank.
-
-    Every prompt it draws carries `task`; with "default" each keeps the label that its source gives it. `field`: the
-    config field of `source`, for errors.
-    """
-    share = (num_prompts, images_per_prompt, seed, rank, world_size, task)
+def build_sampler(source: str, share: Share, field: str = "prompts.source") -> Sampler:
+    """The sampler for `source`; `field`: the config field of it, for errors."""
     if source.startswith(PREFIX):
-        return StreamSampler(source, *share, field=field)
-    return PromptSampler(load_prompts(source, field), *share)
+        return StreamSampler(source, share, field)
+    return PromptSampler(load_prompts(source, field), share)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import functools
 import random
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,46 @@ from rlcm_fast.prompts.files import PromptFile
 from rlcm_fast.trajectory import Prompt
 
 # D prompts drawn together: an iteration's, of all ranks; N prompts of the source
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process draws in an iteration: its part of the D prompts that all of them draw together.
+
+    num_prompts     distinct prompts on this rank
+    seed            of the order; the same on every rank
+    task            what every prompt is labelled with; "default" leaves the label that it has
+
+    Raises ValueError for counts less than one.
+    """
+
+    num_prompts: int
+    images_per_prompt: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    task: str = "default"
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "images_per_prompt"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"prompts.{name}={getattr(self, name)} must be at least 1")
+        assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
+
+    @property
+    def num_drawn_together(self) -> int:
+        """D."""
+        return self.num_prompts * self.world_size
+
+    @property
+    def mine(self) -> slice:
+        """Of D rows, those of this rank."""
+        return slice(self.rank * self.num_prompts, (self.rank + 1) * self.num_prompts)
+
+    def repeated(self, prompts: Iterable[Prompt]) -> list[Prompt]:
+        """One prompt for each image, labelled; the repeats of a prompt lie side by side."""
+        labelled = prompts if self.task == "default" else (replace(prompt, task=self.task) for prompt in prompts)
+        return [prompt for prompt in labelled for _ in range(self.images_per_prompt)]
 
 
 class Sampler(Protocol):
@@ -69,52 +109,25 @@ def _shuffled_rows(total: int, count: int, seed: int) -> list[int]:
     return rows
 
 
-def check_counts(num_prompts: int, images_per_prompt: int) -> None:
-    """Raises ValueError for less than one."""
-    for name, value in [("num_prompts", num_prompts), ("images_per_prompt", images_per_prompt)]:
-        if value < 1:
-            raise ValueError(f"prompts.{name}={value} must be at least 1")
-
-
-def labelled(prompt: Prompt, task: str) -> Prompt:
-    """`prompt` as one of `task`; "default" leaves the label that it has."""
-    return prompt if task == "default" else replace(prompt, task=task)
-
-
 class PromptSampler:
     """Draws from a list or a file of prompts."""
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        num_prompts: int,
-        images_per_prompt: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        task: str = "default",
-    ) -> None:
-        """num_prompts: distinct prompts an iteration on THIS rank; seed: the same on every rank."""
-        check_counts(num_prompts, images_per_prompt)
-        assert 0 <= rank < world_size, (rank, world_size)
-        self._num_drawn_together = num_prompts * world_size
-        if self._num_drawn_together > len(prompts):
+    def __init__(self, prompts: Sequence[Prompt], share: Share) -> None:
+        """Raises ValueError where an iteration takes more than there are."""
+        if share.num_drawn_together > len(prompts):
             raise ValueError(
-                f"prompts.num_prompts={self._num_drawn_together} distinct prompts an iteration exceed the"
+                f"prompts.num_prompts={share.num_drawn_together} distinct prompts an iteration exceed the"
                 f" {len(prompts)} of prompts.source; lower it to at most {len(prompts)} (and raise"
                 " prompts.images_per_prompt to keep the batch size), or give more prompts"
             )
         self._prompts = prompts
-        self._mine = slice(rank * num_prompts, (rank + 1) * num_prompts)
-        self._images_per_prompt = images_per_prompt
-        self._seed = seed
-        self._task = task
+        self._share = share
+        self._num_drawn_together = share.num_drawn_together
         self._restart()
 
     def next_batch(self) -> list[Prompt]:
-        rows = self._draw()[self._mine].tolist()
-        prompts = [labelled(self._prompts[row], self._task) for row in rows]
-        return [prompt for prompt in prompts for _ in range(self._images_per_prompt)]
+        rows = self._draw()[self._share.mine].tolist()
+        return self._share.repeated(self._prompts[row] for row in rows)
 
     def state_dict(self) -> dict[str, int]:
         return {"num_batches": self._num_batches, "fingerprint": self._fingerprint}
@@ -123,8 +136,8 @@ class PromptSampler:
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
                 f"prompts: the checkpoint was made with prompts other than these {len(self._prompts)}, a seed other"
-                f" than {self._seed} or prompts.num_prompts other than {self._num_drawn_together}; resume with those"
-                " of the checkpoint, or start a new run from its export"
+                f" than {self._share.seed} or prompts.num_prompts other than {self._num_drawn_together}; resume with"
+                " those of the checkpoint, or start a new run from its export"
             )
         # Replayed, a permutation a pass: whole iterations within a pass are skipped, and two integers are all to store.
         self._restart()
@@ -137,7 +150,7 @@ class PromptSampler:
                 self._draw()
 
     def _restart(self) -> None:
-        self._generator = torch.Generator().manual_seed(self._seed)
+        self._generator = torch.Generator().manual_seed(self._share.seed)
         self._order = torch.empty(0, dtype=torch.int32)  # (N,) the rows of this pass; none before the first
         self._position = 0
         self._num_batches = 0
@@ -170,7 +183,7 @@ class PromptSampler:
     @functools.cached_property
     def _fingerprint(self) -> int:
         """Of all prompts, the seed and D."""
-        crc = zlib.crc32(f"{self._seed}\0{self._num_drawn_together}".encode())
+        crc = zlib.crc32(f"{self._share.seed}\0{self._num_drawn_together}".encode())
         if isinstance(self._prompts, PromptFile):
             return zlib.crc32(f"\0{self._prompts.crc}".encode(), crc)
         for prompt in self._prompts:

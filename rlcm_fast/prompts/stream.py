@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl
 import torch
 
 from rlcm_fast import parallel
-from rlcm_fast.prompts.sampler import check_counts, labelled
+from rlcm_fast.prompts.sampler import Share
 from rlcm_fast.trajectory import Prompt
 
 PREFIX = "hf:"
@@ -92,34 +92,18 @@ class StreamSampler:
     are some 10 kB. The prompts of an iteration are distinct examples, except where a pass ends in it.
     """
 
-    def __init__(
-        self,
-        source: str,
-        num_prompts: int,
-        images_per_prompt: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        task: str = "default",
-        field: str = "prompts.source",
-    ) -> None:
-        """num_prompts: of an iteration on THIS rank; seed: the same on every rank; reads the first window."""
-        check_counts(num_prompts, images_per_prompt)
-        assert 0 <= rank < world_size, (rank, world_size)
+    def __init__(self, source: str, share: Share, field: str = "prompts.source") -> None:
+        """Reads the first window; `field`: the config field of `source`, for errors."""
         self._where = f"{field}={source}"
         self._stream = PromptStream(source, self._where)
-        self._num_drawn_together = num_prompts * world_size
-        self._mine = slice(rank * num_prompts, (rank + 1) * num_prompts)
-        self._images_per_prompt = images_per_prompt
-        self._seed = seed
-        self._task = task
+        self._share = share
+        self._num_drawn_together = share.num_drawn_together
         texts = self._stream.next_window() or []
-        self._fingerprint = zlib.crc32("\0".join([str(seed), str(self._num_drawn_together), *texts]).encode())
+        self._fingerprint = zlib.crc32("\0".join([str(share.seed), str(self._num_drawn_together), *texts]).encode())
         self._enter(texts, number=0)
 
     def next_batch(self) -> list[Prompt]:
-        texts = self._draw()[self._mine]
-        return [labelled(Prompt(text), self._task) for text in texts for _ in range(self._images_per_prompt)]
+        return self._share.repeated(map(Prompt, self._draw()[self._share.mine]))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -133,8 +117,8 @@ class StreamSampler:
         if state.get("fingerprint") != self._fingerprint:
             raise ValueError(
                 f"{self._where}: the checkpoint was made with another dataset or window (its first window differs), a"
-                f" seed other than {self._seed} or prompts.num_prompts other than {self._num_drawn_together}; resume"
-                " with those of the checkpoint, or start a new run from its export"
+                f" seed other than {self._share.seed} or prompts.num_prompts other than {self._num_drawn_together};"
+                " resume with those of the checkpoint, or start a new run from its export"
             )
         self._stream.load_state_dict(state["stream"])
         self._enter(self._stream.next_window() or [], state["window"])
@@ -162,7 +146,7 @@ class StreamSampler:
         self._enter(texts, self._number + 1)
 
     def _enter(self, texts: list[str], number: int) -> None:
-        order = torch.randperm(len(texts), generator=parallel.generator(self._seed, number))
+        order = torch.randperm(len(texts), generator=parallel.generator(self._share.seed, number))
         self._window = [texts[row] for row in order.tolist()]
         self._number, self._position = number, 0
 

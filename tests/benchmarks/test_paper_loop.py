@@ -19,7 +19,7 @@ from rlcm_fast.config import AdvantagesConfig, ModelConfig, PolicyConfig, Update
 from rlcm_fast.memory.engine import Engine
 from rlcm_fast.policies import GaussianPolicy, build_policy
 from rlcm_fast.policies.consistency import guidance_embedding
-from rlcm_fast.prompts import PromptSampler
+from rlcm_fast.prompts import PromptSampler, Share
 from rlcm_fast.trajectory import Conditioning, Prompt, Trajectory
 from rlcm_fast.update import update
 
@@ -85,7 +85,7 @@ def loop_of(backbone: Backbone, **habits: Any) -> PaperLoop:
         steps=steps_of(backbone.scheduler_config, H),
         guidance=guidance_embedding(policy.guidance_scale, backbone.unet.config["time_cond_proj_dim"]),
         latent_shape=policy.latent_shape,
-        prompts=PromptSampler([Prompt("0 cats"), Prompt("1 cats")], 2, B // 2, seed=0),
+        prompts=PromptSampler([Prompt("0 cats"), Prompt("1 cats")], Share(2, B // 2, seed=0)),
         encode=lambda prompts: backbone.encode(prompts, with_negative=False),
         decode=backbone.decode,
         rewards=[],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlcm_fast.config import Config, EvaluationConfig, TrackingConfig
 from rlcm_fast.evaluation import grid_prompts
-from rlcm_fast.prompts import build_sampler, deal, files, load_prompts, sources
+from rlcm_fast.prompts import Share, build_sampler, deal, files, load_prompts, sources
 from rlcm_fast.trajectory import Prompt
 
 # Line breaks, all kinds of blanks, a byte order mark, and characters that begin with the same bytes as blanks.
@@ -94,7 +94,7 @@ def touch(path: str) -> None:
 @pytest.mark.parametrize("change", [append, touch, os.remove])
 def test_a_file_that_changes_during_the_run_is_noticed(tmp_path: Path, change):
     path = numbered(tmp_path, 9)
-    sampler = build_sampler(path, 2, 1, seed=0)
+    sampler = build_sampler(path, Share(2, 1, seed=0))
     sampler.next_batch()
     change(path)
     with pytest.raises(ValueError, match=r"^prompts.source=.*many.txt changed during the run .*; put the old"):
@@ -104,11 +104,11 @@ def test_a_file_that_changes_during_the_run_is_noticed(tmp_path: Path, change):
 @pytest.mark.usefixtures("only_small_lists")
 def test_a_file_that_changed_between_two_runs_is_another_source(tmp_path: Path):
     path = numbered(tmp_path, 9)
-    state = build_sampler(path, 2, 1, seed=0).state_dict()
-    build_sampler(path, 2, 1, seed=0).load_state_dict(state)
+    state = build_sampler(path, Share(2, 1, seed=0)).state_dict()
+    build_sampler(path, Share(2, 1, seed=0)).load_state_dict(state)
     Path(path).write_text(Path(path).read_text().replace("prompt 7", "prompt X"))
     with pytest.raises(ValueError, match="the checkpoint was made with prompts other than these 9"):
-        build_sampler(path, 2, 1, seed=0).load_state_dict(state)
+        build_sampler(path, Share(2, 1, seed=0)).load_state_dict(state)
 
 
 def put_every_prompt(prompts: Sequence[Prompt], queue: multiprocessing.Queue) -> None:

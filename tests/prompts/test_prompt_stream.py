@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rlcm_fast.prompts import Sampler, StreamSampler, build_sampler, deal, load_prompts
+from rlcm_fast.prompts import Sampler, Share, StreamSampler, build_sampler, deal, load_prompts
 from rlcm_fast.trajectory import Prompt
 
 TEXTS = [f"prompt {number}" for number in range(50)]
@@ -39,28 +39,28 @@ def drawn(sampler: Sampler, num_batches: int) -> list[str]:
 
 
 def test_every_prompt_comes_once_a_pass_and_passes_are_shuffled_differently(source: str):
-    order = drawn(StreamSampler(source, 5, 1, seed=0), 30)
+    order = drawn(StreamSampler(source, Share(5, 1, seed=0)), 30)
     passes = [order[:50], order[50:100], order[100:]]
     assert all(sorted(texts) == sorted(TEXTS) for texts in passes)
     assert len({tuple(texts) for texts in passes}) == 3
 
 
 def test_prompts_are_shuffled_within_windows(source: str):
-    order = drawn(StreamSampler(source, 4, 1, seed=0), 4)
+    order = drawn(StreamSampler(source, Share(4, 1, seed=0)), 4)
     assert sorted(order[:8]) == sorted(TEXTS[:8]) and sorted(order[8:]) == sorted(TEXTS[8:16])
-    assert order[:8] != TEXTS[:8] and order[:8] != drawn(StreamSampler(source, 4, 1, seed=1), 2)
-    assert order == drawn(StreamSampler(source, 4, 1, seed=0), 4)
+    assert order[:8] != TEXTS[:8] and order[:8] != drawn(StreamSampler(source, Share(4, 1, seed=1)), 2)
+    assert order == drawn(StreamSampler(source, Share(4, 1, seed=0)), 4)
 
 
 @pytest.mark.parametrize("num_prompts", [1, 7, 20])
 def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(source: str, num_prompts: int):
-    uninterrupted = StreamSampler(source, num_prompts, 1, seed=3)
+    uninterrupted = StreamSampler(source, Share(num_prompts, 1, seed=3))
     states = []
     order = []
     for _ in range(60 // num_prompts + 3):  # into the second pass and beyond
         states.append(json.dumps(uninterrupted.state_dict()))
         order.append(drawn(uninterrupted, 1))
-    resumed = StreamSampler(source, num_prompts, 1, seed=3)
+    resumed = StreamSampler(source, Share(num_prompts, 1, seed=3))
     for batch, state in reversed([*enumerate(states)]):  # whatever was drawn before loading is forgotten
         resumed.load_state_dict(json.loads(state))
         assert [drawn(resumed, 1) for _ in order[batch : batch + 10]] == order[batch : batch + 10]
@@ -68,9 +68,9 @@ def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(source: str, num_pr
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_out_the_order_of_one_and_may_change_their_number(source: str, world_size: int):
-    alone = StreamSampler(source, 6, 2, seed=0)
+    alone = StreamSampler(source, Share(6, 2, seed=0))
     drawn(alone, 7)
-    ranks = [StreamSampler(source, 6 // world_size, 2, 0, rank, world_size) for rank in range(world_size)]
+    ranks = [StreamSampler(source, Share(6 // world_size, 2, 0, rank, world_size)) for rank in range(world_size)]
     for rank in ranks:
         rank.load_state_dict(alone.state_dict())
     for _ in range(12):
@@ -79,17 +79,17 @@ def test_processes_share_out_the_order_of_one_and_may_change_their_number(source
 
 
 def test_an_iteration_may_be_larger_than_a_window_and_as_large_as_the_dataset(source: str):
-    assert sorted(drawn(StreamSampler(source, 50, 1, seed=0), 1)) == sorted(TEXTS)
+    assert sorted(drawn(StreamSampler(source, Share(50, 1, seed=0)), 1)) == sorted(TEXTS)
 
 
 def test_an_iteration_larger_than_the_dataset_is_refused_with_the_remedy(source: str):
     with pytest.raises(ValueError, match=r"^prompts.source=hf:.* holds 50 prompts, fewer than .*=51 of an iteration"):
-        StreamSampler(source, 17, 1, seed=0, rank=1, world_size=3).next_batch()
+        StreamSampler(source, Share(17, 1, seed=0, rank=1, world_size=3)).next_batch()
 
 
 def test_blank_texts_are_skipped_and_a_window_of_them_too(tmp_path: Path):
     folder = write(tmp_path / "blanks", [*[None, " "] * 4, " a cat ", "", *[""] * 8, "a dog"])
-    order = drawn(StreamSampler(f"hf:{folder}?window=4", 1, 1, seed=0), 6)
+    order = drawn(StreamSampler(f"hf:{folder}?window=4", Share(1, 1, seed=0)), 6)
     assert order == ["a cat", "a dog"] * 3
     assert load_prompts(f"hf:{folder}?window=4") == [Prompt("a cat")]
 
@@ -99,14 +99,14 @@ def test_a_column_without_texts_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"^evaluation.prompts=hf:.*holds no prompts: every text .*; name another"):
         load_prompts(empty, "evaluation.prompts")
     with pytest.raises(ValueError, match=r"^prompts.source=hf:.*holds no prompts: every text .*; name another"):
-        StreamSampler(empty, 1, 1, seed=0).next_batch()
+        StreamSampler(empty, Share(1, 1, seed=0)).next_batch()
     with pytest.raises(ValueError, match=r"has 1 in its column number; name a column of texts"):
-        StreamSampler(f"{empty}&column=number", 1, 1, seed=0)
+        StreamSampler(f"{empty}&column=number", Share(1, 1, seed=0))
 
 
 def test_a_missing_column_is_named_with_those_that_are_there(source: str):
     with pytest.raises(ValueError, match=r"has no column prompt; add \?column= with one of text, number"):
-        build_sampler(f"{source}&column=prompt", 1, 1, seed=0)
+        build_sampler(f"{source}&column=prompt", Share(1, 1, seed=0))
 
 
 @pytest.mark.parametrize(
@@ -133,17 +133,19 @@ def test_an_empty_folder_is_named_with_the_remedy(tmp_path: Path):
 def test_without_datasets_the_extra_is_named(source: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"^prompts.source=hf:.*not installed: pip install 'rlcm_fast\[data\]'; or"):
-        build_sampler(source, 1, 1, seed=0)
+        build_sampler(source, Share(1, 1, seed=0))
 
 
 def test_a_checkpoint_of_another_stream_is_refused(source: str, tmp_path: Path):
-    state = StreamSampler(source, 2, 1, seed=0).state_dict()
+    state = StreamSampler(source, Share(2, 1, seed=0)).state_dict()
     other_texts = f"hf:{write(tmp_path / 'other', TEXTS[::-1])}?window=8"
-    for other in [(source, 3, 1, 0), (source, 2, 1, 1), (other_texts, 2, 1, 0), (source.replace("8", "9"), 2, 1, 0)]:
+    same = Share(2, 1, seed=0)
+    others = [(source, Share(3, 1, 0)), (source, Share(2, 1, 1)), (other_texts, same), (source.replace("8", "9"), same)]
+    for other in others:
         with pytest.raises(ValueError, match=r"the checkpoint was made with another dataset .*; resume with those"):
             StreamSampler(*other).load_state_dict(state)
     moved = Path(source.removeprefix("hf:").partition("?")[0]).rename(tmp_path / "moved")
-    StreamSampler(f"hf:{moved}?window=8", 2, 1, 0).load_state_dict(state)
+    StreamSampler(f"hf:{moved}?window=8", Share(2, 1, 0)).load_state_dict(state)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -155,11 +157,11 @@ def test_folders_of_other_kinds_are_read_and_resumed_too(tmp_path: Path, kind: s
     else:
         parquet.write_table(pyarrow.table({"prompt": TEXTS}), path, row_group_size=6)
     source = f"hf:{tmp_path / 'table'}?column=prompt&split=train&window=8"
-    sampler = build_sampler(source, 10, 2, seed=0, task="pets")
+    sampler = build_sampler(source, Share(10, 2, seed=0, task="pets"))
     batches = [prompt for _ in range(5) for prompt in sampler.next_batch()]
     assert sorted(prompt.text for prompt in batches[::2]) == sorted(TEXTS)
     assert batches[::2] == batches[1::2] and {prompt.task for prompt in batches} == {"pets"}
-    resumed = build_sampler(source, 10, 2, seed=0, task="pets")
+    resumed = build_sampler(source, Share(10, 2, seed=0, task="pets"))
     drawn(sampler, 2)
     resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
     assert drawn(resumed, 9) == drawn(sampler, 9)
