@@ -56,9 +56,10 @@ def rows_of(values: list[float], metric: str = METRIC) -> list[dict[str, Any]]:
             "--update.kl_weight 0 --algorithm.name rebel --update.num_updates 2 --update.micro_batch_size 48",
             448 + 96,
         ),
-        # 32 images, 50 steps of two rows, 5 trained actions of two rows
-        ("ddpo_compressibility", "", 32 * 50 * 2 + 32 * 5 * 2),
-        ("ddpo_compressibility", "--policy.num_steps 10 --policy.guidance_scale 1", 32 * 10 + 32 * 5),
+        # 64 images, 50 steps of two rows, 49 or 5 trained actions of two rows
+        ("ddpo_compressibility", "", 64 * 50 * 2 + 64 * 49 * 2),
+        ("ddpo_compressibility", "--update.num_timesteps 5", 64 * 50 * 2 + 64 * 5 * 2),
+        ("ddpo_compressibility", "--policy.num_steps 10 --policy.guidance_scale 1", 64 * 10 + 64 * 9),
         # three tasks of 64 images in one round, or one after another
         ("joint", "", 3 * 448),
         ("joint", "--task_schedule by_task", 3 * 448),
