@@ -25,38 +25,44 @@ from rlcm_fast.rewards.diversity import Diversity, Thumbnails
 from rlcm_fast.tasks import Tasks
 from rlcm_fast.trajectory import Conditioning, Prompt
 
+NamedRewards = Mapping[str, tuple[Reward, float]]  # name -> reward and its weight
+
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What is drawn (an image for each of `prompts`, noise from `seed`) and what scores it."""
+    """What is drawn (an image for each of `prompts`, noise from `seed`) and what scores it.
+
+    rewards     those of each prefix of the metrics; several tasks may be evaluated on one draw
+    """
 
     prompts: Sequence[Prompt]
     seed: int
     micro_batch_size: int
-    rewards: Mapping[str, tuple[Reward, float]]
+    rewards: Mapping[str, NamedRewards]
     encode: Callable[[Sequence[Prompt]], Conditioning]
     decode: Callable[[Tensor], Tensor]
-    prefix: str = "eval"
 
     def __call__(self, policy: GaussianPolicy, iteration: int) -> dict[str, float]:
         """`<prefix>/<reward>/mean`, `<prefix>/<reward>/std` and `<prefix>/diversity`, the same on every rank."""
         images, prompts = draw(policy, self.prompts, self.seed, self.micro_batch_size, self.encode, self.decode)
-        answers = self._answers(images, prompts, iteration)
+        diversity = Diversity().value(self._everyones(Thumbnails()(images, prompts))[None]).item()
         metrics: dict[str, float] = {}
-        for name in sorted(self.rewards):
-            reward, everyones = self.rewards[name][0], self._everyones(answers.get(name))  # (N,) or (N, F)
-            values = evaluate(name, reward, everyones, self.prompts, iteration).double()
-            metrics[f"{self.prefix}/{name}/mean"] = values.mean().item()
-            metrics[f"{self.prefix}/{name}/std"] = values.std(correction=0).item()
-        thumbnails = self._everyones(Thumbnails()(images, prompts))
-        metrics[f"{self.prefix}/diversity"] = Diversity().value(thumbnails[None]).item()
+        for prefix, rewards in self.rewards.items():
+            answers = self._answers(rewards, images, prompts, iteration)
+            for name in sorted(rewards):
+                reward, everyones = rewards[name][0], self._everyones(answers.get(name))  # (N,) or (N, F)
+                values = evaluate(name, reward, everyones, self.prompts, iteration).double()
+                metrics[f"{prefix}/{name}/mean"] = values.mean().item()
+                metrics[f"{prefix}/{name}/std"] = values.std(correction=0).item()
+            metrics[f"{prefix}/diversity"] = diversity
         return metrics
 
-    def _answers(self, images: Tensor, prompts: list[Prompt], iteration: int) -> dict[str, Tensor]:
-        """What the rewards say of this rank's images; groups may go across ranks, so none are made here."""
+    @staticmethod
+    def _answers(rewards: NamedRewards, images: Tensor, prompts: list[Prompt], iteration: int) -> dict[str, Tensor]:
+        """What `rewards` say of this rank's images; groups may go across ranks, so none are made here."""
         if not prompts:  # fewer micro-batches than ranks
             return {}
-        service = RewardService(self.rewards, num_workers=1)
+        service = RewardService(rewards, num_workers=1)
         try:
             service.submit(images, prompts)
             return service.answers(iteration)
@@ -80,32 +86,32 @@ def build_evaluators(
     encode: Callable[[Sequence[Prompt]], Conditioning],
     decode: Callable[[Tensor], Tensor],
 ) -> list[Evaluator]:
-    """One for each task, of its rewards and those to watch. Several tasks have keys `eval/TASK/...`."""
+    """One for each source of prompts, of the rewards of its tasks and those to watch.
+
+    Several tasks have keys `eval/TASK/...`; those with one source share its images.
+    """
+    rewards: dict[str, dict[str, NamedRewards]] = {}  # source -> prefix -> rewards
+    for task in tasks_of(config):
+        prefix = f"eval/{task.name}" if config.tasks else "eval"
+        rewards.setdefault(task.evaluation, {})[prefix] = {**tasks.trained[task.name], **tasks.watched}
     return [
-        build_evaluator(
-            replace(config.evaluation, prompts=task.evaluation),
-            {**tasks.trained[task.name], **tasks.watched},
-            encode,
-            decode,
-            f"eval/{task.name}" if config.tasks else "eval",
-        )
-        for task in tasks_of(config)
+        build_evaluator(replace(config.evaluation, prompts=source), by_prefix, encode, decode)
+        for source, by_prefix in rewards.items()
     ]
 
 
 def build_evaluator(
     config: EvaluationConfig,
-    rewards: Mapping[str, tuple[Reward, float]],
+    rewards: Mapping[str, NamedRewards],
     encode: Callable[[Sequence[Prompt]], Conditioning],
     decode: Callable[[Tensor], Tensor],
-    prefix: str = "eval",
 ) -> Evaluator:
-    """Of these rewards, and on ShapesWorld always of the detector: a reward alone proves nothing."""
-    rewards = dict(rewards)
+    """rewards: by prefix; on ShapesWorld always of the detector, too: a reward alone proves nothing."""
     if config.prompts.startswith("shapes:"):
-        rewards.setdefault("shapes_alignment", (build_reward("shapes_alignment", {}), 1.0))
+        detector: NamedRewards = {"shapes_alignment": (build_reward("shapes_alignment", {}), 1.0)}
+        rewards = {prefix: {**detector, **own} for prefix, own in rewards.items()}
     prompts = deal(load_prompts(config.prompts, "evaluation.prompts"), config.num_images, config.seed)
-    return Evaluator(prompts, config.seed, config.micro_batch_size, rewards, encode, decode, prefix)
+    return Evaluator(prompts, config.seed, config.micro_batch_size, rewards, encode, decode)
 
 
 def grid_prompts(config: Config) -> list[Prompt]:

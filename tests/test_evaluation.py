@@ -22,7 +22,7 @@ POLICY = policy_of(TinyNetwork())
 
 
 def evaluator(num_images: int = 5, micro_batch_size: int = 2, seed: int = 9) -> Evaluator:
-    rewards = {"brightness": (Brightness(), 3.0)}
+    rewards = {"eval": {"brightness": (Brightness(), 3.0)}}
     return Evaluator(deal(prompts(2), num_images, seed), seed, micro_batch_size, rewards, encode, decode)
 
 
@@ -55,7 +55,7 @@ def test_a_set_reward_is_measured_by_its_groups_values_whatever_its_credit():
     order = [0, 2, 4, 1, 3, 5]  # two prompts in turn; their repeats are neighbours
     expected = torch.tensor([diversity_of(images[order[i : i + 2]]) for i in (0, 2, 4)]).double()
     reward = GroupReward("diversity", Diversity(), 2, "leave_one_out")
-    metrics = Evaluator(deal(prompts(2), 6, 9), 9, 2, {"pairs": (reward, 1.0)}, encode, decode)(POLICY, 0)
+    metrics = Evaluator(deal(prompts(2), 6, 9), 9, 2, {"eval": {"pairs": (reward, 1.0)}}, encode, decode)(POLICY, 0)
     assert metrics["eval/pairs/mean"] == pytest.approx(expected.mean().item())
     assert metrics["eval/pairs/std"] == pytest.approx(expected.std(correction=0).item())
 
@@ -90,6 +90,18 @@ def test_a_single_image_has_no_diversity():
 
 
 def test_a_reward_that_fails_is_named_with_the_iteration():
-    faulty = Evaluator(prompts(2), 1, 2, {"faulty": (Faulty("nan", 0), 1.0)}, encode, decode)
+    faulty = Evaluator(prompts(2), 1, 2, {"eval": {"faulty": (Faulty("nan", 0), 1.0)}}, encode, decode)
     with pytest.raises(RewardError, match=r"reward 'faulty', prompt 'b', iteration 30: returned nan"):
         faulty(POLICY, 30)
+
+
+def test_tasks_with_the_same_prompts_are_scored_on_one_draw():
+    drawn = []
+    rewards = {"eval/a": {"brightness": (Brightness(), 1.0)}, "eval/b": {"pairs": (Brightness(), 1.0)}}
+    both = Evaluator(deal(prompts(2), 5, 9), 9, 2, rewards, encode, lambda x_0: drawn.append(len(x_0)) or decode(x_0))
+    metrics = both(POLICY, 0)
+    assert drawn == [2, 2, 1]
+    alone = evaluator()(POLICY, 0)
+    for key in ("a/brightness/mean", "b/pairs/mean"):
+        assert metrics[f"eval/{key}"] == alone["eval/brightness/mean"]
+    assert metrics["eval/a/diversity"] == metrics["eval/b/diversity"] == alone["eval/diversity"]

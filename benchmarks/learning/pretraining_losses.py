@@ -206,7 +206,7 @@ class Trial:
         scores: dict[str, float] = {}
         for source in ("one", "two"):
             config = EvaluationConfig(num_images=self.arguments.num_images, prompts=f"shapes:{source}")
-            metrics = build_evaluator(config, {}, self._encode, self.backbone.decode)(self.policy, updates)
+            metrics = build_evaluator(config, {"eval": {}}, self._encode, self.backbone.decode)(self.policy, updates)
             scores[f"detector_{source}"] = round(metrics["eval/shapes_alignment/mean"], 4)
             scores[f"diversity_{source}"] = round(metrics["eval/diversity"], 4)
         mean = round(sum(losses) / len(losses), 5) if losses else float("nan")

@@ -35,7 +35,7 @@ def evaluate_groups(num_images: int) -> dict[str, float]:
     """Pairs of images of two tasks, and all of each, in micro-batches of 3."""
     prompts = [Prompt(TEXTS[i % 4], "even" if i % 2 == 0 else "odd") for i in range(num_images)]
     rewards = {size: (GroupReward(size, Diversity(), int(size)), 1.0) for size in ("0", "2")}
-    return Evaluator(prompts, 5, 3, rewards, encode, decode)(policy_of(TinyNetwork()), 0)
+    return Evaluator(prompts, 5, 3, {"eval": rewards}, encode, decode)(policy_of(TinyNetwork()), 0)
 
 
 def run_evaluation(num_images: int, folder: Path) -> int:
