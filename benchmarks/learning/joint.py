@@ -2,76 +2,133 @@
 
     python benchmarks/learning/joint.py --jobs 2
 
-The joint arm is configs/shapes/joint.yaml, 64 images a task and iteration; a specialist has one of its tasks alone,
-with as many images of it and as many iterations, so each task has had equal queries; all at one learning rate.
-Afterwards every model is scored on every task: the detector on held-out captions of two shapes, parity of 256 images of
-each neutral caption, and minus the kB of held-out captions of one shape. kept = the joint model's gain over the start
-model / the specialist's.
+The joint arms are configs/shapes/joint.yaml, 64 images a task and iteration, `mixed` with all tasks in one update,
+`by_task` with an update for each in turn; a specialist has one of its tasks alone, with as many images of it and as
+many iterations, so each task has had equal queries; all at one learning rate. Afterwards every model is scored on every
+task: the detector on held-out captions of two shapes; for parity and compressibility the weighted sum that the task
+optimises, on 128 images of each neutral caption and on held-out captions of one shape. kept = a joint model's gain over
+the start model / the specialist's. The gradients of the tasks are measured every ten iterations of the mixed arm.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from arms import Arm, run_figure, train_arms
+from arms import Arm, run_figure, run_folder, train_arms
 from exports import scores_by_arm, start_score
 from reporting import ROOT, mean_and_error, write_csv
-from summaries import markdown, share, shown
+from summaries import markdown, plot_bars, share, shown
 
-_SHORT = ("num_iterations", "40", "checkpoint.every", "10", "evaluation.every", "0")
-_PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 256}"
-MEASURED = {  # task -> prompts, reward as asked for and as answered, images
-    "alignment": ("shapes:two:held_out", "shapes_alignment", "shapes_alignment", 512),
-    "parity": ("shapes:neutral", _PARITY, "distribution_parity", 1024),
-    "compressibility": ("shapes:one:held_out", "jpeg_compressibility", "jpeg_compressibility", 400),
+SCHEDULES = ("mixed", "by_task")
+_SHORT = ("num_iterations", "60", "checkpoint.every", "10", "evaluation.every", "0", "optimizer.lr", "1.5e-4")
+_PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 128}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How a task is scored: `weights` of rewards as they are answered, asked for as `rewards`."""
+
+    source: str
+    rewards: tuple[str, ...]
+    weights: Mapping[str, float]
+    num_images: int
+
+    def score(self, found: Mapping[str, float]) -> float:
+        return sum(weight * found[name] for name, weight in self.weights.items())
+
+
+MEASURED = {
+    "alignment": Measured("shapes:two:held_out", ("shapes_alignment",), {"shapes_alignment": 1.0}, 512),
+    "parity": Measured(
+        "shapes:neutral", (_PARITY, "shapes_alignment"), {"distribution_parity": 16.0, "shapes_alignment": 2.0}, 512
+    ),
+    "compressibility": Measured(
+        "shapes:one:held_out",
+        ("jpeg_compressibility", "shapes_alignment"),
+        {"jpeg_compressibility": 1.0, "shapes_alignment": 0.5},
+        256,
+    ),
 }
+Scores = dict[str, list[dict[str, float]]]  # arm, or "start" with one -> reward -> mean, for each seed
 
 
 def arms() -> list[Arm]:
     tasks = yaml.safe_load((ROOT / "configs" / "shapes" / "joint.yaml").read_text())["tasks"]
+    joint = [Arm(name, "joint", (*_SHORT, "task_schedule", name)) for name in SCHEDULES]
+    joint[0] = joint[0].but("tracking.task_gradients_every", "10")
     alone = [
         Arm(task["name"], "joint", (*_SHORT, "tasks", json.dumps([task]), "prompts.num_prompts", "8")) for task in tasks
     ]
-    return [Arm("joint", "joint", _SHORT), *alone]
+    return [*joint, *alone]
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     every = arms()
     curves = train_arms(every, arguments)
     took = {name: mean_and_error([rows[-1]["seconds"] for rows in seeds]) for name, seeds in curves.items()}
-    scores = {task: _scores(task, every, arguments) for task in MEASURED}
-    rows = [
-        {"task": task, "arm": arm, "seed": seed, "score": score}
+    scores = {task: _scores(measured, every, arguments) for task, measured in MEASURED.items()}
+    write_csv(arguments.out.with_suffix(".csv"), _rows(scores, arguments.seeds))
+    gains = {task: gains_over_start(by_arm, task) for task, by_arm in scores.items()}
+    plot_bars(gains, arguments.out.with_suffix(".png"), "gain over the start model")
+    kept = {name: {task: share(own[name], own[task]) for task, own in gains.items()} for name in SCHEDULES}
+    means = {task: _means(by_arm) for task, by_arm in scores.items()}
+    for task, by_arm in means.items():
+        lines = [[arm, *(shown(value) for value in found.values())] for arm, found in by_arm.items()]
+        print(f"\n{task}\n" + markdown([["model", *by_arm["start"]], ["---"] * (1 + len(by_arm["start"])), *lines]))
+    lines = [[name, *(shown(value, 2) for value in found.values())] for name, found in kept.items()]
+    print("\n" + markdown([["kept", *MEASURED], ["---"] * 4, *lines]))
+    return {"seconds": took, "scores": means, "kept": kept, "gradients": _gradients(every[0], arguments)}
+
+
+def _scores(measured: Measured, arms: list[Arm], arguments: argparse.Namespace) -> Scores:
+    asked = (measured.source, measured.rewards, 4, measured.num_images)
+    return {"start": [start_score("shapes/lcm", arguments, *asked)], **scores_by_arm(arms, arguments, *asked)}
+
+
+def gains_over_start(scores: Scores, task: str) -> dict[str, list[float]]:
+    """arm -> how much higher the task's score is than the start model's, for each seed."""
+    score = MEASURED[task].score
+    start = score(scores["start"][0])
+    return {arm: [score(found) - start for found in seeds] for arm, seeds in scores.items() if arm != "start"}
+
+
+def _rows(scores: Mapping[str, Scores], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    return [
+        {"task": task, "arm": arm, "seed": seed, "reward": reward, "mean": mean}
         for task, by_arm in scores.items()
-        for arm, values in by_arm.items()
-        for seed, score in zip(arguments.seeds if arm != "start" else [""], values, strict=True)
+        for arm, found in by_arm.items()
+        for seed, means in zip(seeds if arm != "start" else [""], found, strict=True)
+        for reward, mean in means.items()
+        if reward in MEASURED[task].weights
     ]
-    write_csv(arguments.out.with_suffix(".csv"), rows)
-    kept = {task: kept_share(by_arm, task) for task, by_arm in scores.items()}
-    names = ["start", *curves]
-    lines = [[name, *(shown(mean_and_error(scores[task][name])) for task in MEASURED)] for name in names]
-    lines.append(["kept by the joint model", *(shown(kept[task], 2) for task in MEASURED)])
-    print(markdown([["model", *MEASURED], ["---"] * 4, *lines]))
-    means = {task: {arm: mean_and_error(values) for arm, values in own.items()} for task, own in scores.items()}
-    return {"seconds": took, "scores": means, "kept": kept}
 
 
-def _scores(task: str, arms: list[Arm], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    source, asked, answered, num_images = MEASURED[task]
-    measured = (source, [asked], 4, num_images)
-    start = start_score("shapes/lcm", arguments, *measured)
-    found = scores_by_arm(arms, arguments, *measured)
-    return {"start": [start[answered]], **{name: [one[answered] for one in seeds] for name, seeds in found.items()}}
+def _means(scores: Scores) -> dict[str, dict[str, Any]]:
+    """arm -> reward -> mean and error over seeds."""
+    rewards = [reward for reward in scores["start"][0] if reward != "seconds_per_image"]
+    return {
+        arm: {reward: mean_and_error([one[reward] for one in seeds]) for reward in rewards}
+        for arm, seeds in scores.items()
+    }
 
 
-def kept_share(scores: dict[str, list[float]], task: str) -> dict[str, float | None]:
-    """scores: arm -> the task's score of each seed, "start" -> one number."""
-    start = scores["start"][0]
-    return share([score - start for score in scores["joint"]], [score - start for score in scores[task]])
+def _gradients(arm: Arm, arguments: argparse.Namespace) -> dict[str, Any]:
+    """gradient/... of the metrics, over iterations first and then over seeds."""
+    folders = [run_folder(arguments.runs, arm, seed) for seed in arguments.seeds]
+    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+    keys = sorted({key for line in itertools.chain(*lines) for key in line if key.startswith("gradient/")})
+    return {
+        key: mean_and_error([statistics.fmean(line[key] for line in seed if key in line) for seed in lines])
+        for key in keys
+    }
 
 
 if __name__ == "__main__":

@@ -43,6 +43,25 @@ def plot(curves: Curves, path: Path, title: str) -> None:
     save_figure(figure, path)
 
 
+def plot_bars(values: Mapping[str, Mapping[str, Sequence[float]]], path: Path, xlabel: str) -> None:
+    """values: panel -> bar -> those of its seeds, whose mean and standard error are drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(values), figsize=(4 * len(values), 3.5), squeeze=False)
+    for axis, (panel, bars) in zip(axes[0], values.items(), strict=True):
+        found = [mean_and_error(own) for own in bars.values()]
+        errors = [one["standard_error"] or 0.0 for one in found]
+        axis.barh(list(bars), [one["mean"] for one in found], xerr=errors, alpha=0.7, capsize=3)
+        axis.axvline(0.0, color="black", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set(title=panel, xlabel=xlabel)
+        axis.grid(axis="x", alpha=0.3)
+    save_figure(figure, path)
+
+
 def shared_metrics(curves: Curves) -> list[str]:
     """The evaluated metrics that every arm has."""
     known = [set(eval_metrics(seeds[0])) for seeds in curves.values()]

@@ -16,7 +16,7 @@ from arms import Arm, run_figure
 from exports import scores_by_arm, start_score
 from reporting import mean_and_error, write_csv
 from rlcm_against_ddpo import REWARDS, trained_arms
-from summaries import markdown, share, shown
+from summaries import markdown, plot_bars, share, shown
 
 _NUM_IMAGES = 512
 MEASURED = {  # task -> prompts, what was trained
@@ -27,7 +27,7 @@ MEASURED = {  # task -> prompts, what was trained
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
-    rows, summary = [], {}
+    rows, summary, by_task = [], {}, {}
     for task in REWARDS:
         chosen, runs = trained_arms(task, arguments, ["rlcm"])
         gains = {split: _gains(task, split, chosen["rlcm"], runs) for split in ("training", "held_out")}
@@ -36,9 +36,11 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
                 {"task": task, "split": split, "seed": s, "gain": g}
                 for s, g in zip(arguments.seeds, values, strict=True)
             ]
+        by_task[task] = gains
         means = {split: mean_and_error(values) for split, values in gains.items()}
         summary[task] = {**means, "generalisation": share(gains["held_out"], gains["training"])}
     write_csv(arguments.out.with_suffix(".csv"), rows)
+    plot_bars(by_task, arguments.out.with_suffix(".png"), "gain over the start model")
     lines = [[task, *(shown(value) for value in found.values())] for task, found in summary.items()]
     head = ["task", "gain on training captions", "on held-out captions", "share"]
     print(markdown([head, ["---"] * 4, *lines]))
