@@ -5,8 +5,9 @@
 and the same with incompressibility and alignment. Arms: RLCM on shapes/lcm with 4 steps, DDPO on shapes/teacher, from
 which that was distilled and whose UNet has the same size, with 50 and with 10 DDIM steps and guidance; the same
 rewards, no KL term, and 64 images an iteration, of whose actions all are trained on. DDPO has more time than RLCM, with
-50 steps several times as much. Learning rates by a sweep of runs a third as long, the same rates for each arm. The
-factors are of seconds, queries and forwards (summaries.pass_factor).
+50 steps several times as much. Learning rates by a sweep of runs a third as long, the same rates for RLCM and DDPO; 50
+steps, of which such a run would be five updates, have the rate of 10. The factors are of seconds, queries and forwards
+(summaries.pass_factor).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from summaries import AXES, markdown, pass_factor, shared_metrics, shown, summar
 
 REWARDS = ("compressibility", "incompressibility", "alignment")
 NAME = "rlcm_against_ddpo"
-_ITERATIONS = {"rlcm": 60, "ddpo_50": 15, "ddpo_10": 45}
+_ITERATIONS = {"rlcm": 60, "ddpo_50": 16, "ddpo_10": 45}
+_WARMUP = {"rlcm": 5, "ddpo_50": 1, "ddpo_10": 4}  # a twelfth of the updates
 _EVALUATIONS = 5  # beside the first
 _LRS, _TUNING_SHARE = ("2e-5", "5e-5", "1e-4"), 1 / 3
 
@@ -38,7 +40,14 @@ def _timed(arm: Arm) -> Arm:
     count = _ITERATIONS[arm.name]
     every = str(count // _EVALUATIONS)
     evaluation = ("evaluation.every", every, "evaluation.num_images", "64", "checkpoint.every", every)
-    return arm.but("num_iterations", str(count), *evaluation)
+    return arm.but("num_iterations", str(count), "optimizer.warmup_updates", str(_WARMUP[arm.name]), *evaluation)
+
+
+def _with_rates(every: list[Arm], arguments: argparse.Namespace) -> dict[str, Arm]:
+    """By name, at the rates of the sweep."""
+    by_name = {arm.name: arm for arm in every}
+    chosen = tuned([by_name["rlcm"], by_name["ddpo_10"]], _LRS, _TUNING_SHARE, arguments)
+    return {**chosen, "ddpo_50": by_name["ddpo_50"].but(*chosen["ddpo_10"].overrides[-2:])}
 
 
 def add_reward(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +56,7 @@ def add_reward(parser: argparse.ArgumentParser) -> None:
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     by_reward(arguments)
-    chosen = tuned(arms(arguments.reward), _LRS, _TUNING_SHARE, arguments)
+    chosen = _with_rates(arms(arguments.reward), arguments)
     curves = train_arms(list(chosen.values()), arguments)
     write_curves(curves, arguments.out, f"RLCM and DDPO, {arguments.reward}")
     print(table(curves, [TOTAL, *(metric for metric in shared_metrics(curves) if metric != TOTAL)]))
@@ -75,7 +84,8 @@ def trained_arms(
     own = argparse.Namespace(**{**vars(arguments), "reward": reward})
     own.runs = arguments.runs.parent / NAME
     by_reward(own)
-    chosen = tuned([arm for arm in arms(reward) if arm.name in names], _LRS, _TUNING_SHARE, own)
+    every = _with_rates(arms(reward), own)
+    chosen = {name: every[name] for name in names}
     train_arms(list(chosen.values()), own)
     return chosen, own
 
