@@ -84,14 +84,20 @@ def measure(config: Config, num_batches: int) -> list[list[Tensor]]:
 
 
 def gradients(trainer: Trainer, batch: int) -> list[Tensor]:
-    """Of each action k, the gradient (number of weights,) of -mean(advantage * log_prob_k) over one rollout."""
+    """Of each action k, the gradient (number of weights,) of -mean(advantage * w_k log_prob_k) over one rollout.
+
+    w_k: update.step_weights.
+    """
     import torch
+
+    from rlcm_fast.selection import step_weights
 
     policy = trainer._build_policy(trainer.backbone.unet)  # the engine takes no gradients but its own
     prompts = trainer.tasks.next_batch(["default"])
     done = trainer.rollout(prompts, batch)
     advantages, _ = trainer.shared_advantages(done, prompts)  # (B,)
     weights = [p for p in trainer.backbone.unet.parameters() if p.requires_grad]
+    of_steps = step_weights(policy.schedule, trainer.config.update.step_weights)  # (K,)
     num_samples, num_actions = done.trajectory.num_samples, done.trajectory.num_actions
     result = []
     for action in range(num_actions):
@@ -99,7 +105,7 @@ def gradients(trainer: Trainer, batch: int) -> list[Tensor]:
         for samples in torch.arange(num_samples).split(trainer.config.update.micro_batch_size):
             transitions = done.trajectory.transitions(samples * num_actions + action)
             log_prob = policy.log_prob(transitions)  # (N,)
-            loss = -(advantages[transitions.sample] * log_prob).sum() / num_samples
+            loss = -of_steps[action] * (advantages[transitions.sample] * log_prob).sum() / num_samples
             for part, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
                 part += gradient
         result.append(torch.cat([part.flatten() for part in total]).cpu())
