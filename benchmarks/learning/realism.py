@@ -5,8 +5,9 @@
 JPEG size is the only reward, the one that paints every image blank. Watched on held-out captions, by no reward trained
 on: the detector's confidence that there is a shape, its score of the caption, and minus the energy distance to renders
 of the same captions (rlcm_fast/shapes/realism.py). The picture has them against the reward: an arm that holds pictures
-better is higher at the same size. All arms have the learning rate of compressibility.yaml; the KL term has its weight,
-L_pre one at which its first gradient (norm 0.21) is about as long as the reward's (0.16).
+better is higher at the same size; the table is of the smallest size that all of them reach. All arms have the learning
+rate of compressibility.yaml; the KL term has its weight, L_pre one at which its first gradient (norm 0.21) is about as
+long as the reward's (0.16).
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ _TASK = (
 )
 _KL = ("update.kl_weight", "0.06")
 _L_PRE = ("pretraining.data", "shapes:one", "pretraining.weight", "1")
-_LEVEL = -1.2  # kB: size where all arms are compared, a third off the payload
 
 
 def arms() -> list[Arm]:
@@ -45,23 +45,26 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     write_curves(curves, arguments.out, "what keeps pictures real")
     plot_against_reward(curves, arguments)
     print(table(curves, [_REWARD, *_REAL]))
-    there = at_equal_reward(curves, _LEVEL)
+    level = common_level(curves)
+    there = at_equal_reward(curves, level)
     lines = [[name, *(shown(value) for value in found.values())] for name, found in there.items()]
     head = ["arm", *(short_name(metric) for metric in _REAL)]
     print(markdown([head, ["---"] * len(head), *lines]))
-    return {"arms": summarise(curves), "level": _LEVEL, "where_the_reward_is_at_the_level": there}
+    return {"arms": summarise(curves), "level": level, "where_the_reward_is_at_the_level": there}
+
+
+def common_level(curves: Curves) -> float:
+    """The highest reward that every seed of every arm attains."""
+    return min(max(row[_REWARD] for row in evaluated(rows, _REWARD)) for seeds in curves.values() for rows in seeds)
 
 
 def at_equal_reward(curves: Curves, level: float) -> dict[str, dict[str, Any]]:
-    """arm -> what is watched where the reward first attains `level`, over the seeds that do."""
+    """arm -> what is watched where the reward first attains `level`, as every seed does."""
     result = {}
     for name, seeds in curves.items():
         places = [(rows, reaches(rows, _REWARD, level, "queries")) for rows in seeds]
-        found = [(rows, place) for rows, place in places if place is not None]
         result[name] = {
-            metric: mean_and_error([at(rows, metric, "queries", place) for rows, place in found])
-            if found
-            else {"mean": None, "standard_error": None}
+            metric: mean_and_error([at(rows, metric, "queries", place) for rows, place in places if place is not None])
             for metric in _REAL
         }
     return result

@@ -205,17 +205,19 @@ def test_a_gain_is_of_what_the_task_optimises(load: Callable[[str], ModuleType])
     assert gains == {"mixed": [0.0, pytest.approx(0.2 - 0.5 * 0.2)]}
 
 
-def test_arms_are_compared_at_equal_rewards_over_the_seeds_that_get_there(load: Callable[[str], ModuleType]):
+def test_arms_are_compared_at_the_highest_reward_that_all_of_them_attain(load: Callable[[str], ModuleType]):
     realism = load("realism")
 
     def seed(sizes: list[float]) -> list[dict[str, Any]]:
         rows = rows_of(sizes, realism._REWARD)
         return [{**row, **dict.fromkeys(realism._REAL, 1.0 - row["queries"] / 1000)} for row in rows]
 
-    curves = {"a": [seed([-1.4, -1.3, -1.1]), seed([-1.4, -1.39])], "b": [seed([-1.4, -1.35])]}
-    there = realism.at_equal_reward(curves, -1.2)
+    curves = {"a": [seed([-1.4, -1.3, -1.1])], "b": [seed([-1.4, -1.3, -1.2]), seed([-1.3, -1.0, -1.4])]}
+    level = realism.common_level(curves)
+    assert level == -1.2
+    there = realism.at_equal_reward(curves, level)
     assert there["a"][realism._REAL[0]]["mean"] == pytest.approx(0.85)  # at 150 queries
-    assert there["b"][realism._REAL[0]]["mean"] is None
+    assert there["b"][realism._REAL[0]]["mean"] == pytest.approx((0.8 + 1 - 0.1 / 3) / 2)  # at 200 and at 33
 
 
 def test_a_table_and_a_picture_show_every_arm(load: Callable[[str], ModuleType], tmp_path: Path):
