@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,21 @@ def start_score(
 ) -> dict[str, float]:
     """Of the model that the runs started from, as `shapes/lcm`."""
     return score(model, arguments.runs / "scores", source, rewards, num_steps, num_images)
+
+
+def save_pictures(models: Mapping[str, str], source: str, num_images: int, path: Path) -> None:
+    """A row of images for each model, by label; a column for each prompt, with the same noise in all rows."""
+    import torch
+
+    from rlcm_fast.cli.pipelines import draw, load_pipeline
+    from rlcm_fast.prompts import deal, load_prompts
+    from rlcm_fast.shapes.draw import captioned_grid
+
+    torch.set_num_threads(1)
+    texts = [prompt.text for prompt in deal(load_prompts(source, "prompts"), num_images, SEED)]
+    images = [draw(load_pipeline(model), texts, 4, GUIDANCE, SEED, num_images)[0] for model in models.values()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    captioned_grid(torch.cat(images), [f"{label}: {text}" for label in models for text in texts], num_images).save(path)
 
 
 def _measured(model: str, source: str, names: Sequence[str], num_steps: int, num_images: int) -> dict[str, Any]:

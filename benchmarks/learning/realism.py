@@ -5,9 +5,9 @@
 JPEG size is the only reward, the one that paints every image blank. Watched on held-out captions, by no reward trained
 on: the detector's confidence that there is a shape, its score of the caption, and minus the energy distance to renders
 of the same captions (rlcm_fast/shapes/realism.py). The picture has them against the reward: an arm that holds pictures
-better is higher at the same size; the table is of the smallest size that all of them reach. All arms have the learning
-rate of compressibility.yaml; the KL term has its weight, L_pre one at which its first gradient (norm 0.21) is about as
-long as the reward's (0.16).
+better is higher at the same size; the table is of the smallest size that all of them reach. Last, what each arm paints
+after training, seed 0. All arms have the learning rate of compressibility.yaml; the KL term has its weight, L_pre one
+at which its first gradient (norm 0.21) is about as long as the reward's (0.16).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import argparse
 import sys
 from typing import Any
 
-from arms import Arm, Curves, run_figure, train_arms
+from arms import Arm, Curves, run_figure, run_folder, train_arms
+from exports import save_pictures
 from learning_curves import save_figure
 from reporting import mean_and_error
 from summaries import markdown, reaches, short_name, shown, summarise, table, write_curves
@@ -44,6 +45,10 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     curves = train_arms(arms(), arguments)
     write_curves(curves, arguments.out, "what keeps pictures real")
     plot_against_reward(curves, arguments)
+    first = arguments.seeds[0]
+    models = {arm.name: str(run_folder(arguments.runs, arm, first) / "export") for arm in arms()}
+    pictures = arguments.out.with_name(f"{arguments.out.name}_pictures.png")
+    save_pictures({"start": "shapes/lcm", **models}, "shapes:one:held_out", 8, pictures)
     print(table(curves, [_REWARD, *_REAL]))
     level = common_level(curves)
     there = at_equal_reward(curves, level)
@@ -86,7 +91,7 @@ def plot_against_reward(curves: Curves, arguments: argparse.Namespace) -> None:
                 axis.plot(
                     [p[_REWARD] for p in points], [p[metric] for p in points], ".-", color=f"C{number}", label=label
                 )
-        axis.set(xlabel="minus kB", ylabel=short_name(metric).rsplit(":", 1)[-1])
+        axis.set(xlabel="minus kB", ylabel=short_name(metric))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     save_figure(figure, arguments.out.with_name(f"{arguments.out.name}_against_reward.png"))

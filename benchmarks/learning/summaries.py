@@ -69,8 +69,8 @@ def shared_metrics(curves: Curves) -> list[str]:
 
 
 def short_name(metric: str) -> str:
-    """eval/NAME/mean -> NAME."""
-    return metric.removeprefix("eval/").removesuffix("/mean")
+    """eval/NAME/mean -> NAME, of a reward named as module:Class its class."""
+    return metric.removeprefix("eval/").removesuffix("/mean").rpartition(":")[2]
 
 
 def summarise(curves: Curves) -> dict[str, Any]:
