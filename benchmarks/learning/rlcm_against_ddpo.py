@@ -54,11 +54,14 @@ def _with_rates(every: list[Arm], arguments: argparse.Namespace) -> dict[str, Ar
 
 def add_reward(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("reward", choices=REWARDS)
+    text = "arms to leave out; half of all the time is ddpo_50's"
+    parser.add_argument("--without", nargs="+", default=[], choices=[n for n in _ITERATIONS if n != "rlcm"], help=text)
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     by_reward(arguments)
     chosen = _with_rates(arms(arguments.reward), arguments)
+    chosen = {name: arm for name, arm in chosen.items() if name not in arguments.without}
     curves = train_arms(list(chosen.values()), arguments)
     write_curves(curves, arguments.out, f"RLCM and DDPO, {arguments.reward}")
     print(table(curves, [TOTAL, *(metric for metric in shared_metrics(curves) if metric != TOTAL)]))
