@@ -140,7 +140,12 @@ def test_a_checkpoint_of_another_stream_is_refused(source: str, tmp_path: Path):
     state = StreamSampler(source, Share(2, 1, seed=0)).state_dict()
     other_texts = f"hf:{write(tmp_path / 'other', TEXTS[::-1])}?window=8"
     same = Share(2, 1, seed=0)
-    others = [(source, Share(3, 1, 0)), (source, Share(2, 1, 1)), (other_texts, same), (source.replace("8", "9"), same)]
+    others = [
+        (source, Share(3, 1, 0)),
+        (source, Share(2, 1, 1)),
+        (other_texts, same),
+        (source.replace("window=8", "window=9"), same),
+    ]
     for other in others:
         with pytest.raises(ValueError, match=r"the checkpoint was made with another dataset .*; resume with those"):
             StreamSampler(*other).load_state_dict(state)
