@@ -38,7 +38,7 @@ def build(
 ) -> Any:
     """An instance of the class that `name` names, made with keyword `arguments`; as `load_class` in all else.
 
-    A ValueError of the class itself is passed on with `field` and the arguments in front.
+    A ValueError or TypeError of the class itself is passed on with `field` and the arguments in front.
     """
     factory = load_class(name, aliases, field)
     signature = inspect.signature(factory)
@@ -50,7 +50,7 @@ def build(
         raise ValueError(f"{where}: {error}; it takes {takes}") from error
     try:
         return factory(**arguments)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 

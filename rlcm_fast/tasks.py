@@ -21,7 +21,7 @@ from rlcm_fast.algorithms import Advantages, TaskAdvantages, build_advantages
 from rlcm_fast.config import Config, RewardConfig
 from rlcm_fast.config_tasks import Task, rounds_of, tasks_of
 from rlcm_fast.prompts import Sampler, Share, build_sampler
-from rlcm_fast.rewards import Reward, Rewards, RewardService, build_rewards
+from rlcm_fast.rewards import GroupReward, Reward, Rewards, RewardService, build_rewards
 from rlcm_fast.trajectory import Prompt
 
 _APART = 1_000_003  # between the seeds of tasks, so that two with one source do not draw the same prompts
@@ -36,6 +36,8 @@ class Tasks:
         self.rounds: list[list[str]] = [[task.name for task in tasks] for tasks in rounds_of(config)]
         built: dict[str, Reward] = {}  # tasks with the same reward share its model
         self.trained = {task.name: _shared(task.rewards, built) for task in tasks}
+        for task in tasks:
+            _check_credits(task, self.trained[task.name], world_size)
         self.watched = _shared(config.evaluation.rewards, built)
         self.are_several = bool(config.tasks)
         self.num_samples = sum(task.num_samples for task in tasks)  # of an iteration, over all processes
@@ -91,6 +93,20 @@ def _shared(configs: Sequence[RewardConfig], built: dict[str, Reward]) -> dict[s
             built[key] = build_rewards([config])[config.name][0]
         rewards[config.name] = (built[key], config.weight)
     return rewards
+
+
+def _check_credits(task: Task, rewards: Mapping[str, tuple[Reward, float]], world_size: int) -> None:
+    """A set reward must not give the same to all images that are compared with each other: none would be better."""
+    compared = {"batch": task.num_samples}.get(task.advantages, task.images_per_prompt)
+    for name, (reward, _) in rewards.items():
+        if not isinstance(reward, GroupReward) or reward.credit != "group" or task.advantages == "prompt":
+            continue
+        size = reward.group_size or task.num_samples // world_size
+        if size % compared == 0:
+            raise ValueError(
+                f"rewards: credit=group of {name} in groups of {size} gives the same to all {compared} images that"
+                f" {task.advantages_field}={task.advantages} compares; set credit=leave_one_out, or smaller groups"
+            )
 
 
 class TaskRewards:

@@ -145,5 +145,6 @@ def _without_a_hub(text: str, folder: Path) -> str:
     prompts.write_text("".join(f"a picture of {number} cats\n" for number in range(40)))
     text = re.sub(r"name: (image_reward|object_detection|aesthetic|vlm_alignment)\b", f"name: {tiny_runs.REWARD}", text)
     text = text.replace("classifier: skin_tone", 'classifier: "plugin_rewards:Quadrants"')
+    text = text.replace("group_size: 16", "group_size: 8")  # of a task's 16 images: two groups to compare
     text = re.sub(r"hf:poloclub\S+", str(prompts), text)
     return re.sub(r"data: hf:laion\S+", "data: shapes:all", text)

@@ -157,3 +157,24 @@ def test_a_task_that_cannot_be_is_one_line(change: dict[str, Any], problem: str,
     ]
     with pytest.raises(ValueError, match=problem):
         validate(make_config(tiny_lcm_folder, tmp_path, tasks=tasks), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reward", "refused"),
+    [
+        ("batch", "{name: diversity}", "groups of 64 gives the same to all 64 images"),
+        ("batch", "{name: diversity, group_size: 32}", None),
+        ("batch", "{name: diversity, credit: leave_one_out}", None),
+        ("group", "{name: diversity, group_size: 8}", "groups of 8 gives the same to all 4 images"),
+        ("leave_one_out", "{name: diversity, group_size: 4}", "advantages.kind=leave_one_out compares; set credit"),
+        ("group", "{name: diversity, group_size: 2}", None),
+        ("prompt", "{name: diversity}", None),
+    ],
+)
+def test_a_reward_that_leaves_nothing_to_compare_is_refused(kind: str, reward: str, refused: str | None):
+    config = parse_config(["--rewards", f"[{reward}]", "--advantages.kind", kind])
+    if refused is None:
+        Tasks(config).rewards.shutdown()
+    else:
+        with pytest.raises(ValueError, match=refused):
+            Tasks(config)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from rlcm_fast.pairs.reading import Row
@@ -52,5 +52,5 @@ def _open(image: Any) -> Image.Image:
 
     try:
         return datasets.Image().decode_example(image)
-    except (UnidentifiedImageError, FileNotFoundError) as error:
+    except (OSError, SyntaxError) as error:  # the latter of broken PNGs
         raise ValueError(f"{FIELD}: {error}; take it out of the data, or repair it") from error

@@ -243,6 +243,20 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path):
         texts_of(PairStream(str(tmp_path), 8, 4, seed=0), NUM_PAIRS // 4)
 
 
+@pytest.mark.parametrize("suffix", ["jpeg", "png"])
+def test_an_image_that_breaks_off_is_refused(suffix: str):
+    from PIL import Image
+
+    from rlcm_fast.pairs.decoding import Decoder
+    from rlcm_fast.pairs.sources import Source
+
+    stream = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(stream, suffix)
+    half = stream.getvalue()[: len(stream.getvalue()) // 2]
+    with pytest.raises(ValueError, match=r"^pretraining.data: .*truncated.*; take it out of the data, or repair it"):
+        Decoder(Source("photos", "imagefolder", "photos"), (8, 8))[reading.Row({"bytes": half, "path": None}, "noise")]
+
+
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path):
     data = write_parquet(tmp_path).replace("text=caption", "text=label")
     with pytest.raises(ValueError, match=r"in picture, label of a row with picture, caption; name the columns"):
