@@ -44,8 +44,8 @@ class DistributionParity:
         """
         if votes not in ("soft", "hard"):
             raise ValueError(f"votes={votes} is unknown; give soft (probabilities) or hard (the likeliest class)")
-        if target is not None and (min(target, default=-1.0) < 0 or not math.isclose(sum(target), 1, abs_tol=1e-6)):
-            raise ValueError(f"target={list(target)} is no distribution; give numbers from 0 to 1 that sum to 1")
+        if target is not None and not _is_distribution(target):
+            raise ValueError(f"target={target} is no distribution; give a list of numbers from 0 to 1 that sum to 1")
         if classifier in NAMED:
             raise ValueError(
                 f"classifier={classifier} needs {NAMED[classifier]}, which rlcm_fast does not run yet; give your own "
@@ -83,3 +83,8 @@ class DistributionParity:
     def _target_of(self, described: Tensor) -> Tensor:
         num_classes = described.shape[-1]
         return described.new_tensor(self._target if self._target is not None else [1 / num_classes] * num_classes)
+
+
+def _is_distribution(target: Any) -> bool:
+    is_list = isinstance(target, Sequence) and all(isinstance(p, int | float) and p >= 0 for p in target)
+    return is_list and math.isclose(sum(target), 1, abs_tol=1e-6)
