@@ -97,9 +97,11 @@ def _shared(configs: Sequence[RewardConfig], built: dict[str, Reward]) -> dict[s
 
 def _check_credits(task: Task, rewards: Mapping[str, tuple[Reward, float]], world_size: int) -> None:
     """A set reward must not give the same to all images that are compared with each other: none would be better."""
-    compared = {"batch": task.num_samples}.get(task.advantages, task.images_per_prompt)
+    if task.advantages == "prompt":  # compares with earlier batches, too
+        return
+    compared = task.num_samples if task.advantages == "batch" else task.images_per_prompt
     for name, (reward, _) in rewards.items():
-        if not isinstance(reward, GroupReward) or reward.credit != "group" or task.advantages == "prompt":
+        if not isinstance(reward, GroupReward) or reward.credit != "group":
             continue
         size = reward.group_size or task.num_samples // world_size
         if size % compared == 0:
