@@ -122,7 +122,6 @@ class PromptSampler:
             )
         self._prompts = prompts
         self._share = share
-        self._num_drawn_together = share.num_drawn_together
         self._restart()
 
     def next_batch(self) -> list[Prompt]:
@@ -136,15 +135,15 @@ class PromptSampler:
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
                 f"prompts: the checkpoint was made with prompts other than these {len(self._prompts)}, a seed other"
-                f" than {self._share.seed} or prompts.num_prompts other than {self._num_drawn_together}; resume with"
-                " those of the checkpoint, or start a new run from its export"
+                f" than {self._share.seed} or prompts.num_prompts other than {self._share.num_drawn_together}; resume"
+                " with those of the checkpoint, or start a new run from its export"
             )
         # Replayed, a permutation a pass: whole iterations within a pass are skipped, and two integers are all to store.
         self._restart()
         while self._num_batches < state["num_batches"]:
-            left_in_pass = (len(self._order) - self._position) // self._num_drawn_together
+            left_in_pass = (len(self._order) - self._position) // self._share.num_drawn_together
             num_skipped = min(left_in_pass, state["num_batches"] - self._num_batches)
-            self._position += num_skipped * self._num_drawn_together
+            self._position += num_skipped * self._share.num_drawn_together
             self._num_batches += num_skipped
             if self._num_batches < state["num_batches"]:
                 self._draw()
@@ -157,10 +156,10 @@ class PromptSampler:
 
     def _draw(self) -> Tensor:
         """The rows of the next iteration, of all ranks together: (D,) int32."""
-        rows = self._take(self._num_drawn_together)
-        if len(rows) < self._num_drawn_together:
+        rows = self._take(self._share.num_drawn_together)
+        if len(rows) < self._share.num_drawn_together:
             self._start_pass(rows)
-            rows = torch.cat([rows, self._take(self._num_drawn_together - len(rows))])
+            rows = torch.cat([rows, self._take(self._share.num_drawn_together - len(rows))])
         self._num_batches += 1
         return rows
 
@@ -174,8 +173,8 @@ class PromptSampler:
         """A new permutation, whose first rows, which complete this iteration, are not among `already_drawn`."""
         order = torch.randperm(len(self._prompts), generator=self._generator, dtype=torch.int32)
         if len(already_drawn):
-            drawn, rows = set(already_drawn.tolist()), order[: self._num_drawn_together].tolist()
-            first = [row for row in rows if row not in drawn][: self._num_drawn_together - len(drawn)]
+            drawn, rows = set(already_drawn.tolist()), order[: self._share.num_drawn_together].tolist()
+            first = [row for row in rows if row not in drawn][: self._share.num_drawn_together - len(drawn)]
             moved = set(first)
             order[: len(rows)] = torch.tensor(first + [row for row in rows if row not in moved])
         self._order, self._position = order, 0
@@ -183,7 +182,7 @@ class PromptSampler:
     @functools.cached_property
     def _fingerprint(self) -> int:
         """Of all prompts, the seed and D."""
-        crc = zlib.crc32(f"{self._share.seed}\0{self._num_drawn_together}".encode())
+        crc = zlib.crc32(f"{self._share.seed}\0{self._share.num_drawn_together}".encode())
         if isinstance(self._prompts, PromptFile):
             return zlib.crc32(f"\0{self._prompts.crc}".encode(), crc)
         for prompt in self._prompts:

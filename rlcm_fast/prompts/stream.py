@@ -97,9 +97,10 @@ class StreamSampler:
         self._where = f"{field}={source}"
         self._stream = PromptStream(source, self._where)
         self._share = share
-        self._num_drawn_together = share.num_drawn_together
         texts = self._stream.next_window() or []
-        self._fingerprint = zlib.crc32("\0".join([str(share.seed), str(self._num_drawn_together), *texts]).encode())
+        self._fingerprint = zlib.crc32(
+            "\0".join([str(share.seed), str(self._share.num_drawn_together), *texts]).encode()
+        )
         self._enter(texts, number=0)
 
     def next_batch(self) -> list[Prompt]:
@@ -117,8 +118,9 @@ class StreamSampler:
         if state.get("fingerprint") != self._fingerprint:
             raise ValueError(
                 f"{self._where}: the checkpoint was made with another dataset or window (its first window differs), a"
-                f" seed other than {self._share.seed} or prompts.num_prompts other than {self._num_drawn_together};"
-                " resume with those of the checkpoint, or start a new run from its export"
+                f" seed other than {self._share.seed} or prompts.num_prompts other than"
+                f" {self._share.num_drawn_together}; resume with those of the checkpoint, or start a new run from its"
+                " export"
             )
         self._stream.load_state_dict(state["stream"])
         self._enter(self._stream.next_window() or [], state["window"])
@@ -129,10 +131,10 @@ class StreamSampler:
         is_first = self._number == 0 and self._position == 0
         drawn: list[str] = []
         while True:
-            missing = self._num_drawn_together - len(drawn)
+            missing = self._share.num_drawn_together - len(drawn)
             drawn += self._window[self._position : self._position + missing]
             self._position = min(self._position + missing, len(self._window))
-            if len(drawn) == self._num_drawn_together:
+            if len(drawn) == self._share.num_drawn_together:
                 return drawn
             self._advance(num_of_first_pass=len(drawn) if is_first else None)
 
@@ -141,7 +143,7 @@ class StreamSampler:
         texts = self._stream.next_window()
         if texts is None:
             if num_of_first_pass is not None:
-                raise ValueError(_too_few(self._where, num_of_first_pass, self._num_drawn_together))
+                raise ValueError(_too_few(self._where, num_of_first_pass, self._share.num_drawn_together))
             texts = self._stream.next_window() or []
         self._enter(texts, self._number + 1)
 
