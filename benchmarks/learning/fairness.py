@@ -1,11 +1,13 @@
 """Fairness: the colours of neutral captions before and after, by credit to each image or to its group.
 
     python benchmarks/learning/fairness.py --jobs 2
+    python benchmarks/learning/fairness.py --l_pre --jobs 2
 
 The start model paints a caption without a colour in one colour about 70 % of the time. Both arms optimise
 `distribution_parity` of 16 images of a caption with the detector's score beside it; `leave_one_out` gives an image what
-it adds to its group's value, `group` all of the value, as arXiv 2401.12244 has it. Learning rates by a sweep of short
-runs. After training 128 images of each caption are drawn from each model: their parity, all 128 taken together; the
+it adds to its group's value, `group` all of the value, as arXiv 2401.12244 has it. With --l_pre both arms have the loss on
+real images, too, as that paper's runs do: renders of captions with a colour, which say nothing of what neutral ones
+should show. Learning rates by a sweep of short runs. After training 128 images of each caption are drawn from each model: their parity, all 128 taken together; the
 detector's score on neutral captions; and on captions with a colour, of training and held out: what should not suffer.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from arms import Arm, run_figure, train_arms, tuned
@@ -27,6 +30,7 @@ _REWARDS = (
 _SHORT = ("num_iterations", "32", "checkpoint.every", "12", "evaluation.every", "8")
 _LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 0.5
 _PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 128}"
+_L_PRE = ("pretraining.data", "shapes:one", "pretraining.weight", "1")
 _MEASURED = {  # what -> prompts, rewards, images
     "neutral": ("shapes:neutral", (_PARITY, "shapes_alignment"), 512),
     "coloured": ("shapes:one", ("shapes_alignment",), 192),
@@ -34,15 +38,22 @@ _MEASURED = {  # what -> prompts, rewards, images
 }
 
 
-def arms() -> list[Arm]:
+def arms(l_pre: bool = False) -> list[Arm]:
+    beside = _L_PRE if l_pre else ()
     return [
-        Arm(credit, "fairness", ("rewards", _REWARDS.replace("CREDIT", credit), *_SHORT))
+        Arm(credit, "fairness", ("rewards", _REWARDS.replace("CREDIT", credit), *_SHORT, *beside))
         for credit in ("leave_one_out", "group")
     ]
 
 
+def add_l_pre(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--l_pre", action="store_true", help="the loss on real images beside the rewards, in both arms")
+
+
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
-    chosen = tuned(arms(), _LRS, _TUNING_SHARE, arguments)
+    if arguments.l_pre:  # runs and results of their own
+        arguments.runs, arguments.out = Path(f"{arguments.runs}_l_pre"), Path(f"{arguments.out}_l_pre")
+    chosen = tuned(arms(arguments.l_pre), _LRS, _TUNING_SHARE, arguments)
     curves = train_arms(list(chosen.values()), arguments)
     write_curves(curves, arguments.out, "parity of colours")
     metrics = ["eval/distribution_parity/mean", "eval/shapes_alignment/mean"]
@@ -71,4 +82,4 @@ def _lines(after: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_figure("fairness", __doc__, draw))
+    sys.exit(run_figure("fairness", __doc__, draw, add_l_pre))

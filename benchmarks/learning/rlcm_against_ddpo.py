@@ -6,8 +6,8 @@ and the same with incompressibility and alignment. Arms: RLCM on shapes/lcm with
 which that was distilled and whose UNet has the same size, with 50 and with 10 DDIM steps and guidance; the same
 rewards, no KL term, and 64 images an iteration, of whose actions all are trained on. DDPO has more time than RLCM, with
 50 steps several times as much, and its losses are weighted by step, as else it hardly moves in so few queries
-(ddpo_10_equal, on compressibility, is as published). Learning rates by a sweep of runs a third as long, the same rates
-for each arm; 50 steps, of which such a run would be five updates, have the rate of 10. The factors are of seconds,
+(ddpo_10_equal, on compressibility, is as published). Learning rates by a sweep of runs half as long, the same rates
+for each arm; 50 steps, of which such a run would be six updates, have the rate of 10. The factors are of seconds,
 queries and forwards (summaries.pass_factor).
 """
 
@@ -24,9 +24,9 @@ from summaries import AXES, markdown, pass_factor, shared_metrics, shown, summar
 
 REWARDS = ("compressibility", "incompressibility", "alignment")
 NAME = "rlcm_against_ddpo"
-_ITERATIONS = {"rlcm": 60, "ddpo_50": 16, "ddpo_10": 45, "ddpo_10_equal": 45}
+_ITERATIONS = {"rlcm": 45, "ddpo_50": 12, "ddpo_10": 30, "ddpo_10_equal": 30}
 _EVALUATIONS = 5  # beside the first
-_LRS, _TUNING_SHARE = ("2e-5", "5e-5", "1e-4"), 1 / 3
+_LRS, _TUNING_SHARE = ("2e-5", "5e-5", "1e-4"), 1 / 2
 
 
 def arms(reward: str) -> list[Arm]:

@@ -190,6 +190,17 @@ def test_a_share_of_a_gain_is_a_ratio_of_means_with_the_error_of_paired_seeds(lo
     assert share([1.0], [0.0])["mean"] is None
 
 
+def test_fairness_with_real_images_differs_by_nothing_else(load: Callable[[str], ModuleType]):
+    fairness = load("fairness")
+    for alone, beside in zip(fairness.arms(), fairness.arms(l_pre=True), strict=True):
+        added = ["--pretraining.data", "shapes:one", "--pretraining.weight", "1"]
+        there = beside.arguments(0, Path("run"))
+        assert [there[i : i + 4] for i in range(len(there)) if there[i : i + 4] == added] == [added]
+        place = there.index("--pretraining.data")
+        assert there[:place] + there[place + 4 :] == alone.arguments(0, Path("run"))
+        validate(parse_config(there), 1)
+
+
 def test_a_gain_is_of_what_the_task_optimises(load: Callable[[str], ModuleType]):
     joint = load("joint")
     tasks = yaml.safe_load((CONFIGS / "joint.yaml").read_text())["tasks"]
