@@ -5,10 +5,11 @@
 
 The start model paints a caption without a colour in one colour about 70 % of the time. Both arms optimise
 `distribution_parity` of 16 images of a caption with the detector's score beside it; `leave_one_out` gives an image what
-it adds to its group's value, `group` all of the value, as arXiv 2401.12244 has it. With --l_pre both arms have the loss on
-real images, too, as that paper's runs do: renders of captions with a colour, which say nothing of what neutral ones
-should show. Learning rates by a sweep of short runs. After training 128 images of each caption are drawn from each model: their parity, all 128 taken together; the
-detector's score on neutral captions; and on captions with a colour, of training and held out: what should not suffer.
+it adds to its group's value, `group` all of the value, as arXiv 2401.12244 has it. With --l_pre both arms have the loss
+on real images, too, as that paper's runs do: renders of captions with a colour, which say nothing of what neutral ones
+should show. Learning rates by a sweep of short runs. After training 128 images of each caption are drawn from each
+model: their parity, all 128 taken together; the detector's score on neutral captions; and on captions with a colour, of
+training and held out: what should not suffer.
 """
 
 from __future__ import annotations
