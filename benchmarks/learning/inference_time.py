@@ -1,4 +1,4 @@
-"""Reward against inference time: tuned models at 1 to 8 steps (RLCM) and at 10 to 50 (DDPO, trained at 50).
+"""Reward against inference time: tuned models at 1 to 8 steps (RLCM, trained at 4) and at 10 to 50 (DDPO, at 10 or 50).
 
     python benchmarks/learning/inference_time.py --jobs 2
 
@@ -25,28 +25,32 @@ _REWARD = "jpeg_compressibility"
 _MEASURED = (_REWARD, "shapes_alignment")
 _SETTINGS = {  # arm -> its start model, steps, forwards of a step
     "rlcm": ("shapes/lcm", (1, 2, 4, 8), 1),
+    "ddpo_10": ("shapes/teacher", (10, 20, 30, 50), 2),
     "ddpo_50": ("shapes/teacher", (10, 20, 30, 50), 2),
 }
 
 
+def add_without(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--without", nargs="+", default=[], choices=_SETTINGS, help="arms to leave out")
+
+
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
-    chosen, runs = trained_arms("compressibility", arguments, list(_SETTINGS))
+    settings = {name: found for name, found in _SETTINGS.items() if name not in arguments.without}
+    chosen, runs = trained_arms("compressibility", arguments, list(settings))
     rows: list[dict[str, Any]] = []
-    for name, (start, steps, forwards) in _SETTINGS.items():
+    for start, steps, forwards in dict.fromkeys(settings.values()):
+        arms = [chosen[name] for name, setting in settings.items() if setting[0] == start]
         for count in steps:
             asked = ("shapes:one:held_out", _MEASURED, count, _NUM_IMAGES)
-            found = {"start": [start_score(start, runs, *asked)], **scores_by_arm([chosen[name]], runs, *asked)}
+            found = {start: [start_score(start, runs, *asked)], **scores_by_arm(arms, runs, *asked)}
             for model, scores in found.items():
-                head = {"arm": name, "model": "start" if model == "start" else "tuned", "num_steps": count}
-                means = {key: mean_and_error([score[key] for score in scores]) for key in scores[0]}
-                rows.append({**head, "forwards": count * forwards, **means})
+                head = {"model": model, "num_steps": count, "forwards": count * forwards}
+                rows.append({**head, **{key: mean_and_error([score[key] for score in scores]) for key in scores[0]}})
     write_csv(arguments.out.with_suffix(".csv"), [_flat(row) for row in rows])
     plot(rows, arguments)
     keys = ("seconds_per_image", *_MEASURED)
-    lines = [
-        [str(row[k]) for k in ("arm", "model", "num_steps", "forwards")] + [shown(row[k]) for k in keys] for row in rows
-    ]
-    print(markdown([["arm", "model", "steps", "forwards", *keys], ["---"] * 7, *lines]))
+    lines = [[str(row[k]) for k in ("model", "num_steps", "forwards")] + [shown(row[k]) for k in keys] for row in rows]
+    print(markdown([["model", "steps", "forwards", *keys], ["---"] * 6, *lines]))
     return {"rows": rows, "num_images": _NUM_IMAGES}
 
 
@@ -69,11 +73,11 @@ def plot(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
     figure, axes = pyplot.subplots(1, len(_MEASURED), figsize=(10, 4))
     for axis, metric in zip(axes, _MEASURED, strict=True):
-        for arm, model in dict.fromkeys((row["arm"], row["model"]) for row in rows):
-            own = [row for row in rows if (row["arm"], row["model"]) == (arm, model)]
+        for model in dict.fromkeys(row["model"] for row in rows):
+            own = [row for row in rows if row["model"] == model]
             xs, ys = [row["seconds_per_image"]["mean"] for row in own], [row[metric] for row in own]
             errors = [y["standard_error"] or 0.0 for y in ys]
-            axis.errorbar(xs, [y["mean"] for y in ys], errors, marker=".", label=f"{arm}, {model}")
+            axis.errorbar(xs, [y["mean"] for y in ys], errors, marker=".", label=model)
         axis.set(xlabel="seconds an image", ylabel=metric, xscale="log")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
@@ -81,4 +85,4 @@ def plot(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_figure("inference_time", __doc__, draw))
+    sys.exit(run_figure("inference_time", __doc__, draw, add_without))
