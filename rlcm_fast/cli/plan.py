@@ -100,6 +100,7 @@ _WORDS = {
     "activations": "activations (update)",
     "sampling": "activations (sampling)",
     "decoding": "activations (decoding)",
+    "encoding_images": "activations (real images)",
     "step_temporaries": "temporaries of the step",
     "overhead": "CUDA and allocator, a guess",
 }

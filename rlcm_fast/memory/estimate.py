@@ -6,6 +6,7 @@
     sampling   one UNet pass without gradients          update   gradients, activations, DeepSpeed's bucket
     decoding   one pass of the VAE's decoder            step     gradients and the optimizer's temporaries
     encoding   the text encoders; they and the VAE are there at their own stage only where `moves_idle`
+    encoding images   one pass of the VAE's encoder on real images, within an update: its gradients and bucket are there
 
 As DeepSpeed 0.19 does it: from ZeRO 1 on there is a flat float32 master copy, of float32 weights too; its step holds
 the gradients flat and in float32 beside it; and a gradient bucket of fixed size is there during backward passes.
@@ -22,7 +23,7 @@ import torch
 
 from rlcm_fast.config import Config, to_dict
 from rlcm_fast.memory.architecture import Architecture
-from rlcm_fast.memory.tracing import DecoderProfile, NetworkProfile, Recompute, Setup, profile_decoder, profile_unet
+from rlcm_fast.memory.tracing import NetworkProfile, Recompute, Setup, VaeProfile, profile_unet, profile_vae
 from rlcm_fast.memory.workload import Workload
 
 Device = Literal["cuda", "cpu"]
@@ -104,7 +105,7 @@ class Profiles:
     """What tracing a model found."""
 
     unet: NetworkProfile
-    decoder: DecoderProfile
+    vae: VaeProfile
     text_numel: int
     latent_bytes: int  # of one float32 state
 
@@ -127,6 +128,7 @@ class Memory:
     activations: int
     sampling: int
     decoding: int
+    encoding_images: int
     step_temporaries: int
     overhead: int
     moves_idle: bool
@@ -148,7 +150,14 @@ class Memory:
             "decoding": self.always + self.decoding + (self.vae if self.moves_idle else 0),
             "update": self.always + self.gradients + self.bucket + self.activations,
             "step": self.always + self.gradients + self.step_temporaries,
+            **({"encoding images": self.real_images} if self.encoding_images else {}),
         }
+
+    @property
+    def real_images(self) -> int:
+        """Peak of an update before its loss on real images: captions and images are encoded one after the other."""
+        vae, text_encoders = (self.vae, self.text_encoders) if self.moves_idle else (0, 0)
+        return self.always + self.gradients + self.bucket + max(self.encoding_images + vae, text_encoders)
 
     @property
     def peak(self) -> int:
@@ -165,7 +174,7 @@ def measure(architecture: Architecture, strategy: Strategy, device: Device = "cu
     setup = Setup(dtype, strategy.recompute, strategy.lora_rank, image_size, device)
     return Profiles(
         profile_unet(architecture, setup, strategy.micro_batch_size * strategy.rows_per_sample),
-        profile_decoder(architecture, image_size, FROZEN_DTYPE),
+        profile_vae(architecture, image_size, FROZEN_DTYPE),
         sum(p.numel() for encoder in architecture.build_text_encoders() for p in encoder.parameters()),
         architecture.unet["in_channels"] * (image_size // architecture.pixels_per_latent) ** 2 * 4,
     )
@@ -185,12 +194,14 @@ def estimate_memory(
     activations = unet.training_peak(rows)
     sampled = min(strategy.rollout_micro_batch_size, workload.samples_at_once)
     images = min(strategy.decode_batch_size or sampled, sampled)
+    pairs = strategy.pretraining_micro_batch_size
+    encoded = min(strategy.decode_batch_size or pairs, pairs)
     return Memory(
         weights=_weight_bytes(strategy, trained, unet.frozen, processes),
         gradients=gradients,
         master=0 if strategy.offload_optimizer else master,
         moments=0 if strategy.offload_optimizer else moments,
-        vae=profiles.decoder.numel * FROZEN_DTYPE.itemsize,
+        vae=profiles.vae.numel * FROZEN_DTYPE.itemsize,
         text_encoders=profiles.text_numel * FROZEN_DTYPE.itemsize,
         reference=(trained + unet.frozen) * itemsize if strategy.reference == "copy" and strategy.lora_rank == 0 else 0,
         ema=trained * 4 if strategy.ema == "gpu" else 0,
@@ -199,7 +210,8 @@ def estimate_memory(
         bucket=BUCKET_ELEMENTS * DTYPES[training.dtype].itemsize if strategy.zero_stage >= 1 else 0,
         activations=round(activations),
         sampling=round(unet.sampling_peak(sampled * strategy.rows_per_sample)),
-        decoding=round(profiles.decoder.peak(images)),
+        decoding=round(profiles.vae.decoder.peak(images)),
+        encoding_images=round(profiles.vae.encoder.peak(encoded)) if pairs else 0,
         step_temporaries=_step_bytes(training, unet.trainable, processes, gradients, device),
         overhead=OVERHEAD_BYTES,
         moves_idle=strategy.moves_idle,

@@ -60,7 +60,9 @@ class Planner:
         rows, unet = work.samples * strategy.rows_per_sample, profiles.unet
         trained = work.samples * work.num_trained  # transitions of a pass
         update = unet.training_flops * (trained * work.num_passes * strategy.rows_per_sample)
-        update += unet.training_flops * (work.pairs_per_update * work.num_updates)
+        pairs = work.pairs_per_update * work.num_updates
+        update += unet.training_flops * pairs
+        encoded = profiles.vae.encoder.flops * pairs
         if strategy.has_reference:  # once a rollout
             update += unet.forward_flops * (trained * strategy.rows_per_sample)
         is_bf16 = strategy.dtype != "fp32"
@@ -68,8 +70,8 @@ class Planner:
         moved = 2 * (memory.weights + memory.master + memory.moments) + memory.gradients
         return Seconds(
             sampling=_seconds(unet.forward_flops * (rows * work.num_steps), gpu, is_bf16),
-            decoding=_seconds(profiles.decoder.flops * work.samples, gpu, torch.bfloat16 == FROZEN_DTYPE),
-            update=_seconds(update, gpu, is_bf16),
+            decoding=_seconds(profiles.vae.decoder.flops * work.samples, gpu, torch.bfloat16 == FROZEN_DTYPE),
+            update=_seconds(update, gpu, is_bf16) + _seconds(encoded, gpu, torch.bfloat16 == FROZEN_DTYPE),
             step=work.num_updates * gpu.seconds_to_move(moved),
         )
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -100,12 +100,20 @@ class NetworkProfile:
 
 
 @dataclass(frozen=True)
-class DecoderProfile:
-    """A VAE."""
+class ImageProfile:
+    """A VAE's decoder or encoder."""
 
-    numel: int
     peak: Curve
     flops: Flops  # of an image
+
+
+@dataclass(frozen=True)
+class VaeProfile:
+    """Both, and the elements of all its weights, which are on the GPU together."""
+
+    numel: int
+    decoder: ImageProfile
+    encoder: ImageProfile
 
 
 @dataclass(frozen=True)
@@ -176,20 +184,21 @@ def profile_unet(architecture: Architecture, setup: Setup, rows: int) -> Network
     )
 
 
-def profile_decoder(architecture: Architecture, image_size: int, dtype: torch.dtype) -> DecoderProfile:
-    """The VAE's decoder; `numel` is of the whole VAE, which stays on the GPU."""
+def profile_vae(architecture: Architecture, image_size: int, dtype: torch.dtype) -> VaeProfile:
+    """What making images from latents takes, and latents from real images."""
     vae: Any = nn.Module.to(architecture.build_vae(), dtype).requires_grad_(False)
     side = image_size // architecture.pixels_per_latent
 
-    def decode(rows: int) -> LiveBytes:
-        with LiveBytes(vae.parameters()) as live, _fused_attention("cuda"):
-            latents = torch.empty(rows, architecture.unet["in_channels"], side, side, device="meta", dtype=dtype)
-            vae.decode(latents, return_dict=False)[0].float()
-        return live
+    def profile(work: Callable[[Tensor], Any], channels: int, side: int) -> ImageProfile:
+        passes = {}
+        for rows in _FEW:
+            with LiveBytes(vae.parameters()) as passes[rows], _fused_attention("cuda"):
+                work(torch.empty(rows, channels, side, side, device="meta", dtype=dtype))
+        return ImageProfile(Curve(tuple((n, passes[n].peak) for n in _FEW)), passes[1].flops)
 
-    passes = {n: decode(n) for n in _FEW}
-    numel = sum(p.numel() for p in vae.parameters())
-    return DecoderProfile(numel, Curve(tuple((n, passes[n].peak) for n in _FEW)), passes[1].flops)
+    decoder = profile(lambda z: vae.decode(z, return_dict=False)[0].float(), architecture.unet["in_channels"], side)
+    encoder = profile(lambda images: vae.encode(images, return_dict=False), 3, image_size)
+    return VaeProfile(sum(p.numel() for p in vae.parameters()), decoder, encoder)
 
 
 def prepare_unet(unet: Any, setup: Setup) -> Any:

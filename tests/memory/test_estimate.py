@@ -20,7 +20,7 @@ from rlcm_fast.memory import estimate
 from rlcm_fast.memory.architecture import load_architecture
 from rlcm_fast.memory.estimate import Memory, Profiles, Strategy, estimate_memory, measure, moment_bytes, strategy_of
 from rlcm_fast.memory.recomputation import set_recomputation
-from rlcm_fast.memory.tracing import Setup, prepare_unet, trace_unet
+from rlcm_fast.memory.tracing import LiveBytes, Setup, prepare_unet, trace_unet
 from rlcm_fast.memory.workload import Workload
 from rlcm_fast.memory.zero import ZeroEngine
 from rlcm_fast.policies import GaussianPolicy, build_policy
@@ -112,6 +112,29 @@ def test_the_peak_of_a_real_backward_pass_is_the_traced_one(recompute: Any):
         real = trace_unet(unet, ARCHITECTURE, setup, rows, trains=True)
         assert profile.training_peak(rows) == close(real.peak)
         assert profile.saved(rows) == close(real.saved)
+
+
+def test_the_peak_of_encoding_real_images_is_the_traced_one():
+    backbone = Backbone.load(ModelConfig(), torch.device("cpu"), torch.float32, is_consistency=True)
+    vae = backbone._pipeline.vae
+    for rows in (3, 32):
+        images = torch.rand(rows, 3, 64, 64)
+        with LiveBytes([*vae.parameters(), images]) as live:
+            backbone.encode_images(images)
+        assert profiles_of("none").vae.encoder.peak(rows) == close(live.peak)
+
+
+def test_encoding_real_images_comes_on_top_of_an_update():
+    strategy = Strategy(pretraining_micro_batch_size=16)
+    memory = memory_of(strategy)
+    encoder = profiles_of("none").vae.encoder
+    assert "encoding images" not in memory_of(Strategy()).stages
+    resident = memory.always + memory.gradients + memory.bucket
+    assert memory.stages["encoding images"] == resident + round(encoder.peak(16))
+    sliced = memory_of(replace(strategy, decode_batch_size=4))
+    assert sliced.stages["encoding images"] == resident + round(encoder.peak(4))
+    moves = memory_of(replace(strategy, moves_idle=True))
+    assert moves.stages["encoding images"] == memory.stages["encoding images"] - memory.text_encoders
 
 
 @pytest.mark.usefixtures("one_process")

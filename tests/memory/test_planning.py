@@ -16,7 +16,7 @@ from rlcm_fast.memory.architecture import load_architecture
 from rlcm_fast.memory.estimate import GIB, strategy_of
 from rlcm_fast.memory.gpus import GPUS, find_gpu
 from rlcm_fast.memory.planning import Planner
-from rlcm_fast.memory.tracing import Setup, prepare_unet, profile_decoder, trace_unet
+from rlcm_fast.memory.tracing import Setup, prepare_unet, profile_vae, trace_unet
 from rlcm_fast.memory.workload import Workload
 
 SD15, SDXL = "SimianLuo/LCM_Dreamshaper_v7", "latent-consistency/lcm-sdxl"
@@ -43,7 +43,7 @@ def test_the_figures_of_the_sd15_consistency_model_are_the_known_ones():
     block = replace(bf16, recompute="block")
     checkpointed = trace_unet(prepare_unet(unet, block), architecture, block, 1, trains=True)
     assert checkpointed.peak / GIB == pytest.approx(0.225, abs=0.001)
-    decoder = profile_decoder(architecture, 512, torch.bfloat16)
+    decoder = profile_vae(architecture, 512, torch.bfloat16).decoder
     assert decoder.peak(1) / GIB == pytest.approx(0.375, abs=0.001)
     assert decoder.flops.total / 1e9 == pytest.approx(2515, abs=1)
     assert sum(p.numel() for p in architecture.build_text_encoders()[0].parameters()) / 1e6 == pytest.approx(123, abs=1)
@@ -71,7 +71,7 @@ def test_sdxl_is_planned_within_a_minute_and_its_figures_are_the_known_ones():
     assert unet.forward_flops.total / 1e9 == pytest.approx(6761, abs=1)
     assert unet.training_peak(1) / GIB == pytest.approx(6.45, abs=0.01)
     assert (memory.weights + memory.gradients + memory.master + memory.moments) / GIB == pytest.approx(38.3, abs=0.1)
-    assert planner.profiles(strategy).decoder.flops.total / 1e9 == pytest.approx(10470, abs=1)
+    assert planner.profiles(strategy).vae.decoder.flops.total / 1e9 == pytest.approx(10470, abs=1)
 
 
 @pytest.mark.parametrize("gib", [1.4, 1.5, 1.6])
@@ -111,10 +111,12 @@ def test_the_workload_of_tasks_in_turn_and_of_some_timesteps_is_what_a_run_does(
     assert (work.num_updates, work.transitions_per_update, work.pairs_per_update) == (4, 24, 32)
     planner, gpu = planner_of(SHAPES, work), GPUS["rtx4090"]
     bare = planner_of(SHAPES, replace(work, pairs_per_update=0))
-    update = bare.seconds(STRATEGY, gpu).update
-    assert planner.seconds(STRATEGY, gpu).update == pytest.approx(update * (1 + 4 * 32 / (32 * 2)))
+    update, profiles = bare.seconds(STRATEGY, gpu).update, planner.profiles(STRATEGY)
+    encoder = profiles.vae.encoder.flops * (4 * 32)
+    encoding = gpu.seconds(encoder.convolutions, encoder.others, False)
+    assert planner.seconds(STRATEGY, gpu).update == pytest.approx(update * (1 + 4 * 32 / (32 * 2)) + encoding)
     trajectory = bare.memory(STRATEGY).trajectory
-    assert trajectory == 24 * 4 * planner.profiles(STRATEGY).latent_bytes
+    assert trajectory == 24 * 4 * profiles.latent_bytes
 
 
 def test_gpus_are_found_by_their_usual_names():
