@@ -11,6 +11,7 @@ A curve's rows are training_runs.curve's, with `forwards`, the rows that had pas
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -123,6 +124,7 @@ def tuned(arms: Sequence[Arm], lrs: Sequence[str], share: float, arguments: argp
     """Each arm at the learning rate whose short run ended with the highest rewards on training prompts.
 
     The same for every arm: a run of `share` of its iterations at each of `lrs`, seed 0. OUT_sweep.csv has them all.
+    Arms with tasks are judged by the mean of what their tasks reached, each in standard deviations over the sweep.
     """
     runs = {
         (arm.name, lr): (arguments.runs / "sweep" / arm.name / f"lr_{lr}", arm.but("optimizer.lr", lr))
@@ -132,7 +134,7 @@ def tuned(arms: Sequence[Arm], lrs: Sequence[str], share: float, arguments: argp
     train_all(
         {f: _shortened(arm, share, arguments).arguments(TUNING_SEED, f) for f, arm in runs.values()}, arguments.jobs
     )
-    rows = [{"arm": name, "lr": lr, **_tuning_row(folder)} for (name, lr), (folder, _) in runs.items()]
+    rows = with_rewards([{"arm": name, "lr": lr, **_tuning_row(folder)} for (name, lr), (folder, _) in runs.items()])
     write_csv(arguments.out.with_name(f"{arguments.out.name}_sweep.csv"), rows)
     return {arm.name: runs[arm.name, best_lr(rows, arm.name)][1] for arm in arms}
 
@@ -145,6 +147,19 @@ def _shortened(arm: Arm, share: float, arguments: argparse.Namespace) -> Arm:
     return whole.but("num_iterations", str(max(1, count)), "evaluation.every", "0")
 
 
+def with_rewards(rows: Sequence[Row]) -> list[Row]:
+    """The sweep's rows with `reward`, what is compared; of those with tasks from their columns task/NAME."""
+    columns = sorted({key for row in rows for key in row if key.startswith("task/")})
+    by_task = {column: [row[column] for row in rows if column in row] for column in columns}
+    spreads = {column: statistics.pstdev(found) or 1.0 for column, found in by_task.items()}
+
+    def reward(row: Row) -> float:
+        own = [column for column in columns if column in row]
+        return statistics.fmean((row[column] - statistics.fmean(by_task[column])) / spreads[column] for column in own)
+
+    return [row if "reward" in row else {**row, "reward": reward(row)} for row in rows]
+
+
 def best_lr(rows: Sequence[Row], arm: str) -> str:
     """Of the sweep's rows: where the arm's reward is highest."""
     return max((row for row in rows if row["arm"] == arm), key=lambda row: row["reward"])["lr"]
@@ -154,8 +169,14 @@ def _tuning_row(folder: Path) -> Row:
     from rlcm_fast.config import parse_config
 
     config: Config = parse_config(["--config", str(folder / "config.yaml")])
-    rows = [row for row in curve(folder, TUNING_SEED) if f"reward/{config.rewards[0].name}/mean" in row]
+    rows = [row for row in curve(folder, TUNING_SEED) if any(key.startswith("reward/") for key in row)]
     last = rows[-TUNING_WINDOW:]
+    if config.tasks:
+        totals = {
+            f"task/{task.name}": statistics.fmean(weighted(row, task.rewards, f"reward/{task.name}") for row in last)
+            for task in config.tasks
+        }
+        return {"iterations": len(rows), **totals}
     means = {
         f"reward/{reward.name}": sum(row[f"reward/{reward.name}/mean"] for row in last) / len(last)
         for reward in config.rewards

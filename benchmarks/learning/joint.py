@@ -4,7 +4,8 @@
 
 The joint arms are configs/shapes/joint.yaml, 64 images a task and iteration, `mixed` with all tasks in one update,
 `by_task` with an update for each in turn; a specialist has one of its tasks alone, with as many images of it and as
-many iterations, so each task has had equal queries; all at one learning rate. Afterwards every model is scored on every
+many iterations, so each task has had equal queries; learning rates by a sweep of short runs, the same for each arm, a
+joint one judged by all its tasks. Afterwards every model is scored on every
 task: the detector on held-out captions of two shapes; for parity and compressibility the weighted sum that the task
 optimises, on 128 images of each neutral caption and on held-out captions of one shape. kept = a joint model's gain over
 the start model / the specialist's. The gradients of the tasks are measured every ten iterations of the mixed arm.
@@ -22,13 +23,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from arms import Arm, run_figure, run_folder, train_arms
+from arms import Arm, run_figure, run_folder, train_arms, tuned
 from exports import scores_by_arm, start_score
 from reporting import ROOT, mean_and_error, write_csv
 from summaries import markdown, plot_bars, share, shown
 
 SCHEDULES = ("mixed", "by_task")
-_SHORT = ("num_iterations", "60", "checkpoint.every", "10", "evaluation.every", "0", "optimizer.lr", "1.5e-4")
+_SHORT = ("num_iterations", "45", "checkpoint.every", "15", "evaluation.every", "0")
+_LRS, _TUNING_SHARE = ("3e-5", "6e-5", "1.2e-4"), 1 / 3
 _PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 128}"
 
 
@@ -71,7 +73,8 @@ def arms() -> list[Arm]:
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
-    every = arms()
+    chosen = tuned(arms(), _LRS, _TUNING_SHARE, arguments)
+    every = list(chosen.values())
     curves = train_arms(every, arguments)
     took = {name: mean_and_error([rows[-1]["seconds"] for rows in seeds]) for name, seeds in curves.items()}
     scores = {task: _scores(measured, every, arguments) for task, measured in MEASURED.items()}
@@ -85,7 +88,8 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"\n{task}\n" + markdown([["model", *by_arm["start"]], ["---"] * (1 + len(by_arm["start"])), *lines]))
     lines = [[name, *(shown(value, 2) for value in found.values())] for name, found in kept.items()]
     print("\n" + markdown([["kept", *MEASURED], ["---"] * 4, *lines]))
-    return {"seconds": took, "scores": means, "kept": kept, "gradients": _gradients(every[0], arguments)}
+    lrs = {name: arm.overrides[-1] for name, arm in chosen.items()}
+    return {"lr": lrs, "seconds": took, "scores": means, "kept": kept, "gradients": _gradients(every[0], arguments)}
 
 
 def _scores(measured: Measured, arms: list[Arm], arguments: argparse.Namespace) -> Scores:

@@ -162,6 +162,31 @@ def test_the_sweep_chooses_the_rate_with_the_highest_reward(load: Callable[[str]
     assert load("arms").best_lr(rows, "a") == "2"
 
 
+def test_a_sweep_of_arms_with_tasks_weighs_the_tasks_alike(load: Callable[[str], ModuleType]):
+    arms = load("arms")
+    rows = [
+        {"arm": "joint", "lr": "1", "task/a": 0.5, "task/b": -9.0},
+        {"arm": "joint", "lr": "2", "task/a": 0.6, "task/b": -10.0},  # b's unit is ten times a's, its loss as large
+        {"arm": "joint", "lr": "3", "task/a": 0.6, "task/b": -9.5},
+        {"arm": "alone", "lr": "1", "task/b": -9.0},
+        {"arm": "alone", "lr": "2", "task/b": -10.0},
+    ]
+    found = arms.with_rewards(rows)
+    assert (arms.best_lr(found, "joint"), arms.best_lr(found, "alone")) == ("3", "1")
+    assert arms.with_rewards([{"arm": "a", "lr": "1", "reward": 2.0}])[0]["reward"] == 2.0
+
+
+def test_the_sweep_of_a_task_reads_what_it_optimises(load: Callable[[str], ModuleType], tmp_path: Path):
+    arms = load("arms")
+    arm = next(arm for arm in load("joint").arms() if arm.name == "compressibility")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(parse_config(arm.arguments(0, tmp_path / "run"))))
+    keys = ("reward/compressibility/jpeg_compressibility/mean", "reward/compressibility/shapes_alignment/mean")
+    lines = [{"iteration": i, "queries": i, **dict.fromkeys(keys, float(i))} for i in range(7)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert arms._tuning_row(tmp_path / "run") == {"iterations": 7, "task/compressibility": 4.0 * 1.5}
+
+
 def test_the_factor_to_pass_is_where_the_slow_arm_ends_over_where_the_fast_one_is_as_far(
     load: Callable[[str], ModuleType],
 ):
