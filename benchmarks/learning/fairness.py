@@ -9,7 +9,7 @@ it adds to its group's value, `group` all of the value, as arXiv 2401.12244 has 
 on real images, too, as that paper's runs do: renders of captions with a colour, which say nothing of what neutral ones
 should show. Learning rates by a sweep of short runs. After training 128 images of each caption are drawn from each
 model: their parity, all 128 taken together; the detector's score on neutral captions; and on captions with a colour, of
-training and held out: what should not suffer.
+training and held out: what should not suffer. Last, what seed 0 of each paints of neutral captions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arms import Arm, run_figure, train_arms, tuned
-from exports import scores_by_arm, start_score
+from arms import Arm, run_figure, run_folder, train_arms, tuned
+from exports import save_pictures, scores_by_arm, start_score
 from reporting import mean_and_error
 from summaries import ahead_of, markdown, shown, summarise, table, write_curves
 
@@ -59,6 +59,9 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     write_curves(curves, arguments.out, "parity of colours")
     metrics = ["eval/distribution_parity/mean", "eval/shapes_alignment/mean"]
     print(table(curves, metrics))
+    models = {name: str(run_folder(arguments.runs, arm, arguments.seeds[0]) / "export") for name, arm in chosen.items()}
+    pictures = arguments.out.with_name(f"{arguments.out.name}_pictures.png")
+    save_pictures({"start": "shapes/lcm", **models}, "shapes:neutral", 12, pictures)
     after = _after(list(chosen.values()), arguments)
     print(markdown([["model", *after["start"]], ["---"] * (1 + len(after["start"])), *_lines(after)]))
     lrs = {name: arm.overrides[-1] for name, arm in chosen.items()}
