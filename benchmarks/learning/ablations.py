@@ -28,7 +28,7 @@ _TASK = (
     *("update.kl_weight", "0", "update.micro_batch_size", "48"),
     *("num_iterations", "30", "checkpoint.every", "10", "evaluation.every", "10", "evaluation.num_images", "128"),
 )
-_LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 2 / 3
+_LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 1 / 2
 
 
 def arms() -> list[Arm]:
