@@ -103,11 +103,17 @@ def captioned_files(source: Source) -> list[tuple[str, str]]:
 
 
 def shards(source: Source) -> list[str]:
-    """The .tar files of the pattern, in the order of their names; at least one."""
-    found = sorted(set(chain.from_iterable(glob.glob(pattern) for pattern in _expand(source.path))))
-    if not found:
+    """The .tar files of the pattern, in the order of their names; at least one of each of its braces."""
+    found = {pattern: glob.glob(pattern) for pattern in _expand(source.path)}
+    lacking = [pattern for pattern, files in found.items() if not files]
+    if len(lacking) == len(found):
         raise ValueError(f"{FIELD}={source.text} matches no .tar file under {Path.cwd()}; check the path")
-    return found
+    if lacking:
+        first = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise ValueError(
+            f"{FIELD}={source.text} lacks {len(lacking)} of {len(found)}: {first}; add them, or name fewer"
+        )
+    return sorted(set(chain.from_iterable(found.values())))
 
 
 def _expand(pattern: str) -> list[str]:
@@ -129,7 +135,7 @@ def _parse_hub(data: str) -> Source:
     unknown = next((key for key in options if key not in ("split", "image", "text", "name")), None)
     if unknown is not None:
         raise ValueError(f"{FIELD}={data} sets {unknown}; after ? stand split, image, text and name, joined by &")
-    if not (_is_local(path) or _HUB_ID.fullmatch(path)):
+    if not path or not (_is_local(path) or _HUB_ID.fullmatch(path)):
         raise ValueError(f"{FIELD}={data} names no dataset; write hf:owner/name or hf:./folder")
     defaults = {"image": "image", "text": "text", "split": "train"} | options
     return Source(data, "hub", path, defaults["image"], defaults["text"], defaults["split"], options.get("name"))
