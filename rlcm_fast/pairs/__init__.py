@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rlcm_fast.pairs.sources import BUILT_IN, Source, check_source, parse_source
+from rlcm_fast.pairs.checks import check_source
+from rlcm_fast.pairs.sources import BUILT_IN, Source, parse_source
 from rlcm_fast.pairs.stream import PairStream
 
 __all__ = ["BUILT_IN", "PairStream", "Source", "check_source", "parse_source"]

@@ -13,14 +13,16 @@ Two readers with one face: `take` rows of this process, the `cursor` after them,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlcm_fast.pairs.sources import FIELD, IMAGE_ENDINGS, Source, captioned_files, shards
+from rlcm_fast.pairs.faults import reading_errors, unreadable
+from rlcm_fast.pairs.sources import FIELD, IMAGE_ENDINGS, METADATA, Source, captioned_files, shards
 
 _WINDOW_OF_PATHS = 16384
 _WINDOW_OF_BYTES = 1024  # 100 MB of 100 kB images
@@ -32,6 +34,26 @@ class Row:
 
     image: int | dict[str, Any]
     text: str
+
+    @property
+    def file(self) -> str | None:
+        """Where the image is read from; None: it is here as bytes, or made from a number."""
+        return self.image["path"] if isinstance(self.image, dict) and self.image["bytes"] is None else None
+
+
+def first_rows(source: Source, num_rows: int) -> Iterator[Row]:
+    """Of the first shard or the metadata alone, however many shards and images there are."""
+    metadata = [str(Path(source.path) / name) for name in METADATA]
+    files = shards(source)[:1] if source.kind == "webdataset" else [path for path in metadata if Path(path).is_file()]
+    return (_row(record, source) for record in islice(_records(_load(source, files), source), num_rows))
+
+
+def check_columns(source: Source) -> None:
+    """Raises ValueError where a dataset of hf: lacks them; reads a row only where its format does not say them."""
+    dataset = _load(source, None)
+    known = list(dataset.features or next(_records(dataset, source), {}))
+    if not {source.image, source.caption} <= set(known):
+        raise _lacks_columns(source, known)
 
 
 class FunctionReader:
@@ -121,14 +143,13 @@ class DatasetReader:
         self._dataset = split_dataset_by_node(dataset, self._rank, self._world_size)
         if self._start is not None:
             self._dataset.load_state_dict(self._start)
-        self._iterator = iter(self._dataset)
+        self._iterator = _records(self._dataset, self._source)
 
     def _read_window(self) -> None:
         rows: list[Row] = []
         for record in self._iterator:
             rows.append(_row(record, self._source))
-            is_path = isinstance(rows[0].image, dict) and rows[0].image.get("bytes") is None
-            if len(rows) == (_WINDOW_OF_PATHS if is_path else _WINDOW_OF_BYTES):
+            if len(rows) == (_WINDOW_OF_PATHS if rows[0].file else _WINDOW_OF_BYTES):
                 break
         order = np.random.default_rng([self._seed, self._pass, self._window, self._rank]).permutation(len(rows))
         self._rows, self._taken = [rows[i] for i in order], 0
@@ -142,21 +163,38 @@ def _open_dataset(source: Source, rng: np.random.Generator) -> Any:
         files = rng.permutation(captioned_files(source)).tolist()
         table = {"image": [image for image, _ in files], "caption_file": [caption for _, caption in files]}
         return datasets.Dataset.from_dict(table).to_iterable_dataset()
+    if source.kind == "webdataset":
+        return _load(source, rng.permutation(shards(source)).tolist())
+    return _load(source, [source.path] if source.kind == "jsonl" else None)
+
+
+def _load(source: Source, files: list[str] | None) -> Any:
+    """Of all that is at the source's path, or of some `files` of it."""
+    import datasets
+
     arguments: dict[str, Any]
-    if source.kind == "imagefolder":
-        arguments = {"path": "imagefolder", "data_dir": source.path}
-    elif source.kind == "jsonl":
-        arguments = {"path": "json", "data_files": source.path}
-    elif source.kind == "webdataset":
-        arguments = {"path": "webdataset", "data_files": rng.permutation(shards(source)).tolist()}
-    else:
+    if source.kind == "hub":
         local = str(Path(source.path).expanduser()) if source.path.startswith("~") else source.path
         arguments = {"path": local, "name": source.name}
-    dataset: Any = datasets.load_dataset(**arguments, split=source.split, streaming=True)
+    elif files is None:
+        arguments = {"path": "imagefolder", "data_dir": source.path}
+    else:
+        arguments = {"path": "json" if source.kind == "jsonl" else source.kind, "data_files": files}
+    try:
+        dataset: Any = datasets.load_dataset(**arguments, split=source.split, streaming=True)
+    except reading_errors() as error:
+        raise unreadable(source, error) from error
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
     return dataset
+
+
+def _records(dataset: Any, source: Source) -> Iterator[dict[str, Any]]:
+    try:
+        yield from dataset
+    except reading_errors() as error:
+        raise unreadable(source, error) from error
 
 
 def _row(record: dict[str, Any], source: Source) -> Row:
@@ -166,12 +204,15 @@ def _row(record: dict[str, Any], source: Source) -> Row:
     elif isinstance(image, bytes):
         image = {"bytes": image, "path": None}
     if not isinstance(image, dict) or not isinstance(text, str):
-        known = ", ".join(record)
-        raise ValueError(
-            f"{FIELD}={source.text} has no image with a caption in {source.image}, {source.caption} of a row with"
-            f" {known}; name the columns, as hf:PATH?image=jpg&text=caption, or complete the row"
-        )
-    return Row(image, text)
+        raise _lacks_columns(source, record)
+    return Row({"bytes": image.get("bytes"), "path": image.get("path")}, text)
+
+
+def _lacks_columns(source: Source, known: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"{FIELD}={source.text} has no image with a caption in {source.image}, {source.caption} of a row with"
+        f" {', '.join(known)}; name the columns, as hf:PATH?image=jpg&text=caption, or complete the row"
+    )
 
 
 def _image_of(record: dict[str, Any], source: Source) -> Any:
@@ -182,10 +223,17 @@ def _image_of(record: dict[str, Any], source: Source) -> Any:
 
 def _text_of(record: dict[str, Any], source: Source) -> Any:
     if source.kind == "captioned_files":
-        return Path(record["caption_file"]).read_text(encoding="utf-8").strip()
+        return _caption(record["caption_file"], source)
     if source.kind != "webdataset":
         return record.get(source.caption)
     if record.get("txt") is not None:
         return record["txt"].strip()
     described = record.get("json")
     return described.get("caption") if isinstance(described, dict) else None
+
+
+def _caption(file: str, source: Source) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{FIELD}={source.text}: {file} cannot be read ({error}); save it as UTF-8") from error

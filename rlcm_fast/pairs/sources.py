@@ -1,4 +1,4 @@
-"""Where pairs come from: what `pretraining.data` says, checked without torch, before any weights load.
+"""Where pairs come from: what `pretraining.data` says, read without a look at the data.
 
 shapes:all                   ShapesWorld's renderer, endless: a name of BUILT_IN
 package.module:function      your own, endless: called with a number, returns (PIL.Image, str), the same each time
@@ -13,16 +13,12 @@ hf:PATH?split=train&image=image&text=text&name=CONFIG
 from __future__ import annotations
 
 import glob
-import importlib.util
-import json
 import re
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl
-
-from rlcm_fast.plugins import load_class
 
 FIELD = "pretraining.data"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
@@ -72,23 +68,6 @@ def parse_source(data: str) -> Source:
     )
 
 
-def check_source(data: str) -> None:
-    """Raises ValueError for what can be known to fail before anything is read: missing files, packages, captions."""
-    source = parse_source(data)
-    if source.kind == "function":
-        load_class(source.path, BUILT_IN, FIELD)
-    elif source.kind == "captioned_files":
-        captioned_files(source)
-    elif source.kind == "webdataset":
-        shards(source)
-    elif source.kind == "jsonl":
-        _check_jsonl(source)
-    elif source.kind == "hub" and _is_local(source.path) and not Path(source.path).expanduser().exists():
-        raise ValueError(f"{FIELD}={data}: there is no folder {source.path}; give one, or a hub id as owner/name")
-    if source.kind not in ("function", "captioned_files") and importlib.util.find_spec("datasets") is None:
-        raise ValueError(f"{FIELD}={data} is read by the package datasets; pip install 'rlcm_fast[data]'")
-
-
 def captioned_files(source: Source) -> list[tuple[str, str]]:
     """(image, caption file) of every NAME.jpg with a NAME.txt, in the order of their names; at least one."""
     files = (file for file in Path(source.path).rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
@@ -135,28 +114,12 @@ def _parse_hub(data: str) -> Source:
     unknown = next((key for key in options if key not in ("split", "image", "text", "name")), None)
     if unknown is not None:
         raise ValueError(f"{FIELD}={data} sets {unknown}; after ? stand split, image, text and name, joined by &")
-    if not path or not (_is_local(path) or _HUB_ID.fullmatch(path)):
+    if not path or not (is_local(path) or _HUB_ID.fullmatch(path)):
         raise ValueError(f"{FIELD}={data} names no dataset; write hf:owner/name or hf:./folder")
     defaults = {"image": "image", "text": "text", "split": "train"} | options
     return Source(data, "hub", path, defaults["image"], defaults["text"], defaults["split"], options.get("name"))
 
 
-def _is_local(path: str) -> bool:
+def is_local(path: str) -> bool:
+    """Whether a path after hf: is a folder and no hub id."""
     return path.startswith((".", "/", "~")) or Path(path).is_dir()
-
-
-def _check_jsonl(source: Source) -> None:
-    """The file is there, and its first line is a pair whose image is there."""
-    if not Path(source.path).is_file():
-        raise ValueError(f"{FIELD}={source.text}: there is no such file under {Path.cwd()}; check the path")
-    with open(source.path, encoding="utf-8-sig") as lines:
-        line = next((line.strip() for line in lines if line.strip()), "")
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        record = None
-    if not isinstance(record, dict) or not {"image", "text"} <= record.keys():
-        raise ValueError(f'{FIELD}={source.text} begins with {line!r}; write {{"image": "a/1.jpg", "text": "a cat"}}')
-    image = Path(source.path).parent / str(record["image"])
-    if not image.is_file():
-        raise ValueError(f"{FIELD}={source.text}: its first image {image} is not there; paths are relative to the file")

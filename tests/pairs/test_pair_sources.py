@@ -104,16 +104,16 @@ def test_shards_that_braces_name_are_all_there(photos: Path):
         check_source("photos/{,b/}*.tar")
 
 
-@pytest.mark.parametrize("line", ["", "a red circle", '{"file": "a.png", "text": "a"}'])
-def test_a_jsonl_file_begins_with_a_pair(photos: Path, line: str):
-    (photos / "pairs.jsonl").write_text(line)
-    with pytest.raises(ValueError, match=r"^pretraining.data=photos/pairs.jsonl begins with .*; write \{.image."):
-        check_source("photos/pairs.jsonl")
+@pytest.mark.parametrize("data", ["photos", "photos/pairs.jsonl", "photos/*.tar", "hf:a/b"])
+def test_files_need_the_package_that_reads_them(photos: Path, data: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"is read by the package datasets; pip install 'rlcm_fast\[data\]'$"):
+        check_source(data)
 
 
 def test_images_of_a_jsonl_file_are_relative_to_it(photos: Path):
     (photos / "pairs.jsonl").write_text(json.dumps({"image": "a.png", "text": "a"}))
     check_source("photos/pairs.jsonl")
     (photos / "pairs.jsonl").write_text(json.dumps({"image": "photos/a.png", "text": "a"}))
-    with pytest.raises(ValueError, match=r"its first image photos/photos/a.png is not there"):
+    with pytest.raises(ValueError, match=r"its image photos/photos/a.png is not there"):
         check_source("photos/pairs.jsonl")

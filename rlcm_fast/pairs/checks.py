@@ -1,0 +1,64 @@
+"""What of `pretraining.data` can be known to fail before any weights load; the cost does not grow with the data."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from itertools import islice
+from pathlib import Path
+
+from rlcm_fast.pairs.faults import check_lines
+from rlcm_fast.pairs.reading import check_columns, first_rows
+from rlcm_fast.pairs.sources import BUILT_IN, FIELD, Source, captioned_files, is_local, parse_source, shards
+from rlcm_fast.plugins import load_class
+
+_NUM_CHECKED = 100  # lines or rows, from the first on
+
+
+def check_source(data: str, may_open: bool = True) -> None:
+    """Raises ValueError for missing files, packages, columns and captions, as far as the first rows show them.
+
+    may_open: opens the dataset, too, and so asks the network for one of the hub.
+    """
+    source = parse_source(data)
+    if source.kind == "function":
+        load_class(source.path, BUILT_IN, FIELD)
+        return
+    if importlib.util.find_spec("datasets") is None:
+        raise ValueError(f"{FIELD}={data} is read by the package datasets; pip install 'rlcm_fast[data]'")
+    _check_files(source)
+    if may_open and source.kind == "hub":
+        check_columns(source)
+    elif may_open and source.kind in ("imagefolder", "webdataset"):
+        _require_images(source, [row.file for row in first_rows(source, _NUM_CHECKED) if row.file])
+
+
+def _check_files(source: Source) -> None:
+    if source.kind == "captioned_files":
+        captioned_files(source)
+    elif source.kind == "webdataset":
+        shards(source)
+    elif source.kind == "imagefolder":
+        check_lines(source, _NUM_CHECKED)
+    elif source.kind == "jsonl":
+        _check_jsonl(source)
+    elif is_local(source.path) and not Path(source.path).expanduser().exists():
+        raise ValueError(
+            f"{FIELD}={source.text}: there is no folder {source.path}; give one, or a hub id as owner/name"
+        )
+
+
+def _check_jsonl(source: Source) -> None:
+    if not Path(source.path).is_file():
+        raise ValueError(f"{FIELD}={source.text}: there is no such file under {Path.cwd()}; check the path")
+    check_lines(source, _NUM_CHECKED)
+    with open(source.path, "rb") as lines:
+        records = [json.loads(line) for line in islice(filter(bytes.strip, lines), _NUM_CHECKED)]
+    _require_images(source, [str(Path(source.path).parent / str(record["image"])) for record in records])
+
+
+def _require_images(source: Source, paths: list[str]) -> None:
+    lacking = next((path for path in paths if not Path(path).is_file()), None)
+    if lacking:
+        what = "the metadata" if source.kind == "imagefolder" else "the file"
+        raise ValueError(f"{FIELD}={source.text}: its image {lacking} is not there; paths are relative to {what}")
