@@ -19,6 +19,10 @@ from rlcm_fast.pairs.sources import BUILT_IN, FIELD, Source
 from rlcm_fast.plugins import load_class
 
 
+class BadPair(ValueError):
+    """What is wrong with a pair, in one line."""
+
+
 @dataclass(frozen=True)
 class Decoder:
     """`decoder[row]` is a pair; with DataLoader's `batch_sampler` the rows come from the main process."""
@@ -26,31 +30,43 @@ class Decoder:
     source: Source
     size: tuple[int, int]  # height, width
 
+    def __getitems__(self, rows: list[Row]) -> list[tuple[Tensor, str]] | BadPair:
+        """A batch. A BadPair is returned: torch puts the traceback of what a worker raises into the message."""
+        try:
+            return [self[row] for row in rows]
+        except BadPair as error:
+            return error
+
     def __getitem__(self, row: Row) -> tuple[Tensor, str]:
         """(3, H, W) uint8 and the caption."""
-        image, text = self._function(row.image) if self.source.kind == "function" else (_open(row.image), row.text)
+        image, text = self._function(row.image) if self.source.kind == "function" else (self._open(row), row.text)
         if not (isinstance(image, Image.Image) and isinstance(text, str)):
-            raise ValueError(f"{FIELD}={self.source.text} returned {type(image)}, {type(text)}; return PIL.Image, str")
+            raise BadPair(f"{FIELD}={self.source.text} returned {type(image)}, {type(text)}; return PIL.Image, str")
         height, width = self.size
         # The middle of the image at the wanted ratio of sides, scaled; both scalings of PIL are antialiased.
         fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1), text
+
+    def _open(self, row: Row) -> Image.Image:
+        """As datasets opens it: turned as its EXIF says, from bytes, a file or the hub."""
+        import datasets
+
+        image: Any = row.image
+        try:
+            return datasets.Image().decode_example(image)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError of broken PNGs
+            where = row.file or f"the image of {row.text[:80]!r}"
+            raise BadPair(
+                f"{FIELD}={self.source.text}: {where} cannot be read ({error}); take it out of the data, or repair it"
+            ) from error
 
     @cached_property
     def _function(self) -> Callable[[Any], tuple[Image.Image, str]]:
         return load_class(self.source.path, BUILT_IN, FIELD)
 
 
-def collate(pairs: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
-    """(B, 3, H, W) uint8 and B captions."""
+def collate(pairs: list[tuple[Tensor, str]] | BadPair) -> tuple[Tensor, list[str]] | BadPair:
+    """(B, 3, H, W) uint8 and B captions, or what kept them from being decoded."""
+    if isinstance(pairs, BadPair):
+        return pairs
     return torch.stack([image for image, _ in pairs]), [text for _, text in pairs]
-
-
-def _open(image: Any) -> Image.Image:
-    """As datasets opens it: turned as its EXIF says, from bytes, a file or the hub."""
-    import datasets
-
-    try:
-        return datasets.Image().decode_example(image)
-    except (OSError, SyntaxError) as error:  # the latter of broken PNGs
-        raise ValueError(f"{FIELD}: {error}; take it out of the data, or repair it") from error

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rlcm_fast import parallel
-from rlcm_fast.pairs.decoding import Decoder, collate
+from rlcm_fast.pairs.decoding import BadPair, Decoder, collate
 from rlcm_fast.pairs.reading import DatasetReader, FunctionReader, Row
 from rlcm_fast.pairs.sources import FIELD, parse_source
 
@@ -40,7 +40,7 @@ class PairStream:
         self._reader = (
             FunctionReader(*share) if self._source.kind == "function" else DatasetReader(self._source, *share)
         )
-        self._batches: Iterator[tuple[Tensor, list[str]]] | None = None
+        self._batches: Iterator[tuple[Tensor, list[str]] | BadPair] | None = None
         self._cursor = self._reader.cursor()  # of what was handed out; the reader itself is ahead
         self._ahead: deque[dict[str, Any]] = deque()
 
@@ -48,7 +48,10 @@ class PairStream:
         """Images (B, 3, H, W) float32 in [0, 1] and their captions."""
         if self._batches is None:
             self._batches = iter(self._loader())
-        images, texts = next(self._batches)
+        batch = next(self._batches)
+        if isinstance(batch, BadPair):
+            raise batch
+        images, texts = batch
         self._cursor = self._ahead.popleft()
         return images.float() / 255, texts
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.pairs import PairStream, reading
+from rlcm_fast.train import is_worded_by_us
 
 NUM_PAIRS = 24
 
@@ -236,11 +237,14 @@ def test_the_shorter_side_is_scaled_and_the_middle_kept():
     assert (middle[1] == 255).all() and (middle[0] == 0).all()
 
 
-def test_an_image_that_cannot_be_read_is_named(tmp_path: Path):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, num_workers: int):
     write_captioned_files(tmp_path)
     (tmp_path / "03.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"^pretraining.data: cannot identify image file .*03.png.*; take it out"):
-        texts_of(PairStream(str(tmp_path), 8, 4, seed=0), NUM_PAIRS // 4)
+    message = r"^pretraining.data=[^\n]*: [^\n]*03.png cannot be read [^\n]*; take it out of the data, or repair it$"
+    with pytest.raises(ValueError, match=message) as raised:
+        texts_of(PairStream(str(tmp_path), 8, 4, seed=0, num_workers=num_workers), NUM_PAIRS // 4)
+    assert is_worded_by_us(raised.value)
 
 
 @pytest.mark.parametrize("suffix", ["jpeg", "png"])
@@ -253,7 +257,8 @@ def test_an_image_that_breaks_off_is_refused(suffix: str):
     stream = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(stream, suffix)
     half = stream.getvalue()[: len(stream.getvalue()) // 2]
-    with pytest.raises(ValueError, match=r"^pretraining.data: .*truncated.*; take it out of the data, or repair it"):
+    message = r"^pretraining.data=photos: the image of 'noise' cannot be read \(.*truncated.*\); take it out"
+    with pytest.raises(ValueError, match=message):
         Decoder(Source("photos", "imagefolder", "photos"), (8, 8))[reading.Row({"bytes": half, "path": None}, "noise")]
 
 
