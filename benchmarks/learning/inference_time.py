@@ -65,11 +65,12 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """Each reward against seconds an image, a line for each model."""
+    """Each reward against seconds an image, a line for each model, a number of steps at each point."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = pyplot.subplots(1, len(_MEASURED), figsize=(10, 4))
     for axis, metric in zip(axes, _MEASURED, strict=True):
@@ -78,7 +79,12 @@ def plot(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
             xs, ys = [row["seconds_per_image"]["mean"] for row in own], [row[metric] for row in own]
             errors = [y["standard_error"] or 0.0 for y in ys]
             axis.errorbar(xs, [y["mean"] for y in ys], errors, marker=".", label=model)
+            for x, y, row in zip(xs, ys, own, strict=True):
+                axis.annotate(row["num_steps"], (x, y["mean"]), (4, 4), textcoords="offset points", fontsize="x-small")
         axis.set(xlabel="seconds an image", ylabel=metric, xscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     save_figure(figure, arguments.out.with_suffix(".png"))

@@ -26,9 +26,13 @@ MEASURED = {  # task -> prompts, what was trained
 }
 
 
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", nargs="+", default=REWARDS, choices=REWARDS, help="default: all three")
+
+
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     rows, summary, by_task = [], {}, {}
-    for task in REWARDS:
+    for task in arguments.tasks:
         chosen, runs = trained_arms(task, arguments, ["rlcm"])
         gains = {split: _gains(task, split, chosen["rlcm"], runs) for split in ("training", "held_out")}
         for split, values in gains.items():
@@ -56,4 +60,4 @@ def _gains(task: str, split: str, arm: Arm, runs: argparse.Namespace) -> list[fl
 
 
 if __name__ == "__main__":
-    sys.exit(run_figure("unseen_prompts", __doc__, draw))
+    sys.exit(run_figure("unseen_prompts", __doc__, draw, add_tasks))
