@@ -18,6 +18,9 @@ _ONE_STEP = (
     "no action, so its log-prob has no gradient; sample with 2 steps or more (the trained model still runs with 1), "
     "or set policy.last_step=sampled, which draws the image with a small noise (renoise, the paper's, is pure variance)"
 )
+_BESIDE_TASKS = (
+    "has no use beside tasks, each of which has its own; move it into a task, or leave it out, or set tasks=[]"
+)
 
 
 class _Bound(NamedTuple):
@@ -32,6 +35,7 @@ def validate(config: Config, world_size: int) -> None:
     for field, value, allowed, remedy in _bounds(config):
         if not (allowed and math.isfinite(value)):
             raise ValueError(f"{field}={value} is out of range; give {remedy}")
+    _check_use(config)
     _check_policy(config)
     check_task_names(config)
     _check_rewards(config)
@@ -136,6 +140,25 @@ def _counts(config: Config) -> Iterator[_Bound]:
         yield _Bound(field, value, value >= 1, "1 or more")
     for field, value in at_least_zero.items():
         yield _Bound(field, value, value >= 0, "0 or more")
+
+
+def _check_use(config: Config) -> None:
+    """Nothing is set that another field leaves no meaning.
+
+    A default passes, though a user may have written it: a resolved config has all of them.
+    """
+    default, rewards = Config(), config.rewards
+    if config.tasks and config.prompts.source != default.prompts.source:
+        raise ValueError(f"prompts.source={config.prompts.source} {_BESIDE_TASKS}")
+    if config.tasks and rewards and rewards != default.rewards:
+        raise ValueError(f"rewards=[{', '.join(reward.name for reward in rewards)}] {_BESIDE_TASKS}")
+    if not config.tasks and config.task_schedule == "by_task":
+        raise ValueError("task_schedule=by_task has no tasks to take in turn; name tasks, or set task_schedule=mixed")
+    if config.pretraining.weight == 0 and config.pretraining.data.strip():
+        raise ValueError(
+            f"pretraining.data={config.pretraining.data} has no use with pretraining.weight=0; give a weight, as 0.1, "
+            "or set pretraining.data=''"
+        )
 
 
 def _check_policy(config: Config) -> None:

@@ -1,7 +1,6 @@
 """The tasks of a run as its config resolves them: one where `tasks` is empty, and how many images each has.
 
-A batch is of prompts.num_prompts x prompts.images_per_prompt images; several tasks divide it by their shares. Where
-there are tasks, prompts.source and rewards have no meaning.
+A batch is of prompts.num_prompts x prompts.images_per_prompt images; several tasks divide it by their shares.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ def make_config(model: str, run_dir: Path, **settings: Any) -> Config:
     ]
     values = {"prompts.num_prompts": 4, "update.micro_batch_size": 4, "tasks": tasks}
     values |= {name.replace("__", "."): value for name, value in settings.items()}
+    if values["tasks"]:  # in the place of the tiny run's
+        values |= {"prompts.source": "shapes:one", "rewards": []}
     return parse_config(tiny_runs.arguments(model, run_dir, values))
 
 

@@ -1,0 +1,58 @@
+"""Several tasks and what stands beside them in a config: what would do nothing is refused, with a way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlcm_fast.config import parse_config, to_yaml
+from rlcm_fast.config_checks import validate
+
+ROOT = Path(__file__).resolve().parent.parent
+JOINT = ["--config", str(ROOT / "configs" / "shapes" / "joint.yaml")]
+
+
+def mistake(argv: list[str]) -> str:
+    with pytest.raises(ValueError) as error:
+        validate(parse_config(argv), world_size=1)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            [*JOINT, "--prompts.source", "shapes:two"],
+            "prompts.source=shapes:two has no use beside tasks, each of which has its own; move it into a task",
+        ),
+        ([*JOINT, "--rewards", "[{name: diversity}, {name: a}]"], "rewards=[diversity, a] has no use beside tasks"),
+        (["--task_schedule", "by_task"], "task_schedule=by_task has no tasks to take in turn; name tasks, or set task"),
+        (
+            [*JOINT, "--pretraining.data", "shapes:all"],
+            "pretraining.data=shapes:all has no use with pretraining.weight=0; give a weight, as 0.1, or set pretrain",
+        ),
+    ],
+)
+def test_what_would_do_nothing_is_refused_with_the_way_out(argv: list[str], message: str):
+    assert mistake(argv).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--rewards", "[]"],
+        ["--task_schedule", "by_task", "--update.micro_batch_size", "64"],
+        ["--tasks", "[]", "--rewards", "[{name: diversity}]", "--prompts.source", "shapes:two"],
+        ["--pretraining.data", "shapes:all", "--pretraining.weight", "0", "--pretraining.data="],
+    ],
+)
+def test_what_has_a_use_is_accepted_and_so_is_the_written_out_config(more: list[str], tmp_path: Path):
+    config = parse_config([*JOINT, *more])
+    validate(config, world_size=1)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    resolved = parse_config(["--config", str(tmp_path / "config.yaml"), "--resume", "latest"])
+    validate(resolved, world_size=1)
+    assert resolved.tasks == config.tasks
