@@ -182,20 +182,37 @@ def _check_rewards(config: Config) -> None:
             if not math.isfinite(reward.weight) or reward.weight == 0:
                 remedy = "give another, or move the reward to evaluation.rewards to only measure it"
                 raise ValueError(f"{field}[{index}].weight={reward.weight} of {reward.name} has no use; {remedy}")
-        _check_names(field, rewards, {})
-    every = [reward.name for rewards in trained.values() for reward in rewards]
-    taken = dict.fromkeys(every, "rewards, and what is trained is always evaluated")
-    _check_names("evaluation.rewards", config.evaluation.rewards, taken)
+        _check_names(field, rewards)
+    _check_names("evaluation.rewards", config.evaluation.rewards)
+    for index, reward in enumerate(config.evaluation.rewards):
+        _check_watched(f"evaluation.rewards[{index}]", reward, trained)
 
 
-def _check_names(field: str, rewards: list[RewardConfig], taken: dict[str, str]) -> None:
-    taken = dict(taken)
-    for index, reward in enumerate(rewards):
-        if not reward.name.strip():
-            raise ValueError(f"{field}[{index}].name='{reward.name}' is empty; name a reward or package.module:Class")
-        if reward.name in taken:
-            raise ValueError(f"{field}[{index}].name={reward.name} is already in {taken[reward.name]}; drop one")
-        taken[reward.name] = field
+def _check_names(field: str, rewards: list[RewardConfig]) -> None:
+    names = [reward.name for reward in rewards]
+    for index, name in enumerate(names):
+        if not name.strip():
+            raise ValueError(f"{field}[{index}].name='{name}' is empty; name a reward or package.module:Class")
+        if names.index(name) < index:
+            raise ValueError(f"{field}[{index}].name={name} is already in {field}; drop one")
+
+
+def _check_watched(field: str, reward: RewardConfig, trained: dict[str, list[RewardConfig]]) -> None:
+    """A task lacks it; where others have it they measure the same, as a name is a key of the metrics."""
+    placed = [(f"{at}[{index}]", one) for at, own in trained.items() for index, one in enumerate(own)]
+    same = [(at, one) for at, one in placed if one.name == reward.name]
+    if len(same) == len(trained):
+        of = "rewards" if len(trained) == 1 else "the rewards of every task"
+        raise ValueError(
+            f"{field}.name={reward.name} is already in {of}, and what is trained is always evaluated; drop one"
+        )
+    for other, one in same:
+        if (one.arguments, one.group_size) != (reward.arguments, reward.group_size):
+            raise ValueError(
+                f"{field} has arguments={reward.arguments} and group_size={reward.group_size}, and {other} of the same "
+                f"name {reward.name} arguments={one.arguments} and group_size={one.group_size}; give it those, or drop "
+                "it"
+            )
 
 
 def _check_lora(config: Config) -> None:

@@ -253,7 +253,7 @@ class EvaluationConfig:
     prompts: str = "shapes:one:held_out"
     """Prompt source, as prompts.source."""
     rewards: list[RewardConfig] = field(default_factory=list)
-    """Rewards to measure besides the trained ones, which are always measured."""
+    """Rewards to measure besides the trained ones, which are always measured; of several tasks those of others, too."""
     micro_batch_size: int = 64
     """Samples of one sampling pass, per process."""
     seed: int = 1234

@@ -86,14 +86,14 @@ def build_evaluators(
     encode: Callable[[Sequence[Prompt]], Conditioning],
     decode: Callable[[Tensor], Tensor],
 ) -> list[Evaluator]:
-    """One for each source of prompts, of the rewards of its tasks and those to watch.
+    """One for each source of prompts, of the rewards of its tasks and those to watch that a task does not train.
 
     Several tasks have keys `eval/TASK/...`; those with one source share its images.
     """
     rewards: dict[str, dict[str, NamedRewards]] = {}  # source -> prefix -> rewards
     for task in tasks_of(config):
         prefix = f"eval/{task.name}" if config.tasks else "eval"
-        rewards.setdefault(task.evaluation, {})[prefix] = {**tasks.trained[task.name], **tasks.watched}
+        rewards.setdefault(task.evaluation, {})[prefix] = {**tasks.watched, **tasks.trained[task.name]}
     return [
         build_evaluator(replace(config.evaluation, prompts=source), by_prefix, encode, decode)
         for source, by_prefix in rewards.items()

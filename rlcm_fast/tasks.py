@@ -12,7 +12,6 @@ advantages      each task's images by statistics of their own
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +20,7 @@ from rlcm_fast.algorithms import Advantages, TaskAdvantages, build_advantages
 from rlcm_fast.config import Config, RewardConfig
 from rlcm_fast.config_tasks import Task, rounds_of, tasks_of
 from rlcm_fast.prompts import Sampler, Share, build_sampler
-from rlcm_fast.rewards import GroupReward, Reward, Rewards, RewardService, build_rewards
+from rlcm_fast.rewards import GroupReward, Reward, Rewards, RewardService, SetReward, grouped, make_reward
 from rlcm_fast.trajectory import Prompt
 
 _APART = 1_000_003  # between the seeds of tasks, so that two with one source do not draw the same prompts
@@ -34,7 +33,7 @@ class Tasks:
         """Reads prompts and builds rewards, so it raises ValueError for what is wrong with them."""
         tasks = tasks_of(config)
         self.rounds: list[list[str]] = [[task.name for task in tasks] for tasks in rounds_of(config)]
-        built: dict[str, Reward] = {}  # tasks with the same reward share its model
+        built: dict[str, Reward | SetReward] = {}  # tasks with the same reward share its model
         self.trained = {task.name: _shared(task.rewards, built) for task in tasks}
         for task in tasks:
             _check_credits(task, self.trained[task.name], world_size)
@@ -84,14 +83,14 @@ class Tasks:
         return prompt.task if self.are_several else "default"  # a .jsonl may have labels of its own
 
 
-def _shared(configs: Sequence[RewardConfig], built: dict[str, Reward]) -> dict[str, tuple[Reward, float]]:
-    """As build_rewards; what differs only by its weight from one in `built` is that one."""
+def _shared(configs: Sequence[RewardConfig], built: dict[str, Reward | SetReward]) -> dict[str, tuple[Reward, float]]:
+    """As build_rewards; what has the name and arguments of one in `built` is that one, in groups of its own."""
     rewards = {}
     for config in configs:
-        key = repr(replace(config, weight=1.0))
+        key = repr((config.name, config.arguments))
         if key not in built:
-            built[key] = build_rewards([config])[config.name][0]
-        rewards[config.name] = (built[key], config.weight)
+            built[key] = make_reward(config.name, config.arguments)
+        rewards[config.name] = (grouped(config.name, built[key], config.group_size, config.credit), config.weight)
     return rewards
 
 

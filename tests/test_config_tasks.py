@@ -40,6 +40,29 @@ def test_what_would_do_nothing_is_refused_with_the_way_out(argv: list[str], mess
 
 
 @pytest.mark.parametrize(
+    ("tasks", "watched", "message"),
+    [
+        (
+            "[{name: a, source: 'shapes:one', rewards: [{name: r}, {name: s}]}, "
+            "{name: b, source: 'shapes:one', rewards: [{name: s, weight: 2}]}]",
+            "{name: s}",
+            "evaluation.rewards[0].name=s is already in the rewards of every task, and what is trained is always eval",
+        ),
+        (
+            "[{name: a, source: 'shapes:one', rewards: [{name: r}, {name: s, arguments: {x: 1}}]}, "
+            "{name: b, source: 'shapes:one', rewards: [{name: r}]}]",
+            "{name: s, arguments: {x: 2}}",
+            "evaluation.rewards[0] has arguments={'x': 2} and group_size=0, and tasks[0].rewards[1] of the same name s "
+            "arguments={'x': 1} and group_size=0; give it those, or drop it",
+        ),
+    ],
+)
+def test_a_watched_reward_that_has_no_key_of_its_own_is_refused(tasks: str, watched: str, message: str):
+    argv = ["--tasks", tasks, "--evaluation.rewards", f"[{watched}]", "--update.micro_batch_size", "48"]
+    assert mistake(argv).startswith(message)
+
+
+@pytest.mark.parametrize(
     "more",
     [
         [],

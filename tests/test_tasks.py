@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+from tiny_policies import decode, encode
 
 from rlcm_fast.config import Config, parse_config
 from rlcm_fast.config_checks import derived, validate
+from rlcm_fast.evaluation import build_evaluators
+from rlcm_fast.rewards import GroupReward
 from rlcm_fast.task_gradients import gradient_metrics
 from rlcm_fast.tasks import Tasks
 from rlcm_fast.trainer import Trainer
@@ -50,6 +53,29 @@ def test_each_image_is_scored_by_its_own_tasks_rewards(tiny_lcm_folder: str, tmp
     assert found["small"].by_name.keys() == {"jpeg_compressibility", tiny_runs.REWARD}
     assert torch.equal(found["bright"].total, bright[:4])
     assert torch.equal(found["small"].total, found["small"].by_name["jpeg_compressibility"] + 0.5 * bright[4:])
+
+
+def test_a_reward_of_one_task_is_watched_on_the_prompts_of_another(tiny_lcm_folder: str, tmp_path: Path):
+    config = make_config(tiny_lcm_folder, tmp_path, evaluation__rewards=[SMALL, {"name": "diversity"}])
+    validate(config, 1)
+    tasks = Tasks(config)
+    (evaluator,) = build_evaluators(config, tasks, encode, decode)
+    tasks.rewards.shutdown()
+    bright, small = evaluator.rewards["eval/bright"], evaluator.rewards["eval/small"]
+    assert set(bright) == set(small) == {tiny_runs.REWARD, "jpeg_compressibility", "diversity"}
+    assert bright["jpeg_compressibility"][0] is small["jpeg_compressibility"][0]
+    assert small["jpeg_compressibility"] is tasks.trained["small"]["jpeg_compressibility"]
+
+
+def test_a_model_is_built_once_whatever_its_weights_groups_and_credits(tiny_lcm_folder: str, tmp_path: Path):
+    rewards = ({"name": "diversity", "group_size": 2}, {"name": "diversity", "weight": 3.0, "credit": "leave_one_out"})
+    own = [{"name": f"{i}", "source": "shapes:one", "rewards": [r]} for i, r in enumerate(rewards)]
+    tasks = Tasks(make_config(tiny_lcm_folder, tmp_path, tasks=own))
+    tasks.rewards.shutdown()
+    first, second = (tasks.trained[name]["diversity"][0] for name in ("0", "1"))
+    assert isinstance(first, GroupReward) and isinstance(second, GroupReward)
+    assert (first.group_size, first.credit, second.group_size, second.credit) == (2, "group", 0, "leave_one_out")
+    assert first.reward is second.reward
 
 
 def test_advantages_are_of_a_tasks_own_statistics_and_survive_a_checkpoint(tiny_lcm_folder: str, tmp_path: Path):

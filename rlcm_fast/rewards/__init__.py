@@ -30,6 +30,8 @@ __all__ = [
     "check_answer",
     "check_name",
     "evaluate",
+    "grouped",
+    "make_reward",
 ]
 
 BUILT_IN = {
@@ -66,24 +68,36 @@ def build_reward(
     group_size: int = 0,
     credit: Literal["group", "leave_one_out"] = "group",
 ) -> Reward:
-    """The reward `name` (a key of BUILT_IN or "package.module:Class") made with its own `arguments`.
+    """`make_reward`, then `grouped`."""
+    return grouped(name, make_reward(name, arguments), group_size, credit)
 
-    A set reward comes as a GroupReward with `group_size` and `credit`, which a reward of single images must not have.
-    """
+
+def make_reward(name: str, arguments: Mapping[str, Any]) -> Reward | SetReward:
+    """The reward `name` (a key of BUILT_IN or "package.module:Class") made with its own `arguments`."""
     if name in NAMED:
         raise ValueError(_waits(f"rewards: name={name}", name))
     try:
         reward = build(name, arguments, BUILT_IN)
     except ValueError as error:
         raise ValueError(f"rewards: {error}") from error
-    if isinstance(reward, SetReward) and reward.scope == "set":
-        return GroupReward(name, reward, group_size, credit)
-    if not isinstance(reward, Reward) or reward.scope != "image":
+    is_set = isinstance(reward, SetReward) and reward.scope == "set"
+    if not is_set and not (isinstance(reward, Reward) and reward.scope == "image"):
         raise ValueError(
             f"rewards: name={name} made a {type(reward).__name__}, which is no reward; give it an attribute"
             ' scope = "image" and a method __call__(images, prompts) that returns one float32 score per image, or'
             ' scope = "set" and the methods describe(images, prompts) and value(described)'
         )
+    return reward
+
+
+def grouped(
+    name: str, reward: Reward | SetReward, group_size: int, credit: Literal["group", "leave_one_out"]
+) -> Reward:
+    """A set reward as a GroupReward with `group_size` and `credit`, which a reward of single images must not have."""
+    if reward.scope == "set":
+        assert isinstance(reward, SetReward)
+        return GroupReward(name, reward, group_size, credit)
+    assert isinstance(reward, Reward)
     if group_size or credit != "group":
         given = f"group_size={group_size}" if group_size else f"credit={credit}"
         raise ValueError(
