@@ -171,10 +171,7 @@ def _check_policy(config: Config) -> None:
 
 
 def _check_rewards(config: Config) -> None:
-    trained = {
-        f"tasks[{index}].rewards" if config.tasks else "rewards": list(task.rewards)
-        for index, task in enumerate(tasks_of(config))
-    }
+    trained = {task.rewards_field: list(task.rewards) for task in tasks_of(config)}
     for field, rewards in trained.items():
         if not rewards:
             raise ValueError(f"{field}=[] leaves nothing to optimise; name one, as {{name: jpeg_compressibility}}")

@@ -9,6 +9,7 @@ the item that an earlier file has in its place.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
 
 _HELP = "--help lists every field"
 _OUTSIDE_CONFIG = {"--config", "--help", "-h"}
@@ -137,15 +139,12 @@ def _to_json(content: Any) -> str:
     return json.dumps(content, default=str)  # a date, which YAML makes of 2026-11-22, as it was written
 
 
-def explain(message: str) -> str:
-    """jsonargparse's message as one line: field=value, what was expected, the way out."""
+def explain(message: str, prefix: str = "") -> str:
+    """jsonargparse's message as one line: field=value, what was expected, the way out; prefix: of the field."""
     found = re.match(r'Parser key "(?P<field>[^"]+)":\s*(?P<rest>.*)', message, re.DOTALL)
     if not found:
         return f"{_one_line(message)}; {_HELP}"
-    field, rest = found["field"], re.sub(r"Problem with given class_path '[^']*':\s*", "", found["rest"])
-    inner = re.match(r'Parser key "([^"]+)":\s*', rest)  # of an item in a list
-    if inner:
-        field, rest = f"{field}[].{inner[1]}", rest[inner.end() :]
+    field, rest = prefix + found["field"], found["rest"]
     expected = re.match(r"Expected (?:a|an) (?P<type>.*?)\. Got value: (?P<value>.*)", rest, re.DOTALL)
     if not expected:
         return f"{field}: {_one_line(rest)}; {_HELP}"
@@ -193,6 +192,19 @@ def _check_items(value: Any, item_class: type, name: str, where: str) -> None:
         missing = [key for key in required if key not in item]
         if missing:
             raise ValueError(f"{name}[{index}]{where} lacks {missing[0]}; {remedy}")
+        _check_types(item, item_class, f"{name}[{index}].")
+
+
+def _check_types(item: dict[str, Any], item_class: type, prefix: str) -> None:
+    """One item at a time, as jsonargparse's message about a list does not say which."""
+    hints = typing.get_type_hints(item_class)
+    parser = ArgumentParser(exit_on_error=False)
+    for key in item:
+        parser.add_argument(f"--{key}", type=hints[key])
+    try:
+        parser.parse_object(json.loads(_to_json(item)))
+    except argparse.ArgumentError as error:
+        raise ValueError(explain(str(error), prefix)) from error
 
 
 def _check_item_text(field: str, text: str, item_class: type) -> None:
@@ -225,7 +237,10 @@ def _in_words(type_text: str) -> str:
     words |= {"list": "a list", "tuple": "a list", "dict": "a mapping like {key: value}"}
     plain = re.sub(r"<class '([\w.]+)'>", lambda m: words.get(m[1], m[1]), _one_line(type_text))
     choices = re.fullmatch(r"typing\.Literal\[(.*)\]", plain)
-    return "one of " + choices[1].replace("'", "") if choices else plain.replace("typing.", "")
+    if not choices:
+        return plain.replace("typing.", "")
+    names = choices[1].replace("'", "").split(", ")
+    return "one of " + ", ".join(filter(None, names)) + (", or leave it out" if "" in names else "")
 
 
 def _one_line(text: str) -> str:

@@ -57,9 +57,9 @@ def _check_updates(config: Config, world_size: int) -> None:
 def _check_groups(config: Config, world_size: int) -> None:
     """Groups of set rewards are whole, in a rollout on each process, in an evaluation of all (rewards/groups.py)."""
     watched = {f"evaluation.rewards[{i}]": reward for i, reward in enumerate(config.evaluation.rewards)}
-    for number, task in enumerate(tasks_of(config)):
-        prefix, of = (f"tasks[{number}].", f" of task {task.name}") if config.tasks else ("", "")
-        trained = {f"{prefix}rewards[{i}]": reward for i, reward in enumerate(task.rewards)}
+    for task in tasks_of(config):
+        of = f" of task {task.name}" if config.tasks else ""
+        trained = {f"{task.rewards_field}[{i}]": reward for i, reward in enumerate(task.rewards)}
         for field, reward in {**trained, **watched}.items():
             if reward.group_size < 0:
                 raise ValueError(f"{field}.group_size={reward.group_size} is out of range; give 0 (all images) or more")

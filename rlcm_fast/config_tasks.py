@@ -22,9 +22,12 @@ class Task:
     images_per_prompt: int
     advantages: str
     evaluation: str
-    # Where these two were set, for messages.
+    # Where these were set, for messages.
+    source_field: str = field(default="prompts.source", compare=False)
+    rewards_field: str = field(default="rewards", compare=False)
     images_field: str = field(default="prompts.images_per_prompt", compare=False)
     advantages_field: str = field(default="advantages.kind", compare=False)
+    evaluation_field: str = field(default="evaluation.prompts", compare=False)
 
     @property
     def num_samples(self) -> int:
@@ -46,8 +49,14 @@ def tasks_of(config: Config) -> list[Task]:
         num_prompts = images * task.share / whole / per_prompt
         counts = (round(num_prompts) if abs(num_prompts - round(num_prompts)) < 1e-9 else num_prompts, per_prompt)
         own = (task.advantages or kind, task.evaluation or evaluation)
-        images_field = f"tasks[{index}].images_per_prompt" if task.images_per_prompt else "prompts.images_per_prompt"
-        fields = (images_field, f"tasks[{index}].advantages" if task.advantages else "advantages.kind")
+        at = f"tasks[{index}]"
+        fields = (
+            f"{at}.source",
+            f"{at}.rewards",
+            f"{at}.images_per_prompt" if task.images_per_prompt else "prompts.images_per_prompt",
+            f"{at}.advantages" if task.advantages else "advantages.kind",
+            f"{at}.evaluation" if task.evaluation else "evaluation.prompts",
+        )
         tasks.append(Task(task.name, task.source, task.rewards, *counts, *own, *fields))
     return tasks
 

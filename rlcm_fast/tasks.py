@@ -34,10 +34,10 @@ class Tasks:
         tasks = tasks_of(config)
         self.rounds: list[list[str]] = [[task.name for task in tasks] for tasks in rounds_of(config)]
         built: dict[str, Reward | SetReward] = {}  # tasks with the same reward share its model
-        self.trained = {task.name: _shared(task.rewards, built) for task in tasks}
+        self.trained = {task.name: _shared(task.rewards, built, task.rewards_field) for task in tasks}
         for task in tasks:
             _check_credits(task, self.trained[task.name], world_size)
-        self.watched = _shared(config.evaluation.rewards, built)
+        self.watched = _shared(config.evaluation.rewards, built, "evaluation.rewards")
         self.are_several = bool(config.tasks)
         self.num_samples = sum(task.num_samples for task in tasks)  # of an iteration, over all processes
         self.rewards = TaskRewards(self.trained, config.rollout.reward_workers, self._name_of)
@@ -77,20 +77,24 @@ class Tasks:
 
     def _sampler(self, config: Config, task: Task, seed: int, rank: int, world_size: int) -> Sampler:
         num_prompts = round(task.num_prompts) // world_size
-        return build_sampler(task.source, Share(num_prompts, task.images_per_prompt, seed, rank, world_size, task.name))
+        label = task.name if self.are_several else ""
+        share = Share(num_prompts, task.images_per_prompt, seed, rank, world_size, label)
+        return build_sampler(task.source, share, task.source_field)
 
     def _name_of(self, prompt: Prompt) -> str:
         return prompt.task if self.are_several else "default"  # a .jsonl may have labels of its own
 
 
-def _shared(configs: Sequence[RewardConfig], built: dict[str, Reward | SetReward]) -> dict[str, tuple[Reward, float]]:
+def _shared(
+    configs: Sequence[RewardConfig], built: dict[str, Reward | SetReward], field: str
+) -> dict[str, tuple[Reward, float]]:
     """As build_rewards; what has the name and arguments of one in `built` is that one, in groups of its own."""
     rewards = {}
-    for config in configs:
-        key = repr((config.name, config.arguments))
+    for index, config in enumerate(configs):
+        name, where, key = config.name, f"{field}[{index}]", repr((config.name, config.arguments))
         if key not in built:
-            built[key] = make_reward(config.name, config.arguments)
-        rewards[config.name] = (grouped(config.name, built[key], config.group_size, config.credit), config.weight)
+            built[key] = make_reward(name, config.arguments, where)
+        rewards[name] = (grouped(name, built[key], config.group_size, config.credit, where), config.weight)
     return rewards
 
 
@@ -99,14 +103,15 @@ def _check_credits(task: Task, rewards: Mapping[str, tuple[Reward, float]], worl
     if task.advantages == "prompt":  # compares with earlier batches, too
         return
     compared = task.num_samples if task.advantages == "batch" else task.images_per_prompt
-    for name, (reward, _) in rewards.items():
+    for index, (name, (reward, _)) in enumerate(rewards.items()):
         if not isinstance(reward, GroupReward) or reward.credit != "group":
             continue
         size = reward.group_size or task.num_samples // world_size
         if size % compared == 0:
             raise ValueError(
-                f"rewards: credit=group of {name} in groups of {size} gives the same to all {compared} images that"
-                f" {task.advantages_field}={task.advantages} compares; set credit=leave_one_out, or smaller groups"
+                f"{task.rewards_field}[{index}].credit=group of {name} in groups of {size} gives the same to all "
+                f"{compared} images that {task.advantages_field}={task.advantages} compares; set credit=leave_one_out, "
+                "or smaller groups"
             )
 
 

@@ -133,11 +133,9 @@ def _check_plugins(config: Config) -> None:
     from rlcm_fast.rewards import check_name
 
     named, sources = [("evaluation.rewards", config.evaluation.rewards)], []
-    for number, task in enumerate(tasks_of(config)):
-        prefix = f"tasks[{number}]." if config.tasks else ""
-        named.append((f"{prefix}rewards", list(task.rewards)))
-        sources.append((task.source, f"{prefix}source" if prefix else "prompts.source"))
-        sources.append((task.evaluation, f"{prefix}evaluation" if prefix else "evaluation.prompts"))
+    for task in tasks_of(config):
+        named.append((task.rewards_field, list(task.rewards)))
+        sources += [(task.source, task.source_field), (task.evaluation, task.evaluation_field)]
     for field, rewards in named:
         for index, reward in enumerate(rewards):
             check_name(reward.name, f"{field}[{index}].name", must_run=not config.dry_run)

@@ -122,7 +122,7 @@ def test_help_names_every_field_with_its_meaning():
         ),
         (["--rewards", "[{weight: 2}]"], "rewards[0] lacks name; write a list of"),
         (["--rewards", "[{name: a, wait: 2}]"], "rewards[0].wait is no field of the config; did you mean weight?"),
-        (["--rewards", "[{name: a, weight: much}]"], "rewards[].weight=much is not allowed; give a number"),
+        (["--rewards", "[{name: a, weight: much}]"], "rewards[0].weight=much is not allowed; give a number"),
         (["--rewards", "[{name: a"], "rewards=[{name: a is not YAML"),
     ],
 )

@@ -39,6 +39,38 @@ def test_what_would_do_nothing_is_refused_with_the_way_out(argv: list[str], mess
     assert mistake(argv).startswith(message)
 
 
+GOOD = "{name: a, source: s, rewards: [{name: r}]}"
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("{name: b, source: s, rewards: [], share: x}", "tasks[1].share=x is not allowed; give a number"),
+        (
+            "{name: b, source: s, rewards: [], advantages: x}",
+            "tasks[1].advantages=x is not allowed; give one of prompt, batch, group, leave_one_out, or leave it out",
+        ),
+        (
+            "{name: b, source: s, rewards: [{name: r}, {name: q, weight: x}]}",
+            "tasks[1].rewards[1].weight=x is not allowed; give a number",
+        ),
+        (
+            "{name: b, source: s, rewards: [{name: r, credit: x}]}",
+            "tasks[1].rewards[0].credit=x is not allowed; give one of group, leave_one_out",
+        ),
+    ],
+)
+def test_a_wrong_type_in_a_task_is_named_with_its_place(task: str, message: str, tmp_path: Path):
+    assert mistake(["--tasks", f"[{GOOD}, {task}]"]) == message
+    (tmp_path / "tasks.yaml").write_text(f"tasks: [{GOOD}, {task}]\n")
+    assert mistake(["--config", str(tmp_path / "tasks.yaml")]) == message
+
+
+def test_a_date_in_a_list_is_the_text_that_was_written():
+    (reward,) = parse_config(["--rewards", "[{name: 2026-11-22, arguments: {since: 2026-11-22}}]"]).rewards
+    assert (reward.name, reward.arguments) == ("2026-11-22", {"since": "2026-11-22"})
+
+
 @pytest.mark.parametrize(
     ("tasks", "watched", "message"),
     [

@@ -188,6 +188,39 @@ def test_a_task_that_cannot_be_is_one_line(change: dict[str, Any], problem: str,
 
 
 @pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            {"rewards": [BRIGHT, {"name": "jpeg_compressibility", "arguments": {"quality": 0}}]},
+            r"^tasks\[1\].rewards\[1\]: name=jpeg_compressibility arguments=\{'quality': 0\}: ",
+        ),
+        (
+            {"rewards": [{**SMALL, "group_size": 2}]},
+            r"^tasks\[1\].rewards\[0\]: name=jpeg_compressibility group_size=2 has no use",
+        ),
+        (
+            {"rewards": [BRIGHT, {"name": "diversity"}], "advantages": "batch"},
+            r"^tasks\[1\].rewards\[1\].credit=group of diversity in groups of 4 gives the same to all 4 images",
+        ),
+        (
+            {"images_per_prompt": 1, "share": 3.0},
+            r"^tasks\[1\].source=.*prompts.txt holds 5 prompts, fewer than the 6",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_made_is_named_before_weights_load(
+    change: dict[str, Any], problem: str, tiny_lcm_folder: str, tmp_path: Path
+):
+    prompts = str(Path(tiny_lcm_folder) / "prompts.txt")
+    tasks: list[dict[str, Any]] = [
+        {"name": "bright", "source": prompts, "rewards": [BRIGHT]},
+        {"name": "small", "source": prompts, "rewards": [SMALL], **change},
+    ]
+    with pytest.raises(ValueError, match=problem):
+        Tasks(make_config(tiny_lcm_folder, tmp_path, tasks=tasks))
+
+
+@pytest.mark.parametrize(
     ("kind", "reward", "refused"),
     [
         ("batch", "{name: diversity}", "groups of 64 gives the same to all 64 images"),

@@ -24,4 +24,4 @@ def build_sampler(source: str, share: Share, field: str = "prompts.source") -> S
     """The sampler for `source`; `field`: the config field of it, for errors."""
     if source.startswith(PREFIX):
         return StreamSampler(source, share, field)
-    return PromptSampler(load_prompts(source, field), share)
+    return PromptSampler(load_prompts(source, field), share, f"{field}={source}")

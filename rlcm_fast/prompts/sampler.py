@@ -34,7 +34,7 @@ class Share:
 
     num_prompts     distinct prompts on this rank
     seed            of the order; the same on every rank
-    task            what every prompt is labelled with; "default" leaves the label that it has
+    task            what every prompt is labelled with, one of several tasks; "" leaves the label that it has
 
     Raises ValueError for counts less than one.
     """
@@ -44,7 +44,7 @@ class Share:
     seed: int
     rank: int = 0
     world_size: int = 1
-    task: str = "default"
+    task: str = ""
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "images_per_prompt"):
@@ -64,8 +64,22 @@ class Share:
 
     def repeated(self, prompts: Iterable[Prompt]) -> list[Prompt]:
         """One prompt for each image, labelled; the repeats of a prompt lie side by side."""
-        labelled = prompts if self.task == "default" else (replace(prompt, task=self.task) for prompt in prompts)
+        labelled = (replace(prompt, task=self.task) for prompt in prompts) if self.task else prompts
         return [prompt for prompt in labelled for _ in range(self.images_per_prompt)]
+
+    def exceeds(self, where: str, count: int) -> str:
+        """What is wrong with a source (`where` it is set, and its value) of `count` prompts, and the way out."""
+        if self.task:
+            return (
+                f"{where} holds {count} prompts, fewer than the {self.num_drawn_together} of task {self.task} in an"
+                " iteration; raise its images_per_prompt (it keeps its share of the images), lower its share or"
+                " prompts.num_prompts, or give more prompts"
+            )
+        return (
+            f"{where} holds {count} prompts, fewer than the prompts.num_prompts={self.num_drawn_together} of an"
+            f" iteration; lower it to at most {count} (and raise prompts.images_per_prompt to keep the batch size), or"
+            " give more prompts"
+        )
 
 
 class Sampler(Protocol):
@@ -112,15 +126,11 @@ def _shuffled_rows(total: int, count: int, seed: int) -> list[int]:
 class PromptSampler:
     """Draws from a list or a file of prompts."""
 
-    def __init__(self, prompts: Sequence[Prompt], share: Share) -> None:
-        """Raises ValueError where an iteration takes more than there are."""
+    def __init__(self, prompts: Sequence[Prompt], share: Share, where: str = "prompts.source") -> None:
+        """where: what errors begin with, as prompts.source=FILE; ValueError where an iteration takes more than all."""
         if share.num_drawn_together > len(prompts):
-            raise ValueError(
-                f"prompts.num_prompts={share.num_drawn_together} distinct prompts an iteration exceed the"
-                f" {len(prompts)} of prompts.source; lower it to at most {len(prompts)} (and raise"
-                " prompts.images_per_prompt to keep the batch size), or give more prompts"
-            )
-        self._prompts = prompts
+            raise ValueError(share.exceeds(where, len(prompts)))
+        self._prompts, self._where = prompts, where
         self._share = share
         self._restart()
 
@@ -134,9 +144,9 @@ class PromptSampler:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
-                f"prompts: the checkpoint was made with prompts other than these {len(self._prompts)}, a seed other"
-                f" than {self._share.seed} or prompts.num_prompts other than {self._share.num_drawn_together}; resume"
-                " with those of the checkpoint, or start a new run from its export"
+                f"{self._where}: the checkpoint was made with prompts other than these {len(self._prompts)}, a seed"
+                f" other than {self._share.seed} or other than {self._share.num_drawn_together} prompts an iteration;"
+                " resume with those of the checkpoint, or start a new run from its export"
             )
         # Replayed, a permutation a pass: whole iterations within a pass are skipped, and two integers are all to store.
         self._restart()

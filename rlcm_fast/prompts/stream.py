@@ -118,9 +118,8 @@ class StreamSampler:
         if state.get("fingerprint") != self._fingerprint:
             raise ValueError(
                 f"{self._where}: the checkpoint was made with another dataset or window (its first window differs), a"
-                f" seed other than {self._share.seed} or prompts.num_prompts other than"
-                f" {self._share.num_drawn_together}; resume with those of the checkpoint, or start a new run from its"
-                " export"
+                f" seed other than {self._share.seed} or other than {self._share.num_drawn_together} prompts an"
+                " iteration; resume with those of the checkpoint, or start a new run from its export"
             )
         self._stream.load_state_dict(state["stream"])
         self._enter(self._stream.next_window() or [], state["window"])
@@ -143,7 +142,9 @@ class StreamSampler:
         texts = self._stream.next_window()
         if texts is None:
             if num_of_first_pass is not None:
-                raise ValueError(_too_few(self._where, num_of_first_pass, self._share.num_drawn_together))
+                raise ValueError(
+                    self._share.exceeds(self._where, num_of_first_pass) if num_of_first_pass else _empty(self._where)
+                )
             texts = self._stream.next_window() or []
         self._enter(texts, self._number + 1)
 
@@ -166,16 +167,11 @@ def first_window(source: str, where: str) -> list[Prompt]:
     while (texts := stream.next_window()) is not None:
         if texts:
             return [Prompt(text) for text in texts]
-    raise ValueError(_too_few(where, 0, 1))
+    raise ValueError(_empty(where))
 
 
-def _too_few(where: str, count: int, wanted: int) -> str:
-    if count == 0:
-        return f"{where} holds no prompts: every text of its column is empty; name another as ?column="
-    return (
-        f"{where} holds {count} prompts, fewer than the prompts.num_prompts={wanted} of an iteration; lower it to at"
-        f" most {count} (and raise prompts.images_per_prompt to keep the batch size), or give more prompts"
-    )
+def _empty(where: str) -> str:
+    return f"{where} holds no prompts: every text of its column is empty; name another as ?column="
 
 
 def _no_package(where: str) -> str:

@@ -72,18 +72,21 @@ def build_reward(
     return grouped(name, make_reward(name, arguments), group_size, credit)
 
 
-def make_reward(name: str, arguments: Mapping[str, Any]) -> Reward | SetReward:
-    """The reward `name` (a key of BUILT_IN or "package.module:Class") made with its own `arguments`."""
+def make_reward(name: str, arguments: Mapping[str, Any], field: str = "rewards") -> Reward | SetReward:
+    """The reward `name` (a key of BUILT_IN or "package.module:Class") made with its own `arguments`.
+
+    field: where it is set, which errors begin with.
+    """
     if name in NAMED:
-        raise ValueError(_waits(f"rewards: name={name}", name))
+        raise ValueError(_waits(f"{field}: name={name}", name))
     try:
         reward = build(name, arguments, BUILT_IN)
     except ValueError as error:
-        raise ValueError(f"rewards: {error}") from error
+        raise ValueError(f"{field}: {error}") from error
     is_set = isinstance(reward, SetReward) and reward.scope == "set"
     if not is_set and not (isinstance(reward, Reward) and reward.scope == "image"):
         raise ValueError(
-            f"rewards: name={name} made a {type(reward).__name__}, which is no reward; give it an attribute"
+            f"{field}: name={name} made a {type(reward).__name__}, which is no reward; give it an attribute"
             ' scope = "image" and a method __call__(images, prompts) that returns one float32 score per image, or'
             ' scope = "set" and the methods describe(images, prompts) and value(described)'
         )
@@ -91,7 +94,11 @@ def make_reward(name: str, arguments: Mapping[str, Any]) -> Reward | SetReward:
 
 
 def grouped(
-    name: str, reward: Reward | SetReward, group_size: int, credit: Literal["group", "leave_one_out"]
+    name: str,
+    reward: Reward | SetReward,
+    group_size: int,
+    credit: Literal["group", "leave_one_out"],
+    field: str = "rewards",
 ) -> Reward:
     """A set reward as a GroupReward with `group_size` and `credit`, which a reward of single images must not have."""
     if reward.scope == "set":
@@ -101,7 +108,7 @@ def grouped(
     if group_size or credit != "group":
         given = f"group_size={group_size}" if group_size else f"credit={credit}"
         raise ValueError(
-            f"rewards: name={name} {given} has no use, as it scores each image on its own; leave it out, or name a set "
+            f"{field}: name={name} {given} has no use, as it scores each image on its own; leave it out, or name a set "
             "reward"
         )
     return reward

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,8 +165,16 @@ def test_the_images_of_a_prompt_lie_side_by_side():
 
 
 def test_more_prompts_an_iteration_than_there_are_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"prompts.num_prompts=8 .* exceed the 6 of prompts.source; lower it"):
+    with pytest.raises(ValueError, match=r"source holds 6 prompts, fewer than the prompts.num_prompts=8 .*; lower it"):
         PromptSampler(numbered(6), Share(4, 1, seed=0, rank=0, world_size=2))
+
+
+def test_a_task_with_too_few_prompts_is_named_with_its_source(tmp_path: Path):
+    source = tmp_path / "few.txt"
+    source.write_text("a\nb\n")
+    problem = r"^tasks\[1\].source=\S+few.txt holds 2 prompts, fewer than the 6 of task pets .*; raise its images"
+    with pytest.raises(ValueError, match=problem):
+        build_sampler(str(source), Share(3, 1, seed=0, world_size=2, task="pets"), "tasks[1].source")
 
 
 @pytest.mark.parametrize(("num_prompts", "images", "field"), [(0, 1, "num_prompts"), (1, 0, "images_per_prompt")])
