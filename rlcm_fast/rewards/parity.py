@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ from rlcm_fast.trajectory import Prompt
 CLASSIFIERS = {"shapes_colour": "rlcm_fast.shapes.colour:ColourClassifier"}
 NAMED = {"skin_tone": "a classifier of four skin tones"}
 """Of the paper, but not run yet: what each needs."""
+
+
+@runtime_checkable
+class CountsClasses(Protocol):
+    """What a classifier may declare: with it a target of another length is found before there are images."""
+
+    num_classes: int  # A
 
 
 class DistributionParity:
@@ -54,14 +61,15 @@ class DistributionParity:
         self._classifier = build(classifier, classifier_arguments or {}, CLASSIFIERS, "classifier")
         self._is_hard = votes == "hard"
         self._target = target
+        if isinstance(self._classifier, CountsClasses):
+            self._check_target(self._classifier.num_classes)
 
     def describe(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The votes (B, A) float32, each row a distribution or zeros; images (B, 3, H, W) float32 in [0, 1]."""
         scores = self._classifier(images, prompts).float()
         if scores.ndim != 2 or not torch.isfinite(scores).all():
             raise ValueError(f"the classifier's answer of shape {tuple(scores.shape)} must be (B, A) and finite")
-        if self._target is not None and len(self._target) != scores.shape[-1]:
-            raise ValueError(f"target={list(self._target)} is not one number for each of {scores.shape[-1]} classes")
+        self._check_target(scores.shape[-1])
         votes_at_all = scores.ne(0).any(dim=1, keepdim=True)
         if self._is_hard:
             return torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0) * votes_at_all
@@ -79,6 +87,13 @@ class DistributionParity:
         p_hat = described.sum(dim=1) / num_votes.clamp(min=0.5)[:, None]  # (G, A); 0.5: above 0, below one vote
         worst = 1 - 2 * target.min() + target.square().sum()
         return -torch.where(num_votes > 0, (p_hat - target).square().sum(dim=1), worst)
+
+    def _check_target(self, num_classes: int) -> None:
+        if self._target is not None and len(self._target) != num_classes:
+            raise ValueError(
+                f"target={list(self._target)} is not one number for each of {num_classes} classes; give {num_classes} "
+                "numbers, or leave it out for a uniform one"
+            )
 
     def _target_of(self, described: Tensor) -> Tensor:
         num_classes = described.shape[-1]

@@ -17,6 +17,8 @@ from rlcm_fast.trajectory import Prompt
 class ColourClassifier:
     """The colour of the largest shape that the detector is sure of."""
 
+    num_classes = len(COLOURS)
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """(B, 6) float32 of images (B, 3, H, W) float32 in [0, 1]: 1 at the colour, in the order of COLOURS; zeros
         where there is no such shape. The prompts are not looked at.

@@ -13,6 +13,12 @@ from rlcm_fast.trajectory import Prompt
 PROMPTS = [Prompt("a person")] * 4
 
 
+class Declared:
+    """A classifier of three classes that cannot be called."""
+
+    num_classes = 3
+
+
 class Answering:
     """A classifier whose answer is an argument."""
 
@@ -94,6 +100,11 @@ def test_an_answer_that_cannot_be_votes_is_refused(answer: list, settings: dict,
             {"classifier": "skin_tone"},
             "classifier=skin_tone needs a classifier of four skin tones, which rlcm_fast does",
         ),
+        (
+            {"classifier": "shapes_colour", "target": [0.5, 0.5]},
+            "target=.0.5, 0.5. is not one number for each of 6 classes; give 6 numbers, or leave it out",
+        ),
+        ({"classifier": f"{__name__}:Declared", "target": [1.0]}, "is not one number for each of 3 classes"),
         ({"classifier": "shape_colour"}, "classifier=shape_colour is not known; did you mean shapes_colour"),
         ({}, "missing a required argument: 'classifier'"),
     ],

@@ -180,7 +180,7 @@ def _gradients(credit: Credit, logits: Tensor, num_images: int) -> tuple[Tensor,
     """Of a policy that draws a class for each image, over all outcomes: the expected gradient estimate, its total
     variance, and the gradient of the expected value of a group.
     """
-    parity = DistributionParity("shapes_colour", target=[0.5, 0.3, 0.2])
+    parity = DistributionParity("plugin_rewards:Quadrants", target=[0.5, 0.3, 0.2])  # not asked: votes are made here
     reward = GroupReward("parity", parity, credit=credit)
     outcomes = torch.tensor(list(product(range(3), repeat=num_images)))  # (O, k)
     one_hot = torch.nn.functional.one_hot(outcomes, 3).float()
