@@ -26,9 +26,9 @@ from summaries import ahead_of, summarise, table, write_curves
 _TASK = (
     *("rewards", "[{name: jpeg_compressibility}, {name: shapes_alignment, weight: 0.5}]"),
     *("update.kl_weight", "0", "update.micro_batch_size", "48"),
-    *("num_iterations", "30", "checkpoint.every", "10", "evaluation.every", "10", "evaluation.num_images", "128"),
+    *("num_iterations", "24", "checkpoint.every", "8", "evaluation.every", "8", "evaluation.num_images", "128"),
 )
-_LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 1 / 2
+_LRS, _TUNING_SHARE = ("1e-4", "2e-4"), 1 / 2
 
 
 def arms() -> list[Arm]:
