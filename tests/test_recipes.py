@@ -50,6 +50,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("this would look for weights or data on a network")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
+    monkeypatch.setattr("datasets.load_dataset_builder", refuse)
     monkeypatch.setattr(Backbone, "load", refuse)
 
 

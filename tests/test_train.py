@@ -94,6 +94,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         raise OSError("no network")
 
     monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("datasets.load_dataset_builder", load)
     return paths
 
 

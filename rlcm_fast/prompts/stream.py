@@ -7,15 +7,19 @@ Options: split (train), column (text), name (of the dataset's configuration; non
 read once from front to back, in windows of so many examples, and each window is shuffled by (seed, its number): that
 takes a window's memory, whatever the dataset's size, and a pass holds every prompt once. Blank texts are skipped. At
 the end the next pass begins, whose windows are shuffled otherwise.
+
+The package datasets by itself takes json in pieces of 10 MB, the first of them as Python objects too, and of parquet
+all columns of a row group, which may be a file's million rows; here pieces are small and parquet's are of one column.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import itertools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,11 @@ from rlcm_fast.prompts.sampler import Share
 from rlcm_fast.trajectory import Prompt
 
 PREFIX = "hf:"
+
+# what is read at once: of json, whose columns are known from the first piece; of parquet, a file's bytes and its rows
+_JSON_BYTES = 1 << 21
+_PARQUET_BYTES, _PARQUET_ROWS = 1 << 20, 1000
+_CURSOR = "by examples"  # of fingerprints: a checkpoint that counts otherwise, as earlier ones do, is refused
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class StreamSampler:
         self._share = share
         texts = self._stream.next_window() or []
         self._fingerprint = zlib.crc32(
-            "\0".join([str(share.seed), str(self._share.num_drawn_together), *texts]).encode()
+            "\0".join([_CURSOR, str(share.seed), str(self._share.num_drawn_together), *texts]).encode()
         )
         self._enter(texts, number=0)
 
@@ -118,8 +127,9 @@ class StreamSampler:
         if state.get("fingerprint") != self._fingerprint:
             raise ValueError(
                 f"{self._where}: the checkpoint was made with another dataset or window (its first window differs), a"
-                f" seed other than {self._share.seed} or other than {self._share.num_drawn_together} prompts an"
-                " iteration; resume with those of the checkpoint, or start a new run from its export"
+                f" seed other than {self._share.seed}, other than {self._share.num_drawn_together} prompts an iteration,"
+                " or by an earlier version of rlcm_fast; resume with those of the checkpoint, or start a new run from its"
+                " export"
             )
         self._stream.load_state_dict(state["stream"])
         self._enter(self._stream.next_window() or [], state["window"])
@@ -206,11 +216,13 @@ def _parse(source: str, where: str) -> _Options:
 def _open(options: _Options, where: str) -> Any:
     """A datasets.IterableDataset of the one column; code that a dataset may bring is never run."""
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset_builder
     except ImportError as error:
         raise ValueError(_no_package(where)) from error
     try:
-        dataset = load_dataset(options.path, options.name, split=options.split, streaming=True)
+        builder = load_dataset_builder(options.path, options.name)
+        _read_in_small_pieces(builder, options.column, where)
+        dataset: Any = builder.as_streaming_dataset(options.split)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
@@ -220,4 +232,39 @@ def _open(options: _Options, where: str) -> Any:
     columns = dataset.column_names or list(next(iter(dataset), {options.column: None}))
     if options.column not in columns:
         raise ValueError(f"{where} has no column {options.column}; add ?column= with one of {', '.join(columns)}")
-    return dataset.select_columns([options.column])
+    texts = dataset.select_columns([options.column])
+    # With features, datasets makes a table of every row and counts in a state by the pieces that were read; without,
+    # by examples: 31 against 129 ms of CPU time a window (AMD EPYC, 10,000 examples of jsonl).
+    texts.info.features = None
+    return texts
+
+
+def _read_in_small_pieces(builder: Any, column: str, where: str) -> None:
+    """How much a datasets.DatasetBuilder of json or parquet reads at once; the examples and their order stay."""
+    from datasets.packaged_modules.json.json import Json
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if issubclass(type(builder), Json):
+        builder.config.chunksize = _JSON_BYTES
+    elif issubclass(type(builder), Parquet):  # its own goes by row groups, whatever its batch_size
+        builder._generate_tables = functools.partial(_parquet_tables, column, where)
+
+
+def _parquet_tables(
+    column: str, where: str, files: list[str], row_groups_list: list[None]
+) -> Iterator[tuple[tuple[int, int], Any]]:
+    """What Parquet._generate_tables yields, keys and pyarrow tables, of one column; all row groups of each file."""
+    import pyarrow
+    from datasets.utils.file_utils import xopen
+    from pyarrow.parquet import ParquetFile
+
+    for number, name in enumerate(files):
+        # pre_buffer holds every byte of the column that was read until the file's end
+        with xopen(name, "rb") as file, ParquetFile(file, buffer_size=_PARQUET_BYTES, pre_buffer=False) as parquet:
+            if column not in parquet.schema_arrow.names:
+                raise ValueError(
+                    f"{where} has no column {column} in its file {name}; give it one or leave the file out"
+                )
+            batches = parquet.iter_batches(_PARQUET_ROWS, columns=[column], use_threads=False)
+            for piece, batch in enumerate(batches):
+                yield (number, piece), pyarrow.Table.from_batches([batch])

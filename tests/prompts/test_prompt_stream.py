@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rlcm_fast.prompts import Sampler, Share, StreamSampler, build_sampler, deal, load_prompts
+from rlcm_fast.prompts import Sampler, Share, StreamSampler, build_sampler, deal, load_prompts, stream
 from rlcm_fast.trajectory import Prompt
 
 TEXTS = [f"prompt {number}" for number in range(50)]
@@ -136,6 +136,13 @@ def test_without_datasets_the_extra_is_named(source: str, monkeypatch: pytest.Mo
         build_sampler(source, Share(1, 1, seed=0))
 
 
+def test_a_checkpoint_that_counts_its_position_otherwise_is_refused(source: str, monkeypatch: pytest.MonkeyPatch):
+    state = StreamSampler(source, Share(2, 1, seed=0)).state_dict()
+    monkeypatch.setattr(stream, "_CURSOR", "by pieces")
+    with pytest.raises(ValueError, match=r"or by an earlier version of rlcm_fast; resume with those"):
+        StreamSampler(source, Share(2, 1, seed=0)).load_state_dict(state)
+
+
 def test_a_checkpoint_of_another_stream_is_refused(source: str, tmp_path: Path):
     state = StreamSampler(source, Share(2, 1, seed=0)).state_dict()
     other_texts = f"hf:{write(tmp_path / 'other', TEXTS[::-1])}?window=8"
@@ -154,13 +161,15 @@ def test_a_checkpoint_of_another_stream_is_refused(source: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_folders_of_other_kinds_are_read_and_resumed_too(tmp_path: Path, kind: str):
+def test_folders_of_other_kinds_are_read_and_resumed_too(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stream, "_PARQUET_ROWS", 5)  # which ends where neither a window nor a row group does
     (tmp_path / "table").mkdir()
-    path = tmp_path / "table" / f"train.{kind}"
-    if kind == "csv":
-        path.write_text("\n".join(["prompt", *TEXTS]))
-    else:
-        parquet.write_table(pyarrow.table({"prompt": TEXTS}), path, row_group_size=6)
+    for name, texts in (("a", TEXTS[:29]), ("b", TEXTS[29:])):
+        path = tmp_path / "table" / f"{name}.{kind}"
+        if kind == "csv":
+            path.write_text("\n".join(["prompt", *texts]))
+        else:
+            parquet.write_table(pyarrow.table({"number": range(len(texts)), "prompt": texts}), path, row_group_size=6)
     source = f"hf:{tmp_path / 'table'}?column=prompt&split=train&window=8"
     sampler = build_sampler(source, Share(10, 2, seed=0, task="pets"))
     batches = [prompt for _ in range(5) for prompt in sampler.next_batch()]
@@ -170,6 +179,56 @@ def test_folders_of_other_kinds_are_read_and_resumed_too(tmp_path: Path, kind: s
     drawn(sampler, 2)
     resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
     assert drawn(resumed, 9) == drawn(sampler, 9)
+
+
+def test_of_parquet_the_column_alone_is_read_and_a_row_group_in_pieces(tmp_path: Path):
+    (tmp_path / "damaged").mkdir()
+    path = tmp_path / "damaged" / "a.parquet"
+    texts = [f"{number} {'x' * 1000}" for number in range(8000)]
+    plain: dict = {"compression": "none", "use_dictionary": False, "data_page_size": 1 << 14}
+    parquet.write_table(pyarrow.table({"text": texts, "other": texts}), path, row_group_size=8000, **plain)
+    text, other = (parquet.read_metadata(path).row_group(0).column(index) for index in (0, 1))
+    with path.open("r+b") as file:
+        for start, length in ((other.data_page_offset, 1 << 20), (text.data_page_offset + (6 << 20), 1 << 20)):
+            file.seek(start)
+            file.write(b"\xff" * length)
+    prompts = StreamSampler(f"hf:{path.parent}?window=1000", Share(1000, 1, seed=0))
+    assert sorted(drawn(prompts, 3)) == sorted(texts[:3000])
+    with pytest.raises(ValueError, match="Invalid or truncated"):
+        drawn(prompts, 5)
+
+
+def test_a_resumed_stream_does_not_depend_on_how_much_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "table").mkdir()
+    parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "table" / "a.parquet")
+    source, share = f"hf:{tmp_path / 'table'}?window=8", Share(5, 1, seed=0)
+    monkeypatch.setattr(stream, "_PARQUET_ROWS", 7)
+    uninterrupted = StreamSampler(source, share)
+    drawn(uninterrupted, 6)
+    monkeypatch.setattr(stream, "_PARQUET_ROWS", 4)
+    resumed = StreamSampler(source, share)
+    resumed.load_state_dict(json.loads(json.dumps(uninterrupted.state_dict())))
+    assert drawn(resumed, 9) == drawn(uninterrupted, 9)
+
+
+def test_of_jsonl_no_more_is_read_at_the_start_than_a_few_megabytes(tmp_path: Path):
+    folder = write(tmp_path / "damaged", [f"{number} {'x' * 1000}" for number in range(12_000)])
+    with (folder / "a.jsonl").open("a") as file:
+        file.write("no json\n")
+    prompts = StreamSampler(f"hf:{folder}?window=1000", Share(1000, 1, seed=0))
+    assert len({*drawn(prompts, 3)}) == 3000
+    with pytest.raises(Exception, match="JSON parse error"):
+        drawn(prompts, 5)
+
+
+def test_a_parquet_file_without_the_column_is_named(tmp_path: Path):
+    (tmp_path / "mixed").mkdir()
+    for name, column in (("a", "text"), ("b", "caption")):
+        parquet.write_table(pyarrow.table({column: TEXTS}), tmp_path / "mixed" / f"{name}.parquet")
+    prompts = StreamSampler(f"hf:{tmp_path / 'mixed'}?window=50", Share(50, 1, seed=0))
+    assert len(drawn(prompts, 1)) == 50
+    with pytest.raises(ValueError, match=r"^prompts.source=hf:.* has no column text in its file .*b.parquet; give it"):
+        drawn(prompts, 1)
 
 
 def test_a_measurement_takes_the_first_window(source: str):
