@@ -127,9 +127,9 @@ class StreamSampler:
         if state.get("fingerprint") != self._fingerprint:
             raise ValueError(
                 f"{self._where}: the checkpoint was made with another dataset or window (its first window differs), a"
-                f" seed other than {self._share.seed}, other than {self._share.num_drawn_together} prompts an iteration,"
-                " or by an earlier version of rlcm_fast; resume with those of the checkpoint, or start a new run from its"
-                " export"
+                f" seed other than {self._share.seed}, other than {self._share.num_drawn_together} prompts an iteration"
+                " or by an earlier version of rlcm_fast; resume with those of the checkpoint, or start a new run from"
+                " its export"
             )
         self._stream.load_state_dict(state["stream"])
         self._enter(self._stream.next_window() or [], state["window"])
