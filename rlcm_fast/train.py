@@ -126,6 +126,7 @@ def _check_plugins(config: Config) -> None:
     """Rewards, prompts and pairs exist; needs torch, so it comes after all other checks.
 
     Rewards come first, since prompts may be on a network. A dry run opens no dataset, and lets rewards wait for models.
+    Pairs are looked into only when rewards have been built (pretraining.check_pairs).
     """
     from rlcm_fast.config_tasks import tasks_of
     from rlcm_fast.pairs import check_source
@@ -142,7 +143,7 @@ def _check_plugins(config: Config) -> None:
     for source, field in sources:
         (check_prompts if config.dry_run else load_prompts)(source, field)
     if config.pretraining.weight > 0:
-        check_source(config.pretraining.data, may_open=not config.dry_run)
+        check_source(config.pretraining.data, may_open=False)
 
 
 def _print_plan(config: Config, world_size: int) -> None:

@@ -36,7 +36,7 @@ from rlcm_fast.kernels import dispatch
 from rlcm_fast.memory.processes import init_processes
 from rlcm_fast.memory.report import MemoryReport
 from rlcm_fast.policies import GaussianPolicy, build_policy
-from rlcm_fast.pretraining import Pretraining
+from rlcm_fast.pretraining import Pretraining, check_pairs
 from rlcm_fast.reference import build_reference
 from rlcm_fast.rollout import Rollout, rollout
 from rlcm_fast.task_gradients import Gradient, gradient_metrics, gradients_by_task
@@ -62,6 +62,7 @@ class Trainer:
         self._refuse_to_overwrite()
         self.memory = MemoryReport(config, self.device)  # plans while weights load
         self.tasks = Tasks(config, parallel.rank(), parallel.world_size())
+        check_pairs(config)
         torch.manual_seed(config.seed)
 
         dtype = torch.float32 if config.engine.dtype == "fp32" else torch.bfloat16

@@ -121,14 +121,15 @@ def test_every_transition_is_trained_on_once_a_pass_and_steps_are_mixed():
 
 def test_the_kl_to_the_start_is_zero_at_first_and_then_its_closed_form():
     setting = Setting(lr=1e-3)
-    assert setting.update(kl_weight=0.1).kl_to_start == 0
+    at_first = setting.update(kl_weight=0.1).kl_to_start
     every = setting.trajectory.transitions(torch.arange(NUM_TRANSITIONS))
     with torch.no_grad():
         inputs = (every.x_t, every.step, every.conditioning)
         shift = setting.policy.network_output(*inputs) - setting.reference.policy.network_output(*inputs)
     _, b, sigma = setting.policy.coefficients(every.step).T
     closed_form = ((b / sigma) ** 2 * shift.square().flatten(1).mean(dim=1) / 2).mean()
-    assert closed_form > 0
+    # a row's output may differ by its place in a batch: 0 on a Xeon, 2e-14 of 3e-3 on an EPYC with AVX512-BF16
+    assert 0 <= at_first < 1e-9 * closed_form
     torch.testing.assert_close(setting.update(kl_weight=0.1).kl_to_start, closed_form, rtol=1e-5, atol=0)
 
 
