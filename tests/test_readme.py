@@ -81,6 +81,13 @@ def test_every_config_of_the_readme_is_there():
         assert (ROOT / name).is_file(), name
 
 
+def test_every_link_and_picture_of_the_documents_is_there():
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for document in documents:
+        for target in re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (document.parent / target).exists(), f"{document.name}: {target}"
+
+
 def test_every_key_that_the_trainer_logs_is_in_the_table():
     files = ("trainer.py", "update.py", "rollout.py", "tasks.py", "algorithms/advantages.py")
     source = "".join((ROOT / "rlcm_fast" / name).read_text() for name in files)
