@@ -73,8 +73,11 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
         for name in curves
         if name != "rlcm"
     }
-    lines = [[name, *(shown(found[x], 1) for x in AXES)] for name, found in factors.items()]
-    print(markdown([["RLCM passes the end of", *AXES], ["---"] * 4, *lines]))
+    lines = [
+        [name, *(shown(found[x], 1) for x in AXES), f"{found['queries']['seeds_that_pass']} of {len(arguments.seeds)}"]
+        for name, found in factors.items()
+    ]
+    print(markdown([["RLCM passes the end of", *AXES, "in seeds"], ["---"] * 5, *lines]))
     lrs = {name: arm.overrides[-1] for name, arm in chosen.items()}
     return {"reward": arguments.reward, "lr": lrs, "arms": summarise(curves), "factor_to_pass": factors}
 
