@@ -93,7 +93,7 @@ def trained_arms(
 ) -> tuple[dict[str, Arm], argparse.Namespace]:
     """Some arms of this figure for another one: trained where they have not been, and where their runs lie."""
     own = argparse.Namespace(**{**vars(arguments), "reward": reward})
-    own.runs = arguments.runs.parent / NAME
+    own.runs, own.out = arguments.runs.parent / NAME, arguments.out.with_name(NAME)
     by_reward(own)
     every = _with_rates(arms(reward), own)
     chosen = {name: every[name] for name in names}
