@@ -19,9 +19,9 @@ so it compiles anew for each N, which is most of the time this takes) and `trito
  peak_mib              allocated at most beyond the inputs
 
 What was not measured is empty. Operations on N numbers alone (has_latents) are measured once for each N. The CSV is
-written after every operation; with --seconds what is left by then is cut and named in the summary, the last line on
-stdout. Ratios and shares there are of graph times where they were measured; `slower_than_compile` lists where our 20 %
-quantile is above the 80 % quantile of compile.
+written after every operation. The summary is the last line on stdout. It names what is left when --seconds are over
+(`cut`), what torch.compile failed at (`not_compiled`), and where our 20 % quantile is above the 80 % quantile of
+compile (`slower_than_compile`); ratios and shares there are of graph times where they were measured.
 """
 
 from __future__ import annotations
@@ -124,19 +124,22 @@ def run(arguments: argparse.Namespace) -> Row:
         raise ValueError(_NO_GPU)
     start, device = time.monotonic(), torch.device(arguments.device)
     out = arguments.out or ROOT / "benchmarks" / "results" / "gpu" / device_slug(device)
-    copies, rows, cut = CopyTimes(device), [], []
+    providers = arguments.providers or _default_providers(device)
+    copies, rows, cut, not_compiled = CopyTimes(device), [], [], []
     for operation in find_operations(arguments.operations):
         for case in cases(operation, arguments, device):
             if time.monotonic() - start > arguments.seconds:
                 cut.append(_name(case.labels))
                 continue
-            measured = measure(case, arguments.providers or _default_providers(device), copies)
+            measured = measure(case, providers, copies)
+            not_compiled += [_name(case.labels)] if len(measured) < len(providers) else []
             rows += [{"device": _device_name(device), **row} for row in measured]
         write_csv(out / "bench_kernels.csv", rows)
     if rows and not arguments.no_plot:
         draw(rows, out / "bench_kernels.png")
     versions = {"torch": torch.__version__, "triton": _version_of("triton"), "device": _device_name(device)}
-    return {**summarise(rows), "cut": cut, **versions, "date": datetime.date.today().isoformat()}
+    left_out = {"cut": cut, "not_compiled": not_compiled}
+    return {**summarise(rows), **left_out, **versions, "date": datetime.date.today().isoformat()}
 
 
 def _default_providers(device: torch.device) -> Sequence[str]:
@@ -170,9 +173,10 @@ def cases(operation: Operation, arguments: argparse.Namespace, device: torch.dev
 
 
 def measure(case: Case, providers: Sequence[str], copies: CopyTimes) -> list[Row]:
-    """A row a provider."""
+    """A row a provider; none for torch.compile where that fails."""
     import torch
     from kernel_timing import num_copies
+    from torch._dynamo.exc import BackendCompilerFailed
 
     num_bytes = case.operation.num_bytes(case.inputs())
     is_cuda = case.device.type == "cuda"
@@ -181,7 +185,12 @@ def measure(case: Case, providers: Sequence[str], copies: CopyTimes) -> list[Row
     shared = {**case.labels, "bytes": num_bytes, "copy_ms": copy_ms, "copy_graph_ms": copy_graph_ms}
     rows = []
     for provider in providers:
-        row = {**shared, "provider": provider, **_measure_provider(case.operation, provider, inputs, case.device)}
+        try:
+            found = _measure_provider(case.operation, provider, inputs, case.device)
+        except BackendCompilerFailed as error:
+            print(f"{_name(shared)}, {provider}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+            continue
+        row = {**shared, "provider": provider, **found}
         rows.append({**row, **shares(row, copies.peak_gb_per_second())})
         print(f"{_name(row)}, {provider}: {row['ms_50']:.4g} ms", file=sys.stderr, flush=True)
     if is_cuda:

@@ -13,8 +13,8 @@ first case's process, alone on the device, took beside that.
 
 Writes OUT/memory.csv, a row a case and stage: planned_gib, measured_gib, error (planned / measured - 1), and
 memory.json, whose content is also the last line on stdout: cases within 5 % at their peak, and the misses. As many
-processes as caps fit into the GPU run beside each other. With --seconds, what has not begun by then is left out and
-named.
+processes as caps fit into the GPU run beside each other. The CSV is written after each case; with --seconds, what has
+not begun by then is left out and named.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_csv(arguments.out / "memory.csv", rows)
     summary = {"cases": arguments.cases, "cap_gib": arguments.cap_gib, **summarise(rows), "left_out": left_out}
     print_summary(summary, arguments.out / "memory.json")
     return 0 if not summary["failed"] else 1
@@ -75,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run_cases(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of all cases, and the names of those that there was no time for."""
+    """Rows of all cases, written as they come, and the names of those that there was no time for."""
     import torch
 
     known = [case.name for case in CASES[arguments.cases]]
@@ -96,14 +95,18 @@ def run_cases(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list
         before = _used_bytes() if has_gpu else 0
         alone = child("--measure", names[0])
         found = {name: measuring.submit(child, "--measure", name) for name in names[1:]}
-        results = {name: (plans[name].result(), found[name].result() if name in found else alone) for name in names}
-    rows: list[dict[str, Any]] = []
-    for name, (plan, real) in results.items():
-        if plan is not None and real is not None:
+        rows: list[dict[str, Any]] = []
+        left_out = []
+        for name in names:
+            plan, real = plans[name].result(), found[name].result() if name in found else alone
+            if plan is None or real is None:
+                left_out.append(name)
+                continue
             rows += rows_of(name, plan, real, arguments.cap_gib)
-    if alone is not None and "used_beside" in alone and rows:
-        rows[0]["context_gib"] = (alone["used_beside"] - before) / _GIB
-    return rows, [name for name, pair in results.items() if None in pair]
+            if name not in found and "used_beside" in real:
+                rows[0]["context_gib"] = (real["used_beside"] - before) / _GIB
+            write_csv(arguments.out / "memory.csv", rows)
+    return rows, left_out
 
 
 def _used_bytes() -> int:

@@ -23,9 +23,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +76,10 @@ def main() -> int:
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        if lacking := lacking_packages():
+            way_out = "pip install them, or give WHEELS=FOLDER (gpu_wheels.txt says how to collect them)"
+            print(f"error: make gpu needs {', '.join(lacking)}: {way_out}", file=sys.stderr)
+            return 2
         results = run_all(out.resolve(), Path(folder), environment, device.type == "cuda")
     print_summary({**results, **_versions()}, out / "suite.json")
     return 0 if all(part["ok"] for part in results["parts"].values()) else 1
@@ -94,6 +100,13 @@ def environment_with(wheels: Path | None, target: Path) -> dict[str, str]:
     path = os.pathsep.join([*paths, inherited] if inherited else paths)
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # tests/conftest.py sets it
     return {**kept, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def lacking_packages() -> list[str]:
+    """Those of gpu_wheels.txt that are nowhere on Python's path; found before minutes of a GPU are spent."""
+    lines = (Path(__file__).parent / "gpu_wheels.txt").read_text(encoding="utf-8").splitlines()
+    names = [re.split(r"[<>=]", line)[0] for line in lines if not line.startswith("#")]
+    return [name for name in names if not list(importlib.metadata.distributions(name=name))]
 
 
 def run_all(out: Path, scratch: Path, environment: dict[str, str], has_gpu: bool) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
     python benchmarks/learning/joint.py --jobs 2
 
-The joint arms are configs/shapes/joint.yaml, 64 images a task and iteration, `mixed` with all tasks in one update,
-`by_task` with an update for each in turn; a specialist has one of its tasks alone, with as many images of it and as
-many iterations, so each task has had equal queries; learning rates by a sweep of short runs, the same for each arm, a
-joint one judged by all its tasks. Afterwards every model is scored on every
-task: the detector on held-out captions of two shapes; for parity and compressibility the weighted sum that the task
-optimises, on 128 images of each neutral caption and on held-out captions of one shape. kept = a joint model's gain over
-the start model / the specialist's. The gradients of the tasks are measured every ten iterations of the mixed arm.
+The joint arms are configs/shapes/joint.yaml, `mixed` with all tasks in one update, `by_task` with an update for each
+in turn; a specialist has one of its tasks alone, with as many images of it (128 of alignment, 64 of each other task) and
+as many iterations, so each task has had equal queries; learning rates by a sweep of short runs, the same for each arm, a
+joint one judged by all its tasks. Afterwards every model is scored on every task: the detector on held-out captions of
+two shapes; for parity and compressibility the weighted sum that the task optimises, on 128 images of each neutral
+caption and on held-out captions of one shape. kept = a joint model's gain over the start model / the specialist's. The
+gradients of the tasks are measured every ten iterations of the mixed arm.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from reporting import ROOT, mean_and_error, write_csv
 from summaries import markdown, plot_bars, share, shown
 
 SCHEDULES = ("mixed", "by_task")
-_SHORT = ("num_iterations", "45", "checkpoint.every", "15", "evaluation.every", "0")
-_LRS, _TUNING_SHARE = ("3e-5", "6e-5", "1.2e-4"), 1 / 3
+_SHORT = ("checkpoint.every", "15", "evaluation.every", "0")
+_LRS, _TUNING_SHARE = ("3e-5", "6e-5", "1.2e-4"), 1 / 4
 _PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 128}"
 
 
@@ -63,13 +63,16 @@ Scores = dict[str, list[dict[str, float]]]  # arm, or "start" with one -> reward
 
 
 def arms() -> list[Arm]:
-    tasks = yaml.safe_load((ROOT / "configs" / "shapes" / "joint.yaml").read_text())["tasks"]
+    config = yaml.safe_load((ROOT / "configs" / "shapes" / "joint.yaml").read_text())
+    tasks, num_prompts = config["tasks"], config["prompts"]["num_prompts"]
+    whole = sum(task.get("share", 1.0) for task in tasks)
     joint = [Arm(name, "joint", (*_SHORT, "task_schedule", name)) for name in SCHEDULES]
     joint[0] = joint[0].but("tracking.task_gradients_every", "10")
-    alone = [
-        Arm(task["name"], "joint", (*_SHORT, "tasks", json.dumps([task]), "prompts.num_prompts", "8")) for task in tasks
-    ]
-    return [*joint, *alone]
+    return [*joint, *(_alone(task, num_prompts * task.get("share", 1.0) / whole) for task in tasks)]
+
+
+def _alone(task: Mapping[str, Any], num_prompts: float) -> Arm:
+    return Arm(task["name"], "joint", (*_SHORT, "tasks", json.dumps([task]), "prompts.num_prompts", f"{num_prompts:g}"))
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:

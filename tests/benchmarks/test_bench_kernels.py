@@ -17,6 +17,7 @@ import kernel_timing
 import pytest
 import torch
 from kernel_operations import OPERATIONS, find_operations, parse_shape
+from torch._dynamo.exc import BackendCompilerFailed
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -114,6 +115,32 @@ def test_without_a_gpu_it_says_so_in_one_line():
     done = start(FOLDER / "bench_kernels.py")
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "no CUDA device" in done.stderr
+
+
+def test_what_does_not_compile_is_named_and_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def measured(operation: object, provider: str, *_: object) -> dict[str, float]:
+        if provider == "compile":
+            raise BackendCompilerFailed(
+                "inductor", ValueError("Scalar 3528531795 is out of range for type int32"), None
+            )
+        return {"ms_20": 1.0, "ms_50": 1.0, "ms_80": 1.0}
+
+    monkeypatch.setattr(bench_kernels, "_measure_provider", measured)
+    given = ["--device", "cpu", "--rows", "2", "--operations", "rebel", "--no-plot", "--out", str(tmp_path)]
+    summary = bench_kernels.run(bench_kernels._parser().parse_args(given))
+    assert summary["not_compiled"] == ["rebel_residual 2"]
+    assert [row["provider"] for row in csv.DictReader((tmp_path / "bench_kernels.csv").open())] == ["torch"]
+
+
+def test_packages_that_a_gpu_lacks_are_named_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert gpu_suite.lacking_packages() == []
+    monkeypatch.setattr(gpu_suite.importlib.metadata, "distributions", lambda name: [] if name == "hjson" else [name])
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(tmp_path)])
+    assert gpu_suite.main() == 2
+    assert "error: make gpu needs hjson: pip install them" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["bench_kernels", "bench_full_size", "bench_memory", "gpu_suite"])

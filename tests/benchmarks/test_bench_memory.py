@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import bench_memory
 import pytest
@@ -85,6 +86,23 @@ def test_a_wrong_case_and_time_that_is_over_are_said(tmp_path: Path):
         bench_memory.run_cases(arguments("--only", "fp32"))
     name = "shapes LoRA 16 of bf16"
     assert bench_memory.run_cases(arguments("--only", name, "--seconds", "-1")) == ([], [name])
+
+
+def test_what_was_measured_is_kept_when_a_later_case_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names = [case.name for case in CASES["shapes"]][:2]
+    stages = dict.fromkeys(bench_memory.STAGES, GIB)
+
+    def child(command: list[str]) -> dict[str, Any]:
+        if command[-2:] == ["--measure", names[1]]:
+            raise KeyboardInterrupt
+        return {"stages": stages}
+
+    monkeypatch.setattr(bench_memory, "_child", child)
+    with pytest.raises(KeyboardInterrupt):
+        bench_memory.run_cases(arguments("--only", *names, "--out", str(tmp_path)))
+    lines = (tmp_path / "memory.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(bench_memory.STAGES) + 1  # head, stages and peak of the first
+    assert all(line.startswith(names[0]) for line in lines[1:])
 
 
 def arguments(*words: str) -> argparse.Namespace:

@@ -61,9 +61,9 @@ def rows_of(values: list[float], metric: str = METRIC) -> list[dict[str, Any]]:
         ("ddpo_compressibility", "", 64 * 50 * 2 + 64 * 49 * 2),
         ("ddpo_compressibility", "--update.num_timesteps 5", 64 * 50 * 2 + 64 * 5 * 2),
         ("ddpo_compressibility", "--policy.num_steps 10 --policy.guidance_scale 1", 64 * 10 + 64 * 9),
-        # three tasks of 64 images in one round, or one after another
-        ("joint", "", 3 * 448),
-        ("joint", "--task_schedule by_task", 3 * 448),
+        # 128 and twice 64 images, the reference once more, in one round or one after another
+        ("joint", "", 256 * (4 + 3 + 3)),
+        ("joint", "--task_schedule by_task", 256 * (4 + 3 + 3)),
     ],
 )
 def test_forwards_of_an_iteration_are_those_counted_by_hand(
