@@ -3,12 +3,12 @@
     python benchmarks/learning/joint.py --jobs 2
 
 The joint arms are configs/shapes/joint.yaml, `mixed` with all tasks in one update, `by_task` with an update for each
-in turn; a specialist has one of its tasks alone, with as many images of it (128 of alignment, 64 of each other task) and
-as many iterations, so each task has had equal queries; learning rates by a sweep of short runs, the same for each arm, a
-joint one judged by all its tasks. Afterwards every model is scored on every task: the detector on held-out captions of
-two shapes; for parity and compressibility the weighted sum that the task optimises, on 128 images of each neutral
-caption and on held-out captions of one shape. kept = a joint model's gain over the start model / the specialist's. The
-gradients of the tasks are measured every ten iterations of the mixed arm.
+in turn. A specialist has one of its tasks alone, with as many images of it (128 of alignment, 64 of each other task)
+and as many iterations, so each task has had equal queries. Learning rates are by a sweep of short runs, the same for
+each arm, a joint one judged by all its tasks. Afterwards every model is scored on every task: the detector on held-out
+captions of two shapes; for parity and compressibility the weighted sum that the task optimises, on 128 images of each
+neutral caption and on held-out captions of one shape. kept = a joint model's gain over the start model / the
+specialist's. The gradients of the tasks are measured every ten iterations of the mixed arm.
 """
 
 from __future__ import annotations
