@@ -148,7 +148,7 @@ def _run(command: Sequence[str], run_dir: Path, jobs: int) -> subprocess.Complet
         return subprocess.run(command, check=False)
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    with run_dir.with_suffix(".log").open("ab") as log:
+    with run_dir.with_name(f"{run_dir.name}.log").open("ab") as log:
         return subprocess.run(command, check=False, env=environment, stdout=log, stderr=log)
 
 

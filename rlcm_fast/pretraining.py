@@ -19,7 +19,7 @@ from torch import Tensor
 from rlcm_fast import parallel
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import Config
-from rlcm_fast.pairs import PairStream, check_source
+from rlcm_fast.pairs import PairStream, check_rows
 from rlcm_fast.policies.base import GaussianPolicy
 from rlcm_fast.policies.pretraining import drop_captions, pretraining_loss
 from rlcm_fast.trajectory import Prompt
@@ -28,7 +28,7 @@ from rlcm_fast.trajectory import Prompt
 def check_pairs(config: Config) -> None:
     """Opens `pretraining.data`, on a network too; raises ValueError for what its first rows lack."""
     if config.pretraining.weight > 0:
-        check_source(config.pretraining.data)
+        check_rows(config.pretraining.data)
 
 
 class Pretraining:

@@ -143,7 +143,7 @@ def _check_plugins(config: Config) -> None:
     for source, field in sources:
         (check_prompts if config.dry_run else load_prompts)(source, field)
     if config.pretraining.weight > 0:
-        check_source(config.pretraining.data, may_open=False)
+        check_source(config.pretraining.data)
 
 
 def _print_plan(config: Config, world_size: int) -> None:

@@ -1,9 +1,12 @@
-"""Real images and their captions, for the pretraining loss: `check_source` before weights load, `PairStream` after."""
+"""Real images and their captions, for the pretraining loss.
+
+`check_source` and `check_rows` come before weights load, `PairStream` after.
+"""
 
 from __future__ import annotations
 
-from rlcm_fast.pairs.checks import check_source
+from rlcm_fast.pairs.checks import check_rows, check_source
 from rlcm_fast.pairs.sources import BUILT_IN, Source, parse_source
 from rlcm_fast.pairs.stream import PairStream
 
-__all__ = ["BUILT_IN", "PairStream", "Source", "check_source", "parse_source"]
+__all__ = ["BUILT_IN", "PairStream", "Source", "check_rows", "check_source", "parse_source"]

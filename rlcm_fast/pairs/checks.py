@@ -15,11 +15,8 @@ from rlcm_fast.plugins import load_class
 _NUM_CHECKED = 100  # lines or rows, from the first on
 
 
-def check_source(data: str, may_open: bool = True) -> None:
-    """Raises ValueError for missing files, packages, columns and captions, as far as the first rows show them.
-
-    may_open: opens the dataset, too, and so asks the network for one of the hub.
-    """
+def check_source(data: str) -> None:
+    """Raises ValueError for a missing function, package or file, and for lines that are no pairs; opens no dataset."""
     source = parse_source(data)
     if source.kind == "function":
         load_class(source.path, BUILT_IN, FIELD)
@@ -27,9 +24,17 @@ def check_source(data: str, may_open: bool = True) -> None:
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(f"{FIELD}={data} is read by the package datasets; pip install 'rlcm_fast[data]'")
     _check_files(source)
-    if may_open and source.kind == "hub":
+
+
+def check_rows(data: str) -> None:
+    """Raises ValueError for missing columns and images, as far as the first rows show them.
+
+    Opens the dataset, and so asks the network for one of the hub; `check_source` found nothing before it.
+    """
+    source = parse_source(data)
+    if source.kind == "hub":
         check_columns(source)
-    elif may_open and source.kind in ("imagefolder", "webdataset"):
+    elif source.kind in ("imagefolder", "webdataset"):
         _require_images(source, [row.file for row in first_rows(source, _NUM_CHECKED) if row.file])
 
 

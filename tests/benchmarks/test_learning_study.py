@@ -119,6 +119,12 @@ def test_specialists_of_the_joint_figure_have_the_queries_of_the_joint_model(loa
     assert tasks_of(by_task) == tasks_of(mixed)
 
 
+def test_a_run_whose_name_has_a_dot_has_a_log_of_its_own(load: Callable[[str], ModuleType], tmp_path: Path):
+    for name in ("lr_1.2e-4", "lr_1.5e-4"):
+        load("training_runs")._run(["echo", name], tmp_path / name, 2)
+        assert (tmp_path / f"{name}.log").read_text() == f"{name}\n"
+
+
 def test_a_study_trains_only_what_is_not_finished(
     load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

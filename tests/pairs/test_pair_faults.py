@@ -11,7 +11,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from rlcm_fast.pairs import PairStream, check_source
+from rlcm_fast.pairs import PairStream, check_rows, check_source
 from rlcm_fast.train import is_worded_by_us
 
 NUM_PAIRS = 8
@@ -47,15 +47,20 @@ def write_parquet(folder: Path) -> None:
     datasets.Dataset.from_dict(table, features=features).to_parquet(folder / "train.parquet")
 
 
+def check(data: str) -> None:
+    check_source(data)
+    check_rows(data)
+
+
 def is_refused(data: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
-        check_source(data)
+        check(data)
     assert_one_line(raised.value, data)
 
 
 def is_refused_when_read(data: str, message: str) -> None:
-    """After a check that finds nothing."""
-    check_source(data)
+    """After checks that find nothing."""
+    check(data)
     stream = PairStream(data, 8, 4, seed=0)
     with pytest.raises(ValueError, match=message) as raised:
         all(stream.next_batch() for _ in range(NUM_PAIRS))
@@ -141,7 +146,7 @@ def test_a_later_shard_that_breaks_off_is_named_when_it_is_read(folder: Path):
 def test_what_a_dataset_does_not_have_is_refused(folder: Path, query: str, message: str):
     (folder / "data").mkdir()
     write_parquet(folder / "data")
-    check_source("hf:./data?image=picture&text=caption")
+    check_rows("hf:./data?image=picture&text=caption")
     is_refused(f"hf:./data{query}", message)
 
 
@@ -151,7 +156,7 @@ def test_a_hub_out_of_reach_is_one_line_and_no_matter_to_a_dry_run(monkeypatch: 
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     is_refused("hf:owner/name", r": cannot be read \(ConnectionError: Couldn't reach .* Hub \(no network\)\); check ")
-    check_source("hf:owner/name", may_open=False)
+    check_source("hf:owner/name")
 
 
 def test_a_caption_that_is_no_text_is_named(folder: Path):
