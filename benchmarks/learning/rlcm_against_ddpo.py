@@ -9,8 +9,8 @@ actions are trained on, but of ddpo_50's 49 each image has 10, drawn anew for ev
 50): all of them would take 2.5 times as long. DDPO has more time than RLCM, and its losses are weighted by step, as
 else it hardly moves in so few queries: ddpo_10_equal, without the weights, was tried first, on compressibility, and is
 in that sweep only. Learning rates by a sweep of runs half as long, the same rates for each arm; 50 steps, of which such
-a run would be seven updates, have the rate of 10. The factors are of seconds, queries and forwards
-(summaries.pass_factor).
+a run would be seven updates, have the rate of 10. The factors are of seconds, queries and forwards: to pass DDPO's
+final reward (summaries.pass_factor), and, as the start models differ, to gain as much as DDPO does.
 
 On a GPU larger micro-batches fit (the images and rates stay):
 
@@ -26,8 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arms import TOTAL, Arm, run_figure, train_arms, tuned
-from summaries import AXES, markdown, pass_factor, shared_metrics, shown, summarise, table, write_curves
+from arms import TOTAL, Arm, Curves, run_figure, train_arms, tuned
+from summaries import AXES, gains, markdown, pass_factor, shared_metrics, shown, summarise, table, write_curves
 
 REWARDS = ("compressibility", "incompressibility", "alignment")
 NAME = "rlcm_against_ddpo"
@@ -80,18 +80,27 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     curves = train_arms(list(chosen.values()), arguments)
     write_curves(curves, arguments.out, f"RLCM and DDPO, {arguments.reward}")
     print(table(curves, [TOTAL, *(metric for metric in shared_metrics(curves) if metric != TOTAL)]))
-    factors = {
-        name: {x: pass_factor(curves["rlcm"], curves[name], TOTAL, x) for x in AXES}
-        for name in curves
-        if name != "rlcm"
-    }
+    relative = {name: gains(seeds, TOTAL) for name, seeds in curves.items()}
+    passes, gains_as_much = _factors(curves), _factors(relative)
+    _print_factors("RLCM passes the end of", passes, arguments)
+    _print_factors("RLCM gains as much as", gains_as_much, arguments)
+    lrs = {name: arm.overrides[-1] for name, arm in chosen.items()}
+    factors = {"factor_to_pass": passes, "factor_to_gain_as_much": gains_as_much}
+    return {"reward": arguments.reward, "lr": lrs, "arms": summarise(curves), **factors}
+
+
+def _factors(curves: Curves) -> dict[str, dict[str, Any]]:
+    """arm of DDPO -> axis -> how many times less of it RLCM took."""
+    slow = {name: seeds for name, seeds in curves.items() if name != "rlcm"}
+    return {name: {x: pass_factor(curves["rlcm"], seeds, TOTAL, x) for x in AXES} for name, seeds in slow.items()}
+
+
+def _print_factors(head: str, factors: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
     lines = [
         [name, *(shown(found[x], 1) for x in AXES), f"{found['queries']['seeds_that_pass']} of {len(arguments.seeds)}"]
         for name, found in factors.items()
     ]
-    print(markdown([["RLCM passes the end of", *AXES, "in seeds"], ["---"] * 5, *lines]))
-    lrs = {name: arm.overrides[-1] for name, arm in chosen.items()}
-    return {"reward": arguments.reward, "lr": lrs, "arms": summarise(curves), "factor_to_pass": factors}
+    print("\n" + markdown([[head, *AXES, "in seeds"], ["---"] * 5, *lines]))
 
 
 def by_reward(arguments: argparse.Namespace) -> None:

@@ -138,6 +138,12 @@ def pass_factor(fast: Sequence[Sequence[Row]], slow: Sequence[Sequence[Row]], me
     return {**found, "seeds_that_pass": len(factors), "never": never, "from_the_start": from_start}
 
 
+def gains(seeds: Sequence[Sequence[Row]], metric: str) -> list[list[Row]]:
+    """The evaluations of `metric`, less the first of each seed."""
+    found = [evaluated(rows, metric) for rows in seeds]
+    return [[{**row, metric: row[metric] - rows[0][metric]} for row in rows] for rows in found]
+
+
 def share(parts: Sequence[float], wholes: Sequence[float]) -> dict[str, float | None]:
     """The mean of parts over the mean of wholes, and its standard error to first order, the two paired by seed.
 

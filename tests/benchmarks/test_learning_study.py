@@ -210,6 +210,14 @@ def test_the_factor_to_pass_is_where_the_slow_arm_ends_over_where_the_fast_one_i
     assert summaries.pass_factor(fast[2:3], slow[:1], METRIC, "seconds")["mean"] is None
 
 
+def test_gains_are_of_each_seeds_own_start(load: Callable[[str], ModuleType]):
+    rows: list[dict[str, float]] = [{METRIC: 1.0, "seconds": 0.0}, {"seconds": 5.0}, {METRIC: 1.5, "seconds": 9.0}]
+    found = load("summaries").gains([rows, [{METRIC: -2.0, "seconds": 0.0}]], METRIC)
+    assert found[0] == [{METRIC: 0.0, "seconds": 0.0}, {METRIC: 0.5, "seconds": 9.0}]
+    assert found[1] == [{METRIC: 0.0, "seconds": 0.0}]
+    assert rows[0][METRIC] == 1.0
+
+
 def test_a_share_of_a_gain_is_a_ratio_of_means_with_the_error_of_paired_seeds(load: Callable[[str], ModuleType]):
     share = load("summaries").share
     found = share([0.5, 1.0, 1.5], [1.0, 2.0, 3.0])  # each exactly half
