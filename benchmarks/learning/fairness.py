@@ -5,11 +5,11 @@
 
 The start model paints a caption without a colour in one colour about 70 % of the time. Both arms optimise
 `distribution_parity` of 16 images of a caption with the detector's score beside it; `leave_one_out` gives an image what
-it adds to its group's value, `group` all of the value, as arXiv 2401.12244 has it. With --l_pre both arms have the loss
-on real images, too, as that paper's runs do: renders of captions with a colour, which say nothing of what neutral ones
-should show. Learning rates by a sweep of short runs. After training 128 images of each caption are drawn from each
-model: their parity, all 128 taken together; the detector's score on neutral captions; and on captions with a colour, of
-training and held out: what should not suffer. Last, what seed 0 of each paints of neutral captions.
+it adds to its group's value, `group` all of the value, as arXiv 2401.12244 has it. With --l_pre both arms keep the
+config's loss on real images, which that paper's runs have, too: renders of captions with a colour, which say nothing of
+what neutral ones should show. Learning rates by a sweep of short runs. After training 128 images of each caption are
+drawn from each model: their parity, all 128 taken together; the detector's score on neutral captions; and on captions
+with a colour, of training and held out: what should not suffer. Last, what seed 0 of each paints of neutral captions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REWARDS = (
 _SHORT = ("num_iterations", "32", "checkpoint.every", "12", "evaluation.every", "8")
 _LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 0.5
 _PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 128}"
-_L_PRE = ("pretraining.data", "shapes:one", "pretraining.weight", "1")
+_NO_L_PRE = ("pretraining.data", "", "pretraining.weight", "0")
 _MEASURED = {  # what -> prompts, rewards, images
     "neutral": ("shapes:neutral", (_PARITY, "shapes_alignment"), 512),
     "coloured": ("shapes:one", ("shapes_alignment",), 192),
@@ -40,15 +40,15 @@ _MEASURED = {  # what -> prompts, rewards, images
 
 
 def arms(l_pre: bool = False) -> list[Arm]:
-    beside = _L_PRE if l_pre else ()
+    without = () if l_pre else _NO_L_PRE
     return [
-        Arm(credit, "fairness", ("rewards", _REWARDS.replace("CREDIT", credit), *_SHORT, *beside))
+        Arm(credit, "fairness", ("rewards", _REWARDS.replace("CREDIT", credit), *_SHORT, *without))
         for credit in ("leave_one_out", "group")
     ]
 
 
 def add_l_pre(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--l_pre", action="store_true", help="the loss on real images beside the rewards, in both arms")
+    parser.add_argument("--l_pre", action="store_true", help="with the config's loss on real images, in both arms")
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -232,12 +233,13 @@ def test_a_share_of_a_gain_is_a_ratio_of_means_with_the_error_of_paired_seeds(lo
 def test_fairness_with_real_images_differs_by_nothing_else(load: Callable[[str], ModuleType]):
     fairness = load("fairness")
     for alone, beside in zip(fairness.arms(), fairness.arms(l_pre=True), strict=True):
-        added = ["--pretraining.data", "shapes:one", "--pretraining.weight", "1"]
-        there = beside.arguments(0, Path("run"))
-        assert [there[i : i + 4] for i in range(len(there)) if there[i : i + 4] == added] == [added]
-        place = there.index("--pretraining.data")
-        assert there[:place] + there[place + 4 :] == alone.arguments(0, Path("run"))
-        validate(parse_config(there), 1)
+        configs = [parse_config(arm.arguments(0, Path("run"))) for arm in (alone, beside)]
+        for config in configs:
+            validate(config, 1)
+        without, with_loss = (config.pretraining for config in configs)
+        assert (without.data, without.weight) == ("", 0)
+        assert (with_loss.data, with_loss.weight) == ("shapes:one", 1)
+        assert replace(configs[0], pretraining=with_loss) == configs[1]
 
 
 def test_a_gain_is_of_what_the_task_optimises(load: Callable[[str], ModuleType]):
