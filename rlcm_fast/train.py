@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _read_config(sys.argv[1:] if argv is None else argv, rank, world_size)
     except ValueError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK", rank)) == 0:  # once a machine: files may be missing on one of them
+            _print_mistake(error, rank)
         return 2
     if config.dry_run:
         return 0
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if not is_worded_by_us(error):
             raise
-        print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
+        _print_mistake(error, rank)
         return 2
     except Exception as error:
         cause = _outer_cause(error, config)
@@ -69,6 +69,10 @@ def find_own_package() -> None:
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     if importlib.util.find_spec("rlcm_fast") is None:  # not installed: last, so that it shadows nothing
         sys.path.append(str(here.parent))
+
+
+def _print_mistake(error: ValueError, rank: int) -> None:
+    print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
 
 
 def _train(config: Config) -> None:
