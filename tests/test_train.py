@@ -138,7 +138,7 @@ def test_one_process_of_several_speaks(tiny_lcm_folder: str):
 
 def test_the_first_process_of_another_machine_says_what_is_missing_there():
     first_there = {"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    done = door("--prompts.source", "no.txt", **first_there)
+    done = door("--prompts.source", "no.txt", "--update.micro_batch_size", "12", **first_there)
     assert done.returncode == 2
     assert done.stderr.startswith("error: prompts.source=no.txt") and done.stderr.endswith("(rank 8)\n")
     assert done.stderr.count("\n") == 1
