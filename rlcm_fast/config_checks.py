@@ -147,11 +147,8 @@ def _check_use(config: Config) -> None:
 
     A default passes, though a user may have written it: a resolved config has all of them.
     """
-    default, rewards = Config(), config.rewards
-    if config.tasks and config.prompts.source != default.prompts.source:
-        raise ValueError(f"prompts.source={config.prompts.source} {_BESIDE_TASKS}")
-    if config.tasks and rewards and rewards != default.rewards:
-        raise ValueError(f"rewards=[{', '.join(reward.name for reward in rewards)}] {_BESIDE_TASKS}")
+    if config.tasks:
+        _check_beside_tasks(config)
     if not config.tasks and config.task_schedule == "by_task":
         raise ValueError("task_schedule=by_task has no tasks to take in turn; name tasks, or set task_schedule=mixed")
     if config.pretraining.weight == 0 and config.pretraining.data.strip():
@@ -159,6 +156,20 @@ def _check_use(config: Config) -> None:
             f"pretraining.data={config.pretraining.data} has no use with pretraining.weight=0; give a weight, as 0.1, "
             "or set pretraining.data=''"
         )
+
+
+def _check_beside_tasks(config: Config) -> None:
+    default, tasks = Config(), config.tasks
+    rewards = config.rewards or default.rewards
+    settings = [
+        ("prompts.source", config.prompts.source, default.prompts.source, True),
+        ("rewards", f"[{', '.join(reward.name for reward in rewards)}]", "[]", rewards != default.rewards),
+        ("evaluation.prompts", config.evaluation.prompts, default.evaluation.prompts, all(t.evaluation for t in tasks)),
+        ("advantages.kind", config.advantages.kind, default.advantages.kind, all(t.advantages for t in tasks)),
+    ]
+    for field, value, standard, is_replaced in settings:
+        if is_replaced and value != standard:
+            raise ValueError(f"{field}={value} {_BESIDE_TASKS}")
 
 
 def _check_policy(config: Config) -> None:

@@ -28,6 +28,8 @@ def mistake(argv: list[str]) -> str:
             "prompts.source=shapes:two has no use beside tasks, each of which has its own; move it into a task",
         ),
         ([*JOINT, "--rewards", "[{name: diversity}, {name: a}]"], "rewards=[diversity, a] has no use beside tasks"),
+        ([*JOINT, "--evaluation.prompts", "shapes:two"], "evaluation.prompts=shapes:two has no use beside tasks"),
+        ([*JOINT, "--advantages.kind", "group"], "advantages.kind=group has no use beside tasks"),
         (["--task_schedule", "by_task"], "task_schedule=by_task has no tasks to take in turn; name tasks, or set task"),
         (
             [*JOINT, "--pretraining.data", "shapes:all"],
