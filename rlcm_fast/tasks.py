@@ -125,7 +125,10 @@ class TaskRewards:
         name_of: Callable[[Prompt], str],
     ) -> None:
         """trained: each task's rewards with their weights, by name."""
-        self._services = {task: RewardService(rewards, num_workers) for task, rewards in trained.items()}
+        self._services: dict[str, RewardService] = {}
+        for task, rewards in trained.items():  # all on the same threads: tasks may share a reward
+            first = next(iter(self._services.values()), None)
+            self._services[task] = RewardService(rewards, num_workers, beside=first)
         self._name_of = name_of
         self._waiting: dict[str, None] = {}
 

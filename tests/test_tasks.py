@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from rlcm_fast.config_checks import derived, validate
 from rlcm_fast.evaluation import build_evaluators
 from rlcm_fast.rewards import GroupReward
 from rlcm_fast.task_gradients import gradient_metrics
-from rlcm_fast.tasks import Tasks
+from rlcm_fast.tasks import TaskRewards, Tasks
 from rlcm_fast.trainer import Trainer
+from rlcm_fast.trajectory import Prompt
 
 BRIGHT = {"name": tiny_runs.REWARD}
 SMALL = {"name": "jpeg_compressibility"}
@@ -239,3 +242,26 @@ def test_a_reward_that_leaves_nothing_to_compare_is_refused(kind: str, reward: s
     else:
         with pytest.raises(ValueError, match=refused):
             Tasks(config)
+
+
+@pytest.mark.parametrize(("num_workers", "at_once"), [(1, 1), (2, 2)])
+def test_tasks_that_share_a_reward_call_it_from_the_same_workers(num_workers: int, at_once: int):
+    lock, running, most = threading.Lock(), 0, 0
+
+    def reward(images: torch.Tensor, prompts: object) -> torch.Tensor:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.1)
+        with lock:
+            running -= 1
+        return images.mean(dim=(1, 2, 3))
+
+    trained = {task: {"mean": (reward, 1.0)} for task in ("a", "b", "c")}
+    rewards = TaskRewards(trained, num_workers, lambda prompt: prompt.task)
+    rewards.submit(torch.ones(3, 3, 2, 2), [Prompt("x", task) for task in trained])
+    scores = rewards.gather(0)
+    rewards.shutdown()
+    assert {task: found.total.tolist() for task, found in scores.items()} == {"a": [1.0], "b": [1.0], "c": [1.0]}
+    assert most == at_once

@@ -47,14 +47,19 @@ class _Batch:
 class RewardService:
     """Runs rewards over submitted images in the background; `shutdown` ends its threads."""
 
-    def __init__(self, rewards: Mapping[str, tuple[Reward, float]], num_workers: int) -> None:
-        """rewards: by name, each with its weight in the total; num_workers: threads, at least 1."""
+    def __init__(
+        self, rewards: Mapping[str, tuple[Reward, float]], num_workers: int, beside: RewardService | None = None
+    ) -> None:
+        """rewards: by name, each with its weight in the total; num_workers: threads, at least 1.
+
+        beside: another service, whose threads are taken in the place of new ones.
+        """
         if not rewards:
             raise ValueError("rewards=[] leaves nothing to learn from; name at least one reward")
         if num_workers < 1:
             raise ValueError(f"rollout.reward_workers={num_workers} must be at least 1")
         self._rewards = dict(rewards)
-        self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="reward")
+        self._executor = beside._executor if beside else ThreadPoolExecutor(num_workers, thread_name_prefix="reward")
         self._batches: list[_Batch] = []
 
     def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
