@@ -9,7 +9,7 @@ test:
 test-all:
 	python -m pytest -m ""
 
-gpu: # WHEELS=FOLDER for a machine without pytest, OUT=FOLDER for the results
+gpu: # WHEELS=FOLDER for what the machine lacks, OUT=FOLDER for the results
 	python benchmarks/gpu_suite.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)")
 
 lint:

@@ -188,7 +188,9 @@ def measure(case: Case, providers: Sequence[str], copies: CopyTimes) -> list[Row
         try:
             found = _measure_provider(case.operation, provider, inputs, case.device)
         except BackendCompilerFailed as error:
-            print(f"{_name(shared)}, {provider}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+            cause = error.inner_exception
+            reason = (str(cause).strip().splitlines() or [""])[-1]
+            print(f"{_name(shared)}, {provider}: {type(cause).__name__}: {reason}", file=sys.stderr, flush=True)
             continue
         row = {**shared, "provider": provider, **found}
         rows.append({**row, **shares(row, copies.peak_gb_per_second())})

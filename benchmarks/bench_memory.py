@@ -13,8 +13,8 @@ first case's process, alone on the device, took beside that.
 
 Writes OUT/memory.csv, a row a case and stage: planned_gib, measured_gib, error (planned / measured - 1), and
 memory.json, whose content is also the last line on stdout: cases within 5 % at their peak, and the misses. As many
-processes as caps fit into the GPU run beside each other. The CSV is written after each case; with --seconds, what has
-not begun by then is left out and named.
+processes as caps fit into the GPU run beside each other. The CSV is written as cases end, in their order; with
+--seconds, what has not begun by then is left out and named.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    write_csv(arguments.out / "memory.csv", rows)
     summary = {"cases": arguments.cases, "cap_gib": arguments.cap_gib, **summarise(rows), "left_out": left_out}
     print_summary(summary, arguments.out / "memory.json")
     return 0 if not summary["failed"] else 1

@@ -69,7 +69,6 @@ def main() -> int:
     if device.type == "cpu":
         print("torch sees no CUDA device: this tries the suite out on the CPU, with the small model", file=sys.stderr)
     out = arguments.out or ROOT / "benchmarks" / "results" / "gpu" / device_slug(device)
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         try:
             environment = environment_with(arguments.wheels, Path(folder) / "wheels")
@@ -80,6 +79,7 @@ def main() -> int:
             way_out = "pip install them, or give WHEELS=FOLDER (gpu_wheels.txt says how to collect them)"
             print(f"error: make gpu needs {', '.join(lacking)}: {way_out}", file=sys.stderr)
             return 2
+        out.mkdir(parents=True, exist_ok=True)
         results = run_all(out.resolve(), Path(folder), environment, device.type == "cuda")
     print_summary({**results, **_versions()}, out / "suite.json")
     return 0 if all(part["ok"] for part in results["parts"].values()) else 1
@@ -113,8 +113,6 @@ def run_all(out: Path, scratch: Path, environment: dict[str, str], has_gpu: bool
     """What came of the parts, the benchmarks' summaries, and what was cut or left out, in words."""
     has_plot = importlib.util.find_spec("matplotlib") is not None
     notes = [] if has_plot else ["no picture: matplotlib is not installed; bench_kernels.py --redraw draws it"]
-    if importlib.util.find_spec("pytest") is None:
-        notes.append("tests, sanitizer: pytest is not installed; make gpu WHEELS=FOLDER takes it from there")
     results: dict[str, Any] = {"parts": {}, "tests": {}}
     for part in parts_of(out, scratch, has_plot) if has_gpu else parts_on_cpu(out, scratch, has_plot):
         print(f"{part.name}: at most {part.seconds:.0f} s", file=sys.stderr, flush=True)
@@ -127,6 +125,8 @@ def run_all(out: Path, scratch: Path, environment: dict[str, str], has_gpu: bool
         results[name] = summary_of(out / f"{name}.txt")
         left_out = (results[name] or {}).get("left_out") or (results[name] or {}).get("cut") or []
         notes += [f"{name}: not measured for want of time: {what}" for what in left_out]
+        not_compiled = (results[name] or {}).get("not_compiled", [])
+        notes += [f"{name}: torch.compile failed at {what}" for what in not_compiled]
     return {**results, "cut_or_left_out": notes}
 
 

@@ -159,16 +159,18 @@ def _check_use(config: Config) -> None:
 
 
 def _check_beside_tasks(config: Config) -> None:
-    default, tasks = Config(), config.tasks
-    rewards = config.rewards or default.rewards
-    settings = [
-        ("prompts.source", config.prompts.source, default.prompts.source, True),
-        ("rewards", f"[{', '.join(reward.name for reward in rewards)}]", "[]", rewards != default.rewards),
-        ("evaluation.prompts", config.evaluation.prompts, default.evaluation.prompts, all(t.evaluation for t in tasks)),
-        ("advantages.kind", config.advantages.kind, default.advantages.kind, all(t.advantages for t in tasks)),
+    """What every task has of its own does nothing in its section."""
+    default, tasks, rewards = Config(), config.tasks, config.rewards
+    source, prompts, kind = config.prompts.source, config.evaluation.prompts, config.advantages.kind
+    has_prompts, has_kind = all(task.evaluation for task in tasks), all(task.advantages for task in tasks)
+    idle = [
+        ("prompts.source", source, source != default.prompts.source),
+        ("rewards", f"[{', '.join(reward.name for reward in rewards)}]", rewards not in ([], default.rewards)),
+        ("evaluation.prompts", prompts, has_prompts and prompts != default.evaluation.prompts),
+        ("advantages.kind", kind, has_kind and kind != default.advantages.kind),
     ]
-    for field, value, standard, is_replaced in settings:
-        if is_replaced and value != standard:
+    for field, value, is_idle in idle:
+        if is_idle:
             raise ValueError(f"{field}={value} {_BESIDE_TASKS}")
 
 

@@ -107,7 +107,7 @@ class RolloutConfig:
     micro_batch_size: int = 64
     """Samples of one sampling pass, per process."""
     reward_workers: int = 2
-    """Threads that compute rewards while the next samples are drawn, per process and task."""
+    """Threads that compute rewards while the next samples are drawn, per process; all tasks share them."""
     shared_noise: bool = False
     """All images of a prompt in an iteration start from the same noise, and differ by the noise of their steps."""
     decode_batch_size: int = 0

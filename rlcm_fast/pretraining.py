@@ -26,7 +26,10 @@ from rlcm_fast.trajectory import Prompt
 
 
 def check_pairs(config: Config) -> None:
-    """Opens `pretraining.data`, on a network too; raises ValueError for what its first rows lack."""
+    """Opens `pretraining.data`, on a network too; raises ValueError for what its first rows lack.
+
+    After check_source, which train.py calls.
+    """
     if config.pretraining.weight > 0:
         check_rows(config.pretraining.data)
 

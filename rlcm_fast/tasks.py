@@ -126,9 +126,9 @@ class TaskRewards:
     ) -> None:
         """trained: each task's rewards with their weights, by name."""
         self._services: dict[str, RewardService] = {}
+        service: RewardService | None = None
         for task, rewards in trained.items():  # all on the same threads: tasks may share a reward
-            first = next(iter(self._services.values()), None)
-            self._services[task] = RewardService(rewards, num_workers, beside=first)
+            self._services[task] = service = RewardService(rewards, num_workers, beside=service)
         self._name_of = name_of
         self._waiting: dict[str, None] = {}
 

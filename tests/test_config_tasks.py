@@ -44,6 +44,12 @@ def test_what_would_do_nothing_is_refused_with_the_way_out(argv: list[str], mess
 GOOD = "{name: a, source: s, rewards: [{name: r}]}"
 
 
+@pytest.mark.parametrize("setting", [("--evaluation.prompts", "shapes:two"), ("--advantages.kind", "group")])
+def test_a_section_stands_for_tasks_without_a_setting_of_their_own(setting: tuple[str, str]):
+    own = "{name: b, source: shapes:one, rewards: [{name: r}], evaluation: shapes:one, advantages: batch}"
+    validate(parse_config(["--tasks", f"[{GOOD}, {own}]", *setting]), world_size=1)
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [

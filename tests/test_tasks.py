@@ -244,8 +244,8 @@ def test_a_reward_that_leaves_nothing_to_compare_is_refused(kind: str, reward: s
             Tasks(config)
 
 
-@pytest.mark.parametrize(("num_workers", "at_once"), [(1, 1), (2, 2)])
-def test_tasks_that_share_a_reward_call_it_from_the_same_workers(num_workers: int, at_once: int):
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_tasks_that_share_a_reward_call_it_from_the_same_workers(num_workers: int):
     lock, running, most = threading.Lock(), 0, 0
 
     def reward(images: torch.Tensor, prompts: object) -> torch.Tensor:
@@ -264,4 +264,4 @@ def test_tasks_that_share_a_reward_call_it_from_the_same_workers(num_workers: in
     scores = rewards.gather(0)
     rewards.shutdown()
     assert {task: found.total.tolist() for task, found in scores.items()} == {"a": [1.0], "b": [1.0], "c": [1.0]}
-    assert most == at_once
+    assert most <= num_workers

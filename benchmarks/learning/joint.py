@@ -29,7 +29,7 @@ from reporting import ROOT, mean_and_error, write_csv
 from summaries import markdown, plot_bars, share, shown
 
 SCHEDULES = ("mixed", "by_task")
-_SHORT = ("checkpoint.every", "15", "evaluation.every", "0")
+_NO_EVALUATION = ("evaluation.every", "0")
 _LRS, _TUNING_SHARE = ("3e-5", "6e-5", "1.2e-4"), 1 / 4
 _PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 128}"
 
@@ -66,13 +66,15 @@ def arms() -> list[Arm]:
     config = yaml.safe_load((ROOT / "configs" / "shapes" / "joint.yaml").read_text())
     tasks, num_prompts = config["tasks"], config["prompts"]["num_prompts"]
     whole = sum(task.get("share", 1.0) for task in tasks)
-    joint = [Arm(name, "joint", (*_SHORT, "task_schedule", name)) for name in SCHEDULES]
+    joint = [Arm(name, "joint", (*_NO_EVALUATION, "task_schedule", name)) for name in SCHEDULES]
     joint[0] = joint[0].but("tracking.task_gradients_every", "10")
     return [*joint, *(_alone(task, num_prompts * task.get("share", 1.0) / whole) for task in tasks)]
 
 
 def _alone(task: Mapping[str, Any], num_prompts: float) -> Arm:
-    return Arm(task["name"], "joint", (*_SHORT, "tasks", json.dumps([task]), "prompts.num_prompts", f"{num_prompts:g}"))
+    return Arm(
+        task["name"], "joint", (*_NO_EVALUATION, "tasks", json.dumps([task]), "prompts.num_prompts", f"{num_prompts:g}")
+    )
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -122,7 +122,8 @@ def pass_factor(fast: Sequence[Sequence[Row]], slow: Sequence[Sequence[Row]], me
     """How many times less `x` the fast arm took to pass the slow arm's final `metric`, seed by seed.
 
     factor = where the slow arm ends / where the fast arm attains the same value. Seeds that never do are counted and
-    left out; a fast arm that starts above the value has no factor either, as it had nothing to learn for it.
+    left out; a fast arm that starts above the value has no factor either, as it had nothing to learn for it (of
+    `gains`: where the slow arm gained nothing).
     """
     factors, never, from_start = [], 0, 0
     for quick, long in zip(fast, slow, strict=True):

@@ -29,7 +29,8 @@ def check_source(data: str) -> None:
 def check_rows(data: str) -> None:
     """Raises ValueError for missing columns and images, as far as the first rows show them.
 
-    Opens the dataset, and so asks the network for one of the hub; `check_source` found nothing before it.
+    Opens the dataset, and so asks the network for one of the hub. Call check_source first: what that refuses is not
+    looked for again.
     """
     source = parse_source(data)
     if source.kind == "hub":

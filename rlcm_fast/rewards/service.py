@@ -52,7 +52,7 @@ class RewardService:
     ) -> None:
         """rewards: by name, each with its weight in the total; num_workers: threads, at least 1.
 
-        beside: another service, whose threads are taken in the place of new ones.
+        beside: another service, whose threads it shares in the place of new ones; `shutdown` of either ends them.
         """
         if not rewards:
             raise ValueError("rewards=[] leaves nothing to learn from; name at least one reward")

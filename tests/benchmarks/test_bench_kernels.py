@@ -117,7 +117,9 @@ def test_without_a_gpu_it_says_so_in_one_line():
     assert len(done.stderr.splitlines()) == 1 and "no CUDA device" in done.stderr
 
 
-def test_what_does_not_compile_is_named_and_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_does_not_compile_is_named_and_the_rest_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     def measured(operation: object, provider: str, *_: object) -> dict[str, float]:
         if provider == "compile":
             raise BackendCompilerFailed(
@@ -129,6 +131,7 @@ def test_what_does_not_compile_is_named_and_the_rest_is_measured(tmp_path: Path,
     given = ["--device", "cpu", "--rows", "2", "--operations", "rebel", "--no-plot", "--out", str(tmp_path)]
     summary = bench_kernels.run(bench_kernels._parser().parse_args(given))
     assert summary["not_compiled"] == ["rebel_residual 2"]
+    assert "rebel_residual 2, compile: ValueError: Scalar 3528531795 is out of range" in capsys.readouterr().err
     assert [row["provider"] for row in csv.DictReader((tmp_path / "bench_kernels.csv").open())] == ["torch"]
 
 
