@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -77,8 +77,20 @@ def _alone(task: Mapping[str, Any], num_prompts: float) -> Arm:
     )
 
 
+def add_twice(parser: argparse.ArgumentParser) -> None:
+    text = "one more arm, mixed at twice its rate: is the length of its steps what it lacks?"
+    parser.add_argument("--twice", action="store_true", help=text)
+
+
+def at_twice_the_rate(arm: Arm) -> Arm:
+    return replace(arm, name=f"{arm.name}_twice").but("optimizer.lr", f"{2 * float(arm.overrides[-1]):g}")
+
+
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = tuned(arms(), _LRS, _TUNING_SHARE, arguments)
+    if arguments.twice:
+        further = at_twice_the_rate(chosen["mixed"])
+        chosen[further.name] = further
     every = list(chosen.values())
     curves = train_arms(every, arguments)
     took = {name: mean_and_error([rows[-1]["seconds"] for rows in seeds]) for name, seeds in curves.items()}
@@ -86,7 +98,8 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     write_csv(arguments.out.with_suffix(".csv"), _rows(scores, arguments.seeds))
     gains = {task: gains_over_start(by_arm, task) for task, by_arm in scores.items()}
     plot_bars(gains, arguments.out.with_suffix(".png"), "gain over the start model")
-    kept = {name: {task: share(own[name], own[task]) for task, own in gains.items()} for name in SCHEDULES}
+    joint = [name for name in chosen if name not in MEASURED]
+    kept = {name: {task: share(own[name], own[task]) for task, own in gains.items()} for name in joint}
     means = {task: _means(by_arm) for task, by_arm in scores.items()}
     for task, by_arm in means.items():
         lines = [[arm, *(shown(value) for value in found.values())] for arm, found in by_arm.items()]
@@ -141,4 +154,4 @@ def _gradients(arm: Arm, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_figure("joint", __doc__, draw))
+    sys.exit(run_figure("joint", __doc__, draw, add_twice))

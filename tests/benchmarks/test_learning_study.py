@@ -121,6 +121,15 @@ def test_specialists_of_the_joint_figure_have_the_queries_of_the_joint_model(loa
     assert tasks_of(by_task) == tasks_of(mixed)
 
 
+def test_the_further_arm_of_the_joint_figure_is_the_same_but_for_its_rate(load: Callable[[str], ModuleType]):
+    joint = load("joint")
+    mixed = joint.arms()[0].but("optimizer.lr", "1.2e-4")
+    further = joint.at_twice_the_rate(mixed)
+    assert further.name == "mixed_twice"
+    wanted, found = (parse_config(arm.arguments(0, Path("run"))) for arm in (mixed, further))
+    assert found == replace(wanted, optimizer=replace(wanted.optimizer, lr=2.4e-4))
+
+
 def test_a_run_whose_name_has_a_dot_has_a_log_of_its_own(load: Callable[[str], ModuleType], tmp_path: Path):
     for name in ("lr_1.2e-4", "lr_1.5e-4"):
         load("training_runs")._run(["echo", name], tmp_path / name, 2)
