@@ -77,9 +77,13 @@ class Planner:
 
     def largest_micro_batch(self, strategy: Strategy, gpu: Gpu) -> int:
         """The largest update.micro_batch_size that divides an update and fits; 0 if none does."""
-        transitions = self.workload.transitions_per_update
-        sizes = [n for n in range(1, transitions + 1) if transitions % n == 0]
+        sizes = _divisors(self.workload.transitions_per_update)
         return self._largest(sizes, strategy, "micro_batch_size", ("update", "step"), gpu)
+
+    def largest_pretraining_micro_batch(self, strategy: Strategy, gpu: Gpu) -> int:
+        """The largest pretraining.micro_batch_size that divides the pairs of an update and fits; 0 if none does."""
+        sizes, stages = _divisors(self.workload.pairs_per_update), ("encoding", "update")
+        return self._largest(sizes, strategy, "pretraining_micro_batch_size", stages, gpu)
 
     def largest_rollout_micro_batch(self, strategy: Strategy, gpu: Gpu) -> int:
         """The largest rollout.micro_batch_size of use whose sampling and decoding fit; 0 if none does."""
@@ -102,6 +106,10 @@ class Planner:
         profiles = next(traced, None) or self.profiles(strategy)
         memory = estimate_memory(strategy, profiles, self.workload, self._reward_bytes)
         return memory.always + memory.gradients + max(memory.bucket, memory.step_temporaries)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _seconds(flops: Flops, gpu: Gpu, is_bf16: bool) -> float:

@@ -114,10 +114,17 @@ class Remedies:
         planner, gpu = self.planner, self.gpu
         if planner.least(strategy) > gpu.memory_gib * GIB:
             return None
-        update, rollout = planner.largest_micro_batch(strategy, gpu), planner.largest_rollout_micro_batch(strategy, gpu)
-        if min(update, rollout) == 0:
-            return None
+        pairs = strategy.pretraining_micro_batch_size
+        # The update holds the larger of its two kinds of micro-batches, so each is sized beside the other's least.
+        update = planner.largest_micro_batch(replace(strategy, pretraining_micro_batch_size=min(pairs, 1)), gpu)
+        rollout = planner.largest_rollout_micro_batch(strategy, gpu)
         found: Settings = {}
+        if pairs > 0:
+            fitting = planner.largest_pretraining_micro_batch(replace(strategy, micro_batch_size=1), gpu)
+            if fitting < pairs:
+                found["pretraining.micro_batch_size"] = fitting
+        if min(update, rollout, *found.values()) == 0:
+            return None
         if update < strategy.micro_batch_size:
             found["update.micro_batch_size"] = update
         if rollout < min(strategy.rollout_micro_batch_size, planner.workload.samples_at_once):

@@ -32,6 +32,7 @@ MORE = {
     "stage_3": ["--engine.zero_stage=3"],
     "lora": ["--lora.rank=4", "--engine.dtype=pure_bf16"],
     "average": ["--ema.decay=0.9"],
+    "pairs": ["--pretraining.data=shapes:one", "--pretraining.weight=1", "--update.kl_weight=0"],
 }
 
 
