@@ -9,6 +9,9 @@ import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +40,28 @@ def score(
 
 
 def scores_by_arm(
-    arms: Sequence[Arm], arguments: Namespace, source: str, rewards: Sequence[str], num_steps: int, num_images: int
+    arms: Sequence[Arm],
+    arguments: Namespace,
+    source: str,
+    rewards: Sequence[str],
+    num_steps: int,
+    num_images: int,
+    jobs: int = 1,
 ) -> dict[str, list[dict[str, float]]]:
-    """arm -> a `score` for each seed's export."""
-    asked = (source, rewards, num_steps, num_images)
-    folders = {arm.name: [run_folder(arguments.runs, arm, seed) for seed in arguments.seeds] for arm in arms}
-    return {
-        name: [score(str(folder / "export"), folder / "scores", *asked) for folder in own]
-        for name, own in folders.items()
-    }
+    """arm -> a `score` for each seed's export; `jobs` at a time, so their seconds are for jobs=1 only."""
+    folders = [run_folder(arguments.runs, arm, seed) for arm in arms for seed in arguments.seeds]
+    measure = partial(_score_of_run, asked=(source, rewards, num_steps, num_images))
+    if jobs == 1:
+        found = [measure(folder) for folder in folders]
+    else:
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            found = list(pool.map(measure, folders))
+    count = len(arguments.seeds)
+    return {arm.name: found[place * count : (place + 1) * count] for place, arm in enumerate(arms)}
+
+
+def _score_of_run(folder: Path, asked: tuple[str, Sequence[str], int, int]) -> dict[str, float]:
+    return score(str(folder / "export"), folder / "scores", *asked)
 
 
 def start_score(

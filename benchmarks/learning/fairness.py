@@ -73,7 +73,7 @@ def _after(arms: list[Arm], arguments: argparse.Namespace) -> dict[str, dict[str
     """model -> "what: reward" -> mean and standard error over seeds."""
     result: dict[str, dict[str, Any]] = {name: {} for name in ("start", *(arm.name for arm in arms))}
     for what, (source, rewards, num_images) in _MEASURED.items():
-        by_arm = scores_by_arm(arms, arguments, source, rewards, 4, num_images)
+        by_arm = scores_by_arm(arms, arguments, source, rewards, 4, num_images, arguments.jobs)
         by_arm = {"start": [start_score("shapes/lcm", arguments, source, rewards, 4, num_images)], **by_arm}
         for name, seeds in by_arm.items():
             for reward in (key for key in seeds[0] if key != "seconds_per_image"):

@@ -1,13 +1,16 @@
 """Joint training against specialists: the share of each specialist's gain that one model of all three tasks keeps.
 
     python benchmarks/learning/joint.py --jobs 2
+    python benchmarks/learning/joint.py --long --jobs 2    # later: goes on from that
 
-The joint arms are configs/shapes/joint.yaml, `mixed` with all tasks in one update, `by_task` with an update for each
-in turn. A specialist has one of its tasks alone, with as many images of it (128 of alignment, 64 of each other task)
-and as many iterations, so each task has had equal queries. Learning rates are by a sweep of short runs, the same for
-each arm, a joint one judged by all its tasks. Afterwards every model is scored on every task: the detector on held-out
-captions of two shapes; for parity and compressibility the weighted sum that the task optimises, on 128 images of each
-neutral caption and on held-out captions of one shape. kept = a joint model's gain over the start model / the
+The joint arms are of configs/shapes/joint.yaml, `mixed` with all tasks in one update, `by_task` with an update for each
+in turn. A specialist has one of its tasks alone, with as many images of it (128 of alignment, 64 of each other task).
+At first all have 60 iterations, so each task has had equal queries, and a KL weight of 0.04. --long adds `mixed_long`,
+which is joint.yaml itself: 120 iterations and half the KL weight, as that term counts what a task changes on the
+captions of all others, too. Learning rates are by a sweep of short runs, the same for each arm, a joint one judged by
+all its tasks; `mixed_long` has that of `mixed`. Afterwards every model is scored on held-out captions by what each task
+optimises, and by the exact score of the detector: alignment on captions of two shapes, parity on 128 images of each
+neutral caption, compressibility on captions of one shape. kept = a joint model's gain over the start model / the
 specialist's. The gradients of the tasks are measured every ten iterations of the mixed arm.
 """
 
@@ -19,7 +22,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -30,8 +33,10 @@ from summaries import markdown, plot_bars, share, shown
 
 SCHEDULES = ("mixed", "by_task")
 _NO_EVALUATION = ("evaluation.every", "0")
+_EQUAL_QUERIES = (*_NO_EVALUATION, "num_iterations", "60", "update.kl_weight", "0.04")
 _LRS, _TUNING_SHARE = ("3e-5", "6e-5", "1.2e-4"), 1 / 4
 _PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 128}"
+_GRADED = "{name: shapes_alignment_graded, arguments: {relation_weight: 0.25}}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Measured:
 
 
 MEASURED = {
-    "alignment": Measured("shapes:two:held_out", ("shapes_alignment",), {"shapes_alignment": 1.0}, 512),
+    "alignment": Measured("shapes:two:held_out", (_GRADED, "shapes_alignment"), {"shapes_alignment_graded": 1.0}, 1536),
     "parity": Measured(
         "shapes:neutral", (_PARITY, "shapes_alignment"), {"distribution_parity": 16.0, "shapes_alignment": 2.0}, 512
     ),
@@ -66,31 +71,30 @@ def arms() -> list[Arm]:
     config = yaml.safe_load((ROOT / "configs" / "shapes" / "joint.yaml").read_text())
     tasks, num_prompts = config["tasks"], config["prompts"]["num_prompts"]
     whole = sum(task.get("share", 1.0) for task in tasks)
-    joint = [Arm(name, "joint", (*_NO_EVALUATION, "task_schedule", name)) for name in SCHEDULES]
+    joint = [Arm(name, "joint", (*_EQUAL_QUERIES, "task_schedule", name)) for name in SCHEDULES]
     joint[0] = joint[0].but("tracking.task_gradients_every", "10")
     return [*joint, *(_alone(task, num_prompts * task.get("share", 1.0) / whole) for task in tasks)]
 
 
 def _alone(task: Mapping[str, Any], num_prompts: float) -> Arm:
-    return Arm(
-        task["name"], "joint", (*_NO_EVALUATION, "tasks", json.dumps([task]), "prompts.num_prompts", f"{num_prompts:g}")
-    )
+    own = ("tasks", json.dumps([task]), "prompts.num_prompts", f"{num_prompts:g}")
+    return Arm(task["name"], "joint", (*_EQUAL_QUERIES, *own))
 
 
-def add_twice(parser: argparse.ArgumentParser) -> None:
-    text = "one more arm, mixed at twice its rate: is the length of its steps what it lacks?"
-    parser.add_argument("--twice", action="store_true", help=text)
+def mixed_long(mixed: Arm) -> Arm:
+    """joint.yaml as it is, at the rate of `mixed`, the last of its overrides."""
+    return Arm("mixed_long", "joint", (*_NO_EVALUATION, *mixed.overrides[-2:]))
 
 
-def at_twice_the_rate(arm: Arm) -> Arm:
-    return replace(arm, name=f"{arm.name}_twice").but("optimizer.lr", f"{2 * float(arm.overrides[-1]):g}")
+def add_long(parser: argparse.ArgumentParser) -> None:
+    text = "one more arm, mixed_long: twice the queries of mixed and half its KL weight"
+    parser.add_argument("--long", action="store_true", help=text)
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = tuned(arms(), _LRS, _TUNING_SHARE, arguments)
-    if arguments.twice:
-        further = at_twice_the_rate(chosen["mixed"])
-        chosen[further.name] = further
+    if arguments.long:
+        chosen["mixed_long"] = mixed_long(chosen["mixed"])
     every = list(chosen.values())
     curves = train_arms(every, arguments)
     took = {name: mean_and_error([rows[-1]["seconds"] for rows in seeds]) for name, seeds in curves.items()}
@@ -112,7 +116,10 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _scores(measured: Measured, arms: list[Arm], arguments: argparse.Namespace) -> Scores:
     asked = (measured.source, measured.rewards, 4, measured.num_images)
-    return {"start": [start_score("shapes/lcm", arguments, *asked)], **scores_by_arm(arms, arguments, *asked)}
+    return {
+        "start": [start_score("shapes/lcm", arguments, *asked)],
+        **scores_by_arm(arms, arguments, *asked, arguments.jobs),
+    }
 
 
 def gains_over_start(scores: Scores, task: str) -> dict[str, list[float]]:
@@ -154,4 +161,4 @@ def _gradients(arm: Arm, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_figure("joint", __doc__, draw, add_twice))
+    sys.exit(run_figure("joint", __doc__, draw, add_long))

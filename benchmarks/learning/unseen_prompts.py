@@ -51,7 +51,7 @@ def _gains(reward: str, split: str, arm: Arm, runs: argparse.Namespace) -> list[
     source, metric = MEASURED[reward]
     measured = (source + (":held_out" if split == "held_out" else ""), [metric], 4, _NUM_IMAGES)
     start = start_score("shapes/lcm", runs, *measured)[metric]
-    return [found[metric] - start for found in scores_by_arm([arm], runs, *measured)[arm.name]]
+    return [found[metric] - start for found in scores_by_arm([arm], runs, *measured, runs.jobs)[arm.name]]
 
 
 if __name__ == "__main__":
