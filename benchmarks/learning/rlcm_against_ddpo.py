@@ -4,18 +4,18 @@
 
 and the same with incompressibility and alignment. Arms: RLCM on shapes/lcm with 4 steps, DDPO on shapes/teacher, from
 which that was distilled and whose UNet has the same size, with 50 and with 10 DDIM steps and guidance; the same
-rewards, no KL term, and 64 images an iteration; alignment, which moves little in so few, has 256 and higher rates. All
-actions are trained on, but of ddpo_50's 49 each image has 10, drawn anew for every rollout (arXiv 2401.12244 has 5 of
-50): all of them would take 2.5 times as long. DDPO's losses are weighted by step, as else it hardly moves in so few
-queries: ddpo_10_equal, without the weights, was tried first, on compressibility, and is in that sweep only. Learning
-rates by a sweep of runs half as long, the same rates for each arm; 50 steps, of which such a run would be seven
-updates, have the rate of 10. The factors are of seconds, queries and forwards: to pass DDPO's final reward
-(summaries.pass_factor), and, as the start models differ, to gain as much as DDPO does.
+rewards, no KL term, and 64 images an iteration; alignment, which moves little in so few, has 96. All actions are
+trained on, but of ddpo_50's 49 each image has 10, drawn anew for every rollout (arXiv 2401.12244 has 5 of 50): all of
+them would take 2.5 times as long. DDPO's losses are weighted by step, as else it hardly moves in so few queries:
+ddpo_10_equal, without the weights, was tried first, on compressibility, and is in that sweep only. Learning rates by a
+sweep of runs half as long, the same rates for each arm; 50 steps, of which such a run would be seven updates, have the
+rate of 10. The factors are of seconds, queries and forwards: to pass DDPO's final reward (summaries.pass_factor), and,
+as the start models differ, to gain as much as DDPO does.
 
-On a GPU larger micro-batches fit (the images and rates stay):
+On a GPU there may be more images and larger micro-batches, here 256 of each:
 
     python benchmarks/learning/rlcm_against_ddpo.py alignment --jobs 9 \
-        --override rollout.micro_batch_size 256 update.micro_batch_size 256 tracking.plan false
+        --override prompts.num_prompts 64 rollout.micro_batch_size 256 update.micro_batch_size 256 tracking.plan false
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,32 @@ _ITERATIONS = {"rlcm": 45, "ddpo_50": 15, "ddpo_10": 30, "ddpo_10_equal": 30}
 _IN_SWEEP_ONLY = "ddpo_10_equal"
 _EVALUATIONS = 5  # beside the first
 _TUNING_SHARE = 1 / 2
-_USUAL = ("16", "64", ("2e-5", "5e-5", "1e-4"))  # prompts an iteration, images of an evaluation, rates of the sweep
-_SCALE = dict.fromkeys(REWARDS, _USUAL) | {"alignment": ("64", "256", ("1e-4", "2e-4", "4e-4"))}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a reward's runs are."""
+
+    num_prompts: str  # an iteration, with 4 images each
+    micro_batch_size: str  # transitions of RLCM's; DDPO's configs have 32
+    num_images: str  # of an evaluation
+    lrs: tuple[str, ...]  # of the sweep
+
+
+_USUAL = Scale("16", "64", "64", ("2e-5", "5e-5", "1e-4"))
+SCALE = dict.fromkeys(REWARDS, _USUAL) | {"alignment": Scale("24", "48", "256", ("2.5e-5", "5e-5", "1e-4"))}
 
 
 def arms(reward: str) -> list[Arm]:
-    num_prompts, num_images, _ = _SCALE[reward]
-    batch = ("prompts.num_prompts", num_prompts, "prompts.images_per_prompt", "4")
-    rlcm = Arm("rlcm", reward, (*batch, "update.kl_weight", "0", "optimizer.final_lr_fraction", "1"))
+    scale = SCALE[reward]
+    batch = ("prompts.num_prompts", scale.num_prompts, "prompts.images_per_prompt", "4")
+    own = ("update.micro_batch_size", scale.micro_batch_size, "update.kl_weight", "0")
+    rlcm = Arm("rlcm", reward, (*batch, *own, "optimizer.final_lr_fraction", "1"))
     ddpo = [Arm(f"ddpo_{n}", f"ddpo_{reward}", (*batch, "policy.num_steps", str(n))) for n in (50, 10)]
     ddpo[0] = ddpo[0].but("update.num_timesteps", "10")
     if reward == "compressibility":
         ddpo.append(Arm(_IN_SWEEP_ONLY, ddpo[1].config, (*ddpo[1].overrides, "update.step_weights", "equal")))
-    return [_timed(arm, num_images) for arm in (rlcm, *ddpo)]
+    return [_timed(arm, scale.num_images) for arm in (rlcm, *ddpo)]
 
 
 def _timed(arm: Arm, num_images: str) -> Arm:
@@ -59,8 +73,8 @@ def _timed(arm: Arm, num_images: str) -> Arm:
 
 def _with_rates(every: list[Arm], arguments: argparse.Namespace) -> dict[str, Arm]:
     """By name, at the rates of the sweep; without the arm that is in the sweep only."""
-    lrs = _SCALE[arguments.reward][-1]
-    chosen = tuned([arm for arm in every if arm.name != "ddpo_50"], lrs, _TUNING_SHARE, arguments)
+    trying = [arm for arm in every if arm.name != "ddpo_50"]
+    chosen = tuned(trying, SCALE[arguments.reward].lrs, _TUNING_SHARE, arguments)
     of_ten_steps = chosen["ddpo_10"].overrides[-2:]
     return {arm.name: chosen.get(arm.name) or arm.but(*of_ten_steps) for arm in every if arm.name != _IN_SWEEP_ONLY}
 

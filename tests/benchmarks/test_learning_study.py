@@ -105,7 +105,7 @@ def test_rlcm_and_ddpo_are_given_the_same_rewards(load: Callable[[str], ModuleTy
     configs = [parse_config(arm.arguments(0, Path("run"))) for arm in load("rlcm_against_ddpo").arms(reward)]
     for config in configs:
         validate(config, 1)
-        assert derived(config, 1)["samples_per_iteration"] == (256 if reward == "alignment" else 64)
+        assert derived(config, 1)["samples_per_iteration"] == (96 if reward == "alignment" else 64)
         assert config.update.kl_weight == 0
         assert [r.name for r in config.rewards] == [r.name for r in configs[0].rewards]
     weights = {tuple(reward.weight for reward in config.rewards) for config in configs}
