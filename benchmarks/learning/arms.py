@@ -69,6 +69,9 @@ def run_figure(
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     import torch  # noqa: F401  # so that the summary names its GPU
 
     print_summary(summary, arguments.out.with_suffix(".json"))

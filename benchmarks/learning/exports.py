@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -54,7 +55,8 @@ def scores_by_arm(
     if jobs == 1:
         found = [measure(folder) for folder in folders]
     else:
-        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        dies_at_once = (signal.SIGINT, signal.SIG_DFL)  # and says nothing: Ctrl-C reaches all processes
+        with ProcessPoolExecutor(jobs, get_context("spawn"), signal.signal, dies_at_once) as pool:
             found = list(pool.map(measure, folders))
     count = len(arguments.seeds)
     return {arm.name: found[place * count : (place + 1) * count] for place, arm in enumerate(arms)}

@@ -254,6 +254,17 @@ def test_scores_of_several_processes_are_those_of_one(
     assert exports.scores_by_arm(*asked, jobs=2) == found
 
 
+def test_a_figure_that_is_stopped_says_how_to_go_on(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(arguments: argparse.Namespace) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["joint.py"])
+    assert load("arms").run_figure("joint", None, stopped) == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
+
+
 def test_fairness_with_real_images_differs_by_nothing_else(load: Callable[[str], ModuleType]):
     fairness = load("fairness")
     for alone, beside in zip(fairness.arms(), fairness.arms(l_pre=True), strict=True):
