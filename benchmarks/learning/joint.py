@@ -1,17 +1,17 @@
 """Joint training against specialists: the share of each specialist's gain that one model of all three tasks keeps.
 
     python benchmarks/learning/joint.py --jobs 2
-    python benchmarks/learning/joint.py --long --jobs 2    # later: goes on from that
+    python benchmarks/learning/joint.py --also by_task mixed_long --jobs 2    # further arms, from there
 
 The joint arms are of configs/shapes/joint.yaml, `mixed` with all tasks in one update, `by_task` with an update for each
 in turn. A specialist has one of its tasks alone, with as many images of it (128 of alignment, 64 of each other task).
-At first all have 60 iterations, so each task has had equal queries, and a KL weight of 0.04. --long adds `mixed_long`,
-which is joint.yaml itself: 120 iterations and half the KL weight, as that term counts what a task changes on the
-captions of all others, too. Learning rates are by a sweep of short runs, the same for each arm, a joint one judged by
-all its tasks; `mixed_long` has that of `mixed`. Afterwards every model is scored on held-out captions by what each task
-optimises, and by the exact score of the detector: alignment on captions of two shapes, parity on 128 images of each
-neutral caption, compressibility on captions of one shape. kept = a joint model's gain over the start model / the
-specialist's. The gradients of the tasks are measured every ten iterations of the mixed arm.
+They have 60 iterations, so each task has had equal queries, and a KL weight of 0.04. `mixed_long` is joint.yaml itself:
+120 iterations and half the KL weight, as that term counts what a task changes on the captions of all others, too.
+Learning rates are by a sweep of short runs, the same for each arm, a joint one judged by all its tasks; `mixed_long`
+has that of `mixed`. Afterwards every model is scored on held-out captions by what each task optimises, and by the
+detector's exact score: alignment on captions of two shapes, parity on 128 images of each neutral caption,
+compressibility on captions of one shape. kept = a joint model's gain over the start model / the specialist's. The
+gradients of the tasks are measured every ten iterations of the mixed arm.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from reporting import ROOT, mean_and_error, write_csv
 from summaries import markdown, plot_bars, share, shown
 
 SCHEDULES = ("mixed", "by_task")
+_FURTHER = ("by_task", "mixed_long")
 _NO_EVALUATION = ("evaluation.every", "0")
 _EQUAL_QUERIES = (*_NO_EVALUATION, "num_iterations", "60", "update.kl_weight", "0.04")
 _LRS, _TUNING_SHARE = ("3e-5", "6e-5", "1.2e-4"), 1 / 4
@@ -86,14 +87,15 @@ def mixed_long(mixed: Arm) -> Arm:
     return Arm("mixed_long", "joint", (*_NO_EVALUATION, *mixed.overrides[-2:]))
 
 
-def add_long(parser: argparse.ArgumentParser) -> None:
-    text = "one more arm, mixed_long: twice the queries of mixed and half its KL weight"
-    parser.add_argument("--long", action="store_true", help=text)
+def add_further(parser: argparse.ArgumentParser) -> None:
+    text = "further joint arms: by_task, and mixed_long with twice the queries of mixed and half its KL weight"
+    parser.add_argument("--also", nargs="+", default=[], choices=_FURTHER, help=text)
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
-    chosen = tuned(arms(), _LRS, _TUNING_SHARE, arguments)
-    if arguments.long:
+    asked = [arm for arm in arms() if arm.name not in _FURTHER or arm.name in arguments.also]
+    chosen = tuned(asked, _LRS, _TUNING_SHARE, arguments)
+    if "mixed_long" in arguments.also:
         chosen["mixed_long"] = mixed_long(chosen["mixed"])
     every = list(chosen.values())
     curves = train_arms(every, arguments)
@@ -161,4 +163,4 @@ def _gradients(arm: Arm, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_figure("joint", __doc__, draw, add_long))
+    sys.exit(run_figure("joint", __doc__, draw, add_further))
