@@ -58,6 +58,7 @@ def plot_bars(values: Mapping[str, Mapping[str, Sequence[float]]], path: Path, x
         axis.axvline(0.0, color="black", linewidth=0.8)
         axis.invert_yaxis()
         axis.set(title=panel, xlabel=xlabel)
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", alpha=0.3)
     save_figure(figure, path)
 
