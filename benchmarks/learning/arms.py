@@ -129,7 +129,7 @@ def tuned(arms: Sequence[Arm], lrs: Sequence[str], share: float, arguments: argp
     """Each arm at the learning rate whose short run ended with the highest rewards on training prompts.
 
     The same for every arm: a run of `share` of its iterations at each of `lrs`, seed 0. OUT_sweep.csv has them all.
-    Arms with tasks are judged by the mean of what their tasks reached, each in standard deviations over the sweep.
+    Arms with tasks are judged by the mean of what their tasks reached, each in standard deviations over the arm's runs.
     """
     runs = {
         (arm.name, lr): (arguments.runs / "sweep" / arm.name / f"lr_{lr}", arm.but("optimizer.lr", lr))
@@ -154,15 +154,17 @@ def _shortened(arm: Arm, share: float, arguments: argparse.Namespace) -> Arm:
 
 def with_rewards(rows: Sequence[Row]) -> list[Row]:
     """The sweep's rows with `reward`, what is compared; of those with tasks from their columns task/NAME."""
-    columns = sorted({key for row in rows for key in row if key.startswith("task/")})
-    by_task = {column: [row[column] for row in rows if column in row] for column in columns}
-    spreads = {column: statistics.pstdev(found) or 1.0 for column, found in by_task.items()}
 
     def reward(row: Row) -> float:
-        own = [column for column in columns if column in row]
-        return statistics.fmean((row[column] - statistics.fmean(by_task[column])) / spreads[column] for column in own)
+        own = [other for other in rows if other["arm"] == row["arm"]]
+        keys = [key for key in row if key.startswith("task/")]
+        return statistics.fmean(_in_deviations(row[key], [other[key] for other in own]) for key in keys)
 
     return [row if "reward" in row else {**row, "reward": reward(row)} for row in rows]
+
+
+def _in_deviations(value: float, values: Sequence[float]) -> float:
+    return (value - statistics.fmean(values)) / (statistics.pstdev(values) or 1.0)
 
 
 def best_lr(rows: Sequence[Row], arm: str) -> str:

@@ -36,7 +36,9 @@ def score(
     if not path.exists():
         found = _measured(model, source, rewards, num_steps, num_images)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"asked": asked, "found": found}), encoding="utf-8")
+        unfinished = path.with_suffix(".part")  # Ctrl-C may come at any time
+        unfinished.write_text(json.dumps({"asked": asked, "found": found}), encoding="utf-8")
+        unfinished.replace(path)
     return json.loads(path.read_text())["found"]
 
 

@@ -5,8 +5,8 @@
 
 The joint arms are of configs/shapes/joint.yaml, `mixed` with all tasks in one update, `by_task` with an update for each
 in turn. A specialist has one of its tasks alone, with as many images of it (128 of alignment, 64 of each other task).
-They have 60 iterations, so each task has had equal queries, and a KL weight of 0.04. `mixed_long` is joint.yaml itself:
-120 iterations and half the KL weight, as that term counts what a task changes on the captions of all others, too.
+All of these have 60 iterations, so each task has had equal queries, and a KL weight of 0.04. `mixed_long` is joint.yaml
+itself: 120 iterations and half the KL weight, as that term counts what a task changes on the captions of all others.
 Learning rates are by a sweep of short runs, the same for each arm, a joint one judged by all its tasks; `mixed_long`
 has that of `mixed`. Afterwards every model is scored on held-out captions by what each task optimises, and by the
 detector's exact score: alignment on captions of two shapes, parity on 128 images of each neutral caption,
@@ -138,7 +138,7 @@ def _rows(scores: Mapping[str, Scores], seeds: Sequence[int]) -> list[dict[str, 
         for arm, found in by_arm.items()
         for seed, means in zip(seeds if arm != "start" else [""], found, strict=True)
         for reward, mean in means.items()
-        if reward in MEASURED[task].weights
+        if reward != "seconds_per_image"
     ]
 
 
