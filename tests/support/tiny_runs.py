@@ -45,7 +45,9 @@ _OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 def arguments(model: str, run_dir: Path, settings: Mapping[str, object] | None = None) -> list[str]:
     """The command line of a tiny run; `settings` by dotted name."""
     prompts = Path(model) / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS))
+    unfinished = prompts.with_suffix(f".{os.getpid()}")
+    unfinished.write_text("\n".join(PROMPTS))
+    unfinished.replace(prompts)  # at once: the other rank may be reading it
     paths = {"model.path": model, "run_dir": run_dir, "prompts.source": prompts, "evaluation.prompts": prompts}
     values = {**paths, **_SETTINGS, **(settings or {})}
     return [f"--{name}={json.dumps(v) if isinstance(v, list | bool) else v}" for name, v in values.items()]
