@@ -121,13 +121,19 @@ def test_specialists_of_the_joint_figure_have_the_queries_of_the_joint_model(loa
     assert tasks_of(by_task) == tasks_of(mixed)
 
 
-def test_the_long_arm_of_the_joint_figure_is_the_config_with_twice_the_queries(load: Callable[[str], ModuleType]):
+def test_long_arms_of_the_joint_figure_have_twice_the_queries_and_half_the_kl_weight(
+    load: Callable[[str], ModuleType],
+):
     joint = load("joint")
-    mixed = joint.arms()[0].but("optimizer.lr", "6e-5")
-    short, long = (parse_config(arm.arguments(0, Path("run"))) for arm in (mixed, joint.mixed_long(mixed)))
-    assert long.num_iterations == 2 * short.num_iterations
-    assert long.update.kl_weight == short.update.kl_weight / 2
-    assert (long.task_schedule, long.optimizer, long.tasks) == ("mixed", short.optimizer, short.tasks)
+    every = {arm.name: arm.but("optimizer.lr", "6e-5") for arm in joint.arms()}
+    for name in ("mixed", *joint.MEASURED):
+        arms = every[name], joint.long(every[name])
+        short, long = (parse_config(arm.arguments(0, Path("run"))) for arm in arms)
+        assert arms[1].name == f"{name}_long"
+        assert long.num_iterations == 2 * short.num_iterations
+        assert long.update.kl_weight == short.update.kl_weight / 2
+        assert (long.task_schedule, long.optimizer, long.prompts) == ("mixed", short.optimizer, short.prompts)
+        assert long.tasks == short.tasks
 
 
 def test_a_run_whose_name_has_a_dot_has_a_log_of_its_own(load: Callable[[str], ModuleType], tmp_path: Path):
