@@ -6,8 +6,8 @@ JPEG size is the only reward, the one that paints every image blank. Watched on 
 on: the detector's confidence that there is a shape, its score of the caption, and minus the energy distance to renders
 of the same captions (rlcm_fast/shapes/realism.py). The picture has them against the reward: an arm that holds pictures
 better is higher at the same size; the table is of the smallest size that all of them reach. Last, what each arm paints
-after training, seed 0. All arms have the learning rate of compressibility.yaml; the KL term has its weight, L_pre one
-at which its first gradient (norm 0.21) is about as long as the reward's (0.16).
+after training, seed 0. Learning rates by a sweep of short runs, the same for each arm; the KL term has the weight of
+compressibility.yaml, L_pre one at which its first gradient (norm 0.21) is about as long as the reward's (0.16).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import sys
 from typing import Any
 
-from arms import Arm, Curves, run_figure, run_folder, train_arms
+from arms import Arm, Curves, run_figure, run_folder, train_arms, tuned
 from exports import save_pictures
 from learning_curves import save_figure
 from reporting import mean_and_error
@@ -34,6 +34,7 @@ _TASK = (
 )
 _KL = ("update.kl_weight", "0.06")
 _L_PRE = ("pretraining.data", "shapes:one", "pretraining.weight", "1")
+_LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 1 / 2
 
 
 def arms() -> list[Arm]:
@@ -42,11 +43,12 @@ def arms() -> list[Arm]:
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
-    curves = train_arms(arms(), arguments)
+    chosen = tuned(arms(), _LRS, _TUNING_SHARE, arguments)
+    curves = train_arms(list(chosen.values()), arguments)
     write_curves(curves, arguments.out, "what keeps pictures real")
     plot_against_reward(curves, arguments)
     first = arguments.seeds[0]
-    models = {arm.name: str(run_folder(arguments.runs, arm, first) / "export") for arm in arms()}
+    models = {name: str(run_folder(arguments.runs, arm, first) / "export") for name, arm in chosen.items()}
     pictures = arguments.out.with_name(f"{arguments.out.name}_pictures.png")
     save_pictures({"start": "shapes/lcm", **models}, "shapes:one:held_out", 8, pictures)
     print(table(curves, [_REWARD, *_REAL]))
@@ -55,7 +57,8 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     lines = [[name, *(shown(value) for value in found.values())] for name, found in there.items()]
     head = ["arm", *(short_name(metric) for metric in _REAL)]
     print(markdown([head, ["---"] * len(head), *lines]))
-    return {"arms": summarise(curves), "level": level, "where_the_reward_is_at_the_level": there}
+    lrs = {name: arm.overrides[-1] for name, arm in chosen.items()}
+    return {"lr": lrs, "arms": summarise(curves), "level": level, "where_the_reward_is_at_the_level": there}
 
 
 def common_level(curves: Curves) -> float:

@@ -120,24 +120,27 @@ def reaches(rows: Sequence[Row], metric: str, value: float, x: str) -> float | N
 
 
 def pass_factor(fast: Sequence[Sequence[Row]], slow: Sequence[Sequence[Row]], metric: str, x: str) -> dict[str, Any]:
-    """How many times less `x` the fast arm took to pass the slow arm's final `metric`, seed by seed.
+    """How many times less `x` the fast arm took to attain the slow arm's final `metric`, seed by seed.
 
-    factor = where the slow arm ends / where the fast arm attains the same value. Seeds that never do are counted and
-    left out; a fast arm that starts above the value has no factor either, as it had nothing to learn for it (of
-    `gains`: where the slow arm gained nothing).
+    factor = where the slow arm first attains what it ends with / where the fast arm does. Seeds without a factor are
+    counted: those where the fast arm never does, where it does from the start, as it had nothing to learn for it, and
+    where the slow arm does, which has ended no higher than it began.
     """
-    factors, never, from_start = [], 0, 0
+    factors, never, from_start, not_risen = [], 0, 0, 0
     for quick, long in zip(fast, slow, strict=True):
-        end = evaluated(long, metric)[-1]
-        place = reaches(quick, metric, end[metric], x)
-        if place is None:
+        end = final(long, metric)
+        place, slow_place = reaches(quick, metric, end, x), reaches(long, metric, end, x)
+        if not slow_place:
+            not_risen += 1
+        elif place is None:
             never += 1
         elif place == 0:
             from_start += 1
         else:
-            factors.append(end[x] / place)
+            factors.append(slow_place / place)
     found = mean_and_error(factors) if factors else {"mean": None, "standard_error": None}
-    return {**found, "seeds_that_pass": len(factors), "never": never, "from_the_start": from_start}
+    counts = {"never": never, "from_the_start": from_start, "slow_has_not_risen": not_risen}
+    return {**found, "seeds_that_pass": len(factors), **counts}
 
 
 def gains(seeds: Sequence[Sequence[Row]], metric: str) -> list[list[Row]]:

@@ -210,7 +210,7 @@ def test_the_sweep_of_a_task_reads_what_it_optimises(load: Callable[[str], Modul
     assert arms._tuning_row(tmp_path / "run") == {"iterations": 7, "task/compressibility": 4.0 * 1.5}
 
 
-def test_the_factor_to_pass_is_where_the_slow_arm_ends_over_where_the_fast_one_is_as_far(
+def test_the_factor_to_pass_is_where_the_slow_arm_has_what_it_ends_with_over_where_the_fast_one_has(
     load: Callable[[str], ModuleType],
 ):
     summaries = load("summaries")
@@ -225,6 +225,19 @@ def test_the_factor_to_pass_is_where_the_slow_arm_ends_over_where_the_fast_one_i
     assert found["mean"] == pytest.approx((4 + 4 / 3) / 2)
     assert (found["seeds_that_pass"], found["never"], found["from_the_start"]) == (2, 1, 1)
     assert summaries.pass_factor(fast[2:3], slow[:1], METRIC, "seconds")["mean"] is None
+
+
+def test_a_slow_arm_that_falls_back_is_charged_for_what_it_keeps_only(load: Callable[[str], ModuleType]):
+    summaries = load("summaries")
+    fast = [rows_of([0.0, 2.0])] * 3
+    slow = [
+        rows_of([0.0, 1.0, 3.0, 1.0]),  # has its final 1.0 after 100 queries already, the fast arm after 50
+        rows_of([1.0, 2.0, 1.0]),  # no higher than it began
+        rows_of([1.0, 2.0, 0.5]),
+    ]
+    found = summaries.pass_factor(fast, slow, METRIC, "queries")
+    assert found["mean"] == pytest.approx(2)
+    assert (found["seeds_that_pass"], found["slow_has_not_risen"]) == (1, 2)
 
 
 def test_gains_are_of_each_seeds_own_start(load: Callable[[str], ModuleType]):
