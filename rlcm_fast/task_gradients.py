@@ -2,8 +2,10 @@
 
     g_task = d/dweights of the algorithm's loss on the task's chosen transitions, under the weights before the update
 
-A cosine below 0 says that what helps one task hurts the other. Measured now and then in passes of its own, since an
-update has only their sum; averaged over processes. The KL term and the loss on real images are left out.
+With task_schedule=by_task each task has an update of its own, so each gradient is under the weights that the tasks
+before it in the iteration have left. A cosine below 0 says that what helps one task hurts the other. Measured now and
+then in passes of its own, since an update has only their sum; averaged over processes. The KL term and the loss on real
+images are left out.
 """
 
 # N transitions of a task

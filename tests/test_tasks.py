@@ -103,12 +103,30 @@ def test_advantages_are_of_a_tasks_own_statistics_and_survive_a_checkpoint(tiny_
 def test_without_tasks_the_labels_of_a_file_change_nothing(tiny_lcm_folder: str, tmp_path: Path):
     source = tmp_path / "labelled.jsonl"
     source.write_text('{"text": "a", "task": "x"}\n{"text": "b", "task": "y"}\n')
-    tasks = Tasks(make_config(tiny_lcm_folder, tmp_path, tasks=[], prompts__num_prompts=2, prompts__source=source))
+    rewards = [SMALL, {"name": "diversity", "group_size": 4}]
+    own = {"prompts__num_prompts": 2, "prompts__source": source, "rewards": rewards}
+    tasks = Tasks(make_config(tiny_lcm_folder, tmp_path, tasks=[], **own))
     prompts = tasks.next_batch(["default"])
     assert {prompt.task for prompt in prompts} == {"x", "y"}
     tasks.rewards.submit(torch.rand(4, 3, 16, 16), prompts)
-    assert tasks.rewards.gather(0).keys() == {"default"}
+    found = tasks.rewards.gather(0)
+    assert found.keys() == {"default"}
+    assert found["default"].values["diversity"].unique().numel() == 1  # one group
     tasks.rewards.shutdown()
+
+
+def test_groups_of_a_set_reward_never_cross_tasks(tiny_lcm_folder: str, tmp_path: Path):
+    own = [{"name": name, "source": "shapes:one", "rewards": [{"name": "diversity"}]} for name in ("a", "b")]
+    tasks = Tasks(make_config(tiny_lcm_folder, tmp_path, tasks=own))
+    prompts, images = tasks.next_batch(["a", "b"]), torch.rand(8, 3, 16, 16)
+    for rows in torch.arange(8).split(3):  # the second holds both tasks
+        tasks.rewards.submit(images[rows], [prompts[i] for i in rows.tolist()])
+    found = tasks.rewards.gather(0)
+    tasks.rewards.shutdown()
+    diversity = tasks.trained["a"]["diversity"][0]
+    for name, rows in {"a": slice(0, 4), "b": slice(4, 8)}.items():
+        assert torch.equal(found[name].values["diversity"], diversity(images[rows], prompts[rows]))
+    assert not torch.equal(found["a"].values["diversity"], found["b"].values["diversity"])
 
 
 @pytest.mark.usefixtures("one_process")

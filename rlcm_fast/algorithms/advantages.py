@@ -102,10 +102,13 @@ class PromptAdvantages:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the place of what was collected; of a longer buffer the last buffer_size rewards."""
+        """Takes the place of what was collected; of a longer buffer the last buffer_size rewards.
+
+        A state of another kind of advantages has none, so every prompt begins anew with the batch's statistics.
+        """
         self._buffers = {
             Prompt(entry["text"], entry["task"]): deque(entry["rewards"], maxlen=self._buffer_size)
-            for entry in state["buffers"]
+            for entry in state.get("buffers", [])
         }
 
 

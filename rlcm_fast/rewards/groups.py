@@ -1,8 +1,9 @@
 """From the images of a set reward to the score of each: which images make a group, and how it shares out its value.
 
 Groups are neighbours in the batch, `group_size` at a time; the repeats of a prompt lie side by side, so groups of
-prompts.images_per_prompt are one prompt's images and multiples of it cross prompts. They never cross tasks. The image i
-of a group g of k images gets, with v the reward's value of a set:
+prompts.images_per_prompt are one prompt's images and multiples of it cross prompts. They never cross tasks, as each
+task's rewards are asked of its images alone. The image i of a group g of k images gets, with v the reward's value of a
+set:
 
     group            c_i = v(g)                    arXiv 2401.12244
     leave_one_out    c_i = v(g) - v(g without i)
@@ -39,52 +40,43 @@ class GroupReward:
 
     name: str
     reward: SetReward
-    group_size: int = 0  # images of a group; 0: all of a task
+    group_size: int = 0  # images of a group; 0: all that it is given
     credit: Literal["group", "leave_one_out"] = "group"
     scope: str = field(default="set", init=False)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """(B,) float32, the credits of images (B, 3, H, W) that make whole groups."""
         described = expect(self.reward.describe(images, prompts), (len(prompts), None), "a row per image")
-        return self.score(described, self.groups(prompts))[1]
+        return self.score(described, self.groups(len(images)))[1]
 
-    def groups(self, prompts: Sequence[Prompt]) -> list[Tensor]:
-        """The places in the batch of each group's images, (G, k) int64 for each task; ValueError if one is not full."""
-        tasks: dict[str, list[int]] = {}
-        for place, prompt in enumerate(prompts):
-            tasks.setdefault(prompt.task, []).append(place)
-        return [self._groups_of(task, places) for task, places in tasks.items()]
+    def values(self, described: Tensor, groups: Tensor) -> Tensor:
+        """The value of each of `groups` (G, k), (G,) float32; described (N, F). AnswerError where it is no number."""
+        return self._value(described, groups, groups[:, 0])
 
-    def values(self, described: Tensor, groups: Sequence[Tensor]) -> list[Tensor]:
-        """The value of each group, (G,) float32 for each task; described (N, F). AnswerError where it is no number."""
-        return [self._value(described, rows, rows[:, 0]) for rows in groups]
-
-    def score(self, described: Tensor, groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def score(self, described: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """For each of the N images its group's value and what it gets of it, both (N,) float32; described (N, F)."""
-        values = torch.empty(len(described))
-        for rows, value in zip(groups, self.values(described, groups), strict=True):
-            values[rows] = value[:, None].expand(rows.shape)
+        values = self.values(described, groups).repeat_interleave(groups.shape[1])
         credits = values.clone()
         if self.credit == "leave_one_out":
-            for rows in groups:
-                for i in range(rows.shape[1]):  # one by one: all at once would take k times the descriptions' memory
-                    others = torch.cat([rows[:, :i], rows[:, i + 1 :]], dim=1)
-                    credits[rows[:, i]] -= self._value(described, others, rows[:, i])
+            for i in range(groups.shape[1]):  # one by one: all at once would take k times the descriptions' memory
+                others = torch.cat([groups[:, :i], groups[:, i + 1 :]], dim=1)
+                credits[groups[:, i]] -= self._value(described, others, groups[:, i])
         return values, credits
 
-    def _groups_of(self, task: str, places: Sequence[int]) -> Tensor:
-        size = self.group_size or len(places)
-        if len(places) % size:
+    def groups(self, num_images: int) -> Tensor:
+        """The places in the batch of each group's images, (G, k) int64; ValueError if one is not full."""
+        size = self.group_size or num_images
+        if num_images % size:
             raise ValueError(
-                f"rewards: name={self.name} group_size={size} does not divide the {len(places)} images of task {task}; "
-                "give a size that does, or 0 for all of them"
+                f"rewards: name={self.name} group_size={size} does not divide the {num_images} images; give a size "
+                "that does, or 0 for all of them"
             )
         if size == 1 and self.credit == "leave_one_out":
             raise ValueError(
-                f"rewards: name={self.name} credit=leave_one_out has nothing to leave in a group of one image of task "
-                f"{task}; give groups of 2 or more"
+                f"rewards: name={self.name} credit=leave_one_out has nothing to leave in a group of one image; give "
+                "groups of 2 or more"
             )
-        return torch.tensor(places).reshape(-1, size)
+        return torch.arange(num_images).reshape(-1, size)
 
     def _value(self, described: Tensor, rows: Tensor, blamed: Tensor) -> Tensor:
         """The values (G,) of the groups `rows` (G, k); an error names the group's image `blamed` (G,)."""

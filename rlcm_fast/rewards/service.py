@@ -133,10 +133,9 @@ def evaluate(name: str, reward: Reward, answers: Tensor, prompts: Sequence[Promp
     if not isinstance(reward, GroupReward):
         return answers
     order = side_by_side(prompts)
-    prompts = [prompts[place] for place in order]
-    groups = reward.groups(prompts)
-    with _named(name, prompts, iteration):
-        return torch.cat(reward.values(answers[order], groups))
+    groups = reward.groups(len(order))
+    with _named(name, [prompts[place] for place in order], iteration):
+        return reward.values(answers[order], groups)
 
 
 def _score(
@@ -145,7 +144,7 @@ def _score(
     """The value and the credit of each of the B images, the same for a reward of single images."""
     if not isinstance(reward, GroupReward):
         return answers, answers
-    groups = reward.groups(prompts)
+    groups = reward.groups(len(prompts))
     with _named(name, prompts, iteration):
         return reward.score(answers, groups)
 

@@ -139,6 +139,13 @@ def test_kinds_without_memory_have_an_empty_state(kind: str):
     advantages.load_state_dict({})
 
 
+def test_a_run_that_goes_on_with_statistics_of_prompts_collects_them_anew():
+    rewards, prompts = torch.tensor([1.0, 2.0, 4.0]), [CAT, CAT, CAT]
+    advantages = PromptAdvantages(buffer_size=2, min_count=2)
+    advantages.load_state_dict(BatchAdvantages().state_dict())
+    assert torch.equal(advantages(rewards, prompts), PromptAdvantages(2, 2)(rewards, prompts))
+
+
 @pytest.mark.parametrize("kind", ["prompt", "batch", "group"])
 @given(batch=batches())
 @settings(deadline=None)

@@ -37,8 +37,8 @@ def images_of(num_images: int) -> Tensor:
     return torch.rand(num_images, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-def prompts_of(texts: str, tasks: str = "") -> list[Prompt]:
-    return [Prompt(text, task) for text, task in zip(texts, tasks or "t" * len(texts), strict=True)]
+def prompts_of(texts: str) -> list[Prompt]:
+    return [Prompt(text) for text in texts]
 
 
 def grouped(group_size: int = 0, credit: Credit = "group", reward: SetReward | None = None) -> GroupReward:
@@ -72,19 +72,12 @@ def brute_force(images: Tensor, groups: Sequence[Sequence[int]], credit: Credit)
 
 @pytest.mark.parametrize("credit", ["group", "leave_one_out"])
 @pytest.mark.parametrize(
-    ("group_size", "tasks", "groups"),
-    [
-        (2, "tttttttt", [[0, 1], [2, 3], [4, 5], [6, 7]]),
-        (0, "tttttttt", [range(8)]),
-        (2, "ststtsst", [[0, 2], [5, 6], [1, 3], [4, 7]]),
-        (4, "ssttsstt", [[0, 1, 4, 5], [2, 3, 6, 7]]),
-        (0, "sstssstt", [[0, 1, 3, 4, 5], [2, 6, 7]]),
-    ],
+    ("group_size", "groups"), [(2, [[0, 1], [2, 3], [4, 5], [6, 7]]), (4, [range(4), range(4, 8)]), (0, [range(8)])]
 )
-def test_members_get_the_credit_of_their_own_group_which_crosses_no_task(
-    credit: Credit, group_size: int, tasks: str, groups: list[list[int]]
+def test_members_get_the_credit_of_their_own_group_whatever_the_labels_of_their_prompts(
+    credit: Credit, group_size: int, groups: list[Sequence[int]]
 ):
-    images, prompts = images_of(8), prompts_of("aabbccdd", tasks)
+    images, prompts = images_of(8), [Prompt(text, label) for text, label in zip("aabbccdd", "ststtsss", strict=True)]
     rewards = gather(grouped(group_size, credit), images, prompts, weight=3.0)
     torch.testing.assert_close(rewards.by_name["spread"], brute_force(images, groups, credit), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(rewards.values["spread"], brute_force(images, groups, "group"), rtol=1e-5, atol=1e-7)
@@ -116,17 +109,16 @@ def test_an_evaluation_has_a_value_a_group_and_puts_the_repeats_of_a_prompt_side
 
 
 @pytest.mark.parametrize(
-    ("group_size", "credit", "tasks", "message"),
+    ("group_size", "credit", "texts", "message"),
     [
-        (3, "group", "tttt", "name=spread group_size=3 does not divide the 4 images of task t; give a size that does"),
-        (2, "group", "sttt", "group_size=2 does not divide the 1 images of task s"),
-        (1, "leave_one_out", "tttt", "credit=leave_one_out has nothing to leave in a group of one image of task t"),
-        (0, "leave_one_out", "sttt", "credit=leave_one_out has nothing to leave in a group of one image of task s"),
+        (3, "group", "abcd", "name=spread group_size=3 does not divide the 4 images; give a size that does, or 0"),
+        (1, "leave_one_out", "abcd", "credit=leave_one_out has nothing to leave in a group of one image; give groups"),
+        (0, "leave_one_out", "a", "credit=leave_one_out has nothing to leave in a group of one image"),
     ],
 )
-def test_images_that_do_not_make_groups_are_refused(group_size: int, credit: Credit, tasks: str, message: str):
+def test_images_that_do_not_make_groups_are_refused(group_size: int, credit: Credit, texts: str, message: str):
     with pytest.raises(ValueError, match=message):
-        gather(grouped(group_size, credit), images_of(4), prompts_of("abcd", tasks))
+        gather(grouped(group_size, credit), images_of(len(texts)), prompts_of(texts))
 
 
 class Wrong(Spread):
@@ -184,7 +176,7 @@ def _gradients(credit: Credit, logits: Tensor, num_images: int) -> tuple[Tensor,
     reward = GroupReward("parity", parity, credit=credit)
     outcomes = torch.tensor(list(product(range(3), repeat=num_images)))  # (O, k)
     one_hot = torch.nn.functional.one_hot(outcomes, 3).float()
-    groups = reward.groups(prompts_of("a" * num_images))
+    groups = reward.groups(num_images)
     credits = torch.stack([reward.score(votes, groups)[1] for votes in one_hot]).double()  # (O, k)
     policy = logits.clone().requires_grad_()
     chances = policy.log_softmax(dim=0)[outcomes].sum(dim=1).exp()  # (O,)
