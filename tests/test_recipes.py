@@ -13,6 +13,9 @@ from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.cli.main import main as command
 from rlcm_fast.config import parse_config
 from rlcm_fast.config_checks import validate
+from rlcm_fast.config_tasks import tasks_of
+from rlcm_fast.prompts import deal, load_prompts
+from rlcm_fast.rewards.groups import side_by_side
 from rlcm_fast.train import main
 from rlcm_fast.trainer import Trainer
 
@@ -92,6 +95,19 @@ def test_adapters_in_a_second_file_change_only_what_they_are_about(name: str):
     )
 
 
+@pytest.mark.parametrize("recipe", ["large_scale/fairness", "large_scale/joint"])
+def test_fairness_is_evaluated_as_it_is_trained_on_groups_of_one_prompt_and_on_others(recipe: str):
+    config = parse_config(["--config", f"configs/{recipe}.yaml"])
+    task = tasks_of(config)[-1]
+    size = task.rewards[0].group_size
+    assert size == task.images_per_prompt
+    prompts = deal(load_prompts(task.evaluation, "prompts"), config.evaluation.num_images, config.evaluation.seed)
+    texts = [prompts[place].text for place in side_by_side(prompts)]
+    groups = [set(texts[first : first + size]) for first in range(0, len(texts), size)]
+    assert {len(group) for group in groups} == {1}
+    assert not set(texts) & {prompt.text for prompt in load_prompts(task.source, "prompts")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.usefixtures("no_network")
@@ -111,6 +127,7 @@ def test_a_recipe_runs_with_a_small_model_of_its_layout(recipe: str, tmp_path: P
     line = smoke_run(recipe, tmp_path, request)
     assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
     assert line["grad_norm"] > 0
+    assert line["advantage/abs_mean"] > 0  # grad_norm is of the loss on real pairs, too
     if recipe == "large_scale/joint":
         rewards = ("preference/plugin_rewards:Brightness", "composition/plugin_rewards:Brightness")
         assert {f"reward/{name}/mean" for name in (*rewards, "fairness/distribution_parity")} <= line.keys()
