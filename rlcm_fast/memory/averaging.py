@@ -89,9 +89,11 @@ class WeightAverage:
 
     def __init__(self, network: nn.Module, config: EmaConfig) -> None:
         self._trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        self._ema = EMAModel(self._trained.values(), decay=config.decay)
-        self._ema.to("cpu" if config.device == "cpu" else None, torch.float32)
         self._is_on_cpu = config.device == "cpu"
+        # Copied here, as EMAModel clones what it is given where it lies, and a GPU may have no room for a second set.
+        start = (p.detach().cpu() if self._is_on_cpu else p for p in self._trained.values())
+        self._ema = EMAModel(start, decay=config.decay)
+        self._ema.to(None, torch.float32)
 
     def update(self) -> None:
         """After an update of the weights."""

@@ -29,6 +29,7 @@ _OFFLOAD: Settings = {
 LADDER: tuple[Settings, ...] = (  # from what costs least; each on top of those before it that helped
     {"rollout.decode_batch_size": 4},
     {"engine.offload_idle": True},
+    {"update.kl_reference": "offload"},
     {"engine.recompute": "selective"},
     {"engine.dtype": "bf16", "engine.zero_stage": 1, "engine.channels_last": False},
     {"engine.recompute": "block"},

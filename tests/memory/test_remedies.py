@@ -12,7 +12,7 @@ from planners import SHAPES, planner_of
 
 from rlcm_fast.config import Config, parse_config
 from rlcm_fast.config_checks import validate
-from rlcm_fast.memory.estimate import SETTINGS, strategy_of
+from rlcm_fast.memory.estimate import GIB, SETTINGS, strategy_of
 from rlcm_fast.memory.gpus import GPUS, Gpu
 from rlcm_fast.memory.planning import Planner
 from rlcm_fast.memory.remedies import LADDER, Remedies, with_settings
@@ -103,6 +103,16 @@ def test_a_micro_batch_that_does_not_fit_ends_the_optimizer_in_the_backward_pass
     assert settings["update.micro_batch_size"] < 192
 
 
+def test_a_start_model_that_the_gpu_has_no_room_for_waits_in_the_cpus_memory():
+    cheaper = ["--update.micro_batch_size=1", "--rollout.decode_batch_size=1", "--engine.offload_idle=true"]
+    arguments = ["--algorithm.name=dpok", "--update.kl_weight=0.1", *cheaper]
+    config, _, planner = suggested(arguments, SHAPES, 24)
+    offloaded = strategy_of(with_settings(config, {"update.kl_reference": "offload"}), None)
+    needed = planner.memory(offloaded).peak
+    assert needed < planner.memory(strategy_of(config, None)).peak
+    assert suggested(arguments, SHAPES, needed / GIB)[1] == {"update.kl_reference": "offload"}
+
+
 def test_where_nothing_helps_none_is_said():
     assert suggested([], SHAPES, 1.0)[1] is None
 
@@ -111,5 +121,5 @@ def test_every_step_of_the_ladder_is_of_the_config_and_known_to_the_estimate():
     config = parse_config(["--engine.zero_stage=2", "--optimizer.name=adam", "--update.kl_weight=1"])
     config = with_settings(config, {"engine.channels_last": True})
     for step in LADDER:
-        assert set(step) <= {*SETTINGS, "update.kl_weight", "engine.channels_last"}
+        assert set(step) <= {*SETTINGS, "update.kl_weight", "update.kl_reference", "engine.channels_last"}
         assert strategy_of(with_settings(config, step)) != strategy_of(config)
