@@ -91,7 +91,7 @@ class WeightAverage:
         self._trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self._is_on_cpu = config.device == "cpu"
         # Copied here, as EMAModel clones what it is given where it lies, and a GPU may have no room for a second set.
-        start = (p.detach().cpu() if self._is_on_cpu else p for p in self._trained.values())
+        start = (nn.Parameter(p.detach().cpu()) if self._is_on_cpu else p for p in self._trained.values())
         self._ema = EMAModel(start, decay=config.decay)
         self._ema.to(None, torch.float32)
 
