@@ -9,10 +9,11 @@ All of these have 60 iterations, so each task has had equal queries, and a KL we
 itself: 120 iterations and half the KL weight, as that term counts what a task changes on the captions of all others;
 `alone_long` gives the specialists the same. Learning rates are by a sweep of short runs, the same for each arm, a joint
 one judged by all its tasks; a long arm has that of the arm it is long of. Afterwards every model is scored on held-out
-captions by what each task optimises, and by the detector's exact score: alignment on captions of two shapes, parity on
-128 images of each neutral caption, compressibility on captions of one shape. kept = a joint model's gain over the start
-model / the specialist's; kept_of_long = that of mixed_long / the long specialist's. The gradients of the tasks are
-measured every ten iterations of the mixed arm.
+captions by what each task optimises, and by the detector's exact score: alignment on captions of two shapes,
+compressibility on captions of one; parity on 128 images of each neutral caption, which are all there are. kept = a
+joint model's gain over the start model / the specialist's; kept_of_long, where there are mixed_long and alone_long, =
+that of mixed_long / the long specialist's. The gradients of the tasks are measured every ten iterations of the mixed
+arm.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from rlcm_against_ddpo import add_reward, trained_arms
 from summaries import markdown, plot_bars, share, shown
 
 _NUM_IMAGES = 512
-MEASURED = {  # reward -> prompts, what was trained
+MEASURED = {  # reward -> prompts, what is measured
     "compressibility": ("shapes:one", "jpeg_compressibility"),
     "incompressibility": ("shapes:one", "jpeg_incompressibility"),
     "alignment": ("shapes:two", "shapes_alignment"),
