@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -59,7 +58,7 @@ def set_process_environment() -> tuple[int, int]:
     if "RANK" not in os.environ:
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", "0")  # torch takes a free one, which no other run can take before it
     return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -168,12 +167,6 @@ def _silent_unless(speaks: bool) -> Iterator[None]:
             sink = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(sink))
         yield
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":
