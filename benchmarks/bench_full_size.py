@@ -121,8 +121,12 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _scaled(config: Config, samples: int) -> Config:
+    from rlcm_fast.config_checks import validate
+
     prompts = replace(config.prompts, num_prompts=samples // config.prompts.images_per_prompt)
-    return replace(config, prompts=prompts)
+    scaled = replace(config, prompts=prompts)
+    validate(scaled, 1)
+    return scaled
 
 
 def _mode(
