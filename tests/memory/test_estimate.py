@@ -130,9 +130,10 @@ def test_encoding_real_images_comes_on_top_of_an_update():
     encoder = profiles_of("none").vae.encoder
     assert "encoding images" not in memory_of(Strategy()).stages
     resident = memory.always + memory.gradients + memory.bucket
-    assert memory.stages["encoding images"] == resident + round(encoder.peak(16))
+    of_cudnn = 1 + estimate.WORKSPACE_SHARE
+    assert memory.stages["encoding images"] == resident + round(of_cudnn * encoder.peak(16))
     sliced = memory_of(replace(strategy, decode_batch_size=4))
-    assert sliced.stages["encoding images"] == resident + round(encoder.peak(4))
+    assert sliced.stages["encoding images"] == resident + round(of_cudnn * encoder.peak(4))
     moves = memory_of(replace(strategy, moves_idle=True))
     assert moves.stages["encoding images"] == memory.stages["encoding images"] - memory.text_encoders
 
