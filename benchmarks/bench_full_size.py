@@ -15,8 +15,9 @@ For each of --modes (engine.compile), in one process:
  inference   2, 4 and 8 steps and the decode, milliseconds an image
 
 and for each of --micro-batch-sizes images/s and peak memory of full iterations, uncompiled. Writes OUT/full_size.csv,
-full_size_micro_batches.csv, full_size_inference.csv and full_size.json, whose content is also the last line on stdout.
-With --seconds, what has not begun by then is left out and named.
+full_size_micro_batches.csv, full_size_inference.csv and full_size.json, whose content is also the last line on stdout,
+anew after each mode and size, so that a run that is cut off leaves what it had. What it had not come to, or what had
+not begun by --seconds, is named under left_out.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,13 +57,13 @@ def main() -> int:
         from random_models import random_weights
 
         with random_weights("cuda" if torch.cuda.is_available() else "cpu"):
-            summary = measure(config, arguments)
+            for summary in measure(config, arguments):
+                for name, key in (("", "modes"), ("_micro_batches", "micro_batches"), ("_inference", "inference")):
+                    write_csv(arguments.out / f"full_size{name}.csv", summary[key])
+                print_summary(summary, arguments.out / "full_size.json")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name, key in (("", "modes"), ("_micro_batches", "micro_batches"), ("_inference", "inference")):
-        write_csv(arguments.out / f"full_size{name}.csv", summary[key])
-    print_summary(summary, arguments.out / "full_size.json")
     return 0
 
 
@@ -93,31 +94,34 @@ def _config(arguments: argparse.Namespace) -> Config:
     return config
 
 
-def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything, in the order of what matters most; what `--seconds` cut is under "left_out"."""
+def measure(config: Config, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The summary, again and again as it grows, in the order of what matters most."""
     deadline = time.monotonic() + arguments.seconds
-    samples, left_out = _scaled(config, arguments.samples), []
-    rate = matmul_tflops(config)
+    samples, rate, flops = _scaled(config, arguments.samples), matmul_tflops(config), flops_of(config)
+    images = config.prompts.num_prompts * config.prompts.images_per_prompt
+    modes = [f"engine.compile={mode}" for mode in arguments.modes]
+    left_out = [*modes, *(f"micro-batches of {size}" for size in arguments.micro_batch_sizes)]
     summary: dict[str, Any] = {"config": arguments.config, "samples": arguments.samples, "matmul_tflops": rate}
-    summary |= {"modes": [], "inference": [], "micro_batches": []}
-    flops = flops_of(config)
+    summary |= {"modes": [], "inference": [], "micro_batches": [], "left_out": left_out}
     for mode in arguments.modes:
         if time.monotonic() > deadline:
-            left_out.append(f"engine.compile={mode}")
-            continue
+            break
         compiled = replace(samples, engine=replace(samples.engine, compile=mode))
         row, inference = _mode(compiled, arguments.pairs, rate, flops)
-        images = config.prompts.num_prompts * config.prompts.images_per_prompt
         row[f"seconds_of_{images}_scaled"] = row["full_seconds"] * images / arguments.samples
         summary["modes"].append(row)
         summary["inference"] += inference
+        left_out.pop(0)
+        yield summary
     eager = replace(samples, engine=replace(samples.engine, compile="off"))
     for size in arguments.micro_batch_sizes:
         if time.monotonic() > deadline:
-            left_out.append(f"micro-batches of {size}")
-        else:
-            summary["micro_batches"].append(_sized(eager, size))
-    return {**summary, "left_out": left_out}
+            break
+        summary["micro_batches"].append(_sized(eager, size))
+        left_out.pop(0)
+        yield summary
+    if left_out:
+        yield summary
 
 
 def _scaled(config: Config, samples: int) -> Config:

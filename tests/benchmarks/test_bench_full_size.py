@@ -36,7 +36,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_an_iteration_is_measured_beside_its_bare_passes(command: list[str], tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_full_size.py", *command])
     assert bench_full_size.main() == 0
-    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    first, summary = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert (first["modes"], first["left_out"]) == (summary["modes"], ["micro-batches of 4"])
     (row,) = summary["modes"]
     assert row["overhead"] > 0.5
     assert row["bare_seconds"] <= row["full_seconds"] * 2
@@ -54,8 +55,15 @@ def test_an_iteration_is_measured_beside_its_bare_passes(command: list[str], tmp
 @pytest.mark.usefixtures("one_process")
 def test_what_time_did_not_allow_is_named(command: list[str]):
     parsed = bench_full_size._parser().parse_args([*command, "--seconds", "-1"])
-    summary = bench_full_size.measure(bench_full_size._config(parsed), parsed)
+    (summary,) = bench_full_size.measure(bench_full_size._config(parsed), parsed)
     assert summary["left_out"] == ["engine.compile=off", "micro-batches of 4"]
+
+
+def test_samples_that_an_update_cannot_divide_are_one_line(command: list[str], monkeypatch, capsys):
+    override = ["--override", "update.micro_batch_size", "8"]  # divides the config's 8 transitions; 2 images have 4
+    monkeypatch.setattr(sys, "argv", ["bench_full_size.py", *command, "--samples", "2", *override])
+    assert bench_full_size.main() == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: update.micro_batch_size=8 does not divide")
 
 
 def test_work_that_runs_is_more_than_work_that_is_needed():
