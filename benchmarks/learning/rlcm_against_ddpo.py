@@ -46,10 +46,13 @@ class Scale:
     micro_batch_size: str  # transitions of RLCM's; DDPO's configs have 32
     num_images: str  # of an evaluation
     lrs: tuple[str, ...]  # of the sweep
+    evaluations_of_50_steps: int = _EVALUATIONS
 
 
 _USUAL = Scale("16", "64", "64", ("2e-5", "5e-5", "1e-4"))
-SCALE = dict.fromkeys(REWARDS, _USUAL) | {"alignment": Scale("24", "48", "256", ("2.5e-5", "5e-5", "1e-4"))}
+SCALE = dict.fromkeys(REWARDS, _USUAL) | {
+    "alignment": Scale("24", "48", "256", ("2.5e-5", "5e-5", "1e-4"), evaluations_of_50_steps=3)  # 66 s each
+}
 
 
 def arms(reward: str) -> list[Arm]:
@@ -61,13 +64,13 @@ def arms(reward: str) -> list[Arm]:
     ddpo[0] = ddpo[0].but("update.num_timesteps", "10")
     if reward == "compressibility":
         ddpo.append(Arm(_IN_SWEEP_ONLY, ddpo[1].config, (*ddpo[1].overrides, "update.step_weights", "equal")))
-    return [_timed(arm, scale.num_images) for arm in (rlcm, *ddpo)]
+    return [_timed(arm, scale) for arm in (rlcm, *ddpo)]
 
 
-def _timed(arm: Arm, num_images: str) -> Arm:
+def _timed(arm: Arm, scale: Scale) -> Arm:
     count = _ITERATIONS[arm.name]
-    every = str(count // _EVALUATIONS)
-    evaluation = ("evaluation.every", every, "evaluation.num_images", num_images, "checkpoint.every", every)
+    every = str(count // (scale.evaluations_of_50_steps if arm.name == "ddpo_50" else _EVALUATIONS))
+    evaluation = ("evaluation.every", every, "evaluation.num_images", scale.num_images, "checkpoint.every", every)
     return arm.but("num_iterations", str(count), "optimizer.warmup_updates", str(round(count / 12)), *evaluation)
 
 
