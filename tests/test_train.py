@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from rlcm_fast.config import parse_config
-from rlcm_fast.train import is_worded_by_us, main
+from rlcm_fast.train import is_worded_by_us, main, set_process_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -142,6 +142,14 @@ def test_the_first_process_of_another_machine_says_what_is_missing_there():
     assert done.returncode == 2
     assert done.stderr.startswith("error: prompts.source=no.txt") and done.stderr.endswith("(rank 8)\n")
     assert done.stderr.count("\n") == 1
+
+
+def test_runs_that_begin_together_are_given_no_port_to_meet_at(monkeypatch: pytest.MonkeyPatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is undone
+        monkeypatch.delenv(name)
+    assert set_process_environment() == (0, 1)
+    assert os.environ["MASTER_PORT"] == "0"  # of torch's choice, once it listens
 
 
 def test_only_our_own_errors_are_shown_without_a_traceback():
