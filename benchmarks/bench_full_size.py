@@ -16,13 +16,14 @@ For each of --modes (engine.compile), in one process:
 
 and for each of --micro-batch-sizes images/s and peak memory of full iterations, uncompiled. Writes OUT/full_size.csv,
 full_size_micro_batches.csv, full_size_inference.csv and full_size.json, whose content is also the last line on stdout,
-anew after each mode and size, so that a run that is cut off leaves what it had. What it had not come to, or what had
-not begun by --seconds, is named under left_out.
+anew after each mode and size, so that a run that is cut off leaves those that had ended. What it had not come to, or
+what had not begun by --seconds, is named under left_out.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bare_passes import BarePasses, finish_device_work, policy_of
-from bench_iteration import pair, run_with_hook, throughput
+from bench_iteration import pair, run_with_hook, throughput, with_micro_batches
 from reporting import percentile, print_summary, write_csv
 from training_runs import add_config_arguments, read_config, temporary_trainer
 
@@ -103,6 +104,9 @@ def measure(config: Config, arguments: argparse.Namespace) -> Iterator[dict[str,
     left_out = [*modes, *(f"micro-batches of {size}" for size in arguments.micro_batch_sizes)]
     summary: dict[str, Any] = {"config": arguments.config, "samples": arguments.samples, "matmul_tflops": rate}
     summary |= {"modes": [], "inference": [], "micro_batches": [], "left_out": left_out}
+    eager = replace(samples, engine=replace(samples.engine, compile="off"))
+    for size in arguments.micro_batch_sizes:
+        with_micro_batches(eager, size)  # a size that does not divide is found before minutes are spent
     for mode in arguments.modes:
         if time.monotonic() > deadline:
             break
@@ -113,7 +117,6 @@ def measure(config: Config, arguments: argparse.Namespace) -> Iterator[dict[str,
         summary["inference"] += inference
         left_out.pop(0)
         yield summary
-    eager = replace(samples, engine=replace(samples.engine, compile="off"))
     for size in arguments.micro_batch_sizes:
         if time.monotonic() > deadline:
             break
@@ -139,6 +142,7 @@ def _mode(
     """A row of the iteration, and rows of inference."""
     from rlcm_fast.config_checks import derived
 
+    _forget_peak()
     start = time.perf_counter()
     with temporary_trainer(config, num_pairs + 2) as trainer:
         built = time.perf_counter()
@@ -248,17 +252,25 @@ def _sized(config: Config, size: int) -> dict[str, Any]:
     """Images/s and peak memory at one micro-batch size, or that it does not fit."""
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    _forget_peak()
     try:
         return {**throughput(config, size, 2), **peak_gib()}
     except torch.cuda.OutOfMemoryError:
         return {"micro_batch_size": size, "images_per_second": None, "note": "out of memory"}
 
 
+def _forget_peak() -> None:
+    """And frees what an earlier trainer took, whose parts point at each other."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_gib() -> dict[str, float]:
-    """What was allocated at most, by the trainer and the copy for the bare passes; nothing on a CPU."""
+    """What was allocated at most, with bare passes by their copy of the UNet too; nothing on a CPU."""
     import torch
 
     return {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}

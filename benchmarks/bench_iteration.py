@@ -146,9 +146,9 @@ def stage_shares(pairs: list[Seconds]) -> list[dict[str, Any]]:
     return rows
 
 
-def throughput(config: Config, size: int, num_iterations: int) -> dict[str, Any]:
-    """Images/s of full iterations at one micro-batch size, sampling and training alike; the first is a warm-up."""
-    from rlcm_fast.config_checks import derived, validate
+def with_micro_batches(config: Config, size: int) -> Config:
+    """Of `size` samples and transitions. Raises ValueError: they do not divide."""
+    from rlcm_fast.config_checks import validate
 
     sized = replace(
         config,
@@ -156,6 +156,14 @@ def throughput(config: Config, size: int, num_iterations: int) -> dict[str, Any]
         update=replace(config.update, micro_batch_size=size),
     )
     validate(sized, 1)
+    return sized
+
+
+def throughput(config: Config, size: int, num_iterations: int) -> dict[str, Any]:
+    """Images/s of full iterations at one micro-batch size, sampling and training alike; the first is a warm-up."""
+    from rlcm_fast.config_checks import derived
+
+    sized = with_micro_batches(config, size)
     with temporary_trainer(sized, num_iterations + 2) as trainer:
         times = run_with_hook(trainer, lambda: None)[1:]
     median = statistics.median(row["wall"] for row in times)

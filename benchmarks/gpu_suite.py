@@ -146,9 +146,9 @@ def parts_of(out: Path, scratch: Path, has_plot: bool) -> list[Part]:
     tests, sanitizer = "tests/gpu/test_kernels_on_gpu.py", "tests/gpu/test_sanitizer.py"
     plot = [] if has_plot else ["--no-plot"]
     return [
-        Part("tests", [*pytest, f"--junitxml={scratch / 'tests.xml'}", tests], 70),
-        _benchmark("full_size", "bench_full_size.py", out, 210, *_FEWER),
-        _benchmark("memory", "bench_memory.py", out, 110),
+        Part("tests", [*pytest, f"--junitxml={scratch / 'tests.xml'}", tests], 60),
+        _benchmark("full_size", "bench_full_size.py", out, 225, *_FEWER),
+        _benchmark("memory", "bench_memory.py", out, 105),
         _benchmark("bench_kernels", "bench_kernels.py", out, 100, "--quick", *plot),
         Part("sanitizer", [*pytest, f"--junitxml={scratch / 'sanitizer.xml'}", sanitizer], 45),
     ]

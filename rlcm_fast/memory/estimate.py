@@ -4,7 +4,7 @@
 
     stage      what is there at its peak, besides weights, master copy, moments, frozen parts, trajectory, overhead
     sampling   one UNet pass without gradients          update   gradients, activations, DeepSpeed's bucket
-    decoding   one pass of the VAE's decoder            step     gradients and the optimizer's temporaries
+    decoding   one pass of the VAE's decoder, cuDNN's too   step   gradients and the optimizer's temporaries
     encoding   the text encoders; they and the VAE are there at their own stage only where `moves_idle`
     encoding images   one pass of the VAE's encoder on real images, within an update: its gradients and bucket are there
 
@@ -29,9 +29,9 @@ from rlcm_fast.memory.workload import Workload
 Device = Literal["cuda", "cpu"]
 GIB = 2**30
 OVERHEAD_BYTES = int(1.2 * GIB)
-"""CUDA context, libraries' workspaces, the allocator's fragments: a guess until measured."""
+"""CUDA's context, 0.75 GiB on an H200, and the allocator's fragments, which are a guess."""
 WORKSPACE_SHARE = 0.6
-"""Of a VAE pass on a GPU: what cuDNN takes beside its tensors; 0.59 measured (float32; SD1.5's and SDXL's, an H200)."""
+"""Of a VAE pass on a GPU, beside its tensors: 0.59 and 0.60 as SD1.5's and SDXL's decode in float32 on an H200."""
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default reduce_bucket_size and stage3_max_live_parameters / 2, which the engine leaves as they are."""
 FROZEN_DTYPE = torch.float32

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MODEL_FLOPS_UTILISATION = 0.5
-"""Share of the rate that a network reaches: an assumption until measured, not a measurement."""
+"""Share of the rate that a network reaches: an assumption. An H200 reached 0.13 to 0.17 in micro-batches of 8."""
 BANDWIDTH_UTILISATION = 0.8
 """Share of the bandwidth that an optimizer step reaches: an assumption until measured."""
 
