@@ -1,19 +1,15 @@
 """Joint training against specialists: the share of each specialist's gain that one model of all three tasks keeps.
 
     python benchmarks/learning/joint.py --jobs 2
-    python benchmarks/learning/joint.py --also by_task mixed_long alone_long --jobs 2    # further arms, from there
+    python benchmarks/learning/joint.py --by_task --jobs 2    # the paper's schedule beside it, from there
 
 The joint arms are of configs/shapes/joint.yaml, `mixed` with all tasks in one update, `by_task` with an update for each
-in turn. A specialist has one of its tasks alone, with as many images of it (128 of alignment, 64 of each other task).
-All of these have 60 iterations, so each task has had equal queries, and a KL weight of 0.04. `mixed_long` is joint.yaml
-itself: 120 iterations and half the KL weight, as that term counts what a task changes on the captions of all others;
-`alone_long` gives the specialists the same. Learning rates are by a sweep of short runs, the same for each arm, a joint
-one judged by all its tasks; a long arm has that of the arm it is long of. Afterwards every model is scored on held-out
-captions by what each task optimises, and by the detector's exact score: alignment on captions of two shapes,
-compressibility on captions of one; parity on 128 images of each neutral caption, which are all there are. kept = a
-joint model's gain over the start model / the specialist's; kept_of_long, where there are mixed_long and alone_long, =
-that of mixed_long / the long specialist's. The gradients of the tasks are measured every ten iterations of the mixed
-arm.
+in turn. A specialist has one of its tasks alone, with as many images of it (128 of alignment, 64 of each other task),
+as many iterations and the same KL weight, so each task has had equal queries. Learning rates are by a sweep of short
+runs, the same for each arm, a joint one judged by all its tasks. Afterwards every model is scored on held-out captions
+by what each task optimises, and by the detector's exact score: alignment on captions of two shapes, compressibility on
+captions of one; parity on 128 images of each neutral caption, which are all there are. kept = a joint model's gain over
+the start model / the specialist's. The gradients of the tasks are measured every ten iterations of the mixed arm.
 """
 
 from __future__ import annotations
@@ -34,10 +30,8 @@ from reporting import ROOT, mean_and_error, write_csv
 from summaries import markdown, plot_bars, share, shown
 
 SCHEDULES = ("mixed", "by_task")
-_FURTHER = ("by_task", "mixed_long", "alone_long")
 _NO_EVALUATION = ("evaluation.every", "0")
-_EQUAL_QUERIES = (*_NO_EVALUATION, "num_iterations", "60", "update.kl_weight", "0.04")
-_LRS, _TUNING_SHARE = ("3e-5", "6e-5", "1.2e-4"), 1 / 4
+_LRS, _TUNING_SHARE = ("6e-5", "1.2e-4", "2.4e-4"), 1 / 4
 _PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 128}"
 _GRADED = "{name: shapes_alignment_graded, arguments: {relation_weight: 0.25}}"
 
@@ -72,63 +66,43 @@ Scores = dict[str, list[dict[str, float]]]  # arm, or "start" with one -> reward
 
 def arms() -> list[Arm]:
     """With equal queries of each task; the gradients of the first one's tasks are measured."""
-    equal = [Arm(name, "joint", (*_EQUAL_QUERIES, *own)) for name, own in _own_overrides().items()]
-    return [equal[0].but("tracking.task_gradients_every", "10"), *equal[1:]]
-
-
-def long(arm: Arm) -> Arm:
-    """With the iterations and the KL weight of joint.yaml, at the arm's rate, the last of its overrides."""
-    return Arm(f"{arm.name}_long", "joint", (*_NO_EVALUATION, *_own_overrides()[arm.name], *arm.overrides[-2:]))
-
-
-def _own_overrides() -> dict[str, tuple[str, ...]]:
     config = yaml.safe_load((ROOT / "configs" / "shapes" / "joint.yaml").read_text())
     tasks, num_prompts = config["tasks"], config["prompts"]["num_prompts"]
     whole = sum(task.get("share", 1.0) for task in tasks)
-    joint = {name: ("task_schedule", name) for name in SCHEDULES}
-    return joint | {task["name"]: _alone(task, num_prompts * task.get("share", 1.0) / whole) for task in tasks}
+    own = {name: ("task_schedule", name) for name in SCHEDULES}
+    own |= {task["name"]: _alone(task, num_prompts * task.get("share", 1.0) / whole) for task in tasks}
+    every = [Arm(name, "joint", (*_NO_EVALUATION, *overrides)) for name, overrides in own.items()]
+    return [every[0].but("tracking.task_gradients_every", "10"), *every[1:]]
 
 
 def _alone(task: Mapping[str, Any], num_prompts: float) -> tuple[str, ...]:
     return ("tasks", json.dumps([task]), "prompts.num_prompts", f"{num_prompts:g}")
 
 
-def add_further(parser: argparse.ArgumentParser) -> None:
-    text = (
-        "further arms: by_task; mixed_long, with twice the queries of mixed and half its KL weight; alone_long, the "
-        "specialists with twice theirs and half that weight"
-    )
-    parser.add_argument("--also", nargs="+", default=[], choices=_FURTHER, help=text)
+def add_by_task(parser: argparse.ArgumentParser) -> None:
+    text = "the joint model whose tasks have an update each, in turn, too"
+    parser.add_argument("--by_task", action="store_true", help=text)
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
-    asked = [arm for arm in arms() if arm.name not in _FURTHER or arm.name in arguments.also]
-    chosen = tuned(asked, _LRS, _TUNING_SHARE, arguments)
-    further = ["mixed"] if "mixed_long" in arguments.also else []
-    further += MEASURED if "alone_long" in arguments.also else []
-    every = [*chosen.values(), *(long(chosen[name]) for name in further)]
-    curves = train_arms(every, arguments)
+    asked = [arm for arm in arms() if arm.name != "by_task" or arguments.by_task]
+    chosen = list(tuned(asked, _LRS, _TUNING_SHARE, arguments).values())
+    curves = train_arms(chosen, arguments)
     took = {name: mean_and_error([rows[-1]["seconds"] for rows in seeds]) for name, seeds in curves.items()}
-    scores = {task: _scores(measured, every, arguments) for task, measured in MEASURED.items()}
+    scores = {task: _scores(measured, chosen, arguments) for task, measured in MEASURED.items()}
     write_csv(arguments.out.with_suffix(".csv"), _rows(scores, arguments.seeds))
     gains = {task: gains_over_start(by_arm, task) for task, by_arm in scores.items()}
     plot_bars(gains, arguments.out.with_suffix(".png"), "gain over the start model")
-    joint = [arm.name for arm in every if arm.name.removesuffix("_long") not in MEASURED]
+    joint = [arm.name for arm in chosen if arm.name in SCHEDULES]
     kept = {name: {task: share(own[name], own[task]) for task, own in gains.items()} for name in joint}
-    kept_of_long = {}
-    if {"mixed_long", "alone_long"} <= set(arguments.also):
-        kept_of_long = {task: share(own["mixed_long"], own[f"{task}_long"]) for task, own in gains.items()}
     means = {task: _means(by_arm) for task, by_arm in scores.items()}
     for task, by_arm in means.items():
         lines = [[arm, *(shown(value) for value in found.values())] for arm, found in by_arm.items()]
         print(f"\n{task}\n" + markdown([["model", *by_arm["start"]], ["---"] * (1 + len(by_arm["start"])), *lines]))
-    shares = {**kept, "mixed_long, of long": kept_of_long} if kept_of_long else kept
-    lines = [[name, *(shown(value, 2) for value in found.values())] for name, found in shares.items()]
+    lines = [[name, *(shown(value, 2) for value in found.values())] for name, found in kept.items()]
     print("\n" + markdown([["kept", *MEASURED], ["---"] * 4, *lines]))
-    lrs = {arm.name: arm.overrides[-1] for arm in every}
-    gradients = _gradients(every[0], arguments)
-    kept_of = {"kept": kept, "kept_of_long": kept_of_long}
-    return {"lr": lrs, "seconds": took, "scores": means, **kept_of, "gradients": gradients}
+    lrs = {arm.name: arm.overrides[-1] for arm in chosen}
+    return {"lr": lrs, "seconds": took, "scores": means, "kept": kept, "gradients": _gradients(chosen[0], arguments)}
 
 
 def _scores(measured: Measured, arms: list[Arm], arguments: argparse.Namespace) -> Scores:
@@ -178,4 +152,4 @@ def _gradients(arm: Arm, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_figure("joint", __doc__, draw, add_further))
+    sys.exit(run_figure("joint", __doc__, draw, add_by_task))

@@ -98,25 +98,11 @@ def test_rlcm_and_ddpo_are_given_the_same_rewards(load: Callable[[str], ModuleTy
 def test_specialists_of_the_joint_figure_have_the_queries_of_the_joint_model(load: Callable[[str], ModuleType]):
     from rlcm_fast.config_tasks import tasks_of
 
-    mixed, by_task, *alone = (parse_config(arm.arguments(0, Path("run"))) for arm in load("joint").arms())
+    mixed, by_task, *alone = every = [parse_config(arm.arguments(0, Path("run"))) for arm in load("joint").arms()]
     assert (mixed.task_schedule, by_task.task_schedule) == ("mixed", "by_task")
     assert [tasks_of(config) for config in alone] == [[task] for task in tasks_of(mixed)]
     assert tasks_of(by_task) == tasks_of(mixed)
-
-
-def test_long_arms_of_the_joint_figure_have_twice_the_queries_and_half_the_kl_weight(
-    load: Callable[[str], ModuleType],
-):
-    joint = load("joint")
-    every = {arm.name: arm.but("optimizer.lr", "6e-5") for arm in joint.arms()}
-    for name in ("mixed", *joint.MEASURED):
-        arms = every[name], joint.long(every[name])
-        short, long = (parse_config(arm.arguments(0, Path("run"))) for arm in arms)
-        assert arms[1].name == f"{name}_long"
-        assert long.num_iterations == 2 * short.num_iterations
-        assert long.update.kl_weight == short.update.kl_weight / 2
-        assert (long.task_schedule, long.optimizer, long.prompts) == ("mixed", short.optimizer, short.prompts)
-        assert long.tasks == short.tasks
+    assert {(config.num_iterations, config.update.kl_weight) for config in every} == {(60, 0.02)}
 
 
 def test_a_run_whose_name_has_a_dot_has_a_log_of_its_own(load: Callable[[str], ModuleType], tmp_path: Path):
