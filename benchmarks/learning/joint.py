@@ -6,10 +6,11 @@
 The joint arms are of configs/shapes/joint.yaml, `mixed` with all tasks in one update, `by_task` with an update for each
 in turn. A specialist has one of its tasks alone, with as many images of it (128 of alignment, 64 of each other task),
 as many iterations and the same KL weight, so each task has had equal queries. Learning rates are by a sweep of short
-runs, the same for each arm, a joint one judged by all its tasks. Afterwards every model is scored on held-out captions
-by what each task optimises, and by the detector's exact score: alignment on captions of two shapes, compressibility on
-captions of one; parity on 128 images of each neutral caption, which are all there are. kept = a joint model's gain over
-the start model / the specialist's. The gradients of the tasks are measured every ten iterations of the mixed arm.
+runs, the same for each arm, a joint one judged by all its tasks. Afterwards every model is scored by what each task
+optimises, and by the detector's exact score: alignment on held-out captions of two shapes, compressibility on held-out
+captions of one; parity on 128 images of each neutral caption, the trained ones, which are all there are. kept = a joint
+model's gain over the start model / the specialist's. The gradients of the tasks are measured every ten iterations of
+the mixed arm.
 """
 
 from __future__ import annotations
