@@ -104,6 +104,7 @@ _WORDS = {
     "step_temporaries": "temporaries of the step",
     "overhead": "CUDA and allocator, a guess",
 }
+_OF_SECONDS = "an assumption, an H200 reached 15% in micro-batches of 8; rewards not counted"
 
 
 def _memory_table(memory: Memory) -> list[str]:
@@ -121,7 +122,7 @@ def _one_gpu(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> 
         f"{gpu.name}: {gpu.memory_gib:g} GiB, {gpu.bandwidth_gb_s:g} GB/s, {gpu.bf16_tflop_s:g} TFLOP/s bf16, "
         f"{gpu.tf32_tflop_s:g} TF32, {gpu.fp32_tflop_s:g} float32 ({gpu.source})",
         f"  seconds an iteration: {seconds.iteration:.3g} ({stages}), if {MODEL_FLOPS_UTILISATION:.0%} of the rate is "
-        "reached: an assumption, an H200 reached 15% in micro-batches of 8; rewards not counted",
+        f"reached: {_OF_SECONDS}",
         *(f"  {line}" for line in _verdict(config, planner, strategy, gpu)),
     ]
 
@@ -168,8 +169,7 @@ def _all_gpus(planner: Planner, strategy: Strategy, gpus: list[Gpu]) -> list[str
         *lines,
         "",
         "micro-batches: the largest that fit, rollout and update",
-        f"seconds: if {MODEL_FLOPS_UTILISATION:.0%} of the rate is reached, an assumption, an H200 reached 15% in "
-        "micro-batches of 8; rewards not counted",
+        f"seconds: if {MODEL_FLOPS_UTILISATION:.0%} of the rate is reached: {_OF_SECONDS}",
         "--gpu NAME tells what to change where it does not fit",
     ]
 

@@ -124,6 +124,12 @@ def test_the_peak_of_encoding_real_images_is_the_traced_one():
         assert profiles_of("none").vae.encoder.peak(rows) == close(live.peak)
 
 
+def test_a_decode_on_a_gpu_has_the_workspace_of_its_convolutions():
+    on_cpu = estimate_memory(Strategy(), profiles_of("none"), WORK, device="cpu").decoding
+    assert on_cpu > 0
+    assert memory_of(Strategy()).decoding == close((1 + estimate.WORKSPACE_SHARE) * on_cpu)
+
+
 def test_encoding_real_images_comes_on_top_of_an_update():
     strategy = Strategy(pretraining_micro_batch_size=16)
     memory = memory_of(strategy)
