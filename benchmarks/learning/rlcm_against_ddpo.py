@@ -8,9 +8,9 @@ rewards, no KL term, and 64 images an iteration; alignment, which moves little i
 trained on, but of ddpo_50's 49 each image has 10, drawn anew for every rollout (arXiv 2401.12244 has 5 of 50): all of
 them would take 2.5 times as long. DDPO's losses are weighted by step, as else it hardly moves in so few queries:
 ddpo_10_equal, without the weights, was tried first, on compressibility, and is in that sweep only. Learning rates by a
-sweep of runs half as long, the same rates for each arm; 50 steps, of which such a run would be seven updates, have the
-rate of 10. The factors are of seconds, queries and forwards: to pass DDPO's final reward (summaries.pass_factor), and,
-as the start models differ, to gain as much as DDPO does.
+sweep of runs half as long (on alignment two fifths), the same rates for each arm. The factors are of seconds, queries
+and forwards: to pass DDPO's final reward (summaries.pass_factor), and, as the start models differ, to gain as much as
+DDPO does.
 
 On a GPU there may be more images and larger micro-batches, here 256 of each:
 
@@ -21,6 +21,7 @@ On a GPU there may be more images and larger micro-batches, here 256 of each:
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,6 @@ NAME = "rlcm_against_ddpo"
 _ITERATIONS = {"rlcm": 45, "ddpo_50": 15, "ddpo_10": 30, "ddpo_10_equal": 30}
 _IN_SWEEP_ONLY = "ddpo_10_equal"
 _EVALUATIONS = 5  # beside the first
-_TUNING_SHARE = 1 / 2
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,13 @@ class Scale:
     num_images: str  # of an evaluation
     lrs: tuple[str, ...]  # of the sweep
     evaluations_of_50_steps: int = _EVALUATIONS
+    tuning_share: float = 1 / 2  # of the iterations, in the sweep
 
 
 _USUAL = Scale("16", "64", "64", ("2e-5", "5e-5", "1e-4"))
 SCALE = dict.fromkeys(REWARDS, _USUAL) | {
-    "alignment": Scale("24", "48", "256", ("2.5e-5", "5e-5", "1e-4"), evaluations_of_50_steps=3)  # 66 s each
+    # within an hour: an evaluation of 50 steps takes 66 s, their sweep a quarter of an hour of one core
+    "alignment": Scale("24", "48", "256", ("2.5e-5", "5e-5", "1e-4"), evaluations_of_50_steps=2, tuning_share=2 / 5)
 }
 
 
@@ -69,17 +71,16 @@ def arms(reward: str) -> list[Arm]:
 
 def _timed(arm: Arm, scale: Scale) -> Arm:
     count = _ITERATIONS[arm.name]
-    every = str(count // (scale.evaluations_of_50_steps if arm.name == "ddpo_50" else _EVALUATIONS))
+    every = str(math.ceil(count / (scale.evaluations_of_50_steps if arm.name == "ddpo_50" else _EVALUATIONS)))
     evaluation = ("evaluation.every", every, "evaluation.num_images", scale.num_images, "checkpoint.every", every)
     return arm.but("num_iterations", str(count), "optimizer.warmup_updates", str(round(count / 12)), *evaluation)
 
 
-def _with_rates(every: list[Arm], arguments: argparse.Namespace) -> dict[str, Arm]:
+def _with_rates(trying: list[Arm], arguments: argparse.Namespace) -> dict[str, Arm]:
     """By name, at the rates of the sweep; without the arm that is in the sweep only."""
-    trying = [arm for arm in every if arm.name != "ddpo_50"]
-    chosen = tuned(trying, SCALE[arguments.reward].lrs, _TUNING_SHARE, arguments)
-    of_ten_steps = chosen["ddpo_10"].overrides[-2:]
-    return {arm.name: chosen.get(arm.name) or arm.but(*of_ten_steps) for arm in every if arm.name != _IN_SWEEP_ONLY}
+    scale = SCALE[arguments.reward]
+    chosen = tuned(trying, scale.lrs, scale.tuning_share, arguments)
+    return {name: arm for name, arm in chosen.items() if name != _IN_SWEEP_ONLY}
 
 
 def add_reward(parser: argparse.ArgumentParser) -> None:
@@ -88,14 +89,14 @@ def add_reward(parser: argparse.ArgumentParser) -> None:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reward(parser)
-    text = "arms to leave out; a third of the time is ddpo_50's"
+    text = "arms to leave out; half of the time is ddpo_50's"
     parser.add_argument("--without", nargs="+", default=[], choices=["ddpo_50", "ddpo_10"], help=text)
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
-    by_reward(arguments)
-    chosen = _with_rates(arms(arguments.reward), arguments)
-    chosen = {name: arm for name, arm in chosen.items() if name not in arguments.without}
+    arguments.runs /= arguments.reward
+    arguments.out = Path(f"{arguments.out}_{arguments.reward}")
+    chosen = _with_rates([arm for arm in arms(arguments.reward) if arm.name not in arguments.without], arguments)
     curves = train_arms(list(chosen.values()), arguments)
     write_curves(curves, arguments.out, f"RLCM and DDPO, {arguments.reward}")
     print(table(curves, [TOTAL, *(metric for metric in shared_metrics(curves) if metric != TOTAL)]))
@@ -122,21 +123,14 @@ def _print_factors(head: str, factors: dict[str, dict[str, Any]], arguments: arg
     print("\n" + markdown([[head, *AXES, "in seeds"], ["---"] * 5, *lines]))
 
 
-def by_reward(arguments: argparse.Namespace) -> None:
-    """A folder of runs and a result for each reward."""
-    arguments.runs = arguments.runs / arguments.reward
-    arguments.out = Path(f"{arguments.out}_{arguments.reward}")
-
-
 def trained_arms(
     reward: str, arguments: argparse.Namespace, names: Sequence[str]
 ) -> tuple[dict[str, Arm], argparse.Namespace]:
     """Some arms of this figure for another one: trained where they have not been, and where their runs lie."""
     own = argparse.Namespace(**{**vars(arguments), "reward": reward})
-    own.runs, own.out = arguments.runs.parent / NAME, arguments.out.with_name(NAME)
-    by_reward(own)
-    every = _with_rates(arms(reward), own)
-    chosen = {name: every[name] for name in names}
+    own.runs = arguments.runs.parent / NAME / reward
+    own.out = own.runs / NAME  # of a sweep that may have fewer arms than this figure's
+    chosen = _with_rates([arm for arm in arms(reward) if arm.name in names], own)
     train_arms(list(chosen.values()), own)
     return chosen, own
 

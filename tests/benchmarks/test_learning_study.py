@@ -6,7 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -93,6 +93,26 @@ def test_rlcm_and_ddpo_are_given_the_same_rewards(load: Callable[[str], ModuleTy
         assert [r.name for r in config.rewards] == [r.name for r in configs[0].rewards]
     weights = {tuple(reward.weight for reward in config.rewards) for config in configs}
     assert len(weights) == 1
+
+
+def test_every_arm_has_its_own_rate_and_another_figure_tunes_its_own_arms_only(
+    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    figure, rates = load("rlcm_against_ddpo"), {"rlcm": "1e-4", "ddpo_50": "5e-5", "ddpo_10": "2e-5"}
+
+    def tuned(arms: Sequence[Any], lrs: Sequence[str], share: float, arguments: argparse.Namespace) -> dict[str, Any]:
+        return {arm.name: arm.but("optimizer.lr", rates.get(arm.name, lrs[0])) for arm in arms}
+
+    trained: list[Any] = []
+    monkeypatch.setattr(figure, "tuned", tuned)
+    monkeypatch.setattr(figure, "train_arms", lambda arms, arguments: trained.append((arms, arguments.out)))
+    arguments = argparse.Namespace(runs=tmp_path / "other", out=tmp_path / "figure", reward="compressibility")
+    every = figure._with_rates(figure.arms("compressibility"), arguments)
+    assert {name: arm.overrides[-1] for name, arm in every.items()} == rates
+    chosen, own = figure.trained_arms("compressibility", arguments, ["ddpo_50"])
+    assert chosen == {"ddpo_50": every["ddpo_50"]}
+    assert own.runs == tmp_path / "rlcm_against_ddpo" / "compressibility"
+    assert trained == [([every["ddpo_50"]], own.runs / "rlcm_against_ddpo")]
 
 
 def test_specialists_of_the_joint_figure_have_the_queries_of_the_joint_model(load: Callable[[str], ModuleType]):
