@@ -8,6 +8,8 @@ import torch
 
 from rlcm_fast.config import EngineConfig
 
+_MAX_GRAPHS = 128  # torch's 8 are of all blocks together, and SD 1.5 has blocks of four shapes
+
 
 def check_device(engine: EngineConfig, device: torch.device) -> None:
     """ValueError for what is known to go wrong on a device, before weights load."""
@@ -24,6 +26,9 @@ def accelerate(unet: Any, engine: EngineConfig, backend: str = "inductor") -> No
     torch.compile makes a graph for each shape and for passes with and without gradients, at their first use; graphs
     are kept between runs in torch's cache on the disk. `backend` is for tests.
     """
+    if engine.compile != "off":
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, _MAX_GRAPHS)
     if engine.channels_last:
         unet.to(memory_format=torch.channels_last)
     if engine.attention == "xformers":

@@ -18,11 +18,13 @@ def unet(tiny_lcm_folder: str) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_pretrained(tiny_lcm_folder, subfolder="unet").eval()
 
 
-def output(unet: UNet2DConditionModel) -> Tensor:
+def output(unet: UNet2DConditionModel, batch_size: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 24, generator=generator)
-    guidance = torch.randn(2, 16, generator=generator)
-    return unet(x, torch.tensor([5, 900]), text, timestep_cond=guidance, return_dict=False)[0]
+    x = torch.randn(batch_size, 4, 8, 8, generator=generator)
+    text = torch.randn(batch_size, 5, 24, generator=generator)
+    guidance = torch.randn(batch_size, 16, generator=generator)
+    steps = torch.linspace(5, 900, batch_size).long()
+    return unet(x, steps, text, timestep_cond=guidance, return_dict=False)[0]
 
 
 @pytest.mark.parametrize("engine", [EngineConfig(channels_last=True), EngineConfig(compile="regional"),
@@ -49,3 +51,15 @@ def test_compiled_blocks_are_called_compiled(unet: UNet2DConditionModel):
     accelerate(fast, EngineConfig(compile="regional"), backend=lambda graph, _: calls.append(1) or graph.forward)  # type: ignore[arg-type]
     output(fast)
     assert calls
+
+
+@pytest.mark.parametrize("compile_", ["regional", "whole"])
+def test_a_run_has_as_many_graphs_as_shapes(unet: UNet2DConditionModel, compile_: str):
+    """A grid, evaluation, rollout and update each have one, with and without gradients; torch's own limit is 8."""
+    fast = copy.deepcopy(unet)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        accelerate(fast, EngineConfig(compile=compile_), backend="eager")  # type: ignore[arg-type]
+        for batch_size in range(1, 7):
+            with torch.no_grad():
+                torch.testing.assert_close(output(fast, batch_size), output(unet, batch_size), rtol=1e-5, atol=1e-6)
+            assert output(fast, batch_size).requires_grad
