@@ -28,7 +28,7 @@ from rlcm_fast import parallel
 from rlcm_fast.config import EngineConfig, OptimizerConfig
 from rlcm_fast.kernels.adamw import AdamW8bit
 from rlcm_fast.memory.engine import Engine, copied_to_cpu, frozen_names, load_trained
-from rlcm_fast.memory.optimizers import build_optimizer, lr_factor
+from rlcm_fast.memory.optimizers import build_optimizer, lr_factor, settings_kept
 
 _FILE = "engine.pt"
 
@@ -145,6 +145,7 @@ class DirectEngine(Engine):
             raise ValueError(f"resume={folder} holds no {_FILE}, so it was made with other engine settings; keep those")
         state = torch.load(folder / _FILE, map_location="cpu", weights_only=True)
         load_trained(state["network"], self._network)
-        self._optimizer.load_state_dict(state["optimizer"])
+        with settings_kept(self._optimizer):
+            self._optimizer.load_state_dict(state["optimizer"])
         self._num_updates = state["num_updates"]
         self._set_lr()

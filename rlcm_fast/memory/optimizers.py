@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from rlcm_fast.config import EngineConfig, OptimizerConfig
 from rlcm_fast.kernels.adamw import AdamW8bit
+
+_OF_CONFIG = ("initial_lr", "betas", "eps", "weight_decay")
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig, engine: EngineConfig, seed: int) -> Optimizer:
@@ -34,6 +37,18 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, engine: EngineC
         counts = engine.dtype == "pure_bf16"
         return AdamW8bit(parameters, **settings, seed=seed, counts_lost_updates=counts)
     return {"adamw": AdamW, "adam": Adam}[config.name](parameters, **settings)
+
+
+@contextmanager
+def settings_kept(optimizer: Optimizer) -> Iterator[None]:
+    """Loading a checkpoint inside brings its states; what the config says stays, so that a resumed run may change it.
+
+    The learning rate is left to whoever schedules it.
+    """
+    own = [{key: group[key] for key in _OF_CONFIG if key in group} for group in optimizer.param_groups]
+    yield
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def lr_factor(config: OptimizerConfig, num_updates: int) -> Callable[[int], float]:

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlcm_fast import parallel
 from rlcm_fast.config import EngineConfig, OptimizerConfig
 from rlcm_fast.memory.engine import Engine, copied_to_cpu, load_trained
-from rlcm_fast.memory.optimizers import build_optimizer, lr_factor
+from rlcm_fast.memory.optimizers import build_optimizer, lr_factor, settings_kept
 from rlcm_fast.memory.resharding import load_resharded, shard_files
 
 _TAG = "deepspeed"
@@ -39,7 +39,7 @@ class ZeroEngine(Engine):
     ) -> None:
         """num_micro_batches: of one update and process at most; num_updates: of the run, for the learning rate."""
         torch_optimizer = build_optimizer(network, optimizer, engine, seed)
-        factor = lr_factor(optimizer, num_updates)
+        self._optimizer, self._base_lr, self._factor = torch_optimizer, optimizer.lr, lr_factor(optimizer, num_updates)
         self.zero_stage = engine.zero_stage
         self._max_grad_norm = max_grad_norm
         # DeepSpeed 0.19.8 sends the start weights as bytes, which torch refuses to see in channels_last ones.
@@ -49,7 +49,7 @@ class ZeroEngine(Engine):
         self._engine, *_ = deepspeed.initialize(
             model=network,
             optimizer=torch_optimizer,
-            lr_scheduler=LambdaLR(torch_optimizer, factor),  # pyright: ignore[reportArgumentType]
+            lr_scheduler=LambdaLR(torch_optimizer, self._factor),  # pyright: ignore[reportArgumentType]
             config=_deepspeed_config(engine, max_grad_norm, micro_batch_size, num_micro_batches),
         )
         if self.zero_stage == 0 and parallel.world_size() == 1:
@@ -98,6 +98,14 @@ class ZeroEngine(Engine):
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
+        with settings_kept(self._optimizer):
+            self._load(folder)
+        scheduler = self._engine.lr_scheduler
+        scheduler.base_lrs = [self._base_lr] * len(scheduler.base_lrs)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._base_lr * self._factor(scheduler.last_epoch)
+
+    def _load(self, folder: Path) -> None:
         shards = shard_files(folder / _TAG)
         if shards and self.zero_stage > 0 and len(shards) != parallel.world_size():
             load_resharded(self._engine, folder / _TAG)

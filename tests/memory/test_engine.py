@@ -94,6 +94,25 @@ def test_a_loaded_engine_goes_on_bitwise(stage: int, tmp_path: Path):
     assert engine.lr == other.lr
 
 
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [*((stage, torch.float32) for stage in STAGES), (0, torch.bfloat16)], ids=str
+)
+def test_a_loaded_engine_has_the_settings_of_its_config(stage: int, dtype: torch.dtype, tmp_path: Path):
+    name = {torch.float32: "fp32", torch.bfloat16: "pure_bf16"}[dtype]
+    settings = {"stage": stage, "dtype": name, "name": "adamw" if name == "fp32" else "adamw_8bit"}
+    engine = engine_of(TinyNetwork().to(dtype), 2, **settings, final_lr_fraction=0.0, num_updates=4)
+    train(engine, num_updates=2, dtype=dtype)
+    engine.save(tmp_path)
+    changed = {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 1e-5, "weight_decay": 0.1}
+    other = engine_of(TinyNetwork().to(dtype), 2, **settings, **changed, final_lr_fraction=0.0, num_updates=8)
+    other.load(tmp_path)
+    assert other.lr == pytest.approx(1e-3 * 6 / 8)
+    train(other, num_updates=1, dtype=dtype)
+    assert other.lr == pytest.approx(1e-3 * 5 / 8)
+    (group,) = other._optimizer.param_groups  # type: ignore[attr-defined]
+    assert (tuple(group["betas"]), group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-5, 0.1)
+
+
 def test_a_folder_without_deepspeed_files_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="holds no state that DeepSpeed can read; give another checkpoint"):
         engine_of(TinyNetwork(), 1).load(tmp_path)
