@@ -30,7 +30,7 @@ REQUIREMENTS = [
     "tensorboard>=2.20,<3",
     "matplotlib>=3.9,<4",
 ]
-DATA = ["datasets>=5,<6"]  # brings pyarrow and pandas, 265 MB, and leaves torch as it is
+DATA = ["datasets>=5.2,<6"]  # brings pyarrow and pandas, 265 MB, and leaves torch as it is
 TEST = ["pytest>=9,<10", "hypothesis>=6.130,<7", "kernels>=0.17,<1", *DATA]
 LINT = ["ruff>=0.15,<0.18", "pyright[nodejs]>=1.1.400,<2"]
 

@@ -5,10 +5,11 @@ Two readers with one face: `take` rows of this process, the `cursor` after them,
  - Functions are numbered pairs: an update takes the next num_rows * world_size numbers and each process its own slice,
    so that the pairs of an update do not depend on how many processes share them.
  - Everything else is read by `datasets` in streaming, pass after pass. `split_dataset_by_node` gives each process its
-   own shards, or every n-th row where their number does not divide. Within a window of rows, not yet decoded, the order
-   is shuffled; webdataset shards and captioned files are shuffled themselves before each pass, too. The cursor holds
-   datasets' own state at the start of the window (which excludes a shuffle buffer of theirs: its rows would be lost in
-   a resumed run) and the number of rows taken of it, so that nothing is decoded twice to get there.
+   own shards, or every n-th row where there are fewer shards than processes, each of which reads them all then. Where
+   shards do not divide, some processes have one more and longer passes. Within a window of rows, not yet decoded, the
+   order is shuffled; webdataset shards and captioned files are shuffled themselves before each pass, too. The cursor
+   holds datasets' own state at the start of the window (which excludes a shuffle buffer of theirs: its rows would be
+   lost in a resumed run) and the number of rows taken of it, so that nothing is decoded twice to get there.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ class DatasetReader:
         from datasets.distributed import split_dataset_by_node
 
         dataset = _open_dataset(self._source, np.random.default_rng([self._seed, self._pass]))
-        self._dataset = split_dataset_by_node(dataset, self._rank, self._world_size)
+        share: Any = "shards" if dataset.num_shards >= self._world_size else "examples"
+        self._dataset = split_dataset_by_node(dataset, self._rank, self._world_size, share)
         if self._start is not None:
             self._dataset.load_state_dict(self._start)
         self._iterator = _records(self._dataset, self._source)

@@ -141,6 +141,16 @@ def test_processes_share_a_pass(data: str, as_process: Any):
     assert Counter(shares[0] + shares[1]) == Counter(f"grey {i}" for i in range(NUM_PAIRS))
 
 
+def test_a_process_has_its_own_shards_where_their_number_does_not_divide(tmp_path: Path, as_process: Any):
+    data, shares = write_shards(tmp_path), []
+    for rank, num_shards in enumerate((2, 1, 1)):
+        as_process(rank, 3)
+        own = texts_of(PairStream(data, 8, 6, seed=3), num_shards)  # a pass: shards of six pairs
+        assert len({int(text.split()[1]) // 6 for text in own}) == num_shards
+        shares += own
+    assert Counter(shares) == Counter(f"grey {i}" for i in range(NUM_PAIRS))
+
+
 @pytest.mark.parametrize("num_batches", [0, 3, 7])
 def test_a_resumed_stream_goes_on_as_the_uninterrupted_one(
     data: str, num_batches: int, monkeypatch: pytest.MonkeyPatch
