@@ -132,7 +132,12 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
         raise ValueError(
             "tracking.wandb=true needs wandb; pip install 'rlcm_fast[wandb]', or set it to false"
         ) from error
-    return wandb.init(project="rlcm_fast", dir=str(run_dir), name=run_dir.name, config=to_dict(config), resume="allow")
+    kept = run_dir / "wandb_id"  # so that a resumed run goes on there, too
+    id_ = kept.read_text() if kept.exists() else None
+    settings = {"name": run_dir.name, "config": to_dict(config), "id": id_, "resume": "allow"}
+    run = wandb.init(project="rlcm_fast", dir=str(run_dir), **settings)
+    kept.write_text(run.id)
+    return run
 
 
 def _environment() -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +101,22 @@ def test_wandb_that_is_not_installed_is_an_error_with_the_way_out(tmp_path: Path
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"tracking.wandb=true needs wandb; pip install 'rlcm_fast\[wandb\]'"):
         Tracker(tmp_path, replace(CONFIG, tracking=TrackingConfig(tensorboard=False, wandb=True)), 0)
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ids: list[str | None] = []
+
+    def init(**settings: Any) -> Any:
+        ids.append(settings["id"])
+        return SimpleNamespace(id=settings["id"] or "new", log=lambda *_, **__: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = replace(CONFIG, tracking=TrackingConfig(tensorboard=False, wandb=True))
+    for first_iteration in (0, 1):
+        tracker = Tracker(tmp_path, config, first_iteration)
+        tracker.log(line(first_iteration))
+        tracker.close()
+    assert ids == [None, "new"]
 
 
 @pytest.mark.parametrize("mode", ["off", "regional"])
