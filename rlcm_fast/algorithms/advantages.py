@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,8 @@ from torch import Tensor
 
 from rlcm_fast.config import AdvantagesConfig
 from rlcm_fast.trajectory import Prompt
+
+MAX_PROMPTS = 65_536
 
 
 class Advantages(Protocol):
@@ -58,7 +61,10 @@ class Advantages(Protocol):
 
 
 class PromptAdvantages:
-    """Standardised by the last rewards of the same prompt; by the batch's until a prompt has `min_count` of them."""
+    """Standardised by the last rewards of the same prompt; by the batch's until a prompt has `min_count` of them.
+
+    Of more than MAX_PROMPTS those that have not come for longest are forgotten: 1 kB each, on every process.
+    """
 
     def __init__(self, buffer_size: int, min_count: int, epsilon: float = 1e-6) -> None:
         """buffer_size: rewards kept per prompt; min_count: rewards from which on a prompt's own statistics are used."""
@@ -75,13 +81,17 @@ class PromptAdvantages:
     def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         values = _values(rewards, prompts)
         for value, prompt in zip(values, prompts, strict=True):
-            self._buffers.setdefault(prompt, deque(maxlen=self._buffer_size)).append(value)
+            buffer = self._buffers.pop(prompt, deque(maxlen=self._buffer_size))
+            buffer.append(value)
+            self._buffers[prompt] = buffer  # at the end: the last to be forgotten
         of_batch = _mean_and_std(values)
         statistics = {prompt: self._statistics(prompt) or of_batch for prompt in dict.fromkeys(prompts)}
         advantages = [
             (value - statistics[prompt][0]) / (statistics[prompt][1] + self._epsilon)
             for value, prompt in zip(values, prompts, strict=True)
         ]
+        for prompt in list(islice(self._buffers, max(0, len(self._buffers) - MAX_PROMPTS))):
+            del self._buffers[prompt]
         return torch.tensor(advantages, dtype=torch.float32, device=rewards.device)
 
     def _statistics(self, prompt: Prompt) -> tuple[float, float] | None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlcm_fast.algorithms import advantages as advantages_module
 from rlcm_fast.algorithms import build_advantages
 from rlcm_fast.algorithms.advantages import BatchAdvantages, GroupAdvantages, PromptAdvantages
 from rlcm_fast.config import AdvantagesConfig
@@ -196,3 +197,15 @@ def test_groups_without_variance_are_counted_and_have_no_advantage(scale: str):
     found = advantages(torch.tensor([3.0, 3.0, 3.0, 1.0, 2.0]), [CAT, CAT, CAT, DOG, DOG])
     assert found[:3].tolist() == [0.0, 0.0, 0.0] and found[3:].abs().min() > 0.1
     assert advantages.metrics() == {"zero_variance_groups": 0.5}
+
+
+def test_prompts_that_have_not_come_for_longest_are_forgotten(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(advantages_module, "MAX_PROMPTS", 2)
+    advantages = PromptAdvantages(buffer_size=4, min_count=1)
+    for prompt in (CAT, DOG, CAT, Prompt("a fox")):
+        advantages(torch.tensor([1.0]), [prompt])
+    kept = advantages.state_dict()["buffers"]
+    assert [(entry["text"], entry["rewards"]) for entry in kept] == [("a cat", [1.0, 1.0]), ("a fox", [1.0])]
+    several = advantages(torch.tensor([1.0, 2.0, 3.0]), [DOG, CAT, Prompt("a fox")])  # more than are kept, at once
+    assert several[2].item() == pytest.approx(1, abs=1e-5)
+    assert len(advantages.state_dict()["buffers"]) == 2
