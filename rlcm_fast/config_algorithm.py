@@ -9,8 +9,8 @@ from rlcm_fast.config_tasks import tasks_of
 def check_algorithm(config: Config, num_actions: int) -> None:
     """Raise ValueError "field=value ...; remedy" where the algorithm, or which steps are trained, cannot work."""
     name, update = config.algorithm.name, config.update
-    num_updates = update.num_passes * update.num_updates
-    if name == "reinforce" and num_updates > 1:
+    if name == "reinforce" and not update.is_on_policy:
+        num_updates = update.num_passes * update.num_updates
         raise ValueError(
             f"algorithm.name=reinforce has no ratio to correct for weights that have moved, so only the first of "
             f"{num_updates} updates a rollout would be right; set update.num_updates=1 and update.num_passes=1, or "

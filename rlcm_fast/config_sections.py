@@ -158,6 +158,9 @@ class UpdateConfig:
     """mixed: an update's transitions are of all steps; by_step: of as few steps as can be (2401.12244: one)."""
     micro_batch_size: int = 64
     """Transitions of one forward and backward, per process; must divide the transitions of an update."""
+    old_log_probs: Literal["rollout", "recompute"] = "rollout"
+    """What ratios compare with: the rollout's, or once more in the update's micro-batch size, which rounds as it does.
+    With one update a rollout neither is needed."""
     step_weights: Literal["equal", "sensitivity"] = "equal"
     """sensitivity: each step's loss is divided by B / sigma, what its mean moves by the network's output."""
     max_grad_norm: float = 1.0
@@ -166,6 +169,11 @@ class UpdateConfig:
     """Weight of the closed-form KL divergence to the frozen start model; 0 is off."""
     kl_reference: Literal["copy", "offload"] = "copy"
     """The start model: a second copy on the device, or in the CPU's memory, swapped in for a pass a rollout."""
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether a rollout has one update: then its old log-probs are the new ones, and every ratio is 1."""
+        return self.num_passes * self.num_updates == 1
 
 
 @dataclass(frozen=True)

@@ -189,14 +189,13 @@ class Trainer:
 
     def check_ratio(self, batch: Rollout) -> dict[str, float]:
         """Before the first update every ratio should be 1; what is left is rounding, and no clip should act on it."""
-        generator = parallel.generator(self.config.seed, 3, parallel.rank())
-        noise = ratio_noise(self.policy, batch.trajectory, self.config.update.micro_batch_size, generator)
-        noise = max(parallel.all_gather_list([noise]))
-        clip_range = self.config.update.clip_range
-        if noise >= clip_range:
+        generator, config = parallel.generator(self.config.seed, 3, parallel.rank()), self.config.update
+        noise = max(parallel.all_gather_list([ratio_noise(self.policy, batch.trajectory, config, generator)]))
+        if noise >= config.clip_range and self.algorithm.clips and not config.is_on_policy:
             self.tracker.say(
-                f"warning: rounding alone moves the ratio by {noise:.1e}, as much as update.clip_range={clip_range}: "
-                "clipping will act on noise; raise it above the noise, or set engine.dtype=fp32"
+                f"warning: rounding alone moves the ratio by {noise:.1e}, as much as update.clip_range="
+                f"{config.clip_range}: clipping will act on noise; set update.old_log_probs=recompute or "
+                "engine.dtype=fp32, or raise the clip range above the noise"
             )
         return {"ratio/noise_floor": noise}
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -97,9 +97,11 @@ def update(
 
     `before_first_step` is called before every micro-batch of the first update, where stopping loses nothing.
     """
-    work = _Work(policy, algorithm, trajectory, weights, engine, config, reference, extra, before_first_step)
     start = time.perf_counter()
     selection = Selection(trajectory.num_samples, trajectory.num_actions, config, algorithm.is_of_pairs, generator)
+    if config.old_log_probs == "recompute" and not config.is_on_policy:
+        trajectory = recomputed(policy, trajectory, selection.rows, config.micro_batch_size)
+    work = _Work(policy, algorithm, trajectory, weights, engine, config, reference, extra, before_first_step)
     work.look_up_reference(selection.rows)
     for _ in range(config.num_passes):
         for rows in selection.one_pass():
@@ -112,9 +114,22 @@ def update(
 
 
 @torch.no_grad()
-def ratio_noise(policy: GaussianPolicy, trajectory: Trajectory, micro_batch_size: int, generator: torch.Generator):
+def recomputed(policy: GaussianPolicy, trajectory: Trajectory, rows: Tensor, micro_batch_size: int) -> Trajectory:
+    """The trajectory with the log-probs of `rows` (N,) under the present weights, in micro-batches of that size."""
+    log_probs = trajectory.log_probs.flatten()
+    new = torch.cat([policy.log_prob(trajectory.transitions(part)) for part in rows.split(micro_batch_size)])
+    log_probs = log_probs.index_put((rows.to(log_probs.device),), new.to(log_probs))
+    return replace(trajectory, log_probs=log_probs.view_as(trajectory.log_probs))
+
+
+@torch.no_grad()
+def ratio_noise(
+    policy: GaussianPolicy, trajectory: Trajectory, config: UpdateConfig, generator: torch.Generator
+) -> float:
     """Largest |ratio - 1| of one shuffled micro-batch under unchanged weights: what rounding alone does to ratios."""
-    rows = torch.randperm(trajectory.num_transitions, generator=generator)[:micro_batch_size]
+    rows = torch.randperm(trajectory.num_transitions, generator=generator)[: config.micro_batch_size]
+    if config.old_log_probs == "recompute":
+        trajectory = recomputed(policy, trajectory, rows.flip(0), config.micro_batch_size)
     transitions = trajectory.transitions(rows)
     return torch.expm1(policy.log_prob(transitions) - transitions.log_prob_old).abs().max().item()
 
@@ -134,7 +149,6 @@ class _Work:
     before_first_step: Callable[[], None]
 
     def __post_init__(self) -> None:
-        self.is_on_policy = self.config.num_passes * self.config.num_updates == 1
         self.records: list[tuple[RatioStats, Tensor, Tensor]] = []
         self.extra_losses: list[Tensor] = []
         self.num_updates, self.num_chosen, self.num_trained = 0, 0, 0
@@ -198,7 +212,7 @@ class _Work:
         m = self.policy.network_output(transitions.x_t, transitions.step, transitions.conditioning)
         coef = self.policy.coefficients(transitions.step)
         # With one update a rollout the old policy is the present one: its log-prob is the new one's, detached (exact).
-        old = None if self.is_on_policy else transitions.log_prob_old
+        old = None if self.config.is_on_policy else transitions.log_prob_old
         loss, stats = self.algorithm.loss_of_output(transitions.x_t, m, transitions.x_s, coef, old, signals)
         kl = m.new_zeros(())
         if self.reference is not None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from rlcm_fast import parallel
 from rlcm_fast import trainer as trainer_module
+from rlcm_fast.algorithms import build_algorithm
 from rlcm_fast.config import Config, parse_config
 from rlcm_fast.memory.zero import ZeroEngine
 from rlcm_fast.rewards import RewardError
@@ -169,10 +170,25 @@ def test_a_clip_range_below_the_rounding_is_warned_of(run: FinishedRun, monkeypa
     monkeypatch.setattr(trainer_module, "ratio_noise", lambda *_: 0.02)
     assert run.trainer.check_ratio(batch) == {"ratio/noise_floor": 0.02}
     assert "rounding alone moves the ratio by 2.0e-02, as much as update.clip_range=0.01" in said[0]
-    assert "set engine.dtype=fp32" in said[0]
+    assert "set update.old_log_probs=recompute or engine.dtype=fp32" in said[0]
     monkeypatch.setattr(trainer_module, "ratio_noise", lambda *_: 0.0075)
     run.trainer.check_ratio(batch)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("settings", [{"update__num_updates": 1}, {"algorithm__name": "rwr"}])
+def test_rounding_that_no_clip_can_act_on_is_not_warned_of(
+    settings: dict[str, object], run: FinishedRun, tiny_lcm_folder: str, monkeypatch: pytest.MonkeyPatch
+):
+    config = make_config(tiny_lcm_folder, run.run_dir, **settings)
+    said: list[str] = []
+    monkeypatch.setattr(run.trainer, "config", config)
+    monkeypatch.setattr(run.trainer, "algorithm", build_algorithm(config.algorithm, config.update))
+    monkeypatch.setattr(run.trainer.tracker, "say", said.append)
+    monkeypatch.setattr(trainer_module, "ratio_noise", lambda *_: 0.02)
+    batch = type("Batch", (), {"trajectory": None})()
+    assert run.trainer.check_ratio(batch) == {"ratio/noise_floor": 0.02}
+    assert not said
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

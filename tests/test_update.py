@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,9 +171,34 @@ def _stop_at(number: int) -> Callable[[], None]:
 def test_ratio_noise_is_rounding_under_unchanged_weights_and_sees_changed_ones():
     setting = Setting(lr=1e-2)
     generator = torch.Generator().manual_seed(0)
-    assert ratio_noise(setting.policy, setting.trajectory, 4, generator) < 1e-6
+    assert ratio_noise(setting.policy, setting.trajectory, setting.config, generator) < 1e-6
     setting.update()
-    assert ratio_noise(setting.policy, setting.trajectory, 4, generator) > 1e-3
+    assert ratio_noise(setting.policy, setting.trajectory, setting.config, generator) > 1e-3
+
+
+def test_old_log_probs_may_be_those_of_the_updates_micro_batches():
+    weights, deviations = [], []
+    for noise, old in ((0.0, "rollout"), (0.1, "rollout"), (0.1, "recompute")):
+        setting = Setting(num_updates=2)
+        log_probs = setting.trajectory.log_probs + noise * torch.linspace(-1, 1, NUM_TRANSITIONS).view(NUM_SAMPLES, -1)
+        setting.trajectory = replace(setting.trajectory, log_probs=log_probs)
+        setting.config = replace(setting.config, old_log_probs=old)
+        deviations.append(ratio_noise(setting.policy, setting.trajectory, setting.config, torch.Generator()))
+        setting.update()
+        assert torch.equal(setting.trajectory.log_probs, log_probs)
+        weights.append(setting.engine.full_weights())
+    assert deviations[0] < 1e-6 and deviations[2] < 1e-6 < 1e-2 < deviations[1]
+    assert difference(weights[2], weights[0]).abs().max() < 1e-6 < difference(weights[1], weights[0]).abs().max()
+
+
+def test_one_update_a_rollout_recomputes_nothing():
+    calls: list[str] = []
+    for old in ("rollout", "recompute"):
+        setting = Setting()
+        setting.config = replace(setting.config, old_log_probs=old)
+        setting.network.of_state.register_forward_hook(lambda *_: calls.append(old))  # noqa: B023
+        setting.update()
+    assert calls == ["rollout"] * 4 + ["recompute"] * 4
 
 
 def test_transitions_without_a_signal_are_skipped_and_the_gradient_stays_the_same():

@@ -30,6 +30,8 @@ class Algorithm:
 
     is_of_pairs: ClassVar[bool] = False
     """Whether an update takes all actions of two neighbouring samples together, and signals need `change`."""
+    clips: ClassVar[bool] = False
+    """Whether a ratio beyond update.clip_range changes the loss."""
 
     def weights(self, advantages: Tensor) -> Tensor:
         """advantages (A,) float32 -> what each sample's actions are worth (A,)."""

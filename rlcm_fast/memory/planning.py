@@ -63,8 +63,8 @@ class Planner:
         pairs = work.pairs_per_update * work.num_updates
         update += unet.training_flops * pairs
         encoded = profiles.vae.encoder.flops * pairs
-        if strategy.has_reference:  # once a rollout
-            update += unet.forward_flops * (trained * strategy.rows_per_sample)
+        once_a_rollout = strategy.has_reference + work.recomputes_log_probs
+        update += unet.forward_flops * (once_a_rollout * trained * strategy.rows_per_sample)
         is_bf16 = strategy.dtype != "fp32"
         # weights, master copy and moments are read and written, gradients are read
         moved = 2 * (memory.weights + memory.master + memory.moments) + memory.gradients

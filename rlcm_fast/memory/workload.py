@@ -24,6 +24,7 @@ class Workload:
     transitions_per_update: int
     num_updates: int  # of all passes
     pairs_per_update: int  # of real images
+    recomputes_log_probs: bool = False
 
     @classmethod
     def of(cls, config: Config, num_processes: int) -> Workload:
@@ -40,4 +41,5 @@ class Workload:
             numbers["transitions_per_update"] // num_processes,
             numbers["updates_per_iteration"],
             pretraining.batch_size // num_processes if pretraining.weight > 0 else 0,
+            config.update.old_log_probs == "recompute" and not config.update.is_on_policy,
         )

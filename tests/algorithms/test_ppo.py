@@ -56,9 +56,11 @@ def test_the_loss_is_the_mean_over_transitions():
     torch.testing.assert_close(gradient, torch.cat([part for _, part in parts]) / 4)
 
 
-def test_advantages_are_clamped():
-    _, gradient = loss_and_gradient(PPO(CLIP, advantage_clip=10.0), [0.0, 0.0], [50.0, -50.0])
-    torch.testing.assert_close(gradient, torch.tensor([-5.0, 5.0]))
+def test_advantages_are_clamped_before_a_steps_weight_counts():
+    ppo = PPO(CLIP, advantage_clip=10.0)
+    signals = ppo.weights(torch.tensor([50.0, -50.0])) * torch.tensor([1.0, 1.5])
+    _, gradient = loss_and_gradient(ppo, [0.0, 0.0], signals.tolist())
+    torch.testing.assert_close(gradient, torch.tensor([-5.0, 7.5]))
 
 
 def test_a_step_along_the_gradient_raises_the_log_prob_of_what_was_good():

@@ -115,6 +115,10 @@ def test_the_workload_of_tasks_in_turn_and_of_some_timesteps_is_what_a_run_does(
     encoder = profiles.vae.encoder.flops * (4 * 32)
     encoding = gpu.seconds(encoder.convolutions, encoder.others, False)
     assert planner.seconds(STRATEGY, gpu).update == pytest.approx(update * (1 + 4 * 32 / (32 * 2)) + encoding)
+    again = Workload.of(parse_config([*in_turn, "--update.micro_batch_size=4", "--update.old_log_probs=recompute"]), 2)
+    forward = profiles.unet.forward_flops * (32 * 2)
+    recomputing = update + gpu.seconds(forward.convolutions, forward.others, False)
+    assert planner_of(SHAPES, again).seconds(STRATEGY, gpu).update == pytest.approx(recomputing)
     trajectory = bare.memory(STRATEGY).trajectory
     assert trajectory == 24 * 4 * profiles.latent_bytes
 
