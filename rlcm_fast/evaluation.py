@@ -9,7 +9,7 @@ rewards are made of all images together, and measured by their value, whatever t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,11 +44,11 @@ class Evaluator:
 
     def __call__(self, policy: GaussianPolicy, iteration: int) -> dict[str, float]:
         """`<prefix>/<reward>/mean`, `<prefix>/<reward>/std` and `<prefix>/diversity`, the same on every rank."""
-        images, prompts = draw(policy, self.prompts, self.seed, self.micro_batch_size, self.encode, self.decode)
-        diversity = Diversity().value(self._everyones(Thumbnails()(images, prompts))[None]).item()
+        answers_to, thumbnails = self._answers(policy, iteration)
+        diversity = Diversity().value(self._everyones(thumbnails)[None]).item()
         metrics: dict[str, float] = {}
         for prefix, rewards in self.rewards.items():
-            answers = self._answers(rewards, images, prompts, iteration)
+            answers = answers_to[prefix]
             for name in sorted(rewards):
                 reward, everyones = rewards[name][0], self._everyones(answers.get(name))  # (N,) or (N, F)
                 values = evaluate(name, reward, everyones, self.prompts, iteration).double()
@@ -57,17 +57,28 @@ class Evaluator:
             metrics[f"{prefix}/diversity"] = diversity
         return metrics
 
-    @staticmethod
-    def _answers(rewards: NamedRewards, images: Tensor, prompts: list[Prompt], iteration: int) -> dict[str, Tensor]:
-        """What `rewards` say of this rank's images; groups may go across ranks, so none are made here."""
-        if not prompts:  # fewer micro-batches than ranks
-            return {}
-        service = RewardService(rewards, num_workers=1)
+    def _answers(self, policy: GaussianPolicy, iteration: int) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
+        """What the rewards of each prefix say of this rank's images, a micro-batch at a time, and thumbnails of these.
+
+        Groups may go across ranks, so none are made here. Nothing and None with fewer micro-batches than ranks.
+        """
+        services: dict[str, RewardService] = {}
+        for prefix, rewards in self.rewards.items():
+            first = next(iter(services.values()), None)
+            services[prefix] = RewardService(rewards, num_workers=1, beside=first)
+        thumbnails: list[Tensor] = []
+        sample = (self.seed, self.micro_batch_size, self.encode, self.decode)
         try:
-            service.submit(images, prompts)
-            return service.answers(iteration)
+            for images, prompts in drawn(policy, self.prompts, *sample):
+                thumbnails.append(Thumbnails()(images, prompts))
+                for service in services.values():
+                    service.submit(images, prompts)
+            if not thumbnails:
+                return {prefix: {} for prefix in services}, None
+            return {prefix: one.answers(iteration) for prefix, one in services.items()}, torch.cat(thumbnails)
         finally:
-            service.shutdown()
+            for service in services.values():
+                service.shutdown()
 
     def _everyones(self, mine: Tensor | None) -> Tensor:
         """The rows of all ranks (N, ...), in the order of `prompts`; None where this rank has none."""
@@ -133,20 +144,29 @@ def draw(
     encode: Callable[[Sequence[Prompt]], Conditioning],
     decode: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, list[Prompt]]:
-    """This rank's share of the images (B, 3, H, W) and their prompts, noise fixed by `seed`.
+    """This rank's share of the images (B, 3, H, W) and their prompts, noise fixed by `seed`."""
+    parts = list(drawn(policy, prompts, seed, micro_batch_size, encode, decode))
+    images = torch.cat([images for images, _ in parts]) if parts else torch.empty(0, 3, 1, 1)
+    return images, [prompt for _, kept in parts for prompt in kept]
+
+
+def drawn(
+    policy: GaussianPolicy,
+    prompts: Sequence[Prompt],
+    seed: int,
+    micro_batch_size: int,
+    encode: Callable[[Sequence[Prompt]], Conditioning],
+    decode: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[Tensor, list[Prompt]]]:
+    """As `draw`, a micro-batch at a time.
 
     Under ZeRO-3 a forward pass needs all ranks: each takes part in every round, and keeps its own micro-batches only.
     """
     micro_batches = [list(prompts[i : i + micro_batch_size]) for i in range(0, len(prompts), micro_batch_size)]
-    images: list[Tensor] = []
-    kept: list[Prompt] = []
     for first in range(0, len(micro_batches), parallel.world_size()):
         index = first + parallel.rank()
         is_mine = index < len(micro_batches)
         batch = micro_batches[index if is_mine else first]
         _, x_0 = policy.sample(encode(batch), parallel.generator(seed, index), explores=False)
         if is_mine:
-            images.append(decode(x_0))
-            kept += batch
-    empty = torch.empty(0, 3, 1, 1)
-    return (torch.cat(images) if images else empty), kept
+            yield decode(x_0), batch
