@@ -85,9 +85,22 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
     return (_complete(run_dir) or [None])[-1]
 
 
+def agreed_checkpoint(resume: str, run_dir: Path) -> Path | None:
+    """`find_checkpoint`, by all processes; ValueError where they see different ones."""
+    own = find_checkpoint(resume, run_dir)
+    found = dict.fromkeys(parallel.all_gather_list([str(own)]))
+    if len(found) > 1:
+        raise ValueError(
+            f"resume={resume} is another checkpoint on some processes ({', '.join(found)}): their file system is behind"
+            " or run_dir is not shared; name one of them, or start again when all see the same"
+        )
+    return own
+
+
 def _write(folder: Path, engine: Engine, state: dict[str, Any]) -> None:
     engine.save(folder)
-    weights = engine.full_weights()
+    # a copy of all weights in the CPU's memory, so on one process alone where the others need not help to gather it
+    weights = engine.full_weights() if parallel.is_main() or engine.zero_stage == 3 else {}
     if parallel.is_main():
         adapters = {name: weight for name, weight in weights.items() if ".lora_" in name}
         save_file(adapters or weights, folder / ("adapters.safetensors" if adapters else "unet.safetensors"))

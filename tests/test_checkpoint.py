@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlcm_fast import checkpoint
-from rlcm_fast.checkpoint import find_checkpoint, is_full_disk, load_checkpoint, save_checkpoint
+from rlcm_fast import checkpoint, parallel
+from rlcm_fast.checkpoint import agreed_checkpoint, find_checkpoint, is_full_disk, load_checkpoint, save_checkpoint
 
 
 class FakeEngine:
@@ -125,3 +125,10 @@ def test_unfinished_folders_are_no_checkpoints(tmp_path: Path):
     folder = save(tmp_path, 1)
     shutil.copytree(folder, folder.with_name(".partial_iteration_000002"))
     assert latest(tmp_path) == (1, 1.0)
+
+
+def test_processes_that_see_different_checkpoints_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert agreed_checkpoint("latest", tmp_path) is None
+    monkeypatch.setattr(parallel, "all_gather_list", lambda mine: [*mine, "runs/a/checkpoints/iteration_000002"])
+    with pytest.raises(ValueError, match=r"resume=latest is another checkpoint on some processes \(None, runs/a/"):
+        agreed_checkpoint("latest", tmp_path)
