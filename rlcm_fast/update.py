@@ -113,16 +113,18 @@ def update(
     return work.summary(time.perf_counter() - start)
 
 
-@torch.no_grad()
 def recomputed(policy: GaussianPolicy, trajectory: Trajectory, rows: Tensor, micro_batch_size: int) -> Trajectory:
-    """The trajectory with the log-probs of `rows` (N,) under the present weights, in micro-batches of that size."""
+    """The trajectory with the log-probs of `rows` (N,) under the present weights, in micro-batches of that size.
+
+    Gradients are on, and not used: torch.compile has other graphs without them, which round otherwise.
+    """
     log_probs = trajectory.log_probs.flatten()
-    new = torch.cat([policy.log_prob(trajectory.transitions(part)) for part in rows.split(micro_batch_size)])
+    parts = rows.split(micro_batch_size)
+    new = torch.cat([policy.log_prob(trajectory.transitions(part)).detach() for part in parts])
     log_probs = log_probs.index_put((rows.to(log_probs.device),), new.to(log_probs))
     return replace(trajectory, log_probs=log_probs.view_as(trajectory.log_probs))
 
 
-@torch.no_grad()
 def ratio_noise(
     policy: GaussianPolicy, trajectory: Trajectory, config: UpdateConfig, generator: torch.Generator
 ) -> float:
@@ -131,7 +133,8 @@ def ratio_noise(
     if config.old_log_probs == "recompute":
         trajectory = recomputed(policy, trajectory, rows.flip(0), config.micro_batch_size)
     transitions = trajectory.transitions(rows)
-    return torch.expm1(policy.log_prob(transitions) - transitions.log_prob_old).abs().max().item()
+    new = policy.log_prob(transitions).detach()  # with gradients, as the update has it
+    return torch.expm1(new - transitions.log_prob_old).abs().max().item()
 
 
 @dataclass
