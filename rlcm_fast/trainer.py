@@ -27,7 +27,7 @@ from rlcm_fast import parallel
 from rlcm_fast.algorithms import build_algorithm
 from rlcm_fast.backbones.acceleration import check_device
 from rlcm_fast.backbones.pipeline import Backbone
-from rlcm_fast.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from rlcm_fast.checkpoint import agreed_checkpoint, load_checkpoint, save_checkpoint
 from rlcm_fast.config import Config
 from rlcm_fast.engines import build_engine, start_network
 from rlcm_fast.evaluation import build_evaluators, draw, grid_prompts
@@ -58,7 +58,7 @@ class Trainer:
         check_device(config.engine, self.device)
         self.iteration, self.queries = 0, 0
         self.gradients: dict[str, Gradient] = {}
-        checkpoint = find_checkpoint(config.resume, self.run_dir) if config.resume else None
+        checkpoint = agreed_checkpoint(config.resume, self.run_dir) if config.resume else None
         self._refuse_to_overwrite()
         self.memory = MemoryReport(config, self.device)  # plans while weights load
         self.tasks = Tasks(config, parallel.rank(), parallel.world_size())
@@ -91,9 +91,9 @@ class Trainer:
         self.tracker = Tracker(self.run_dir, config, self.iteration)
 
     def run(self) -> None:
-        """Trains to `num_iterations` and exports; Ctrl-C or SIGTERM save a checkpoint and stop early."""
+        """Trains to `num_iterations` and exports; Ctrl-C, SIGTERM or a file run_dir/stop save a checkpoint and stop."""
         config = self.config
-        with Interruption() as self.interruption:
+        with Interruption(self.run_dir / "stop") as self.interruption:
             try:
                 self.memory.verdict(self.tracker.say)
                 for iteration in range(self.iteration, config.num_iterations):
@@ -209,7 +209,8 @@ class Trainer:
         with self.engine.averaged():
             if is_drawn:
                 texts = [prompt.text for prompt in self.grid_prompts]
-                sample = (config.evaluation.seed, len(texts), self.encode, self.backbone.decode)
+                size = min(len(texts), config.evaluation.micro_batch_size)
+                sample = (config.evaluation.seed, size, self.encode, self.backbone.decode)
                 images, _ = draw(self.policy, self.grid_prompts, *sample)
                 self.tracker.grid(iteration, images, texts)
             evaluators = self.evaluators if is_scored else []
@@ -220,7 +221,8 @@ class Trainer:
         evaluated = self.evaluate(self.iteration)
         if evaluated:
             self.tracker.log({"iteration": self.iteration, "queries": self.queries, **evaluated})
-        weights = self.engine.final_weights()
+        # under ZeRO-3 all must gather; else a copy in the CPU's memory is enough
+        weights = self.engine.final_weights() if parallel.is_main() or self.engine.zero_stage == 3 else {}
         if parallel.is_main():
             self.backbone.export(weights, self.run_dir / "export")
             if self.config.lora.rank > 0:

@@ -5,6 +5,7 @@ The signals are real ones to real processes; `uninterrupted` goes through `pytho
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -128,6 +129,38 @@ def test_a_run_killed_and_interrupted_again_and_again_equals_one_left_alone(
     assert process.exitcode == 0, log.read_text()[-3000:]
     assert_equal_runs(run_dir, uninterrupted)
     assert checkpoints(run_dir)[-2:] == ["iteration_000008", "iteration_000010"]
+
+
+def test_ctrl_c_under_the_launcher_saves_a_checkpoint(tiny_lcm_folder: str, tmp_path: Path):
+    """The terminal's SIGINT reaches all processes of the group, and the launcher sends SIGTERM after it."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    launcher = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_accelerators=2",
+        f"--master_port={tiny_runs.free_port()}",
+    ]
+    script = str(Path(rlcm_fast.__file__).parent / "train.py")  # type: ignore[arg-type]
+    command = [
+        *launcher,
+        script,
+        *tiny_runs.arguments(tiny_lcm_folder, run_dir, {**SETTINGS, "num_iterations": 10_000}),
+    ]
+    environment = tiny_runs.clean_environment(OMP_NUM_THREADS="1")
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while len(tiny_runs.metrics(run_dir)) < 2:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=100)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    finished = len(tiny_runs.metrics(run_dir))
+    assert f"stopped after {finished} iterations; go on with --resume latest" in log.read_text()
+    assert checkpoints(run_dir)[-1] == f"iteration_{finished:06d}"
 
 
 @pytest.mark.usefixtures("one_process")

@@ -103,5 +103,6 @@ class PairStream:
 
 
 def _leave_interrupts_to_the_trainer(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal, and the trainer still saves a checkpoint after it."""
+    """Ctrl-C, or a launcher's SIGTERM, reaches all processes, and the trainer still saves a checkpoint after it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
