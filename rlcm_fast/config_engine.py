@@ -99,6 +99,11 @@ def _check_in_backward(config: Config, numbers: dict[str, int]) -> None:
 
 def _check_network(config: Config) -> None:
     engine, optimizer = config.engine, config.optimizer
+    if engine.compile != "off" and engine.zero_stage == 3:
+        raise ValueError(
+            f"engine.compile={engine.compile} makes whole graphs, which the hooks of engine.zero_stage=3 would break; "
+            "set engine.compile=off, or engine.zero_stage=2"
+        )
     if engine.channels_last and engine.zero_stage > 0:
         raise ValueError(
             f"engine.channels_last=true does not last with engine.zero_stage={engine.zero_stage}: ZeRO flattens the "

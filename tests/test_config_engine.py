@@ -40,6 +40,7 @@ def mistake(options: str, world_size: int = 1) -> str:
             "its 192 transitions a process do not fit update.micro_batch_size=64; set update.micro_batch_size=192 "
             "(with engine.recompute=block), or update.num_updates=3",
         ),
+        ("--engine.compile regional --engine.zero_stage 3", "set engine.compile=off, or engine.zero_stage=2"),
         ("--engine.channels_last true --engine.zero_stage 1", "ZeRO flattens the weights; set engine.zero_stage=0"),
         (
             "--engine.channels_last true --optimizer.name bnb_adamw_8bit",

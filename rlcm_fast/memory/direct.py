@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from rlcm_fast import parallel
 from rlcm_fast.config import EngineConfig, OptimizerConfig
@@ -62,20 +61,18 @@ class DirectEngine(Engine):
         self._set_lr()
         self._steps_in_backward = engine.optimizer_in_backward
         self._square_norm = torch.zeros((), device=self._parameters()[0].device)
-        self._replica: nn.Module = network
+        if parallel.world_size() > 1:
+            for tensor in network.state_dict().values():
+                distributed.broadcast(tensor, 0)
         if self._steps_in_backward:
             for parameter in self._parameters():
                 parameter.register_post_accumulate_grad_hook(self._step_parameter)
-        elif parallel.world_size() > 1:
-            self._replica = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def begin_update(self, num_micro_batches: int) -> None:
         self._num_micro_batches = num_micro_batches
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        if isinstance(self._replica, DistributedDataParallel):  # gradients travel once an update
-            self._replica.require_backward_grad_sync = self._num_backwards + 1 == self._num_micro_batches
-        return self._replica(*arguments, **keywords)
+        return self._network(*arguments, **keywords)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -89,6 +86,7 @@ class DirectEngine(Engine):
             self._square_norm = torch.zeros_like(norm)
         else:
             gradients = [p.grad for p in self._parameters() if p.grad is not None]
+            _average(gradients)
             norm = torch.nn.utils.get_total_norm(gradients).float()
             self._optimizer.step(grad_scale=self._scale(norm))
             self._optimizer.zero_grad()
@@ -98,9 +96,7 @@ class DirectEngine(Engine):
 
     def _step_parameter(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        if parallel.world_size() > 1:
-            distributed.all_reduce(parameter.grad)
-            parameter.grad /= parallel.world_size()
+        _average([parameter.grad])
         norm = parameter.grad.float().norm()
         self._square_norm += norm.square()
         self._optimizer.step_parameter(parameter, self._scale(norm))
@@ -149,3 +145,17 @@ class DirectEngine(Engine):
             self._optimizer.load_state_dict(state["optimizer"])
         self._num_updates = state["num_updates"]
         self._set_lr()
+
+
+def _average(gradients: list[Tensor]) -> None:
+    """In place, over all processes, once an update.
+
+    Not by DistributedDataParallel, whose buckets are a second set of gradients, as large as the weights.
+    """
+    if parallel.world_size() == 1:
+        return
+    for gradient in gradients:
+        gradient /= parallel.world_size()
+    for sent in [distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        assert sent is not None
+        sent.wait()

@@ -38,6 +38,7 @@ class ZeroEngine(Engine):
         seed: int,
     ) -> None:
         """num_micro_batches: of one update and process at most; num_updates: of the run, for the learning rate."""
+        _refuse_large_partitions(network, optimizer.name, engine.zero_stage)
         torch_optimizer = build_optimizer(network, optimizer, engine, seed)
         self._optimizer, self._base_lr, self._factor = torch_optimizer, optimizer.lr, lr_factor(optimizer, num_updates)
         self.zero_stage = engine.zero_stage
@@ -115,6 +116,16 @@ class ZeroEngine(Engine):
             raise ValueError(f"resume={folder} holds no state that DeepSpeed can read; give another checkpoint")
 
 
+def _refuse_large_partitions(network: nn.Module, optimizer: str, zero_stage: int) -> None:
+    """bitsandbytes counts a tensor's elements in 32 bits, and under ZeRO 1 and 2 a process's weights are one tensor."""
+    numel = sum(p.numel() for p in network.parameters() if p.requires_grad) // parallel.world_size()
+    if optimizer.startswith("bnb_") and zero_stage in (1, 2) and numel >= 2**31:
+        raise ValueError(
+            f"optimizer.name={optimizer} takes fewer than 2^31 weights a process under engine.zero_stage={zero_stage},"
+            f" and there are {numel:,}; set optimizer.name=adamw_8bit, or share them among more processes"
+        )
+
+
 def _deepspeed_config(
     engine: EngineConfig, max_grad_norm: float, micro_batch_size: int, num_micro_batches: int
 ) -> dict[str, Any]:
@@ -131,6 +142,7 @@ def _deepspeed_config(
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
+        "timers": {"throughput": {"enabled": False}},  # which waits for the device in every forward pass
     }
     if engine.dtype == "bf16":
         config["bf16"] = {"enabled": True}

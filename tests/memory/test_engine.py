@@ -147,3 +147,18 @@ def test_one_process_copies_no_gradients_to_send_them_to_nobody():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         engine.backward(loss)
     assert not {event.key for event in seen.key_averages()} & {"aten::cat", "c10d::allreduce_"}
+
+
+def test_deepspeed_does_not_wait_for_the_device_to_time_passes():
+    engine = engine_of(TinyNetwork(), 2)
+    assert not engine._engine.tput_timer.config.enabled  # type: ignore[attr-defined]
+
+
+def test_more_weights_than_bitsandbytes_counts_are_refused_before_it_is_called():
+    with torch.device("meta"):
+        network = torch.nn.Linear(2**16, 2**15, bias=False)
+    message = (
+        "optimizer.name=bnb_adamw_8bit takes fewer than 2.31 weights .* there are 2,147,483,648; set optimizer.name"
+    )
+    with pytest.raises(ValueError, match=message):
+        engine_of(network, 1, stage=1, name="bnb_adamw_8bit")
