@@ -185,7 +185,7 @@ def flops_of(config: Config) -> dict[str, float]:
     from rlcm_fast.memory.tracing import Setup, prepare_unet, trace_unet
 
     architecture = load_architecture(resolve_model_path(config.model.path))
-    strategy = strategy_of(config, config.model.image_size or None)
+    strategy = strategy_of(config, config.model.image_size or None, architecture.embeds_guidance)
     rows = strategy.rows_per_sample
 
     def total(recompute: Any) -> tuple[float, float]:

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     image_size = arguments.image_size or config.model.image_size or None
     _check_image_size(image_size, architecture.pixels_per_latent)
     planner = Planner(architecture, Workload.of(config, arguments.processes), round(arguments.reward_gib * GIB))
-    strategy = strategy_of(config, image_size or architecture.image_size)
+    strategy = strategy_of(config, image_size or architecture.image_size, architecture.embeds_guidance)
     if arguments.json:
         print(json.dumps(_report(config, planner, strategy, gpus), indent=2))
         return

@@ -41,6 +41,11 @@ class Architecture:
         return 2 ** (len(blocks) - 1)
 
     @property
+    def embeds_guidance(self) -> bool:
+        """Whether the UNet is told the guidance's scale; others are guided by a second, unconditional row."""
+        return bool(self.unet.get("time_cond_proj_dim"))
+
+    @property
     def num_tokens(self) -> int:
         return self.text_encoders[0]["max_position_embeddings"]
 

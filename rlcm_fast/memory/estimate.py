@@ -85,14 +85,14 @@ SETTINGS = {
 """Config field -> Strategy field, where both have the same values."""
 
 
-def strategy_of(config: Config, image_size: int | None = None) -> Strategy:
-    """The memory side of a config."""
+def strategy_of(config: Config, image_size: int | None = None, embeds_guidance: bool = True) -> Strategy:
+    """The memory side of a config; embeds_guidance: of the model, so that a consistency policy has one row a sample."""
     values = to_dict(config)
     found: dict[str, Any] = {}
     for setting, name in SETTINGS.items():
         section, _, field = setting.partition(".")
         found[name] = values[section][field]
-    is_guided = config.policy.kind == "ddim" and config.policy.guidance_scale != 1
+    is_guided = config.policy.guidance_scale != 1 and (config.policy.kind == "ddim" or not embeds_guidance)
     reference = config.update.kl_reference if config.update.kl_weight > 0 else "off"
     pretraining = config.pretraining.micro_batch_size if config.pretraining.weight > 0 else 0
     if config.ema.decay > 0:

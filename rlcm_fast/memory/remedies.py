@@ -141,7 +141,8 @@ class Remedies:
         return True
 
     def _strategy(self, settings: Settings) -> Strategy:
-        return strategy_of(with_settings(self.config, settings), self.image_size)
+        embeds_guidance = self.planner.architecture.embeds_guidance
+        return strategy_of(with_settings(self.config, settings), self.image_size, embeds_guidance)
 
 
 def _merged(steps: Sequence[Settings]) -> Settings:

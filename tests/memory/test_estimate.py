@@ -261,6 +261,13 @@ def test_a_strategy_is_made_of_a_config():
     )
 
 
+def test_a_consistency_model_that_does_not_embed_guidance_runs_two_rows_a_sample():
+    guided, unguided = parse_config([]), parse_config(["--policy.guidance_scale=1"])
+    assert ARCHITECTURE.embeds_guidance and not load_architecture(str(SHIPPED["shapes/teacher"])).embeds_guidance
+    assert [strategy_of(guided, None, embeds).rows_per_sample for embeds in (True, False)] == [1, 2]
+    assert strategy_of(unguided, None, False).rows_per_sample == 1
+
+
 def test_lora_leaves_little_to_train():
     strategy = Strategy(lora_rank=4, micro_batch_size=2)
     profiles = measure(ARCHITECTURE, strategy, device="cpu")
