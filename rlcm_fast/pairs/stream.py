@@ -103,6 +103,8 @@ class PairStream:
 
 
 def _leave_interrupts_to_the_trainer(_: int) -> None:
-    """Ctrl-C, or a launcher's SIGTERM, reaches all processes, and the trainer still saves a checkpoint after it."""
+    """Ctrl-C reaches every process of a terminal, and the trainer still saves a checkpoint after it.
+
+    SIGTERM must end a worker, or a main process that exits without having closed it would wait for it forever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
