@@ -75,9 +75,10 @@ def measure(config: Config, num_batches: int) -> list[list[Tensor]]:
     """The gradients of each rollout, action by action."""
     from rlcm_fast.interruption import Interruption
 
-    with temporary_trainer(config, num_batches) as trainer, Interruption() as trainer.interruption:
+    with temporary_trainer(config, num_batches) as trainer:
         try:
-            return [gradients(trainer, batch) for batch in range(num_batches)]
+            with Interruption(trainer.run_dir / "stop") as trainer.interruption:
+                return [gradients(trainer, batch) for batch in range(num_batches)]
         finally:
             trainer.tasks.rewards.shutdown()
             trainer.tracker.close()
