@@ -107,7 +107,8 @@ def our_gradient(backbone: Backbone, trajectory: Trajectory, last_step: str) -> 
     network = copy.deepcopy(backbone.unet)
     engine = GradientsOnly(network, trajectory.num_transitions // UPDATE.micro_batch_size)
     policy = policy_of(backbone, last_step, engine)
-    update(policy, PPO(), trajectory, ADVANTAGES, engine, UPDATE, torch.Generator().manual_seed(7))
+    weights = PPO().weights(ADVANTAGES)  # clamped, as the trainer has them
+    update(policy, PPO(), trajectory, weights, engine, UPDATE, torch.Generator().manual_seed(7))
     return gradient_of(network)
 
 
