@@ -175,6 +175,10 @@ class UpdateConfig:
         """Whether a rollout has one update: then its old log-probs are the new ones, and every ratio is 1."""
         return self.num_passes * self.num_updates == 1
 
+    @property
+    def recomputes_log_probs(self) -> bool:
+        return self.old_log_probs == "recompute" and not self.is_on_policy
+
 
 @dataclass(frozen=True)
 class PretrainingConfig:

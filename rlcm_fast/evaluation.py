@@ -136,20 +136,6 @@ def grid_prompts(config: Config) -> list[Prompt]:
     return found[: config.tracking.grid_images]
 
 
-def draw(
-    policy: GaussianPolicy,
-    prompts: Sequence[Prompt],
-    seed: int,
-    micro_batch_size: int,
-    encode: Callable[[Sequence[Prompt]], Conditioning],
-    decode: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, list[Prompt]]:
-    """This rank's share of the images (B, 3, H, W) and their prompts, noise fixed by `seed`."""
-    parts = list(drawn(policy, prompts, seed, micro_batch_size, encode, decode))
-    images = torch.cat([images for images, _ in parts]) if parts else torch.empty(0, 3, 1, 1)
-    return images, [prompt for _, kept in parts for prompt in kept]
-
-
 def drawn(
     policy: GaussianPolicy,
     prompts: Sequence[Prompt],
@@ -158,7 +144,7 @@ def drawn(
     encode: Callable[[Sequence[Prompt]], Conditioning],
     decode: Callable[[Tensor], Tensor],
 ) -> Iterator[tuple[Tensor, list[Prompt]]]:
-    """As `draw`, a micro-batch at a time.
+    """This rank's share of the images (B, 3, H, W) and their prompts by micro-batches, noise fixed by `seed`.
 
     Under ZeRO-3 a forward pass needs all ranks: each takes part in every round, and keeps its own micro-batches only.
     """

@@ -30,7 +30,7 @@ from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.checkpoint import agreed_checkpoint, load_checkpoint, save_checkpoint
 from rlcm_fast.config import Config
 from rlcm_fast.engines import build_engine, start_network
-from rlcm_fast.evaluation import build_evaluators, draw, grid_prompts
+from rlcm_fast.evaluation import build_evaluators, drawn, grid_prompts
 from rlcm_fast.interruption import Interrupted, Interruption
 from rlcm_fast.kernels import dispatch
 from rlcm_fast.memory.processes import init_processes
@@ -209,10 +209,9 @@ class Trainer:
         with self.engine.averaged():
             if is_drawn:
                 texts = [prompt.text for prompt in self.grid_prompts]
-                size = min(len(texts), config.evaluation.micro_batch_size)
-                sample = (config.evaluation.seed, size, self.encode, self.backbone.decode)
-                images, _ = draw(self.policy, self.grid_prompts, *sample)
-                self.tracker.grid(iteration, images, texts)
+                sample = (config.evaluation.seed, len(texts), self.encode, self.backbone.decode)
+                for images, _ in drawn(self.policy, self.grid_prompts, *sample):  # one micro-batch: the main process's
+                    self.tracker.grid(iteration, images, texts)
             evaluators = self.evaluators if is_scored else []
             return {key: value for one in evaluators for key, value in one(self.policy, iteration).items()}
 

@@ -99,7 +99,7 @@ def update(
     """
     start = time.perf_counter()
     selection = Selection(trajectory.num_samples, trajectory.num_actions, config, algorithm.is_of_pairs, generator)
-    if config.old_log_probs == "recompute" and not config.is_on_policy:
+    if config.recomputes_log_probs:
         trajectory = recomputed(policy, trajectory, selection.rows, config.micro_batch_size)
     work = _Work(policy, algorithm, trajectory, weights, engine, config, reference, extra, before_first_step)
     work.look_up_reference(selection.rows)

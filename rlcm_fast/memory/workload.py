@@ -41,5 +41,5 @@ class Workload:
             numbers["transitions_per_update"] // num_processes,
             numbers["updates_per_iteration"],
             pretraining.batch_size // num_processes if pretraining.weight > 0 else 0,
-            config.update.old_log_probs == "recompute" and not config.update.is_on_policy,
+            config.update.recomputes_log_probs,
         )
