@@ -10,7 +10,7 @@ test-all:
 	python -m pytest -m ""
 
 gpu: # WHEELS=FOLDER for what the machine lacks, OUT=FOLDER for the results
-	python benchmarks/gpu_suite.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)")
+	python -m benchmarks.gpu_suite $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)")
 
 lint:
 	ruff check .

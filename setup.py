@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from setuptools import find_namespace_packages, find_packages, setup
+from setuptools.command.editable_wheel import editable_wheel
 
 # ../kernels is installed as rlcm_fast.kernels, never as a top-level `kernels`: that name is Hugging Face's. The
 # symbolic link rlcm_fast/kernels is there for a checkout that is not installed, and for type checkers.
@@ -34,6 +35,15 @@ DATA = ["datasets>=5.2,<6"]  # brings pyarrow and pandas, 265 MB, and leaves tor
 TEST = ["pytest>=9,<10", "hypothesis>=6.130,<7", "kernels>=0.17,<1", *DATA]
 LINT = ["ruff>=0.15,<0.18", "pyright[nodejs]>=1.1.400,<2"]
 
+
+class EditableWithBenchmarks(editable_wheel):
+    """`pip install -e .` finds benchmarks/ too, whose scripts use each other's parts; a wheel does not carry it."""
+
+    def run(self) -> None:
+        self.distribution.packages = [*(self.distribution.packages or []), "benchmarks"]
+        super().run()
+
+
 setup(
     name="rlcm_fast",
     version="0.1.0",
@@ -43,7 +53,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["rlcm_fast", "rlcm_fast.*"], exclude=["rlcm_fast.kernels*"]), *KERNELS],
     package_dir={"rlcm_fast.kernels": "kernels"},
-    package_data={"rlcm_fast.shapes": ["models/**/*"], "rlcm_fast.memory": ["architectures/*.json"]},
+    package_data={"rlcm_fast.shapes": ["models/**/*"], "rlcm_fast.engine": ["architectures/*.json"]},
     install_requires=REQUIREMENTS,
     extras_require={
         "test": TEST + LINT,
@@ -51,7 +61,8 @@ setup(
         "data": DATA,
         "wandb": ["wandb>=0.20,<1"],
         "xformers": ["xformers>=0.0.35"],
-        "trl": ["trl==0.23.1"],  # its DDPOTrainer, which benchmarks/bench_peers.py measures
+        "trl": ["trl==0.23.1"],  # its DDPOTrainer, which benchmarks/speed/bench_peers.py measures
     },
+    cmdclass={"editable_wheel": EditableWithBenchmarks},
     entry_points={"console_scripts": ["rlcm-fast = rlcm_fast.cli.main:main"]},
 )

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and under nine minutes: `make gpu`.
 
-    make gpu                            # or: python benchmarks/gpu_suite.py
+    make gpu                            # or: python -m benchmarks.gpu_suite
     make gpu WHEELS=FOLDER OUT=FOLDER   # wheels for what a machine lacks (gpu_wheels.txt); another folder for results
 
 Each part is a command with a time budget of its own; one that runs out of it is stopped, and suite.json says so:
@@ -29,6 +29,7 @@ import json
 import os
 import re
 import signal
+import site
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reporting import ROOT, print_summary
+from benchmarks.shared.reporting import ROOT, print_summary
 
 _GRACE_SECONDS = 20.0  # for a benchmark to end what it is in when its time is over
 _BENCHMARKS = ("full_size", "memory", "bench_kernels")
@@ -63,7 +64,8 @@ def main() -> int:
         print("error: make gpu needs torch, which is not installed: pip install torch", file=sys.stderr)
         return 2
     import torch
-    from kernel_timing import device_slug
+
+    from benchmarks.kernels.kernel_timing import device_slug
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -94,7 +96,7 @@ def environment_with(wheels: Path | None, target: Path) -> dict[str, str]:
             raise ValueError(f"wheels={wheels} has no .whl files; name a folder that has some")
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
         subprocess.run([*pip, "--find-links", str(wheels), "--target", str(target), *files], check=True)
-        sys.path.append(str(target))
+        site.addsitedir(str(target))
         paths.append(str(target))
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([*paths, inherited] if inherited else paths)
@@ -147,9 +149,9 @@ def parts_of(out: Path, scratch: Path, has_plot: bool) -> list[Part]:
     plot = [] if has_plot else ["--no-plot"]
     return [
         Part("tests", [*pytest, f"--junitxml={scratch / 'tests.xml'}", tests], 60),
-        _benchmark("full_size", "bench_full_size.py", out, 225, *_FEWER),
-        _benchmark("memory", "bench_memory.py", out, 105),
-        _benchmark("bench_kernels", "bench_kernels.py", out, 100, "--quick", *plot),
+        _benchmark("full_size", "speed/bench_full_size.py", out, 225, *_FEWER),
+        _benchmark("memory", "memory/bench_memory.py", out, 105),
+        _benchmark("bench_kernels", "kernels/bench_kernels.py", out, 100, "--quick", *plot),
         Part("sanitizer", [*pytest, f"--junitxml={scratch / 'sanitizer.xml'}", sanitizer], 45),
     ]
 
@@ -163,9 +165,9 @@ def parts_on_cpu(out: Path, scratch: Path, has_plot: bool) -> list[Part]:
     kernels = ["--device", "cpu", "--quick", "--rows", "2", "--sizes", "4x8x8", *([] if has_plot else ["--no-plot"])]
     return [
         Part("tests", tests, 120),
-        _benchmark("full_size", "bench_full_size.py", out, 150, *small, *sizes, "update.micro_batch_size", "16"),
-        _benchmark("memory", "bench_memory.py", out, 150, "--cases", "shapes", "--only", *strategies),
-        _benchmark("bench_kernels", "bench_kernels.py", out, 80, *kernels),
+        _benchmark("full_size", "speed/bench_full_size.py", out, 150, *small, *sizes, "update.micro_batch_size", "16"),
+        _benchmark("memory", "memory/bench_memory.py", out, 150, "--cases", "shapes", "--only", *strategies),
+        _benchmark("bench_kernels", "kernels/bench_kernels.py", out, 80, *kernels),
     ]
 
 

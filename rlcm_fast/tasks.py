@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlcm_fast.algorithms import Advantages, TaskAdvantages, build_advantages
 from rlcm_fast.config import Config, RewardConfig
-from rlcm_fast.config_tasks import Task, rounds_of, tasks_of
+from rlcm_fast.config.tasks import Task, rounds_of, tasks_of
 from rlcm_fast.prompts import Sampler, Share, build_sampler
 from rlcm_fast.rewards import GroupReward, Reward, Rewards, RewardService, SetReward, grouped, make_reward
 from rlcm_fast.trajectory import Prompt

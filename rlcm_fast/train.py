@@ -83,7 +83,7 @@ def _train(config: Config) -> None:
 def _outer_cause(error: Exception, config: Config) -> str | None:
     """What happened, where neither config nor code is to blame, and how to go on."""
     from rlcm_fast import parallel
-    from rlcm_fast.checkpoint import is_full_disk
+    from rlcm_fast.run_folder.checkpoint import is_full_disk
 
     if is_full_disk(error):
         return (
@@ -113,7 +113,7 @@ def _read_config(argv: Sequence[str], rank: int, world_size: int) -> Config:
     """The checked config; raises ValueError for everything that can be known to fail before weights load."""
     from rlcm_fast.backbones.loading import resolve_model
     from rlcm_fast.config import parse_config
-    from rlcm_fast.config_checks import validate
+    from rlcm_fast.config.checks import validate
 
     with _silent_unless(rank == 0):
         config = parse_config(argv)
@@ -131,7 +131,7 @@ def _check_plugins(config: Config) -> None:
     Rewards come first, since prompts may be on a network. A dry run opens no dataset, and lets rewards wait for models.
     Pairs are looked into only when rewards have been built (pretraining.check_pairs).
     """
-    from rlcm_fast.config_tasks import tasks_of
+    from rlcm_fast.config.tasks import tasks_of
     from rlcm_fast.pairs import check_source
     from rlcm_fast.prompts import check_prompts, load_prompts
     from rlcm_fast.rewards import check_name
@@ -152,7 +152,7 @@ def _check_plugins(config: Config) -> None:
 def _print_plan(config: Config, world_size: int) -> None:
     """The resolved config, itself a file for --config, and the numbers that follow from it as comments."""
     from rlcm_fast.config import to_yaml
-    from rlcm_fast.config_checks import derived
+    from rlcm_fast.config.checks import derived
 
     print(to_yaml(replace(config, dry_run=False)) + "\n# derived")
     for name, value in derived(config, world_size).items():

@@ -27,23 +27,23 @@ from rlcm_fast import parallel
 from rlcm_fast.algorithms import build_algorithm
 from rlcm_fast.backbones.acceleration import check_device
 from rlcm_fast.backbones.pipeline import Backbone
-from rlcm_fast.checkpoint import agreed_checkpoint, load_checkpoint, save_checkpoint
+from rlcm_fast.build import build_engine, start_network
 from rlcm_fast.config import Config
-from rlcm_fast.engines import build_engine, start_network
-from rlcm_fast.evaluation import build_evaluators, drawn, grid_prompts
-from rlcm_fast.interruption import Interrupted, Interruption
+from rlcm_fast.engine.processes import init_processes
 from rlcm_fast.kernels import dispatch
-from rlcm_fast.memory.processes import init_processes
-from rlcm_fast.memory.report import MemoryReport
+from rlcm_fast.planner.report import MemoryReport
 from rlcm_fast.policies import GaussianPolicy, build_policy
-from rlcm_fast.pretraining import Pretraining, check_pairs
-from rlcm_fast.reference import build_reference
-from rlcm_fast.rollout import Rollout, rollout
-from rlcm_fast.task_gradients import Gradient, gradient_metrics, gradients_by_task
+from rlcm_fast.run_folder.checkpoint import agreed_checkpoint, load_checkpoint, save_checkpoint
+from rlcm_fast.run_folder.interruption import Interrupted, Interruption
+from rlcm_fast.run_folder.tracking import Tracker, merged
+from rlcm_fast.stages.evaluation import build_evaluators, drawn, grid_prompts
+from rlcm_fast.stages.real_images import Pretraining, check_pairs
+from rlcm_fast.stages.rollout import Rollout, rollout
+from rlcm_fast.stages.start_model import build_reference
+from rlcm_fast.stages.task_gradients import Gradient, gradient_metrics, gradients_by_task
+from rlcm_fast.stages.update import UpdateMetrics, ratio_noise, update
 from rlcm_fast.tasks import Tasks
-from rlcm_fast.tracking import Tracker, merged
 from rlcm_fast.trajectory import Conditioning, Prompt
-from rlcm_fast.update import UpdateMetrics, ratio_noise, update
 
 
 class Trainer:

@@ -20,7 +20,7 @@ settings.load_profile("rlcm_fast")
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
     """A process group of this process alone; what it says in the environment is gone after the module."""
-    from rlcm_fast.memory.processes import init_processes
+    from rlcm_fast.engine.processes import init_processes
     from rlcm_fast.train import set_process_environment
 
     with pytest.MonkeyPatch.context() as patch:
@@ -35,7 +35,7 @@ def one_process() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_lcm_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A LatentConsistencyModelPipeline."""
-    import tiny_pipelines
+    from benchmarks.shared import tiny_pipelines
 
     return tiny_pipelines.save_lcm(tmp_path_factory.mktemp("tiny_lcm"))
 
@@ -43,7 +43,7 @@ def tiny_lcm_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A StableDiffusionPipeline of the same sizes, with DDIM's scheduler."""
-    import tiny_pipelines
+    from benchmarks.shared import tiny_pipelines
 
     return tiny_pipelines.save_sd(tmp_path_factory.mktemp("tiny_sd"))
 
@@ -51,7 +51,7 @@ def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A StableDiffusionXLPipeline: two text encoders, time ids, a diffusion model."""
-    import tiny_pipelines
+    from benchmarks.shared import tiny_pipelines
 
     return tiny_pipelines.save_sdxl(tmp_path_factory.mktemp("tiny_sdxl"))
 
@@ -59,6 +59,6 @@ def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tiny_unet_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A consistency model's UNet alone, which goes into `tiny_sdxl_folder`."""
-    import tiny_pipelines
+    from benchmarks.shared import tiny_pipelines
 
     return tiny_pipelines.save_unet_alone(tmp_path_factory.mktemp("tiny_unet"))

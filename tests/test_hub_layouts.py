@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pipelines
 import tiny_runs
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from benchmarks.shared import tiny_pipelines
 from rlcm_fast.config import parse_config
 from rlcm_fast.trainer import Trainer
 from rlcm_fast.trajectory import Prompt

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import communication_table
 import pytest
 
+from benchmarks.memory import communication_table
 from rlcm_fast.config import parse_config
-from rlcm_fast.config_checks import derived, validate
+from rlcm_fast.config.checks import derived, validate
 from rlcm_fast.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent

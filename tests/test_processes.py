@@ -13,6 +13,7 @@ import two_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.shared import run_processes
 from rlcm_fast.algorithms import build_advantages
 from rlcm_fast.config import AdvantagesConfig
 from rlcm_fast.trajectory import Prompt
@@ -47,9 +48,9 @@ RUNS: dict[str, dict[str, object]] = {
 @pytest.fixture(scope="module")
 def folder(tiny_lcm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two_processes")
-    group = (2, tiny_runs.free_port())
+    group = (2, run_processes.free_port())
     target = (two_ranks.run_watched, tiny_lcm_folder, folder, RUNS)
-    processes = [tiny_runs.start(*target, log=folder / f"{rank}.log", rank=rank, group=group) for rank in range(2)]
+    processes = [run_processes.start(*target, log=folder / f"{rank}.log", rank=rank, group=group) for rank in range(2)]
     for rank, process in enumerate(processes):
         process.join(timeout=600)
         assert process.exitcode == 0, (folder / f"{rank}.log").read_text()[-3000:]
@@ -174,9 +175,9 @@ def test_when_one_process_dies_the_other_fails_within_a_minute(tiny_lcm_folder: 
     reward = {"name": "plugin_rewards:DiesOnRank1", "arguments": {"call": 3}}  # in the second iteration
     settings = {"prompts.num_prompts": 4, "rewards": [reward], "checkpoint.every": 1}
     argv = tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run", settings)
-    group = (2, tiny_runs.free_port())
+    group = (2, run_processes.free_port())
     survivor, victim = (
-        tiny_runs.start(tiny_runs.train, argv, log=tmp_path / f"{rank}.log", rank=rank, group=group)
+        run_processes.start(run_processes.train, argv, log=tmp_path / f"{rank}.log", rank=rank, group=group)
         for rank in range(2)
     )
     victim.join(timeout=600)

@@ -89,7 +89,7 @@ def test_every_link_and_picture_of_the_documents_is_there():
 
 
 def test_every_key_that_the_trainer_logs_is_in_the_table():
-    files = ("trainer.py", "update.py", "rollout.py", "tasks.py", "algorithms/advantages.py")
+    files = ("trainer.py", "stages/update.py", "stages/rollout.py", "tasks.py", "algorithms/advantages.py")
     source = "".join((ROOT / "rlcm_fast" / name).read_text() for name in files)
     keys = re.findall(r'"((?:advantage|ratio|seconds|pretraining)/\w+)"', source)
     assert len(keys) >= 10

@@ -12,8 +12,8 @@ import tiny_runs
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.cli.main import main as command
 from rlcm_fast.config import parse_config
-from rlcm_fast.config_checks import validate
-from rlcm_fast.config_tasks import tasks_of
+from rlcm_fast.config.checks import validate
+from rlcm_fast.config.tasks import tasks_of
 from rlcm_fast.prompts import deal, load_prompts
 from rlcm_fast.rewards.groups import side_by_side
 from rlcm_fast.train import main

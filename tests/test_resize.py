@@ -11,6 +11,8 @@ import resized_runs
 import tiny_runs
 import torch
 
+from benchmarks.shared import run_processes
+
 ENGINES: dict[str, dict[str, Any]] = {
     **{f"stage_{stage}": {"stage": stage} for stage in (0, 1, 2, 3)},
     **{f"bf16_{stage}": {"stage": stage, "dtype": "bf16"} for stage in (1, 2, 3)},
@@ -34,9 +36,9 @@ SETTINGS: dict[str, Any] = {
 
 def run(size: int, log_folder: Path, target: Callable[..., int], *values: Any) -> None:
     """`target(*values)` on `size` processes."""
-    group = (size, tiny_runs.free_port())
+    group = (size, run_processes.free_port())
     logs = [log_folder / f"{size}_{rank}.log" for rank in range(size)]
-    processes = [tiny_runs.start(target, *values, log=log, rank=rank, group=group) for rank, log in enumerate(logs)]
+    processes = [run_processes.start(target, *values, log=log, rank=rank, group=group) for rank, log in enumerate(logs)]
     for process, log in zip(processes, logs):
         process.join(timeout=600)
         assert process.exitcode == 0, log.read_text()[-3000:]

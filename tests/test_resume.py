@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import rlcm_fast
+from benchmarks.shared import run_processes
 from rlcm_fast.config import parse_config
 
 NUM_ITERATIONS = 10
@@ -94,7 +95,7 @@ def test_a_run_killed_and_interrupted_again_and_again_equals_one_left_alone(
 
     def start(resume: bool = True, **more: object) -> BaseProcess:
         argv = tiny_runs.arguments(tiny_lcm_folder, run_dir, {**SETTINGS, **more})
-        return tiny_runs.start(tiny_runs.train, [*argv, *["--resume=latest"] * resume], log=log)
+        return run_processes.start(run_processes.train, [*argv, *["--resume=latest"] * resume], log=log)
 
     def signalled(process: BaseProcess, number: int, at_line: int) -> int | None:
         wait_for_lines(process, run_dir, at_line)
@@ -137,7 +138,7 @@ def test_ctrl_c_under_the_launcher_saves_a_checkpoint(tiny_lcm_folder: str, tmp_
     launcher = [
         str(Path(sys.executable).with_name("deepspeed")),
         "--num_accelerators=2",
-        f"--master_port={tiny_runs.free_port()}",
+        f"--master_port={run_processes.free_port()}",
     ]
     script = str(Path(rlcm_fast.__file__).parent / "train.py")  # type: ignore[arg-type]
     command = [

@@ -16,10 +16,10 @@ import torch
 from tiny_policies import decode, encode
 
 from rlcm_fast.config import Config, parse_config
-from rlcm_fast.config_checks import derived, validate
-from rlcm_fast.evaluation import build_evaluators
+from rlcm_fast.config.checks import derived, validate
 from rlcm_fast.rewards import GroupReward
-from rlcm_fast.task_gradients import gradient_metrics
+from rlcm_fast.stages.evaluation import build_evaluators
+from rlcm_fast.stages.task_gradients import gradient_metrics
 from rlcm_fast.tasks import TaskRewards, Tasks
 from rlcm_fast.trainer import Trainer
 from rlcm_fast.trajectory import Prompt

@@ -48,7 +48,7 @@ def test_the_door_answers_a_mistake_with_one_line_without_loading_torch():
         "--update.clip_rage is no field of the config; did you mean --update.clip_range? --help lists every field"
     )
     assert done.stderr == f"error: {expected}\n"
-    code = "import sys, rlcm_fast.config_checks, rlcm_fast.backbones.loading; assert 'torch' not in sys.modules"
+    code = "import sys, rlcm_fast.config.checks, rlcm_fast.backbones.loading; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

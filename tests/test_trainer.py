@@ -17,7 +17,7 @@ from rlcm_fast import parallel
 from rlcm_fast import trainer as trainer_module
 from rlcm_fast.algorithms import build_algorithm
 from rlcm_fast.config import Config, parse_config
-from rlcm_fast.memory.zero import ZeroEngine
+from rlcm_fast.engine.zero import ZeroEngine
 from rlcm_fast.rewards import RewardError
 from rlcm_fast.train import main
 from rlcm_fast.trainer import Trainer

@@ -14,8 +14,8 @@ import argparse
 import sys
 from typing import Any
 
-from arms import TOTAL, Arm, run_figure, train_arms, tuned
-from summaries import ahead_of, summarise, table, write_curves
+from benchmarks.learning.arms import TOTAL, Arm, run_figure, train_arms, tuned
+from benchmarks.learning.summaries import ahead_of, summarise, table, write_curves
 
 _TASK = (
     *("rewards", "[{name: jpeg_compressibility}, {name: shapes_alignment, weight: 0.5}]"),

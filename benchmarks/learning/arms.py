@@ -18,11 +18,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # benchmarks/, whose modules these share
-
-from forwards import forwards_per_iteration
-from reporting import ROOT, print_summary, write_csv
-from training_runs import Row, add_override_argument, add_seed_arguments, curve, train_all, train_arguments
+from benchmarks.learning.forwards import forwards_per_iteration
+from benchmarks.shared.reporting import ROOT, print_summary, write_csv
+from benchmarks.shared.training_runs import (
+    Row,
+    add_override_argument,
+    add_seed_arguments,
+    curve,
+    train_all,
+    train_arguments,
+)
 
 if TYPE_CHECKING:
     from rlcm_fast.config import Config, RewardConfig

@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from arms import Arm, run_folder
+from benchmarks.learning.arms import Arm, run_folder
 
 GUIDANCE = 4.0
 SEED = 7  # of noise and order of prompts; evaluations during training have another
@@ -80,8 +80,8 @@ def save_pictures(models: Mapping[str, str], source: str, num_images: int, path:
     import torch
 
     from rlcm_fast.cli.pipelines import draw, load_pipeline
+    from rlcm_fast.grids import captioned_grid
     from rlcm_fast.prompts import deal, load_prompts
-    from rlcm_fast.shapes.draw import captioned_grid
 
     torch.set_num_threads(1)
     texts = [prompt.text for prompt in deal(load_prompts(source, "prompts"), num_images, SEED)]

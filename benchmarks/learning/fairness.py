@@ -19,10 +19,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arms import Arm, run_figure, run_folder, train_arms, tuned
-from exports import save_pictures, scores_by_arm, start_score
-from reporting import mean_and_error
-from summaries import ahead_of, markdown, shown, summarise, table, write_curves
+from benchmarks.learning.arms import Arm, run_figure, run_folder, train_arms, tuned
+from benchmarks.learning.exports import save_pictures, scores_by_arm, start_score
+from benchmarks.learning.summaries import ahead_of, markdown, shown, summarise, table, write_curves
+from benchmarks.shared.reporting import mean_and_error
 
 _REWARDS = (
     "[{name: distribution_parity, weight: 16, arguments: {classifier: shapes_colour, votes: hard}, group_size: 16,"

@@ -17,8 +17,8 @@ import json
 from pathlib import Path
 
 from rlcm_fast.config import Config
-from rlcm_fast.config_sizes import num_trained
-from rlcm_fast.config_tasks import rounds_of
+from rlcm_fast.config.sizes import num_trained
+from rlcm_fast.config.tasks import rounds_of
 
 
 def forwards_per_iteration(config: Config) -> int:

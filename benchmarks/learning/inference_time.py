@@ -13,12 +13,12 @@ import argparse
 import sys
 from typing import Any
 
-from arms import run_figure
-from exports import scores_by_arm, start_score
-from learning_curves import save_figure
-from reporting import mean_and_error, write_csv
-from rlcm_against_ddpo import trained_arms
-from summaries import markdown, shown
+from benchmarks.learning.arms import run_figure
+from benchmarks.learning.exports import scores_by_arm, start_score
+from benchmarks.learning.learning_curves import save_figure
+from benchmarks.learning.rlcm_against_ddpo import trained_arms
+from benchmarks.learning.summaries import markdown, shown
+from benchmarks.shared.reporting import mean_and_error, write_csv
 
 _NUM_IMAGES = 128
 _REWARD = "jpeg_compressibility"

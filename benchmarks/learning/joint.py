@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from arms import Arm, run_figure, run_folder, train_arms, tuned
-from exports import scores_by_arm, start_score
-from reporting import ROOT, mean_and_error, write_csv
-from summaries import markdown, plot_bars, share, shown
+
+from benchmarks.learning.arms import Arm, run_figure, run_folder, train_arms, tuned
+from benchmarks.learning.exports import scores_by_arm, start_score
+from benchmarks.learning.summaries import markdown, plot_bars, share, shown
+from benchmarks.shared.reporting import ROOT, mean_and_error, write_csv
 
 SCHEDULES = ("mixed", "by_task")
 _NO_EVALUATION = ("evaluation.every", "0")

@@ -11,8 +11,8 @@ at guidance 4, and their diversity. What L_pre does to the samples when no rewar
     distillation  huber(f(x_t), f(x_s)), x_s a DDIM step from x_t with the frozen start model's f as its x_0
 
 guidance is what the network is told in the loss: 1, the data's own distribution, or 4, that of the samples.
-low_noise at guidance 1 is `rlcm_fast.policies.pretraining`. loss_mean is over the updates since the line before; the
-seconds in the CSV are of a machine that other work shared.
+low_noise at guidance 1 is `rlcm_fast.policies.real_image_loss`. loss_mean is over the updates since the line before;
+the seconds in the CSV are of a machine that other work shared.
 
     OMP_NUM_THREADS=1 python benchmarks/learning/pretraining_losses.py --out benchmarks/results/learning
 """
@@ -35,10 +35,10 @@ from torch import Tensor
 from rlcm_fast import parallel
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import EvaluationConfig, ModelConfig, PolicyConfig
-from rlcm_fast.evaluation import build_evaluator
 from rlcm_fast.pairs import PairStream
 from rlcm_fast.policies import GaussianPolicy, build_policy
 from rlcm_fast.policies.consistency import guidance_embedding
+from rlcm_fast.stages.evaluation import build_evaluator
 from rlcm_fast.trajectory import Conditioning, Prompt
 
 GUIDANCE = 4.0

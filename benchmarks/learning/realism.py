@@ -16,12 +16,12 @@ import argparse
 import sys
 from typing import Any
 
-from arms import Arm, Curves, run_figure, run_folder, train_arms, tuned
-from exports import save_pictures
-from learning_curves import save_figure
-from reporting import mean_and_error
-from summaries import markdown, reaches, short_name, shown, summarise, table, write_curves
-from training_runs import at, evaluated
+from benchmarks.learning.arms import Arm, Curves, run_figure, run_folder, train_arms, tuned
+from benchmarks.learning.exports import save_pictures
+from benchmarks.learning.learning_curves import save_figure
+from benchmarks.learning.summaries import markdown, reaches, short_name, shown, summarise, table, write_curves
+from benchmarks.shared.reporting import mean_and_error
+from benchmarks.shared.training_runs import at, evaluated
 
 _REWARD = "eval/jpeg_compressibility/mean"
 _WATCHED = ("rlcm_fast.shapes.realism:DetectorConfidence", "rlcm_fast.shapes.realism:RenderDistance")

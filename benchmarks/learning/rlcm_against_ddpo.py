@@ -28,8 +28,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arms import TOTAL, Arm, Curves, run_figure, train_arms, tuned
-from summaries import AXES, gains, markdown, pass_factor, shared_metrics, shown, summarise, table, write_curves
+from benchmarks.learning.arms import TOTAL, Arm, Curves, run_figure, train_arms, tuned
+from benchmarks.learning.summaries import (
+    AXES,
+    gains,
+    markdown,
+    pass_factor,
+    shared_metrics,
+    shown,
+    summarise,
+    table,
+    write_curves,
+)
 
 REWARDS = ("compressibility", "incompressibility", "alignment")
 NAME = "rlcm_against_ddpo"

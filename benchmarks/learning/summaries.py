@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arms import Curves
-from learning_curves import draw_curve, save_figure, start_end_change
-from reporting import mean_and_error, write_csv
-from training_runs import Row, eval_metrics, evaluated
+from benchmarks.learning.arms import Curves
+from benchmarks.learning.learning_curves import draw_curve, save_figure, start_end_change
+from benchmarks.shared.reporting import mean_and_error, write_csv
+from benchmarks.shared.training_runs import Row, eval_metrics, evaluated
 
 AXES = {"queries": "reward queries", "seconds": "seconds of training", "forwards": "network forwards"}
 Statistics = Mapping[str, float | None]  # mean, standard_error

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arms import Arm, run_figure
-from exports import scores_by_arm, start_score
-from reporting import mean_and_error, write_csv
-from rlcm_against_ddpo import add_reward, trained_arms
-from summaries import markdown, plot_bars, share, shown
+from benchmarks.learning.arms import Arm, run_figure
+from benchmarks.learning.exports import scores_by_arm, start_score
+from benchmarks.learning.rlcm_against_ddpo import add_reward, trained_arms
+from benchmarks.learning.summaries import markdown, plot_bars, share, shown
+from benchmarks.shared.reporting import mean_and_error, write_csv
 
 _NUM_IMAGES = 512
 MEASURED = {  # reward -> prompts, what is measured

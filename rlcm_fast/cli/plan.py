@@ -13,10 +13,10 @@ from rlcm_fast.cli.arguments import positive_int
 
 if TYPE_CHECKING:
     from rlcm_fast.config import Config
-    from rlcm_fast.memory.estimate import Memory, Strategy
-    from rlcm_fast.memory.gpus import Gpu
-    from rlcm_fast.memory.planning import Planner
-    from rlcm_fast.memory.remedies import Settings
+    from rlcm_fast.planner.estimate import Memory, Strategy
+    from rlcm_fast.planner.gpus import Gpu
+    from rlcm_fast.planner.remedies import Settings
+    from rlcm_fast.planner.seconds import Planner
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from rlcm_fast.backbones.loading import resolve_model_path
     from rlcm_fast.config import parse_config
-    from rlcm_fast.config_checks import validate
-    from rlcm_fast.memory.gpus import GPUS, find_gpu
+    from rlcm_fast.config.checks import validate
+    from rlcm_fast.planner.gpus import GPUS, find_gpu
 
     files = [part for file in arguments.config or [] for part in ("--config", file)]
     config = parse_config([*files, *arguments.overrides])
@@ -47,9 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
     gpus = [find_gpu(arguments.gpu)] if arguments.gpu is not None else list(GPUS.values())
     path = resolve_model_path(config.model.path)
 
-    from rlcm_fast.memory.architecture import load_architecture
-    from rlcm_fast.memory.estimate import GIB, Workload, strategy_of
-    from rlcm_fast.memory.planning import Planner
+    from rlcm_fast.planner.architecture import load_architecture
+    from rlcm_fast.planner.estimate import GIB, Workload, strategy_of
+    from rlcm_fast.planner.seconds import Planner
 
     architecture = load_architecture(path)
     image_size = arguments.image_size or config.model.image_size or None
@@ -114,7 +114,7 @@ def _memory_table(memory: Memory) -> list[str]:
 
 
 def _one_gpu(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
-    from rlcm_fast.memory.gpus import MODEL_FLOPS_UTILISATION
+    from rlcm_fast.planner.gpus import MODEL_FLOPS_UTILISATION
 
     seconds = planner.seconds(strategy, gpu)
     stages = ", ".join(f"{name} {getattr(seconds, name):.3g}" for name in ("sampling", "decoding", "update", "step"))
@@ -128,8 +128,8 @@ def _one_gpu(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> 
 
 
 def _verdict(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
-    from rlcm_fast.memory.estimate import GIB
-    from rlcm_fast.memory.remedies import Remedies
+    from rlcm_fast.planner.estimate import GIB
+    from rlcm_fast.planner.remedies import Remedies
 
     memory = planner.memory(strategy)
     stage = max(memory.stages, key=lambda name: memory.stages[name])
@@ -153,7 +153,7 @@ def _remedy(settings: Settings | None) -> str:
 
 
 def _all_gpus(planner: Planner, strategy: Strategy, gpus: list[Gpu]) -> list[str]:
-    from rlcm_fast.memory.gpus import MODEL_FLOPS_UTILISATION
+    from rlcm_fast.planner.gpus import MODEL_FLOPS_UTILISATION
 
     lines = [f"{'GPU':<12}{'GiB':>5}{'fits':>6}{'micro-batches':>17}{'s/iteration':>13}   sampling  decoding  update"]
     for gpu in gpus:
@@ -184,7 +184,7 @@ def _report(config: Config, planner: Planner, strategy: Strategy, gpus: list[Gpu
 
 
 def _report_of(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> dict[str, Any]:
-    from rlcm_fast.memory.remedies import Remedies
+    from rlcm_fast.planner.remedies import Remedies
 
     fits, seconds = planner.fits(strategy, gpu), planner.seconds(strategy, gpu)
     stages = ("sampling", "decoding", "update", "step", "iteration")

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"out={out} is no image file; give a name that ends in .png or .jpg")
     from rlcm_fast.cli.pipelines import draw, load_pipeline
-    from rlcm_fast.shapes.draw import captioned_grid
+    from rlcm_fast.grids import captioned_grid
 
     texts = [text for text in arguments.prompt for _ in range(arguments.num_images)]
     pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)

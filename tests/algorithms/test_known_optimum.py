@@ -21,9 +21,9 @@ from rlcm_fast.algorithms import build_advantages, build_algorithm
 from rlcm_fast.config import AdvantagesConfig, AlgorithmConfig, UpdateConfig
 from rlcm_fast.policies import GaussianPolicy, consistency_schedule
 from rlcm_fast.policies.consistency import ConsistencyPolicy
-from rlcm_fast.reference import Reference
+from rlcm_fast.stages.start_model import Reference
+from rlcm_fast.stages.update import update
 from rlcm_fast.trajectory import Prompt
-from rlcm_fast.update import update
 
 pytestmark = pytest.mark.usefixtures("one_process")
 GOAL = torch.tensor([0.8, -0.5])

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from benchmarks.shared import tiny_pipelines
 from rlcm_fast.backbones.adapters import add_adapters
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import LoraConfig, ModelConfig

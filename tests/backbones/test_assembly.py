@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.shared import tiny_pipelines
 from rlcm_fast.backbones.loading import LORA_FILE, resolve_lora_path, resolve_model
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import ModelConfig, PolicyConfig

@@ -8,14 +8,14 @@ import pytest
 from planners import planner_of
 
 from rlcm_fast.cli.main import main
-from rlcm_fast.memory import planning
+from rlcm_fast.planner import seconds
 
 CONFIG = ["--config", "configs/shapes/compressibility.yaml", "--update.micro_batch_size", "32"]
 
 
 @pytest.fixture(autouse=True)
 def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "Planner", lambda architecture, *more: planner_of(architecture.name, *more))
+    monkeypatch.setattr(seconds, "Planner", lambda architecture, *more: planner_of(architecture.name, *more))
 
 
 def test_the_plan_of_all_gpus_is_a_table(capsys: pytest.CaptureFixture[str]):

@@ -22,9 +22,9 @@ from kernel_checks import (
     relaid,
     run,
 )
-from kernel_operations import OPERATIONS, Operation
-from kernel_timing import num_launches
 
+from benchmarks.kernels.kernel_operations import OPERATIONS, Operation
+from benchmarks.kernels.kernel_timing import num_launches
 from rlcm_fast.kernels import dispatch
 
 pytestmark = [

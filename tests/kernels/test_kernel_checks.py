@@ -19,9 +19,9 @@ from kernel_checks import (
     relaid,
     run,
 )
-from kernel_operations import OPERATIONS, Operation
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.kernels.kernel_operations import OPERATIONS, Operation
 from rlcm_fast.kernels.triton_ops import gaussian
 
 CPU = torch.device("cpu")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from kernel_checks import run
-from kernel_operations import OPERATIONS
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from benchmarks.kernels.kernel_operations import OPERATIONS
 
 OPERATORS = {
     "gaussian_log_prob forward": ["gaussian_log_prob"],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlcm_fast.config import PolicyConfig
 from rlcm_fast.policies import GaussianPolicy, build_policy
-from rlcm_fast.selection import step_weights
+from rlcm_fast.stages.selection import step_weights
 
 NUM_SAMPLES, SIGMA = 6, 0.2
 LCM = {**SCHEDULER, "_class_name": "LCMScheduler"}

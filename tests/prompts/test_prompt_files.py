@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlcm_fast.config import Config, EvaluationConfig, TrackingConfig
-from rlcm_fast.evaluation import grid_prompts
 from rlcm_fast.prompts import Share, build_sampler, deal, files, load_prompts, sources
+from rlcm_fast.stages.evaluation import grid_prompts
 from rlcm_fast.trajectory import Prompt
 
 # Line breaks, all kinds of blanks, a byte order mark, and characters that begin with the same bytes as blanks.

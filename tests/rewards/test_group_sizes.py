@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlcm_fast.config import parse_config
-from rlcm_fast.config_checks import validate
+from rlcm_fast.config.checks import validate
 
 
 def mistake(argv: list[str]) -> str:

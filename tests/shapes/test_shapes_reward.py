@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlcm_fast.shapes.draw import captioned_grid
+from rlcm_fast.grids import captioned_grid
 from rlcm_fast.shapes.grammar import parse
 from rlcm_fast.shapes.renderer import render
 from rlcm_fast.shapes.reward import ShapesAlignment

@@ -9,9 +9,9 @@ summation (float32 has a rounding of 6e-8 of the value at each addition).
 from __future__ import annotations
 
 import torch
-from kernel_operations import Inputs, Operation
 from torch import Tensor
 
+from benchmarks.kernels.kernel_operations import Inputs, Operation
 from rlcm_fast.kernels import dispatch
 
 Results = list[Tensor]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from rlcm_fast.backbones.loading import SHIPPED
-from rlcm_fast.memory.architecture import load_architecture
-from rlcm_fast.memory.planning import Planner
-from rlcm_fast.memory.workload import Workload
+from rlcm_fast.planner.architecture import load_architecture
+from rlcm_fast.planner.seconds import Planner
+from rlcm_fast.planner.workload import Workload
 
 SHAPES = str(SHIPPED["shapes/lcm"])
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlcm_fast import checkpoint, parallel
+from rlcm_fast import parallel
+from rlcm_fast.run_folder import checkpoint
 from rlcm_fast.trajectory import Prompt
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from rlcm_fast import parallel
 from rlcm_fast.config import parse_config
-from rlcm_fast.memory import zero
-from rlcm_fast.memory.engine import Engine
-from rlcm_fast.memory.processes import init_processes
+from rlcm_fast.engine import zero
+from rlcm_fast.engine.base import Engine
+from rlcm_fast.engine.processes import init_processes
 from rlcm_fast.trainer import Trainer
 
 _KINDS = ("fp32", "exp_avg", "exp_avg_sq")

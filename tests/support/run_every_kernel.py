@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from kernel_checks import relaid, run
-from kernel_operations import OPERATIONS
+
+from benchmarks.kernels.kernel_operations import OPERATIONS
 
 if __name__ == "__main__":
     device = torch.device("cuda")

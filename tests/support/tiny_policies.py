@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rlcm_fast.config import EngineConfig, OptimizerConfig
-from rlcm_fast.memory.direct import DirectEngine
-from rlcm_fast.memory.engine import Engine
-from rlcm_fast.memory.zero import ZeroEngine
+from rlcm_fast.engine.base import Engine
+from rlcm_fast.engine.direct import DirectEngine
+from rlcm_fast.engine.zero import ZeroEngine
 from rlcm_fast.policies import GaussianPolicy
 from rlcm_fast.policies.consistency import ConsistencyPolicy
 from rlcm_fast.policies.schedules import consistency_schedule

@@ -1,16 +1,14 @@
-"""Training runs that take seconds, and processes for them that find everything imported when they start."""
+"""Training runs that take seconds; benchmarks/shared/run_processes.py starts those that are processes of their own."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import socket
-import sys
-from collections.abc import Callable, Mapping
-from multiprocessing.process import BaseProcess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from benchmarks.shared.run_processes import OF_A_LAUNCHER
 
 PROMPTS = ("a red circle", "a blue square", "a star", "a green triangle", "two cats")
 REWARD = "plugin_rewards:Brightness"
@@ -39,7 +37,6 @@ _SETTINGS: dict[str, object] = {
     "tracking.grid_images": 2,
     "num_iterations": 3,
 }
-_OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def arguments(model: str, run_dir: Path, settings: Mapping[str, object] | None = None) -> list[str]:
@@ -68,45 +65,5 @@ def _is_time(key: str) -> bool:
 def clean_environment(**more: str) -> dict[str, str]:
     """Ours without a launcher's variables, and with the plug-ins on the path."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    kept = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
+    kept = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
-
-
-def start(target: Callable[..., int], *values: Any, log: Path, rank: int = 0, group: tuple[int, int] | None = None):
-    """A process that runs `target(*values)` and exits with what it returns; group: (world size, port)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlcm_fast.trainer"])
-    process: BaseProcess = context.Process(target=_run, args=(target, values, str(log), rank, group), daemon=True)
-    process.start()
-    return process
-
-
-def train(argv: list[str]) -> int:
-    """What `python rlcm_fast/train.py` does."""
-    from rlcm_fast.train import main
-
-    return main(argv)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _run(
-    target: Callable[..., int], values: tuple[Any, ...], log: str, rank: int, group: tuple[int, int] | None
-) -> None:
-    for name in _OF_A_LAUNCHER:
-        os.environ.pop(name, None)
-    if group:
-        size, port = group
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    import torch
-
-    torch.set_num_threads(1)
-    sys.exit(target(*values))

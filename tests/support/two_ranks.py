@@ -13,9 +13,9 @@ from tiny_policies import TEXTS, TinyNetwork, decode, encode, policy_of
 
 from rlcm_fast import parallel
 from rlcm_fast.config import parse_config
-from rlcm_fast.evaluation import Evaluator
 from rlcm_fast.rewards import GroupReward
 from rlcm_fast.rewards.diversity import Diversity
+from rlcm_fast.stages.evaluation import Evaluator
 from rlcm_fast.trainer import Trainer
 from rlcm_fast.trajectory import Prompt
 

@@ -17,8 +17,8 @@ from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from rlcm_fast.grids import captioned_grid
 from rlcm_fast.shapes.detector import score_images
-from rlcm_fast.shapes.draw import captioned_grid
 from rlcm_fast.shapes.grammar import Caption, one_shape_captions, two_shape_captions
 
 TEACHER_GUIDANCE, LCM_GUIDANCE = 4.0, 4.0

@@ -1,0 +1,141 @@
+"""The configuration: typed sections, read from defaults < YAML file < command line.
+
+Light on purpose: this module imports neither torch nor diffusers, so that a mistake is reported in under a second,
+before any weights load. `parser.py` reads files and command lines, `mistakes.py` words what is wrong with them;
+what one field cannot know alone is checked in `checks.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from rlcm_fast.config.parser import parse, parser_of
+from rlcm_fast.config.sections import (
+    AdvantagesConfig,
+    AlgorithmConfig,
+    CheckpointConfig,
+    EmaConfig,
+    EngineConfig,
+    EvaluationConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    PretrainingConfig,
+    PromptsConfig,
+    RewardConfig,
+    RolloutConfig,
+    TaskConfig,
+    TrackingConfig,
+    UpdateConfig,
+)
+
+__all__ = [
+    "AdvantagesConfig",
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "Config",
+    "EmaConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "PretrainingConfig",
+    "PromptsConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "TaskConfig",
+    "TrackingConfig",
+    "UpdateConfig",
+    "build_parser",
+    "parse_config",
+    "to_dict",
+    "to_yaml",
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """what is fine-tuned"""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """adapters to train instead of all weights"""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """the sampler that is trained"""
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    """where they come from, and how many an iteration takes"""
+    rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig("jpeg_compressibility")])
+    """The rewards: a YAML list of {name: NAME, weight: 1.0, arguments: {}, group_size: 0, credit: group}."""
+    tasks: list[TaskConfig] = field(default_factory=list)
+    """Several tasks in the place of prompts.source and rewards, as {name: NAME, source: SOURCE, rewards: [...]}."""
+    task_schedule: Literal["mixed", "by_task"] = "mixed"
+    """mixed: one rollout and its updates for all tasks; by_task: a rollout and updates for one task after another."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """sampling and rewarding"""
+    advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
+    """how rewards become advantages"""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """what an update does with advantages"""
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    """the optimizer steps on a rollout"""
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    """a loss on real images beside the rewards"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Adam and its learning rate"""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """where weights, gradients and states live, and how the network runs"""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """a moving average of the weights"""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """held-out images at fixed seeds"""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """what a run resumes from"""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """what is written for people to look at"""
+    run_dir: str = "runs/default"
+    """Folder of the run: config, metrics, grids, checkpoints, export."""
+    num_iterations: int = 100
+    """Iterations: one rollout and the updates on it, each."""
+    seed: int = 0
+    """Seed of everything random; processes derive their own from it."""
+    resume: str | None = None
+    """latest (of run_dir) or a checkpoint folder to continue from; null starts anew."""
+    dry_run: bool = False
+    """Print the resolved config and the derived numbers, and stop."""
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain YAML types, in the order of its fields."""
+    return _plain(asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    """The config as a YAML file that `--config` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def parse_config(argv: Sequence[str]) -> Config:
+    """The config that a command line asks for; raises ValueError with one line: the field, its value, the way out."""
+    return parse(argv, Config)
+
+
+def build_parser() -> ArgumentParser:
+    """The parser behind `--help`."""
+    return parser_of(Config)

@@ -1,0 +1,82 @@
+"""What an algorithm asks of the other sections of the config."""
+
+from __future__ import annotations
+
+from rlcm_fast.config import Config
+from rlcm_fast.config.tasks import tasks_of
+
+
+def check_algorithm(config: Config, num_actions: int) -> None:
+    """Raise ValueError "field=value ...; remedy" where the algorithm, or which steps are trained, cannot work."""
+    name, update = config.algorithm.name, config.update
+    if name == "reinforce" and not update.is_on_policy:
+        num_updates = update.num_passes * update.num_updates
+        raise ValueError(
+            f"algorithm.name=reinforce has no ratio to correct for weights that have moved, so only the first of "
+            f"{num_updates} updates a rollout would be right; set update.num_updates=1 and update.num_passes=1, or "
+            "algorithm.name=ppo"
+        )
+    if name == "dpok" and update.kl_weight == 0:
+        raise ValueError(
+            "algorithm.name=dpok is PPO with a KL term, and update.kl_weight=0 switches it off; give a weight, as 0.05,"
+            " or algorithm.name=ppo"
+        )
+    if name == "grpo":
+        _check_groups(config)
+    if name == "rebel":
+        _check_pairs(config)
+    _check_timesteps(config, num_actions)
+    if update.kl_reference == "offload" and config.engine.zero_stage == 3:
+        raise ValueError(
+            "update.kl_reference=offload swaps whole weights, and engine.zero_stage=3 shares them out; set "
+            "engine.zero_stage=2, or update.kl_reference=copy"
+        )
+    if update.kl_reference == "offload" and config.lora.rank > 0:
+        raise ValueError(
+            f"update.kl_reference=offload has no use with lora.rank={config.lora.rank}: the start model is the network "
+            "without its adapters, and needs no memory; leave kl_reference out"
+        )
+
+
+def _check_groups(config: Config) -> None:
+    for task in tasks_of(config):
+        if task.advantages not in ("group", "leave_one_out"):
+            raise ValueError(
+                f"algorithm.name=grpo compares the images of one prompt, and {task.advantages_field}={task.advantages} "
+                f"does not; set {task.advantages_field}=group, or algorithm.name=ppo"
+            )
+
+
+def _check_pairs(config: Config) -> None:
+    update = config.update
+    for task in tasks_of(config):
+        if task.images_per_prompt % 2:
+            raise ValueError(
+                f"{task.images_field}={task.images_per_prompt} leaves an image without another of its prompt, "
+                f"and algorithm.name=rebel takes pairs; give {task.images_per_prompt + 1}"
+            )
+    if update.num_timesteps > 0 or update.order == "by_step":
+        raise ValueError(
+            f"algorithm.name=rebel sums log-probs over all actions of a sample, so update.num_timesteps="
+            f"{update.num_timesteps} and update.order={update.order} leave it half a sum; set 0 and mixed"
+        )
+    if update.step_weights != "equal":
+        raise ValueError(
+            f"update.step_weights={update.step_weights} would weigh the actions of algorithm.name=rebel's sum in the "
+            "gradient alone, which is then of no loss; set update.step_weights=equal"
+        )
+
+
+def _check_timesteps(config: Config, num_actions: int) -> None:
+    update = config.update
+    if update.num_timesteps > num_actions:
+        raise ValueError(
+            f"update.num_timesteps={update.num_timesteps} exceeds the {num_actions} actions of "
+            f"policy.num_steps={config.policy.num_steps}; give fewer, or 0 for all"
+        )
+    trained = update.num_timesteps or num_actions
+    if update.order == "by_step" and trained % update.num_updates:
+        raise ValueError(
+            f"update.num_updates={update.num_updates} does not divide the {trained} trained actions of a sample, which "
+            f"update.order=by_step hands out whole; try {trained}, one update a step"
+        )

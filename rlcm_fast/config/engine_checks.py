@@ -1,0 +1,121 @@
+"""Which settings of the engine and the optimizer go together; the others are refused here, with the reason."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from rlcm_fast.config import Config
+
+_8BIT = ("adamw_8bit", "bnb_adamw_8bit", "bnb_paged_adamw_8bit")
+
+
+def check_engine(config: Config, numbers: dict[str, int]) -> None:
+    """Raise ValueError "field=value ...; remedy"; numbers are `config.checks.derived`."""
+    _check_dtype(config)
+    _check_optimizer(config)
+    _check_offload(config)
+    _check_in_backward(config, numbers)
+    _check_network(config)
+    if config.ema.decay > 0 and config.engine.zero_stage == 3:
+        raise ValueError(
+            f"ema.decay={config.ema.decay} needs whole weights on each process; set engine.zero_stage to 2 or less, or "
+            "ema.decay=0"
+        )
+
+
+def _check_dtype(config: Config) -> None:
+    engine, optimizer = config.engine, config.optimizer
+    if engine.dtype == "bf16" and engine.zero_stage == 0 and config.lora.rank == 0:  # adapters are float32
+        raise ValueError(
+            "engine.dtype=bf16 needs engine.zero_stage >= 1: at stage 0 DeepSpeed takes a dummy optimizer step at "
+            "start, which puts Adam's bias correction off by one; set engine.zero_stage=1 (the same on one process)"
+        )
+    if engine.dtype == "pure_bf16" and engine.zero_stage > 0 and config.lora.rank == 0:
+        raise ValueError(
+            f"engine.dtype=pure_bf16 has no master weights for engine.zero_stage={engine.zero_stage} to share out; "
+            "set engine.zero_stage=0, or engine.dtype=bf16"
+        )
+    if engine.dtype == "pure_bf16" and optimizer.name != "adamw_8bit" and config.lora.rank == 0:
+        raise ValueError(
+            f"optimizer.name={optimizer.name} would lose updates below the last digit of pure_bf16 weights; set "
+            "optimizer.name=adamw_8bit, which rounds stochastically"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    engine, optimizer = config.engine, config.optimizer
+    if optimizer.name == "adam" and optimizer.weight_decay > 0:
+        raise ValueError(
+            f"optimizer.weight_decay={optimizer.weight_decay} is not decoupled in adam; set optimizer.name=adamw"
+        )
+    if optimizer.name in _8BIT and engine.zero_stage == 3:
+        raise ValueError(
+            f"optimizer.name={optimizer.name} has states of blocks that engine.zero_stage=3 would cut; set "
+            "engine.zero_stage=2, or optimizer.name=adamw"
+        )
+
+
+def _check_offload(config: Config) -> None:
+    engine, optimizer = config.engine, config.optimizer
+    if not engine.offload_optimizer:
+        return
+    if engine.zero_stage == 0:
+        raise ValueError("engine.offload_optimizer=true is a part of ZeRO; set engine.zero_stage=1 or more")
+    if optimizer.name in _8BIT:
+        raise ValueError(
+            f"optimizer.name={optimizer.name} steps on the GPU, where engine.offload_optimizer=true leaves no states; "
+            "set optimizer.name=adamw, or engine.offload_optimizer=false"
+        )
+
+
+def _check_in_backward(config: Config, numbers: dict[str, int]) -> None:
+    engine, optimizer, update = config.engine, config.optimizer, config.update
+    if not engine.optimizer_in_backward:
+        return
+    if engine.zero_stage > 0:
+        raise ValueError(
+            f"engine.optimizer_in_backward=true leaves engine.zero_stage={engine.zero_stage} no gradients to share "
+            "out; set engine.zero_stage=0"
+        )
+    if optimizer.name != "adamw_8bit":
+        raise ValueError(
+            f"optimizer.name={optimizer.name} steps all weights at once, engine.optimizer_in_backward=true one by one; "
+            "set optimizer.name=adamw_8bit"
+        )
+    if config.pretraining.weight > 0:
+        raise ValueError(
+            "engine.optimizer_in_backward=true moves weights in the backward pass, so an update must be one, and "
+            f"pretraining.weight={config.pretraining.weight} adds another; set one of the two to 0 or false"
+        )
+    if numbers["micro_batches_per_update_and_process"] > 1:
+        rows = numbers["transitions_per_update"] // numbers["num_processes"]
+        fewer = update.num_updates * numbers["micro_batches_per_update_and_process"]
+        raise ValueError(
+            f"engine.optimizer_in_backward=true moves weights in the backward pass, so an update must be one: its "
+            f"{rows} transitions a process do not fit update.micro_batch_size={update.micro_batch_size}; set "
+            f"update.micro_batch_size={rows} (with engine.recompute=block), or update.num_updates={fewer}"
+        )
+
+
+def _check_network(config: Config) -> None:
+    engine, optimizer = config.engine, config.optimizer
+    if engine.compile != "off" and engine.zero_stage == 3:
+        raise ValueError(
+            f"engine.compile={engine.compile} makes whole graphs, which the hooks of engine.zero_stage=3 would break; "
+            "set engine.compile=off, or engine.zero_stage=2"
+        )
+    if engine.channels_last and engine.zero_stage > 0:
+        raise ValueError(
+            f"engine.channels_last=true does not last with engine.zero_stage={engine.zero_stage}: ZeRO flattens the "
+            "weights; set engine.zero_stage=0, or engine.channels_last=false"
+        )
+    if engine.channels_last and optimizer.name.startswith("bnb_"):
+        raise ValueError(
+            f"optimizer.name={optimizer.name} makes channels_last weights contiguous at its first step, so "
+            "engine.channels_last=true would be lost; set optimizer.name=adamw_8bit, which keeps them"
+        )
+    if engine.attention == "xformers" and find_spec("xformers") is None:
+        raise ValueError(
+            "engine.attention=xformers needs the package xformers, which is not installed: pip install "
+            "'rlcm_fast[xformers]'; or set engine.attention=sdpa"
+        )

@@ -1,0 +1,112 @@
+"""Whether batches, groups, updates and micro-batches come out even, over all processes."""
+
+from __future__ import annotations
+
+from rlcm_fast.config import Config, RewardConfig
+from rlcm_fast.config.tasks import rounds_of, tasks_of
+
+
+def check_sizes(config: Config, world_size: int) -> None:
+    """Raise ValueError "field=value ...; remedy" for the first number that another does not divide."""
+    _check_updates(config, world_size)
+    _check_groups(config, world_size)
+    _check_pretraining(config, world_size)
+
+
+def num_actions(config: Config) -> int:
+    """K, the trained steps of a sample."""
+    return config.policy.num_steps - (config.policy.last_step == "deterministic")
+
+
+def num_trained(config: Config) -> int:
+    """Those of the K actions of a sample that its updates train on."""
+    return config.update.num_timesteps or num_actions(config)
+
+
+def num_pretraining(config: Config, world_size: int) -> int:
+    """Micro-batches of real pairs in an update, on each process."""
+    own = config.pretraining
+    return own.batch_size // world_size // own.micro_batch_size if own.weight > 0 else 0
+
+
+def _check_updates(config: Config, world_size: int) -> None:
+    """Processes share prompts evenly (check_tasks), updates share transitions evenly, micro-batches fill an update."""
+    update = config.update
+    for tasks in rounds_of(config):
+        of = f" of task {tasks[0].name}" if config.task_schedule == "by_task" and config.tasks else ""
+        transitions = sum(task.num_samples for task in tasks) * num_trained(config) // world_size
+        if transitions % update.num_updates:
+            raise ValueError(
+                f"update.num_updates={update.num_updates} does not divide the {transitions} transitions of a pass "
+                f"on each process{of}; try {_near_divisors(transitions, update.num_updates)}"
+            )
+        pairs = sum(task.num_samples for task in tasks) // world_size // 2
+        if config.algorithm.name == "rebel" and pairs % update.num_updates:
+            raise ValueError(
+                f"update.num_updates={update.num_updates} does not divide the {pairs} pairs of images that "
+                f"algorithm.name=rebel has on each process{of}; try {_near_divisors(pairs, update.num_updates)}"
+            )
+        in_update = transitions // update.num_updates
+        if in_update % update.micro_batch_size:
+            raise ValueError(
+                f"update.micro_batch_size={update.micro_batch_size} does not divide the {in_update} transitions "
+                f"of an update on each process{of}; try {_near_divisors(in_update, update.micro_batch_size)}"
+            )
+
+
+def _check_groups(config: Config, world_size: int) -> None:
+    """Groups of set rewards are whole, in a rollout on each process, in an evaluation of all (rewards/groups.py)."""
+    watched = {f"evaluation.rewards[{i}]": reward for i, reward in enumerate(config.evaluation.rewards)}
+    for task in tasks_of(config):
+        of = f" of task {task.name}" if config.tasks else ""
+        trained = {f"{task.rewards_field}[{i}]": reward for i, reward in enumerate(task.rewards)}
+        for field, reward in {**trained, **watched}.items():
+            if reward.group_size < 0:
+                raise ValueError(f"{field}.group_size={reward.group_size} is out of range; give 0 (all images) or more")
+        samples = task.num_samples // world_size
+        for field, reward in trained.items():
+            if reward.credit == "leave_one_out" and (reward.group_size or samples) == 1:
+                remedy = f"set {field}.group_size to 2 or more"
+                raise ValueError(f"{field}.credit=leave_one_out leaves nothing of a group of one image; {remedy}")
+            _check_group(field, reward, samples, f"the {samples} samples of an iteration on each process{of}")
+        if config.evaluation.every > 0:
+            images = config.evaluation.num_images
+            for field, reward in {**trained, **watched}.items():
+                _check_group(field, reward, images, f"evaluation.num_images={images}")
+
+
+def _check_group(field: str, reward: RewardConfig, num_images: int, images: str) -> None:
+    size = reward.group_size
+    if size and num_images % size:
+        near = _near_divisors(num_images, size)
+        raise ValueError(f"{field}.group_size={size} does not divide {images}; try {near}, or change their number")
+
+
+def _check_pretraining(config: Config, world_size: int) -> None:
+    """There are pairs to train on, shared evenly, in whole micro-batches."""
+    pretraining = config.pretraining
+    if pretraining.weight == 0:
+        return
+    if not pretraining.data.strip():
+        raise ValueError(
+            f"pretraining.weight={pretraining.weight} needs pretraining.data: a folder of captioned images, a .jsonl"
+            " file, .tar shards, hf:PATH or shapes:all; name one, or set pretraining.weight=0"
+        )
+    size = pretraining.batch_size
+    if size % world_size:
+        up = -(-size // world_size) * world_size
+        raise ValueError(f"pretraining.batch_size={size} does not divide by the {world_size} processes; try {up}")
+    share, micro = size // world_size, pretraining.micro_batch_size
+    if share % micro:
+        raise ValueError(
+            f"pretraining.micro_batch_size={micro} does not divide the {share} pairs of an update on each process;"
+            f" try {_near_divisors(share, micro)}"
+        )
+
+
+def _near_divisors(number: int, wish: int) -> str:
+    """The divisors of `number` around `wish`, as '32 or 48'."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below = [n for n in divisors if n < wish][-1:]
+    above = [n for n in divisors if n > wish][:1]
+    return " or ".join(str(n) for n in below + above)

@@ -1,0 +1,1 @@
+"""Where weights, gradients and optimizer states live, and how they step."""

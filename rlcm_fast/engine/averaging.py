@@ -1,0 +1,132 @@
+"""The engine with an exponential moving average of the trained weights, by diffusers' EMAModel.
+
+    average <- d average + (1 - d) weights     after update n = 1, 2, ...;  d = min(ema.decay, n / (n + 9)), 0 for n = 1
+
+The average is float32 whatever the network's dtype. Evaluations, grids and the export see it in the place of the
+weights; sampling and training never do. Every process holds all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rlcm_fast import parallel
+from rlcm_fast.config import EmaConfig
+from rlcm_fast.engine.base import Engine
+
+_FILE = "ema.safetensors"
+
+
+class AveragingEngine(Engine):
+    """Another engine, beside which an average is kept; without an average it is that engine."""
+
+    def __init__(self, engine: Engine, network: nn.Module, config: EmaConfig) -> None:
+        """The average begins with the network's present weights; ema.decay = 0 is off."""
+        self.engine = engine
+        self.average = WeightAverage(network, config) if config.decay > 0 else None
+        self.zero_stage = engine.zero_stage
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.engine(*arguments, **keywords)
+
+    def begin_update(self, num_micro_batches: int) -> None:
+        self.engine.begin_update(num_micro_batches)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> float | None:
+        norm = self.engine.step()
+        if norm is not None and self.average:
+            self.average.update()
+        return norm
+
+    @property
+    def lr(self) -> float:
+        return self.engine.lr
+
+    def metrics(self) -> dict[str, float]:
+        return self.engine.metrics()
+
+    def full_weights(self) -> dict[str, Tensor]:
+        return self.engine.full_weights()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the network has the averaged weights; afterwards its own again, bitwise."""
+        if self.average is None:
+            yield
+            return
+        with self.average.applied():
+            yield
+
+    def final_weights(self) -> dict[str, Tensor]:
+        """As `full_weights`, the trained ones averaged."""
+        return self.full_weights() | (self.average.weights() if self.average else {})
+
+    def save(self, folder: Path) -> None:
+        self.engine.save(folder)
+        if self.average and parallel.is_main():
+            self.average.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.engine.load(folder)
+        if self.average:
+            self.average.load(folder)
+
+
+class WeightAverage:
+    """The moving average of the trained parameters of a network, which must be whole on this process."""
+
+    def __init__(self, network: nn.Module, config: EmaConfig) -> None:
+        self._trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self._is_on_cpu = config.device == "cpu"
+        # Copied here, as EMAModel clones what it is given where it lies, and a GPU may have no room for a second set.
+        start = (nn.Parameter(p.detach().cpu()) if self._is_on_cpu else p for p in self._trained.values())
+        self._ema = EMAModel(start, decay=config.decay)
+        self._ema.to(None, torch.float32)
+
+    def update(self) -> None:
+        """After an update of the weights."""
+        parameters = list(self._trained.values())
+        if self._is_on_cpu:  # EMAModel averages what requires a gradient, and copies the rest
+            parameters = [nn.Parameter(parameter.detach().cpu()) for parameter in parameters]
+        self._ema.step(parameters)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the network has the averaged weights, rounded to its dtype."""
+        self._ema.store(self._trained.values())
+        self._ema.copy_to(self._trained.values())
+        try:
+            yield
+        finally:
+            self._ema.restore(self._trained.values())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The average by name, float32 on the CPU, not rounded to the network's dtype."""
+        return {name: value.cpu().clone() for name, value in self._named().items()}
+
+    def save(self, folder: Path) -> None:
+        save_file(self.weights(), folder / _FILE, metadata={"num_updates": str(self._ema.optimization_step)})
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote."""
+        if not (folder / _FILE).is_file():
+            raise ValueError(f"resume={folder} holds no {_FILE}: its run had ema.decay=0; set it to 0, or start anew")
+        with safe_open(folder / _FILE, framework="pt") as file:
+            self._ema.optimization_step = int(file.metadata()["num_updates"])
+            for name, value in self._named().items():
+                value.copy_(file.get_tensor(name))
+
+    def _named(self) -> dict[str, Tensor]:
+        return dict(zip(self._trained, self._ema.shadow_params, strict=True))

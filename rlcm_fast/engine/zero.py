@@ -1,0 +1,149 @@
+"""The engine over DeepSpeed: ZeRO 0 to 3, float32 master weights, optimizer state on the CPU where that is wanted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to find out
+import deepspeed
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from rlcm_fast import parallel
+from rlcm_fast.config import EngineConfig, OptimizerConfig
+from rlcm_fast.engine.base import Engine, copied_to_cpu, load_trained
+from rlcm_fast.engine.optimizers import build_optimizer, lr_factor, settings_kept
+from rlcm_fast.engine.resharding import load_resharded, shard_files
+
+_TAG = "deepspeed"
+
+
+class ZeroEngine(Engine):
+    """The trained network under DeepSpeed."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        engine: EngineConfig,
+        optimizer: OptimizerConfig,
+        max_grad_norm: float,
+        micro_batch_size: int,
+        num_micro_batches: int,
+        num_updates: int,
+        seed: int,
+    ) -> None:
+        """num_micro_batches: of one update and process at most; num_updates: of the run, for the learning rate."""
+        _refuse_large_partitions(network, optimizer.name, engine.zero_stage)
+        torch_optimizer = build_optimizer(network, optimizer, engine, seed)
+        self._optimizer, self._base_lr, self._factor = torch_optimizer, optimizer.lr, lr_factor(optimizer, num_updates)
+        self.zero_stage = engine.zero_stage
+        self._max_grad_norm = max_grad_norm
+        # DeepSpeed 0.19.8 sends the start weights as bytes, which torch refuses to see in channels_last ones.
+        module: Any = network
+        module.to(memory_format=torch.contiguous_format)
+        self._engine: Any
+        self._engine, *_ = deepspeed.initialize(
+            model=network,
+            optimizer=torch_optimizer,
+            lr_scheduler=LambdaLR(torch_optimizer, self._factor),  # pyright: ignore[reportArgumentType]
+            config=_deepspeed_config(engine, max_grad_norm, micro_batch_size, num_micro_batches),
+        )
+        if self.zero_stage == 0 and parallel.world_size() == 1:
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients into a flat buffer and back
+        if engine.channels_last:
+            module.to(memory_format=torch.channels_last)
+        self.begin_update(num_micro_batches)
+
+    def begin_update(self, num_micro_batches: int) -> None:
+        self._num_micro_batches = self._num_left = num_micro_batches
+        self._engine.set_gradient_accumulation_boundary(num_micro_batches == 1)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._engine(*arguments, **keywords)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> float | None:
+        self._num_left -= 1
+        if self._num_left > 0:
+            self._engine.step()
+            self._engine.set_gradient_accumulation_boundary(self._num_left == 1)
+            return None
+        norm = self._clip() if self.zero_stage == 0 else None
+        self._engine.step()
+        self.begin_update(self._num_micro_batches)
+        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+
+    def _clip(self) -> float:
+        """At stage 0 DeepSpeed clips without telling the norm, so we do; ranks have been averaged by now."""
+        limit = self._max_grad_norm or float("inf")
+        return torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit).item()
+
+    @property
+    def lr(self) -> float:
+        return self._engine.get_lr()[0]
+
+    def full_weights(self) -> dict[str, Tensor]:
+        module = self._engine.module
+        parameters = list(module.parameters()) if self.zero_stage == 3 else []
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
+            return copied_to_cpu(module)
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        with settings_kept(self._optimizer):
+            self._load(folder)
+        scheduler = self._engine.lr_scheduler
+        scheduler.base_lrs = [self._base_lr] * len(scheduler.base_lrs)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._base_lr * self._factor(scheduler.last_epoch)
+
+    def _load(self, folder: Path) -> None:
+        shards = shard_files(folder / _TAG)
+        if shards and self.zero_stage > 0 and len(shards) != parallel.world_size():
+            load_resharded(self._engine, folder / _TAG)
+            return
+        is_there = (folder / _TAG).is_dir()  # else DeepSpeed fails an assertion
+        if not is_there or self._engine.load_checkpoint(str(folder), _TAG, custom_load_fn=load_trained)[0] is None:
+            raise ValueError(f"resume={folder} holds no state that DeepSpeed can read; give another checkpoint")
+
+
+def _refuse_large_partitions(network: nn.Module, optimizer: str, zero_stage: int) -> None:
+    """bitsandbytes counts a tensor's elements in 32 bits, and under ZeRO 1 and 2 a process's weights are one tensor."""
+    numel = sum(p.numel() for p in network.parameters() if p.requires_grad) // parallel.world_size()
+    if optimizer.startswith("bnb_") and zero_stage in (1, 2) and numel >= 2**31:
+        raise ValueError(
+            f"optimizer.name={optimizer} takes fewer than 2^31 weights a process under engine.zero_stage={zero_stage},"
+            f" and there are {numel:,}; set optimizer.name=adamw_8bit, or share them among more processes"
+        )
+
+
+def _deepspeed_config(
+    engine: EngineConfig, max_grad_norm: float, micro_batch_size: int, num_micro_batches: int
+) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        # Only whether there are several matters: `begin_update` says how many.
+        "gradient_accumulation_steps": min(2, num_micro_batches),
+        "gradient_clipping": max_grad_norm if engine.zero_stage > 0 else 0.0,
+        # stage 3 would replace torch's linear in the whole process: other rounding, also for what it does not own
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "memory_efficient_linear": False,
+            "offload_optimizer": {"device": "cpu" if engine.offload_optimizer else "none", "pin_memory": True},
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,
+        "timers": {"throughput": {"enabled": False}},  # which waits for the device in every forward pass
+    }
+    if engine.dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    return config

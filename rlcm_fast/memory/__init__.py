@@ -1,1 +1,0 @@
-"""Where weights, gradients and optimizer state live."""

@@ -1,0 +1,149 @@
+"""What would make a config fit on a GPU: settings that train.py accepts together with the rest of it.
+
+Remedies(planner, config, image_size, gpu).cheaper() -> config fields and their new values
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlcm_fast.config import Config
+from rlcm_fast.config.checks import validate
+from rlcm_fast.planner.estimate import GIB, Strategy, strategy_of
+from rlcm_fast.planner.gpus import Gpu
+from rlcm_fast.planner.seconds import Planner
+
+Settings = dict[str, Any]  # config field -> value
+
+_IN_BACKWARD: Settings = {"engine.optimizer_in_backward": True}
+_OFFLOAD: Settings = {
+    "engine.offload_optimizer": True,
+    "engine.zero_stage": 1,
+    "engine.dtype": "bf16",
+    "engine.channels_last": False,
+    "engine.optimizer_in_backward": False,
+    "optimizer.name": "adamw",
+}
+LADDER: tuple[Settings, ...] = (  # from what costs least; each on top of those before it that helped
+    {"rollout.decode_batch_size": 4},
+    {"engine.offload_idle": True},
+    {"update.kl_reference": "offload"},
+    {"engine.recompute": "selective"},
+    {"engine.dtype": "bf16", "engine.zero_stage": 1, "engine.channels_last": False},
+    {"engine.recompute": "block"},
+    {"optimizer.name": "adamw_8bit"},
+    {"engine.dtype": "pure_bf16", "optimizer.name": "adamw_8bit", "engine.zero_stage": 0},
+    _IN_BACKWARD,
+    _OFFLOAD,
+    {"update.kl_weight": 0.0},
+)
+_RECOMPUTE = ("none", "selective", "block")
+
+
+def with_settings(config: Config, settings: Settings) -> Config:
+    """The config with fields of its sections set."""
+    for setting, value in settings.items():
+        section, _, field = setting.partition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{field: value})})
+    return config
+
+
+@dataclass(frozen=True)
+class Remedies:
+    """The search for one config, of the planner's workload, and one GPU."""
+
+    planner: Planner
+    config: Config
+    image_size: int | None  # pixels; None: the model's own
+    gpu: Gpu
+
+    def cheaper(self) -> Settings | None:
+        """Fields to change so that it fits, the first that suffice of LADDER; None if nothing does.
+
+        Adds steps until it fits and then takes out what was not needed, so that few strategies need tracing.
+        """
+        found = self._climb({}, LADDER)
+        if found is None:  # the optimizer in the backward pass forbids what may do as well: smaller micro-batches
+            without = [step for step in LADDER if step is not _IN_BACKWARD]
+            found = self._climb({"engine.optimizer_in_backward": False}, without)
+        return found
+
+    def _climb(self, first: Settings, ladder: Sequence[Settings]) -> Settings | None:
+        steps = [first]
+        for step in ({}, *ladder):
+            if step and not self._may_help(_merged(steps), step):
+                continue
+            steps.append(step)
+            if self._fitting(_merged(steps)) is not None:
+                return self._shortest(steps)
+        return None
+
+    def _shortest(self, steps: list[Settings]) -> Settings | None:
+        for step in list(steps):
+            rest = [other for other in steps if other is not step]
+            if self._fitting(_merged(rest)) is not None:
+                steps = rest
+        settings = _merged(steps)
+        for field in list(settings):
+            rest = {other: value for other, value in settings.items() if other != field}
+            if self._fitting(rest) is not None:
+                settings = rest
+        return self._fitting(settings)
+
+    def _may_help(self, settings: Settings, step: Settings) -> bool:
+        """Without tracing: it is accepted, changes something, and to no more memory in what is known without."""
+        if not self._accepts(settings | step):
+            return False
+        before, after = self._strategy(settings), self._strategy(settings | step)
+        is_back = _RECOMPUTE.index(after.recompute) < _RECOMPUTE.index(before.recompute)
+        least = self.planner.least
+        return after != before and not is_back and least(after) <= least(before)
+
+    def _fitting(self, settings: Settings) -> Settings | None:
+        """These settings and the micro-batches that have to be smaller; None if it does not fit or is refused."""
+        if not self._accepts(settings):
+            return None
+        micro_batches = self._micro_batches_that_fit(self._strategy(settings))
+        if micro_batches is None or not self._accepts(settings | micro_batches):
+            return None
+        return settings | micro_batches
+
+    def _micro_batches_that_fit(self, strategy: Strategy) -> Settings | None:
+        """What has to be smaller than it is, largest first choice; None if no size fits."""
+        planner, gpu = self.planner, self.gpu
+        if planner.least(strategy) > gpu.memory_gib * GIB:
+            return None
+        pairs = strategy.pretraining_micro_batch_size
+        # The update holds the larger of its two kinds of micro-batches, so each is sized beside the other's least.
+        update = planner.largest_micro_batch(replace(strategy, pretraining_micro_batch_size=min(pairs, 1)), gpu)
+        rollout = planner.largest_rollout_micro_batch(strategy, gpu)
+        found: Settings = {}
+        if pairs > 0:
+            fitting = planner.largest_pretraining_micro_batch(replace(strategy, micro_batch_size=1), gpu)
+            if fitting < pairs:
+                found["pretraining.micro_batch_size"] = fitting
+        if min(update, rollout, *found.values()) == 0:
+            return None
+        if update < strategy.micro_batch_size:
+            found["update.micro_batch_size"] = update
+        if rollout < min(strategy.rollout_micro_batch_size, planner.workload.samples_at_once):
+            found["rollout.micro_batch_size"] = rollout
+        return found
+
+    def _accepts(self, settings: Settings) -> bool:
+        """Whether train.py takes the config with them."""
+        try:
+            validate(with_settings(self.config, settings), self.planner.workload.num_processes)
+        except ValueError:
+            return False
+        return True
+
+    def _strategy(self, settings: Settings) -> Strategy:
+        embeds_guidance = self.planner.architecture.embeds_guidance
+        return strategy_of(with_settings(self.config, settings), self.image_size, embeds_guidance)
+
+
+def _merged(steps: Sequence[Settings]) -> Settings:
+    return {field: value for step in steps for field, value in step.items()}

@@ -1,0 +1,168 @@
+"""What a run shows and leaves: progress bar, metrics.jsonl, TensorBoard, W&B, captioned image grids, environment.
+
+Only the main process writes. README.md has the table of every key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from rlcm_fast import parallel
+from rlcm_fast.config import Config, to_dict, to_yaml
+from rlcm_fast.grids import captioned_grid
+
+_PACKAGES = ("rlcm_fast", "torch", "diffusers", "transformers", "deepspeed", "safetensors", "numpy", "pillow")
+
+
+def merged(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of an iteration: seconds of several rounds add up, of the rest each round's mean counts alike."""
+    keys = dict.fromkeys(key for metrics in rounds for key in metrics)
+    values = {key: [metrics[key] for metrics in rounds if key in metrics] for key in keys}
+    return {key: sum(all_) if key.startswith("seconds/") else sum(all_) / len(all_) for key, all_ in values.items()}
+
+
+class Tracker:
+    """The run folder and the terminal of one run; silent on all ranks but the main one."""
+
+    def __init__(self, run_dir: Path, config: Config, first_iteration: int) -> None:
+        """first_iteration: 0, or where a resumed run goes on; later lines of an earlier life are dropped."""
+        self._run_dir = run_dir
+        self._bar: Any = None  # a tqdm, on the main rank
+        self._events: Any = None
+        self._wandb: Any = None
+        if not parallel.is_main():
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+        (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=2))
+        _drop_lines_from(run_dir / "metrics.jsonl", first_iteration)
+        self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        if config.tracking.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(run_dir / "events"), purge_step=first_iteration)
+        if config.tracking.wandb:
+            self._wandb = _start_wandb(run_dir, config)
+        self._bar = tqdm(
+            initial=first_iteration, total=config.num_iterations, desc="train", unit="it", dynamic_ncols=True
+        )
+        if config.engine.compile != "off":
+            self._bar.set_postfix_str("compiling")  # until the first iteration, which does it, is done
+
+    def log(self, metrics: Mapping[str, float | int]) -> None:
+        """One line of metrics.jsonl, the scalars and the bar; `metrics` holds `iteration` and `reward/<name>/mean`."""
+        if self._bar is None:
+            return
+        self._lines.write(json.dumps(metrics) + "\n")
+        iteration = int(metrics["iteration"])
+        if self._events:
+            for key, value in metrics.items():
+                self._events.add_scalar(key, value, iteration)
+        if self._wandb:
+            self._wandb.log(dict(metrics), step=iteration)
+        rewards = {k.split("/")[1]: f"{v:.3f}" for k, v in metrics.items() if k.startswith("reward/") and "mean" in k}
+        if "images_per_second" in metrics:  # the line after the last iteration has only its evaluation
+            self._bar.set_postfix({**rewards, "images/s": f"{metrics['images_per_second']:.1f}"}, refresh=False)
+            self._bar.update(1)
+
+    def grid(self, iteration: int, images: Tensor, texts: Sequence[str]) -> None:
+        """Saves images (B, 3, H, W) with their captions as grids/<iteration>.png and as an event."""
+        if self._bar is None:
+            return
+        picture = captioned_grid(images, texts, columns=4)
+        path = self._run_dir / "grids" / f"{iteration:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+        if self._events:
+            import numpy as np
+
+            self._events.add_image("grid", np.asarray(picture), iteration, dataformats="HWC")
+        if self._wandb:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            self._wandb.log({"grid": wandb.Image(picture)}, step=iteration)
+
+    def say(self, message: str) -> None:
+        """A line for the person at the terminal, above the bar."""
+        if self._bar is not None:
+            self._bar.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is None:
+            return
+        self._bar.close()
+        self._lines.close()
+        if self._events:
+            self._events.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _drop_lines_from(path: Path, iteration: int) -> None:
+    """Keeps the whole lines before `iteration`: what a killed run logged after its checkpoint is done again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["iteration"] < iteration:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:  # the line during which the run was killed
+            break
+    whole = path.with_name(".metrics.jsonl")
+    whole.write_text("".join(kept))
+    os.replace(whole, path)  # never half of them, whenever the run is killed
+
+
+def _start_wandb(run_dir: Path, config: Config) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "tracking.wandb=true needs wandb; pip install 'rlcm_fast[wandb]', or set it to false"
+        ) from error
+    kept = run_dir / "wandb_id"  # so that a resumed run goes on there, too
+    id_ = kept.read_text() if kept.exists() else None
+    settings = {"name": run_dir.name, "config": to_dict(config), "id": id_, "resume": "allow"}
+    run = wandb.init(project="rlcm_fast", dir=str(run_dir), **settings)
+    kept.write_text(run.id)
+    return run
+
+
+def _environment() -> dict[str, Any]:
+    """What it takes to make sense of a run later: versions, commit, machine."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+        "num_processes": parallel.world_size(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Of the source tree; None where rlcm_fast was not installed from one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,128 @@
+"""What a run leaves behind, without a run; tests/test_trainer.py has a whole one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from rlcm_fast import parallel
+from rlcm_fast.config import Config, TrackingConfig, parse_config
+from rlcm_fast.run_folder.tracking import Tracker
+
+CONFIG = Config(tracking=TrackingConfig(tensorboard=False), num_iterations=5)
+
+
+def line(iteration: int) -> dict[str, float | int]:
+    return {"iteration": iteration, "reward/jpeg/mean": 0.25, "images_per_second": 2.0}
+
+
+def logged(run_dir: Path) -> list[int]:
+    return [json.loads(text)["iteration"] for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_call_is_one_line_readable_at_once(tmp_path: Path):
+    tracker = Tracker(tmp_path / "run", CONFIG, 0)
+    tracker.log(line(0))
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text()) == line(0)
+    tracker.log(line(1))
+    assert logged(tmp_path / "run") == [0, 1]
+    tracker.close()
+
+
+def test_a_resumed_run_drops_what_it_will_do_again_and_a_torn_line(tmp_path: Path):
+    lines = [json.dumps(line(i)) + "\n" for i in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"iteration": 1, "rew')
+    tracker = Tracker(tmp_path, CONFIG, 2)
+    tracker.log(line(2))
+    tracker.close()
+    assert logged(tmp_path) == [0, 1, 2]
+
+
+def test_a_run_killed_while_it_drops_lines_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line(0)) + "\n" + json.dumps(line(1)) + "\n")
+    write_text = Path.write_text
+
+    def killed(path: Path, text: str) -> int:
+        if "metrics" not in path.name:
+            return write_text(path, text)
+        write_text(path, text[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Tracker(tmp_path, CONFIG, 1)
+    assert logged(tmp_path)[0] == 0
+
+
+def test_config_and_environment_are_written(tmp_path: Path):
+    Tracker(tmp_path, CONFIG, 0).close()
+    assert parse_config(["--config", str(tmp_path / "config.yaml")]) == CONFIG
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.partition("+")[0] or environment["packages"]["torch"]
+    assert environment["num_processes"] == 1
+    assert {"python", "platform", "git_commit", "command"} <= environment.keys()
+
+
+def test_tensorboard_has_the_scalars_and_the_grids(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Tracker(tmp_path, replace(CONFIG, tracking=TrackingConfig(tensorboard=True)), 0)
+    tracker.log(line(3))
+    tracker.grid(3, torch.rand(2, 3, 8, 8), ["a red circle", "a star"])
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward/jpeg/mean")] == [(3, 0.25)]
+    assert [event.step for event in events.Images("grid")] == [3]
+    assert Image.open(tmp_path / "grids" / "000003.png").width > 2 * 128
+
+
+def test_only_the_main_process_writes_and_speaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(parallel, "is_main", lambda: False)
+    tracker = Tracker(tmp_path / "run", CONFIG, 0)
+    tracker.log(line(0))
+    tracker.grid(0, torch.rand(1, 3, 8, 8), ["a"])
+    tracker.say("hello")
+    tracker.close()
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_wandb_that_is_not_installed_is_an_error_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"tracking.wandb=true needs wandb; pip install 'rlcm_fast\[wandb\]'"):
+        Tracker(tmp_path, replace(CONFIG, tracking=TrackingConfig(tensorboard=False, wandb=True)), 0)
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ids: list[str | None] = []
+
+    def init(**settings: Any) -> Any:
+        ids.append(settings["id"])
+        return SimpleNamespace(id=settings["id"] or "new", log=lambda *_, **__: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = replace(CONFIG, tracking=TrackingConfig(tensorboard=False, wandb=True))
+    for first_iteration in (0, 1):
+        tracker = Tracker(tmp_path, config, first_iteration)
+        tracker.log(line(first_iteration))
+        tracker.close()
+    assert ids == [None, "new"]
+
+
+@pytest.mark.parametrize("mode", ["off", "regional"])
+def test_the_bar_says_that_a_network_is_compiled_until_it_is(mode: str, tmp_path: Path, capsys):
+    tracker = Tracker(tmp_path, parse_config([f"--engine.compile={mode}", "--tracking.tensorboard=false"]), 0)
+    assert ("compiling" in capsys.readouterr().err) == (mode == "regional")
+    tracker.log(line(0))
+    tracker.close()
+    assert "compiling" not in capsys.readouterr().err.rpartition("jpeg=0.250")[2]

@@ -1,0 +1,107 @@
+"""Held-out images at fixed seeds, on a network of 300 weights; tests/test_processes.py shares them out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import two_ranks
+from plugin_rewards import Brightness, Faulty
+from tiny_policies import TinyNetwork, decode, encode, policy_of, prompts
+
+from benchmarks.shared import run_processes
+from rlcm_fast import parallel
+from rlcm_fast.prompts import deal
+from rlcm_fast.rewards import GroupReward, RewardError
+from rlcm_fast.rewards.diversity import Diversity
+from rlcm_fast.stages.evaluation import Evaluator
+
+POLICY = policy_of(TinyNetwork())
+
+
+def evaluator(num_images: int = 5, micro_batch_size: int = 2, seed: int = 9) -> Evaluator:
+    rewards = {"eval": {"brightness": (Brightness(), 3.0)}}
+    return Evaluator(deal(prompts(2), num_images, seed), seed, micro_batch_size, rewards, encode, decode)
+
+
+def test_an_evaluation_repeats_exactly_and_depends_on_its_seed():
+    first = evaluator()(POLICY, 0)
+    torch.randn(7)
+    assert evaluator()(POLICY, 5) == first
+    assert evaluator(seed=10)(POLICY, 0) != first
+
+
+def test_its_numbers_are_those_of_the_images_without_reward_weights():
+    drawn = [POLICY.sample(encode(batch), parallel.generator(9, i))[1] for i, batch in enumerate(_micro_batches())]
+    images = decode(torch.cat(drawn))
+    scores = Brightness()(images, []).double()
+    metrics = evaluator()(POLICY, 0)
+    assert metrics == {
+        "eval/brightness/mean": pytest.approx(scores.mean().item()),
+        "eval/brightness/std": pytest.approx(scores.std(correction=0).item()),
+        "eval/diversity": pytest.approx(diversity_of(images)),
+    }
+
+
+def diversity_of(images: torch.Tensor) -> float:
+    diversity = Diversity()
+    return diversity.value(diversity.describe(images, [])[None]).item()
+
+
+def test_a_set_reward_is_measured_by_its_groups_values_whatever_its_credit():
+    images = torch.cat([decode(POLICY.sample(encode(b), parallel.generator(9, i))[1]) for i, b in enumerate(_cut(6))])
+    order = [0, 2, 4, 1, 3, 5]  # two prompts in turn; their repeats are neighbours
+    expected = torch.tensor([diversity_of(images[order[i : i + 2]]) for i in (0, 2, 4)]).double()
+    reward = GroupReward("diversity", Diversity(), 2, "leave_one_out")
+    metrics = Evaluator(deal(prompts(2), 6, 9), 9, 2, {"eval": {"pairs": (reward, 1.0)}}, encode, decode)(POLICY, 0)
+    assert metrics["eval/pairs/mean"] == pytest.approx(expected.mean().item())
+    assert metrics["eval/pairs/std"] == pytest.approx(expected.std(correction=0).item())
+
+
+@pytest.mark.parametrize("num_images", [4, 12])
+def test_groups_go_across_processes_so_two_of_them_measure_what_one_does(num_images: int, tmp_path: Path):
+    alone = two_ranks.evaluate_groups(num_images)
+    group = (2, run_processes.free_port())
+    processes = [
+        run_processes.start(
+            two_ranks.run_evaluation, num_images, tmp_path, log=tmp_path / f"{rank}.log", rank=rank, group=group
+        )
+        for rank in range(2)
+    ]
+    for rank, process in enumerate(processes):
+        process.join(timeout=300)
+        assert process.exitcode == 0, (tmp_path / f"{rank}.log").read_text()[-3000:]
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
+
+
+def _micro_batches() -> list:
+    return _cut(5)
+
+
+def _cut(num_images: int) -> list:
+    dealt = deal(prompts(2), num_images, 9)
+    return [dealt[i : i + 2] for i in range(0, num_images, 2)]
+
+
+def test_a_single_image_has_no_diversity():
+    assert evaluator(num_images=1)(POLICY, 0)["eval/diversity"] == 0.0
+
+
+def test_a_reward_that_fails_is_named_with_the_iteration():
+    faulty = Evaluator(prompts(2), 1, 2, {"eval": {"faulty": (Faulty("nan", 0), 1.0)}}, encode, decode)
+    with pytest.raises(RewardError, match=r"reward 'faulty', prompt 'b', iteration 30: returned nan"):
+        faulty(POLICY, 30)
+
+
+def test_tasks_with_the_same_prompts_are_scored_on_one_draw():
+    drawn = []
+    rewards = {"eval/a": {"brightness": (Brightness(), 1.0)}, "eval/b": {"pairs": (Brightness(), 1.0)}}
+    both = Evaluator(deal(prompts(2), 5, 9), 9, 2, rewards, encode, lambda x_0: drawn.append(len(x_0)) or decode(x_0))
+    metrics = both(POLICY, 0)
+    assert drawn == [2, 2, 1]
+    alone = evaluator()(POLICY, 0)
+    for key in ("a/brightness/mean", "b/pairs/mean"):
+        assert metrics[f"eval/{key}"] == alone["eval/brightness/mean"]
+    assert metrics["eval/a/diversity"] == metrics["eval/b/diversity"] == alone["eval/diversity"]
