@@ -1,10 +1,12 @@
-"""The processes of a run: who am I, what do all of us have, which seed is mine.
+"""The processes of a run: who am I, what do all of us have, which random numbers are mine.
 
 A thin layer over torch.distributed that also works for a single process without a process group.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import TypeVar
 
 import torch
@@ -62,6 +64,11 @@ def all_gather_list(values: list[T]) -> list[T]:
     return [value for part in parts for value in part]
 
 
+def rows_of_this_process(count: int) -> slice:
+    """Which rows of a gathered tensor are this process's, where each process has `count` of them."""
+    return slice(rank() * count, (rank() + 1) * count)
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank; every rank must ask."""
     if world_size() == 1:
@@ -88,6 +95,35 @@ def generator(seed: int, *place: int, device: torch.device | str = "cpu") -> tor
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         mixed ^= mixed >> 31
     return torch.Generator(device).manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
+
+
+class Stream(IntEnum):
+    """What random numbers are for; two streams of a run share none."""
+
+    ROLLOUT = 1
+    UPDATE = 2
+    RATIO_NOISE = 3
+    TASK_GRADIENTS = 4
+    REAL_IMAGES = 5
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where in the run we are: an iteration, and which of its rounds (there are several where tasks take turns)."""
+
+    iteration: int
+    round: int = 0
+    num_rounds: int = 1
+    seed: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing has been trained yet."""
+        return self.iteration == self.round == 0
+
+    def generator(self, stream: Stream) -> torch.Generator:
+        """Random numbers of this turn and process for one purpose."""
+        return generator(self.seed, stream, rank(), self.iteration * self.num_rounds + self.round)
 
 
 def barrier() -> None:

@@ -17,8 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from rlcm_fast.algorithms import Advantages, TaskAdvantages, build_advantages
-from rlcm_fast.config import Config, RewardConfig
-from rlcm_fast.config.tasks import Task, rounds_of, tasks_of
+from rlcm_fast.config import RewardConfig
+from rlcm_fast.config.resolved import ResolvedRun
+from rlcm_fast.config.tasks import Task
 from rlcm_fast.prompts import Sampler, Share, build_sampler
 from rlcm_fast.rewards import GroupReward, Reward, Rewards, RewardService, SetReward, grouped, make_reward
 from rlcm_fast.trajectory import Prompt
@@ -29,23 +30,23 @@ _APART = 1_000_003  # between the seeds of tasks, so that two with one source do
 class Tasks:
     """What the tasks of a config are made of, on one process."""
 
-    def __init__(self, config: Config, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, run: ResolvedRun, rank: int = 0) -> None:
         """Reads prompts and builds rewards, so it raises ValueError for what is wrong with them."""
-        tasks = tasks_of(config)
-        self.rounds: list[list[str]] = [[task.name for task in tasks] for tasks in rounds_of(config)]
+        config = run.config
+        self.rounds: list[list[str]] = [[task.name for task in tasks] for tasks in run.rounds]
+        self.are_several = run.has_tasks
+        self.num_samples = run.sizes.samples_per_iteration  # over all processes
         built: dict[str, Reward | SetReward] = {}  # tasks with the same reward share its model
-        self.trained = {task.name: _shared(task.rewards, built, task.rewards_field) for task in tasks}
-        for task in tasks:
-            _check_credits(task, self.trained[task.name], world_size)
+        self.trained = {task.name: _shared(task.rewards, built, task.rewards_field) for task in run.tasks}
+        for task in run.tasks:
+            _check_credits(task, self.trained[task.name], run.sizes.num_processes)
         self.watched = _shared(config.evaluation.rewards, built, "evaluation.rewards")
-        self.are_several = bool(config.tasks)
-        self.num_samples = sum(task.num_samples for task in tasks)  # of an iteration, over all processes
         self.rewards = TaskRewards(self.trained, config.rollout.reward_workers, self._name_of)
         self._samplers = {
-            task.name: self._sampler(config, task, config.seed + number * _APART, rank, world_size)
-            for number, task in enumerate(tasks)
+            task.name: self._sampler(task, config.seed + number * _APART, rank, run.sizes.num_processes)
+            for number, task in enumerate(run.tasks)
         }
-        by_task = {task.name: build_advantages(task.advantages, config.advantages) for task in tasks}
+        by_task = {task.name: build_advantages(task.advantages, config.advantages) for task in run.tasks}
         self.advantages: Advantages = TaskAdvantages(by_task) if self.are_several else by_task["default"]
 
     def next_batch(self, names: Sequence[str]) -> list[Prompt]:
@@ -75,7 +76,7 @@ class Tasks:
             sampler.load_state_dict(state["prompts"][name])
         self.advantages.load_state_dict(state["advantages"])
 
-    def _sampler(self, config: Config, task: Task, seed: int, rank: int, world_size: int) -> Sampler:
+    def _sampler(self, task: Task, seed: int, rank: int, world_size: int) -> Sampler:
         num_prompts = round(task.num_prompts) // world_size
         label = task.name if self.are_several else ""
         share = Share(num_prompts, task.images_per_prompt, seed, rank, world_size, label)

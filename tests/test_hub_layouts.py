@@ -43,8 +43,8 @@ def assert_draws_the_same(trainer: Trainer, stock: Any, **more: float) -> None:
         output_type="latent",
         **more,
     ).images
-    conditioning = trainer.encode([Prompt("a red circle")])
-    _, x_0 = trainer.policy.sample(conditioning, torch.Generator().manual_seed(5))
+    conditioning = trainer.images.encode([Prompt("a red circle")])
+    _, x_0 = trainer.images.policy.sample(conditioning, torch.Generator().manual_seed(5))
     torch.testing.assert_close(x_0, expected, atol=1e-4, rtol=1e-5)
 
 
@@ -53,7 +53,7 @@ def test_a_unet_alone_is_trained_in_its_base(tiny_unet_folder: str, tiny_sdxl_fo
     stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / "run" / "export")
     assert_draws_the_same(trainer, stock)
     again = run(str(tmp_path / "run" / "export"), tmp_path / "again", update__kl_weight=0.1)  # now a whole pipeline
-    assert again.backbone.scheduler_config["original_inference_steps"] == 50
+    assert again.images.backbone.scheduler_config["original_inference_steps"] == 50
 
 
 def test_sdxl_is_trained_as_a_diffusion_model(tiny_sdxl_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -68,9 +68,9 @@ def test_the_adapters_move_and_nothing_else(run: FinishedRun):
 def test_the_adapters_of_a_run_on_its_start_model_draw_the_policys_image(
     run: FinishedRun, tiny_lcm_folder: str, tmp_path: Path
 ):
-    conditioning = run.trainer.encode([Prompt("a red circle")])
-    _, x_0 = run.trainer.policy.sample(conditioning, torch.Generator().manual_seed(5))
-    expected = run.trainer.backbone.decode(x_0)
+    conditioning = run.trainer.images.encode([Prompt("a red circle")])
+    _, x_0 = run.trainer.images.policy.sample(conditioning, torch.Generator().manual_seed(5))
+    expected = run.trainer.images.backbone.decode(x_0)
     start = LatentConsistencyModelPipeline.from_pretrained(tiny_lcm_folder, safety_checker=None)
     assert (draw(start, run.trainer.config) - expected).abs().max() > 1e-3
     start.load_lora_weights(run.run_dir / "lora")
@@ -132,7 +132,7 @@ def test_a_bf16_unet_has_float32_adapters_at_every_stage(stage: int, tiny_lcm_fo
     trainer = make_trainer(tiny_lcm_folder, tmp_path / "run", **more)
     before = trainer.engine.full_weights()
     trainer.run()
-    dtypes = {(".lora_" in name, p.dtype) for name, p in trainer.backbone.unet.named_parameters()}
+    dtypes = {(".lora_" in name, p.dtype) for name, p in trainer.images.backbone.unet.named_parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
     for name, weight in trainer.engine.full_weights().items():
         assert torch.equal(before[name], weight) == (".lora_" not in name), name

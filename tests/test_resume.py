@@ -175,7 +175,7 @@ def test_a_stop_in_the_middle_of_an_iteration_undoes_it_and_the_resumed_run_does
     trainer = Trainer(config)
     # An iteration decodes 2 micro-batches and takes 4 steps of backward; evaluations hold a decode of their own.
     part, name, at_call = {
-        "rollout": (trainer.backbone, "decode", 2 + 1),
+        "rollout": (trainer.images.backbone, "decode", 2 + 1),
         "update": (trainer.engine, "backward", 4 + 1),
     }[moment]
     original, calls = getattr(part, name), []

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from tiny_policies import decode, encode
 
 from rlcm_fast.config import Config, parse_config
-from rlcm_fast.config.checks import derived, validate
+from rlcm_fast.config.checks import validate
+from rlcm_fast.config.resolved import resolve
 from rlcm_fast.rewards import GroupReward
-from rlcm_fast.stages.evaluation import build_evaluators
+from rlcm_fast.stages.evaluation import build_evaluation
 from rlcm_fast.stages.task_gradients import gradient_metrics
 from rlcm_fast.tasks import TaskRewards, Tasks
 from rlcm_fast.trainer import Trainer
@@ -43,7 +43,7 @@ def make_config(model: str, run_dir: Path, **settings: Any) -> Config:
 
 
 def test_each_image_is_scored_by_its_own_tasks_rewards(tiny_lcm_folder: str, tmp_path: Path):
-    tasks = Tasks(make_config(tiny_lcm_folder, tmp_path))
+    tasks = Tasks(resolve(make_config(tiny_lcm_folder, tmp_path), 1))
     prompts = tasks.next_batch(["bright", "small"])
     assert [prompt.task for prompt in prompts] == ["bright"] * 4 + ["small"] * 4
     images = torch.rand(8, 3, 16, 16)
@@ -61,8 +61,10 @@ def test_each_image_is_scored_by_its_own_tasks_rewards(tiny_lcm_folder: str, tmp
 def test_a_reward_of_one_task_is_watched_on_the_prompts_of_another(tiny_lcm_folder: str, tmp_path: Path):
     config = make_config(tiny_lcm_folder, tmp_path, evaluation__rewards=[SMALL, {"name": "diversity"}])
     validate(config, 1)
-    tasks = Tasks(config)
-    (evaluator,) = build_evaluators(config, tasks, encode, decode)
+    run = resolve(config, 1)
+    tasks = Tasks(run)
+    unused: Any = None  # a pipeline and an engine, which nothing asks for before images are drawn
+    (evaluator,) = build_evaluation(run, tasks, unused, unused).evaluators
     tasks.rewards.shutdown()
     bright, small = evaluator.rewards["eval/bright"], evaluator.rewards["eval/small"]
     assert set(bright) == set(small) == {tiny_runs.REWARD, "jpeg_compressibility", "diversity"}
@@ -73,7 +75,7 @@ def test_a_reward_of_one_task_is_watched_on_the_prompts_of_another(tiny_lcm_fold
 def test_a_model_is_built_once_whatever_its_weights_groups_and_credits(tiny_lcm_folder: str, tmp_path: Path):
     rewards = ({"name": "diversity", "group_size": 2}, {"name": "diversity", "weight": 3.0, "credit": "leave_one_out"})
     own = [{"name": f"{i}", "source": "shapes:one", "rewards": [r]} for i, r in enumerate(rewards)]
-    tasks = Tasks(make_config(tiny_lcm_folder, tmp_path, tasks=own))
+    tasks = Tasks(resolve(make_config(tiny_lcm_folder, tmp_path, tasks=own), 1))
     tasks.rewards.shutdown()
     first, second = (tasks.trained[name]["diversity"][0] for name in ("0", "1"))
     assert isinstance(first, GroupReward) and isinstance(second, GroupReward)
@@ -83,7 +85,7 @@ def test_a_model_is_built_once_whatever_its_weights_groups_and_credits(tiny_lcm_
 
 def test_advantages_are_of_a_tasks_own_statistics_and_survive_a_checkpoint(tiny_lcm_folder: str, tmp_path: Path):
     config = make_config(tiny_lcm_folder, tmp_path)
-    tasks, apart = Tasks(config), Tasks(config)
+    tasks, apart = Tasks(resolve(config, 1)), Tasks(resolve(config, 1))
     prompts = tasks.next_batch(["bright", "small"])
     rewards = torch.tensor([1.0, 2.0, 5.0, 5.0, 100.0, 200.0, 300.0, 500.0])
     advantages = tasks.advantages(rewards, prompts)
@@ -91,11 +93,11 @@ def test_advantages_are_of_a_tasks_own_statistics_and_survive_a_checkpoint(tiny_
     assert torch.equal(advantages[4:], apart.advantages(rewards[4:], prompts[4:]))
     assert tasks.advantage_metrics(["bright", "small"]) == {"advantage/bright/zero_variance_groups": 0.5}
     state = json.loads(json.dumps(tasks.state_dict()))
-    resumed = Tasks(config)
+    resumed = Tasks(resolve(config, 1))
     resumed.load_state_dict(state)
     assert resumed.next_batch(["small"]) == tasks.next_batch(["small"])
     assert torch.equal(resumed.advantages(rewards, prompts), tasks.advantages(rewards, prompts))
-    one = Tasks(make_config(tiny_lcm_folder, tmp_path, tasks=[]))
+    one = Tasks(resolve(make_config(tiny_lcm_folder, tmp_path, tasks=[]), 1))
     with pytest.raises(ValueError, match="resume: the checkpoint is of tasks bright, small, and this run has default"):
         one.load_state_dict(state)
 
@@ -105,7 +107,7 @@ def test_without_tasks_the_labels_of_a_file_change_nothing(tiny_lcm_folder: str,
     source.write_text('{"text": "a", "task": "x"}\n{"text": "b", "task": "y"}\n')
     rewards = [SMALL, {"name": "diversity", "group_size": 4}]
     own = {"prompts__num_prompts": 2, "prompts__source": source, "rewards": rewards}
-    tasks = Tasks(make_config(tiny_lcm_folder, tmp_path, tasks=[], **own))
+    tasks = Tasks(resolve(make_config(tiny_lcm_folder, tmp_path, tasks=[], **own), 1))
     prompts = tasks.next_batch(["default"])
     assert {prompt.task for prompt in prompts} == {"x", "y"}
     tasks.rewards.submit(torch.rand(4, 3, 16, 16), prompts)
@@ -117,7 +119,7 @@ def test_without_tasks_the_labels_of_a_file_change_nothing(tiny_lcm_folder: str,
 
 def test_groups_of_a_set_reward_never_cross_tasks(tiny_lcm_folder: str, tmp_path: Path):
     own = [{"name": name, "source": "shapes:one", "rewards": [{"name": "diversity"}]} for name in ("a", "b")]
-    tasks = Tasks(make_config(tiny_lcm_folder, tmp_path, tasks=own))
+    tasks = Tasks(resolve(make_config(tiny_lcm_folder, tmp_path, tasks=own), 1))
     prompts, images = tasks.next_batch(["a", "b"]), torch.rand(8, 3, 16, 16)
     for rows in torch.arange(8).split(3):  # the second holds both tasks
         tasks.rewards.submit(images[rows], [prompts[i] for i in rows.tolist()])
@@ -146,7 +148,7 @@ def test_tasks_train_together_and_a_resumed_run_is_the_uninterrupted_one(
     assert whole.engine.lr < 1e-3
 
     cut = Trainer(make_config(tiny_lcm_folder, tmp_path / "cut", **common))
-    update, calls = cut.update, []
+    update, calls = cut.updater.update, []
 
     def interrupted_update(*arguments: Any) -> Any:
         calls.append(1)
@@ -154,7 +156,7 @@ def test_tasks_train_together_and_a_resumed_run_is_the_uninterrupted_one(
             signal.raise_signal(signal.SIGINT)
         return update(*arguments)
 
-    cut.update = interrupted_update  # type: ignore[method-assign]
+    cut.updater.update = interrupted_update  # type: ignore[method-assign]
     cut.run()
     assert cut.iteration == (1 if schedule == "mixed" else 2), "once the first task has moved weights it is too late"
     resumed = Trainer(make_config(tiny_lcm_folder, tmp_path / "cut", **common, resume="latest"))
@@ -164,11 +166,12 @@ def test_tasks_train_together_and_a_resumed_run_is_the_uninterrupted_one(
 
 
 def test_one_by_one_has_a_round_and_its_updates_for_every_task(tiny_lcm_folder: str, tmp_path: Path):
-    mixed = derived(make_config(tiny_lcm_folder, tmp_path), 1)
-    by_task = derived(make_config(tiny_lcm_folder, tmp_path, task_schedule="by_task"), 1)
-    assert (mixed["samples_per_iteration"], by_task["samples_per_iteration"]) == (8, 8)
-    assert by_task["updates_per_iteration"] == 2 * mixed["updates_per_iteration"]
-    assert by_task["transitions_per_update"] == mixed["transitions_per_update"] / 2
+    mixed = resolve(make_config(tiny_lcm_folder, tmp_path), 1).sizes
+    by_task = resolve(make_config(tiny_lcm_folder, tmp_path, task_schedule="by_task"), 1).sizes
+    assert (mixed.samples_per_iteration, by_task.samples_per_iteration) == (8, 8)
+    assert (mixed.samples_per_rollout, by_task.samples_per_rollout) == (8, 4)
+    assert by_task.updates_per_iteration == 2 * mixed.updates_per_iteration
+    assert by_task.transitions_per_update == mixed.transitions_per_update / 2
 
 
 def test_norms_and_cosines_of_gradients():
@@ -238,7 +241,7 @@ def test_a_task_that_cannot_be_made_is_named_before_weights_load(
         {"name": "small", "source": prompts, "rewards": [SMALL], **change},
     ]
     with pytest.raises(ValueError, match=problem):
-        Tasks(make_config(tiny_lcm_folder, tmp_path, tasks=tasks))
+        Tasks(resolve(make_config(tiny_lcm_folder, tmp_path, tasks=tasks), 1))
 
 
 @pytest.mark.parametrize(
@@ -256,10 +259,10 @@ def test_a_task_that_cannot_be_made_is_named_before_weights_load(
 def test_a_reward_that_leaves_nothing_to_compare_is_refused(kind: str, reward: str, refused: str | None):
     config = parse_config(["--rewards", f"[{reward}]", "--advantages.kind", kind])
     if refused is None:
-        Tasks(config).rewards.shutdown()
+        Tasks(resolve(config, 1)).rewards.shutdown()
     else:
         with pytest.raises(ValueError, match=refused):
-            Tasks(config)
+            Tasks(resolve(config, 1))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
@@ -14,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rlcm_fast import parallel
-from rlcm_fast import trainer as trainer_module
 from rlcm_fast.algorithms import build_algorithm
 from rlcm_fast.config import Config, parse_config
 from rlcm_fast.engine.zero import ZeroEngine
 from rlcm_fast.rewards import RewardError
+from rlcm_fast.stages.update import Updater
 from rlcm_fast.train import main
 from rlcm_fast.trainer import Trainer
 from rlcm_fast.trajectory import Prompt
@@ -77,7 +78,7 @@ def run(tiny_lcm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     )
     trainer = Trainer(config)
     encoded: list[tuple[int, ...]] = []
-    text_encoder = trainer.backbone._pipeline.text_encoder
+    text_encoder = trainer.images.backbone._pipeline.text_encoder
     text_encoder.register_forward_pre_hook(lambda _, inputs: encoded.extend(map(tuple, inputs[0].tolist())))
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -148,9 +149,9 @@ def test_the_export_is_a_stock_pipeline_that_draws_the_policys_image(run: Finish
         generator=torch.Generator().manual_seed(5),
         output_type="pt",
     ).images  # type: ignore[union-attr]
-    conditioning = run.trainer.encode([Prompt("a red circle")])
-    _, x_0 = run.trainer.policy.sample(conditioning, torch.Generator().manual_seed(5))
-    torch.testing.assert_close(run.trainer.backbone.decode(x_0), expected, atol=1e-5, rtol=0)
+    conditioning = run.trainer.images.encode([Prompt("a red circle")])
+    _, x_0 = run.trainer.images.policy.sample(conditioning, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(run.trainer.images.backbone.decode(x_0), expected, atol=1e-5, rtol=0)
     start = pipeline.unet.load_state_dict(run.trainer.engine.full_weights())
     assert not start.missing_keys and not start.unexpected_keys
 
@@ -162,18 +163,20 @@ def test_a_run_folder_is_not_written_over(run: FinishedRun):
     assert (run.run_dir / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_clip_range_below_the_rounding_is_warned_of(run: FinishedRun, monkeypatch: pytest.MonkeyPatch):
+def say_of_noise(noise: float, updater: Updater, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `check_ratio` says where rounding moves the ratio by `noise`."""
     said: list[str] = []
-    monkeypatch.setattr(run.trainer.tracker, "say", said.append)
-    trajectory = run.trainer.policy.sample(run.trainer.encode([Prompt("a star")]), parallel.generator(0))[0]
-    batch = type("Batch", (), {"trajectory": trajectory})()
-    monkeypatch.setattr(trainer_module, "ratio_noise", lambda *_: 0.02)
-    assert run.trainer.check_ratio(batch) == {"ratio/noise_floor": 0.02}
-    assert "rounding alone moves the ratio by 2.0e-02, as much as update.clip_range=0.01" in said[0]
-    assert "set update.old_log_probs=recompute or engine.dtype=fp32" in said[0]
-    monkeypatch.setattr(trainer_module, "ratio_noise", lambda *_: 0.0075)
-    run.trainer.check_ratio(batch)
-    assert len(said) == 1
+    monkeypatch.setattr(updater, "ratio_noise", lambda *_: noise)
+    unused: Any = None
+    assert updater.check_ratio(unused, parallel.Turn(0), said.append) == {"ratio/noise_floor": noise}
+    return said
+
+
+def test_a_clip_range_below_the_rounding_is_warned_of(run: FinishedRun, monkeypatch: pytest.MonkeyPatch):
+    (said,) = say_of_noise(0.02, run.trainer.updater, monkeypatch)
+    assert "rounding alone moves the ratio by 2.0e-02, as much as update.clip_range=0.01" in said
+    assert "set update.old_log_probs=recompute or engine.dtype=fp32" in said
+    assert say_of_noise(0.0075, run.trainer.updater, monkeypatch) == []
 
 
 @pytest.mark.parametrize("settings", [{"update__num_updates": 1}, {"algorithm__name": "rwr"}])
@@ -181,14 +184,9 @@ def test_rounding_that_no_clip_can_act_on_is_not_warned_of(
     settings: dict[str, object], run: FinishedRun, tiny_lcm_folder: str, monkeypatch: pytest.MonkeyPatch
 ):
     config = make_config(tiny_lcm_folder, run.run_dir, **settings)
-    said: list[str] = []
-    monkeypatch.setattr(run.trainer, "config", config)
-    monkeypatch.setattr(run.trainer, "algorithm", build_algorithm(config.algorithm, config.update))
-    monkeypatch.setattr(run.trainer.tracker, "say", said.append)
-    monkeypatch.setattr(trainer_module, "ratio_noise", lambda *_: 0.02)
-    batch = type("Batch", (), {"trajectory": None})()
-    assert run.trainer.check_ratio(batch) == {"ratio/noise_floor": 0.02}
-    assert not said
+    algorithm = build_algorithm(config.algorithm, config.update)
+    updater = replace(run.trainer.updater, algorithm=algorithm, config=config.update)
+    assert say_of_noise(0.02, updater, monkeypatch) == []
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -221,8 +219,8 @@ def test_the_leanest_settings_train_together(tiny_lcm_folder: str, tmp_path: Pat
     lines = tiny_runs.metrics(tmp_path / "run")
     assert all(0 < line["lost_updates"] < 1 and line["grad_norm"] > 0 for line in lines)
     assert 0 < lines[0]["kl_to_start"] < lines[1]["kl_to_start"]
-    assert trainer.reference is not None
-    for weight in (*trainer.backbone.unet.parameters(), *trainer.reference.policy.unet.parameters()):
+    assert trainer.updater.start_model is not None
+    for weight in (*trainer.images.backbone.unet.parameters(), *trainer.updater.start_model.policy.unet.parameters()):
         assert weight.dtype == torch.bfloat16 and weight.grad is None
         assert weight.ndim < 4 or weight.is_contiguous(memory_format=torch.channels_last)
 

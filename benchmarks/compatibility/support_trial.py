@@ -134,13 +134,14 @@ def distance(first: Weights, second: Weights) -> float:
 def _watch(trainer: Trainer) -> list[list[Share]]:
     """Fills up, an iteration each, with what all processes trained on."""
     shares: list[list[Share]] = []
-    update = trainer.update
 
-    def watched(batch: Any, advantages: Tensor, iteration: int) -> Any:
-        shares.append(parallel.all_gather_list([Share(trainer.engine.lr, batch.trajectory, advantages)]))
-        return update(batch, advantages, iteration)
+    update = trainer.updater.update
 
-    trainer.update = watched  # type: ignore[method-assign]
+    def watched(trajectory: Trajectory, weights: Tensor, *more: Any) -> Any:
+        shares.append(parallel.all_gather_list([Share(trainer.engine.lr, trajectory, weights)]))
+        return update(trajectory, weights, *more)
+
+    trainer.updater.update = watched  # type: ignore[method-assign]
     return shares
 
 
@@ -154,9 +155,9 @@ def _policy(config: Config, backbone: Backbone, network: Any) -> GaussianPolicy:
 def _loss(config: Config, policy: GaussianPolicy, before: GaussianPolicy, share: Share) -> Tensor:
     t = share.trajectory.transitions(torch.arange(share.trajectory.num_transitions))
     m, coef = policy.network_output(t.x_t, t.step, t.conditioning), policy.coefficients(t.step)
-    algorithm = PPO(config.update.clip_range, config.update.advantage_clip)
+    algorithm = PPO(clip_range=config.update.clip_range, advantage_clip=config.update.advantage_clip)
     weights = algorithm.weights(share.advantages)
-    loss, _ = algorithm.loss_of_output(t.x_t, m, t.x_s, coef, None, weights[t.sample])
+    loss, _ = algorithm.loss_of_output(t, m, coef, None, weights[t.sample])
     m_ref = before.network_output(t.x_t, t.step, t.conditioning)
     return loss + config.update.kl_weight * functional.gaussian_kl(m, m_ref, coef).mean()
 

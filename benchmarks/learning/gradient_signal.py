@@ -21,9 +21,11 @@ import itertools
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.shared.bare_passes import policy_of
 from benchmarks.shared.reporting import print_summary, write_csv
 from benchmarks.shared.training_runs import add_config_arguments, read_config, temporary_trainer
 
@@ -73,15 +75,8 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 def measure(config: Config, num_batches: int) -> list[list[Tensor]]:
     """The gradients of each rollout, action by action."""
-    from rlcm_fast.run_folder.interruption import Interruption
-
-    with temporary_trainer(config, num_batches) as trainer:
-        try:
-            with Interruption(trainer.run_dir / "stop") as trainer.interruption:
-                return [gradients(trainer, batch) for batch in range(num_batches)]
-        finally:
-            trainer.tasks.rewards.shutdown()
-            trainer.tracker.close()
+    with temporary_trainer(config, num_batches) as trainer, closing(trainer.tracker), closing(trainer.parts):
+        return [gradients(trainer, batch) for batch in range(num_batches)]
 
 
 def gradients(trainer: Trainer, batch: int) -> list[Tensor]:
@@ -91,13 +86,13 @@ def gradients(trainer: Trainer, batch: int) -> list[Tensor]:
     """
     import torch
 
+    from rlcm_fast.parallel import Turn
     from rlcm_fast.stages.selection import step_weights
 
-    policy = trainer._build_policy(trainer.backbone.unet)  # the engine takes no gradients but its own
-    prompts = trainer.tasks.next_batch(["default"])
-    done = trainer.rollout(prompts, batch)
-    advantages, _ = trainer.shared_advantages(done, prompts)  # (B,)
-    weights = [p for p in trainer.backbone.unet.parameters() if p.requires_grad]
+    policy = policy_of(trainer, trainer.images.backbone.unet)  # the engine takes no gradients but its own
+    done = trainer.collector.rollout(trainer.tasks.next_batch(["default"]), Turn(batch, seed=trainer.config.seed))
+    advantages = trainer.tasks.advantages(*done.gathered())  # (B,)
+    weights = [p for p in trainer.images.backbone.unet.parameters() if p.requires_grad]
     of_steps = step_weights(policy.schedule, trainer.config.update.step_weights)  # (K,)
     num_samples, num_actions = done.trajectory.num_samples, done.trajectory.num_actions
     result = []

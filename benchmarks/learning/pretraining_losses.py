@@ -39,6 +39,7 @@ from rlcm_fast.pairs import PairStream
 from rlcm_fast.policies import GaussianPolicy, build_policy
 from rlcm_fast.policies.consistency import guidance_embedding
 from rlcm_fast.stages.evaluation import build_evaluator
+from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.trajectory import Conditioning, Prompt
 
 GUIDANCE = 4.0
@@ -206,7 +207,7 @@ class Trial:
         scores: dict[str, float] = {}
         for source in ("one", "two"):
             config = EvaluationConfig(num_images=self.arguments.num_images, prompts=f"shapes:{source}")
-            metrics = build_evaluator(config, {"eval": {}}, self._encode, self.backbone.decode)(self.policy, updates)
+            metrics = build_evaluator(config, {"eval": {}})(TextToImage(self.policy, self.backbone), updates)
             scores[f"detector_{source}"] = round(metrics["eval/shapes_alignment/mean"], 4)
             scores[f"diversity_{source}"] = round(metrics["eval/diversity"], 4)
         mean = round(sum(losses) / len(losses), 5) if losses else float("nan")

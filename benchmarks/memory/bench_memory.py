@@ -245,10 +245,10 @@ def _watch(trainer: Trainer, meter: Any) -> None:
     """Names the stages of a run; nothing else of it changes, but that it ends without checkpoint and export."""
     trainer.save = trainer.finish = lambda: None
     meter.begin()
-    meter.wrap(trainer, "encode", "encoding")
-    meter.wrap(trainer.policy, "sample", "sampling")
-    meter.wrap(trainer.backbone, "decode", "decoding")
-    meter.wrap(trainer, "update", "update")
+    meter.wrap(trainer.images, "encode", "encoding")
+    meter.wrap(trainer.images.policy, "sample", "sampling")
+    meter.wrap(trainer.images.backbone, "decode", "decoding")
+    meter.wrap(trainer.updater, "update", "update")
     meter.wrap(trainer.engine.engine, "step", "step")  # within an update
 
 

@@ -42,11 +42,11 @@ class BarePasses:
         """With the shapes, settings and kind of optimizer of `trainer`, whose state is not touched."""
         import torch
 
-        from rlcm_fast.config.checks import derived
+        from rlcm_fast.config.resolved import resolve
         from rlcm_fast.engine.optimizers import build_optimizer
         from rlcm_fast.prompts import load_prompts
 
-        config, backbone = trainer.config, trainer.backbone
+        config, backbone = trainer.config, trainer.images.backbone
         unet = _copy(backbone.unet, config)
         prompts = load_prompts(config.prompts.source)
         prompts = [prompts[i % len(prompts)] for i in range(config.prompts.num_prompts)]
@@ -54,13 +54,13 @@ class BarePasses:
         policy = policy_of(trainer, unet)
         return cls(
             policy=policy,
-            reference=trainer.reference and trainer.reference.policy,
+            reference=trainer.updater.start_model and trainer.updater.start_model.policy,
             optimizer=build_optimizer(unet, replace(config.optimizer, lr=1e-12), config.engine, config.seed),
             decode=backbone.decode,
-            conditioning=trainer.encode(prompts),
-            latents=torch.randn(len(prompts), *policy.latent_shape, device=trainer.device),
+            conditioning=trainer.images.encode(prompts),
+            latents=torch.randn(len(prompts), *policy.latent_shape, device=backbone.device),
             config=config,
-            micro_batches_per_update=derived(config, 1)["micro_batches_per_update_and_process"],
+            micro_batches_per_update=resolve(config, 1).sizes.micro_batches_per_update_and_process,
         )
 
     def __call__(self) -> Seconds:
@@ -124,9 +124,9 @@ def policy_of(trainer: Trainer, unet: Any, num_steps: int | None = None) -> Any:
     """The trainer's policy around another network, or with another number of steps."""
     from rlcm_fast.policies import build_policy
 
-    backbone = trainer.backbone
+    backbone = trainer.images.backbone
     config = replace(trainer.config.policy, num_steps=num_steps or trainer.config.policy.num_steps)
-    return build_policy(config, unet, backbone.unet.config, backbone.scheduler_config, backbone.dtype, trainer.device)
+    return build_policy(config, unet, backbone.unet.config, backbone.scheduler_config, backbone.dtype, backbone.device)
 
 
 def finish_device_work() -> None:

@@ -220,13 +220,13 @@ def noise_of_ratio(trainer: Trainer) -> dict[str, float]:
     size = trainer.config.rollout.micro_batch_size
     prompts = list(itertools.islice(itertools.cycle(load_prompts(trainer.config.prompts.source)), size))
     generator = torch.Generator().manual_seed(0)
-    trajectory, _ = trainer.policy.sample(trainer.encode(prompts), generator)
+    trajectory, _ = trainer.images.policy.sample(trainer.images.encode(prompts), generator)
     order = torch.randperm(trajectory.num_transitions, generator=generator)
     step = trainer.config.update.micro_batch_size
     deviations: list[float] = []
     for rows in order[: len(order) // step * step or len(order)].split(step):
         transitions = trajectory.transitions(rows)
-        log_prob = trainer.policy.log_prob(transitions).detach()
+        log_prob = trainer.images.policy.log_prob(transitions).detach()
         deviations += torch.expm1(log_prob - transitions.log_prob_old).abs().tolist()
     median, high = (percentile(deviations, share) for share in (0.5, 0.9))
     return {"ratio_noise_median": median, "ratio_noise_p90": high, "ratio_noise_max": max(deviations)}
@@ -240,9 +240,9 @@ def inference_ms(trainer: Trainer, num_steps: int) -> dict[str, Any]:
 
     size = trainer.config.rollout.micro_batch_size
     policy = policy_of(trainer, trainer.engine, num_steps)
-    conditioning = trainer.encode([load_prompts(trainer.config.prompts.source)[0]] * size)
+    conditioning = trainer.images.encode([load_prompts(trainer.config.prompts.source)[0]] * size)
     generator = torch.Generator().manual_seed(0)
-    decode = trainer.backbone.decode
+    decode = trainer.images.backbone.decode
     sampling = statistics.median(_times(lambda: policy.sample(conditioning, generator), 4)[1:])
     both = statistics.median(_times(lambda: decode(policy.sample(conditioning, generator)[1]), 4)[1:])
     ms = {"sampling_ms": 1e3 * sampling / size, "image_ms": 1e3 * both / size}

@@ -83,9 +83,9 @@ def some_prompts(config: Config) -> Sequence[Prompt]:
 def watched(trainer: Trainer) -> StageClock:
     """A clock on the stages of a trainer's iterations."""
     clock = StageClock()
-    clock.watch(trainer.backbone.unet)
-    clock.wrap(trainer.policy, "sample", "sampling: rest")
-    clock.wrap(trainer.backbone, "decode", "decode")
+    clock.watch(trainer.images.backbone.unet)
+    clock.wrap(trainer.images.policy, "sample", "sampling: rest")
+    clock.wrap(trainer.images.backbone, "decode", "decode")
     clock.wrap(trainer.tasks.rewards, "gather", "reward")
     clock.wrap(trainer.engine, "backward", "training: backward")
     clock.wrap(trainer.engine, "step", "training: optimizer")

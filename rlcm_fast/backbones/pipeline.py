@@ -91,9 +91,14 @@ class Backbone:
         """From here on only LoRA adapters are trained."""
         add_adapters(self.unet, config)
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether LoRA adapters are trained in the place of the UNet's weights."""
+        return has_adapters(self.unet)
+
     def frozen_start(self) -> Callable[..., Any]:
         """The network as it is now, to be called as the UNet is; with adapters it shares the UNet's weights."""
-        if has_adapters(self.unet):
+        if self.has_adapters:
             return WithoutAdapters(self.unet)
         return copy.deepcopy(self.unet).requires_grad_(False)
 

@@ -1,6 +1,6 @@
 """What follows from a config on a number of processes: tasks, rounds and sizes, worked out once.
 
-    config -> (checks.py) -> resolve -> ResolvedRun -> build.py gives each part what it needs of it
+config -> (checks.py) -> resolve -> ResolvedRun -> build.py gives each part what it needs of it
 """
 
 from __future__ import annotations

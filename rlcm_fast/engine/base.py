@@ -11,11 +11,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """The updates that an engine is built for."""
+
+    num_micro_batches: int  # of one update on each process, at most
+    num_updates: int  # of the run, for the learning rate
+    max_grad_norm: float  # 0 is off
+    micro_batch_size: int = 1  # transitions; only DeepSpeed asks for it, nothing depends on it
 
 
 class Engine(ABC):

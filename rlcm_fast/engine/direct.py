@@ -25,7 +25,7 @@ from torch import Tensor, distributed, nn
 
 from rlcm_fast import parallel
 from rlcm_fast.config import EngineConfig, OptimizerConfig
-from rlcm_fast.engine.base import Engine, copied_to_cpu, frozen_names, load_trained
+from rlcm_fast.engine.base import Engine, UpdatePlan, copied_to_cpu, frozen_names, load_trained
 from rlcm_fast.engine.optimizers import build_optimizer, lr_factor, settings_kept
 from rlcm_fast.kernels.adamw import AdamW8bit
 
@@ -42,22 +42,16 @@ class DirectEngine(Engine):
         network: nn.Module,
         engine: EngineConfig,
         optimizer: OptimizerConfig,
-        max_grad_norm: float,
-        micro_batch_size: int,
-        num_micro_batches: int,
-        num_updates: int,
+        plan: UpdatePlan,
         seed: int,
     ) -> None:
-        """num_micro_batches: of one update and process at most; num_updates: of the run, for the learning rate.
-
-        micro_batch_size is what DeepSpeed asks for; here nothing depends on it.
-        """
+        """seed: of the optimizer's stochastic rounding."""
         built = build_optimizer(network, optimizer, engine, seed)
         assert isinstance(built, AdamW8bit)
         self._network, self._optimizer = network, built
-        self._max_grad_norm = max_grad_norm or float("inf")
-        self._num_micro_batches, self._num_backwards, self._num_updates = num_micro_batches, 0, 0
-        self._base_lr, self._factor = optimizer.lr, lr_factor(optimizer, num_updates)
+        self._max_grad_norm = plan.max_grad_norm or float("inf")
+        self._num_micro_batches, self._num_backwards, self._num_updates = plan.num_micro_batches, 0, 0
+        self._base_lr, self._factor = optimizer.lr, lr_factor(optimizer, plan.num_updates)
         self._set_lr()
         self._steps_in_backward = engine.optimizer_in_backward
         self._square_norm = torch.zeros((), device=self._parameters()[0].device)

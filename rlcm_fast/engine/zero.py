@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlcm_fast import parallel
 from rlcm_fast.config import EngineConfig, OptimizerConfig
-from rlcm_fast.engine.base import Engine, copied_to_cpu, load_trained
+from rlcm_fast.engine.base import Engine, UpdatePlan, copied_to_cpu, load_trained
 from rlcm_fast.engine.optimizers import build_optimizer, lr_factor, settings_kept
 from rlcm_fast.engine.resharding import load_resharded, shard_files
 
@@ -31,18 +31,16 @@ class ZeroEngine(Engine):
         network: nn.Module,
         engine: EngineConfig,
         optimizer: OptimizerConfig,
-        max_grad_norm: float,
-        micro_batch_size: int,
-        num_micro_batches: int,
-        num_updates: int,
+        plan: UpdatePlan,
         seed: int,
     ) -> None:
-        """num_micro_batches: of one update and process at most; num_updates: of the run, for the learning rate."""
+        """seed: of an optimizer that rounds by chance."""
         _refuse_large_partitions(network, optimizer.name, engine.zero_stage)
         torch_optimizer = build_optimizer(network, optimizer, engine, seed)
-        self._optimizer, self._base_lr, self._factor = torch_optimizer, optimizer.lr, lr_factor(optimizer, num_updates)
+        self._optimizer, self._base_lr = torch_optimizer, optimizer.lr
+        self._factor = lr_factor(optimizer, plan.num_updates)
         self.zero_stage = engine.zero_stage
-        self._max_grad_norm = max_grad_norm
+        self._max_grad_norm = plan.max_grad_norm
         # DeepSpeed 0.19.8 sends the start weights as bytes, which torch refuses to see in channels_last ones.
         module: Any = network
         module.to(memory_format=torch.contiguous_format)
@@ -51,13 +49,14 @@ class ZeroEngine(Engine):
             model=network,
             optimizer=torch_optimizer,
             lr_scheduler=LambdaLR(torch_optimizer, self._factor),  # pyright: ignore[reportArgumentType]
-            config=_deepspeed_config(engine, max_grad_norm, micro_batch_size, num_micro_batches),
+            config=_deepspeed_config(engine, plan),
         )
         if self.zero_stage == 0 and parallel.world_size() == 1:
             self._engine.enable_backward_allreduce = False  # it would copy all gradients into a flat buffer and back
         if engine.channels_last:
             module.to(memory_format=torch.channels_last)
-        self.begin_update(num_micro_batches)
+        self._num_micro_batches = self._num_left = plan.num_micro_batches
+        self.begin_update(plan.num_micro_batches)
 
     def begin_update(self, num_micro_batches: int) -> None:
         self._num_micro_batches = self._num_left = num_micro_batches
@@ -126,14 +125,12 @@ def _refuse_large_partitions(network: nn.Module, optimizer: str, zero_stage: int
         )
 
 
-def _deepspeed_config(
-    engine: EngineConfig, max_grad_norm: float, micro_batch_size: int, num_micro_batches: int
-) -> dict[str, Any]:
+def _deepspeed_config(engine: EngineConfig, plan: UpdatePlan) -> dict[str, Any]:
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         # Only whether there are several matters: `begin_update` says how many.
-        "gradient_accumulation_steps": min(2, num_micro_batches),
-        "gradient_clipping": max_grad_norm if engine.zero_stage > 0 else 0.0,
+        "gradient_accumulation_steps": min(2, plan.num_micro_batches),
+        "gradient_clipping": plan.max_grad_norm if engine.zero_stage > 0 else 0.0,
         # stage 3 would replace torch's linear in the whole process: other rounding, also for what it does not own
         "zero_optimization": {
             "stage": engine.zero_stage,

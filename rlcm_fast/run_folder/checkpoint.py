@@ -85,8 +85,18 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
     return (_complete(run_dir) or [None])[-1]
 
 
-def agreed_checkpoint(resume: str, run_dir: Path) -> Path | None:
-    """`find_checkpoint`, by all processes; ValueError where they see different ones."""
+def starting_point(resume: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint that all processes begin with; None where the run is new, or had none yet.
+
+    Raises:
+        ValueError: processes see different checkpoints, or a new run would write over another's folder.
+    """
+    if resume is None:
+        if (run_dir / "metrics.jsonl").exists():
+            raise ValueError(
+                f"run_dir={run_dir} already holds a run; go on with --resume latest, or give another --run_dir"
+            )
+        return None
     own = find_checkpoint(resume, run_dir)
     found = dict.fromkeys(parallel.all_gather_list([str(own)]))
     if len(found) > 1:

@@ -17,52 +17,50 @@ import torch
 from torch import Tensor
 
 from rlcm_fast import parallel
-from rlcm_fast.backbones.pipeline import Backbone
-from rlcm_fast.config import Config
+from rlcm_fast.config import PretrainingConfig
 from rlcm_fast.pairs import PairStream, check_rows
-from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.parallel import Stream
 from rlcm_fast.policies.real_image_loss import drop_captions, pretraining_loss
+from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.trajectory import Prompt
 
 
-def check_pairs(config: Config) -> None:
+def check_pairs(config: PretrainingConfig) -> None:
     """Opens `pretraining.data`, on a network too; raises ValueError for what its first rows lack.
 
     After check_source, which train.py calls.
     """
-    if config.pretraining.weight > 0:
-        check_rows(config.pretraining.data)
+    if config.weight > 0:
+        check_rows(config.data)
 
 
-class Pretraining:
+class RealImages:
     """Real pairs of this process, batch by batch, and their loss in micro-batches."""
 
-    def __init__(
-        self,
-        config: Config,
-        policy: GaussianPolicy,
-        backbone: Backbone,
-    ) -> None:
-        own = config.pretraining
-        share = own.batch_size // parallel.world_size()
-        self.num_micro_batches = share // own.micro_batch_size
-        self._pairs = PairStream(own.data, backbone.image_size, share, config.seed, own.workers)
-        self._config, self._seed = own, config.seed
-        self._policy, self._backbone = policy, backbone
+    def __init__(self, config: PretrainingConfig, images: TextToImage, seed: int) -> None:
+        share = config.batch_size // parallel.world_size()
+        self.num_micro_batches = share // config.micro_batch_size
+        self._pairs = PairStream(config.data, images.backbone.image_size, share, seed, config.workers)
+        self._config, self._images, self._seed = config, images, seed
         self._num_updates = 0
 
     def losses(self) -> Iterator[Tensor]:
         """Of the next batch, num_micro_batches losses () that add up to weight * the mean over the batch."""
-        generator = parallel.generator(self._seed, 5, parallel.rank(), self._num_updates)
+        generator = parallel.generator(self._seed, Stream.REAL_IMAGES, parallel.rank(), self._num_updates)
+        policy, backbone = self._images.policy, self._images.backbone
+
+        # Read pairs and encode their captions, some of which are dropped for classifier-free guidance.
         images, texts = self._pairs.next_batch()
         self._num_updates += 1
         dropout = self._config.caption_dropout
-        encoded = self._backbone.encode([Prompt(text) for text in texts], with_negative=dropout > 0, remember=False)
+        encoded = backbone.encode([Prompt(text) for text in texts], with_negative=dropout > 0, remember=False)
         conditioning = drop_captions(encoded, dropout, generator)
+
+        # Each micro-batch adds its share of the mean.
         for rows in torch.arange(len(texts)).split(self._config.micro_batch_size):
-            x_0 = self._backbone.encode_images(images[rows], generator)
+            x_0 = backbone.encode_images(images[rows], generator)
             own = conditioning.take(rows.to(conditioning.index.device))
-            loss = pretraining_loss(self._policy, x_0, own, generator).mean()
+            loss = pretraining_loss(policy, x_0, own, generator).mean()
             yield self._config.weight * loss * len(rows) / len(texts)
 
     def state_dict(self) -> dict[str, Any]:

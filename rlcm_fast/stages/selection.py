@@ -2,7 +2,7 @@
 
     mixed     all transitions shuffled over samples AND steps, cut into `num_updates` equal parts
     by_step   an update has num_timesteps / num_updates steps of all samples: one each in large-scale RL (2401.12244)
-    pairs     an update has all actions of some pairs of neighbouring samples, for algorithms that compare two images
+    together  an update has all actions of some groups of neighbouring samples, for algorithms that compare images
 
 With num_timesteps above 0 that many of the K actions of a sample are drawn, once a rollout: in the order `by_step` the
 same for all samples of all processes, whose gradients make one update, else each sample its own.
@@ -12,56 +12,71 @@ same for all samples of all processes, whose gradients make one update, else eac
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.config import UpdateConfig
 from rlcm_fast.policies.schedules import Schedule
+from rlcm_fast.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class UpdateRows:
+    """The transitions of one update, as flat indices b K + k."""
+
+    rows: Tensor  # (N,) int64; groups of samples that stay together lie side by side, each sample's actions in order
+    order: Tensor  # (N,) int64, places in `rows` in the order in which micro-batches take them
 
 
 class Selection:
-    """The trained transitions of a rollout, as flat indices b K + k."""
+    """The trained transitions of a rollout."""
 
     def __init__(
-        self, num_samples: int, num_actions: int, config: UpdateConfig, is_of_pairs: bool, generator: torch.Generator
+        self, trajectory: Trajectory, config: UpdateConfig, samples_together: int, generator: torch.Generator
     ) -> None:
+        """samples_together: neighbouring samples that share an update with all their actions; 1: none need to."""
         self._config = config
-        self._is_of_pairs = is_of_pairs
+        self._samples_together = samples_together
         self._generator = generator
-        first = torch.arange(num_samples)[:, None] * num_actions
-        self._by_sample = first + self._steps(num_samples, num_actions)  # (B, T), of by_step in the order of updates
+        first = torch.arange(trajectory.num_samples)[:, None] * trajectory.num_actions
+        self._by_sample = first + self._steps(trajectory)  # (B, T), of by_step in the order of updates
 
-    def _steps(self, num_samples: int, num_actions: int) -> Tensor:
+    def _steps(self, trajectory: Trajectory) -> Tensor:
         """(B, T) or (1, T) int64 in [0, K); in the order by_step every rank must ask."""
+        num_actions = trajectory.num_actions
         num_trained = self._config.num_timesteps or num_actions
         if self._config.order == "by_step":
             steps = torch.randperm(num_actions, generator=self._generator)[:num_trained].tolist()
             return torch.tensor(parallel.all_gather_list([steps])[0])[None]  # the first process' for all
         if num_trained == num_actions:
             return torch.arange(num_actions)[None]
-        drawn = torch.rand(num_samples, num_actions, generator=self._generator).argsort(dim=1)[:, :num_trained]
-        return drawn.sort(dim=1).values
+        scores = torch.rand(trajectory.num_samples, num_actions, generator=self._generator)
+        return scores.argsort(dim=1)[:, :num_trained].sort(dim=1).values
 
     @property
     def rows(self) -> Tensor:
         """All of them, (B T,) ascending."""
         return self._by_sample.flatten().sort().values
 
-    def one_pass(self) -> Tensor:
-        """(U, N): each trained transition once, shuffled. Of pairs: in their order, for `shuffled` to be called on."""
+    def one_pass(self) -> list[UpdateRows]:
+        """U updates that train on each transition once, shuffled."""
         num_updates = self._config.num_updates
-        if self._is_of_pairs:
-            order = torch.randperm(len(self._by_sample) // 2, generator=self._generator)
-            return self._by_sample.reshape(len(order), -1)[order].reshape(num_updates, -1)
+        if self._samples_together > 1:
+            groups = self._by_sample.reshape(len(self._by_sample) // self._samples_together, -1)
+            parts = groups[self._shuffled(len(groups))].reshape(num_updates, -1)
+            return [UpdateRows(part, self._shuffled(len(part))) for part in parts]
         if self._config.order == "mixed":
-            order = torch.randperm(self._by_sample.numel(), generator=self._generator)
-            return self._by_sample.flatten()[order].reshape(num_updates, -1)
+            rows = self._by_sample.flatten()
+            parts = rows[self._shuffled(len(rows))].reshape(num_updates, -1)
+            return [UpdateRows(part, torch.arange(len(part))) for part in parts]
         parts = self._by_sample.T.reshape(num_updates, -1)
-        return torch.stack([part[self.shuffled(len(part))] for part in parts])
+        return [UpdateRows(part, self._shuffled(len(part))) for part in parts]
 
-    def shuffled(self, count: int) -> Tensor:
-        """(count,) an order of so many transitions."""
+    def _shuffled(self, count: int) -> Tensor:
+        """(count,) a random order."""
         return torch.randperm(count, generator=self._generator)
 
 

@@ -7,47 +7,48 @@
 Its outputs are computed once a rollout, before the updates, however many passes these make.
 """
 
-# N transitions, C H W latent
+# B samples, K actions, N transitions, C H W latent
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlcm_fast.config import EmaConfig
-from rlcm_fast.engine.averaging import WeightAverage
 from rlcm_fast.policies.base import GaussianPolicy
 from rlcm_fast.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
-class Reference:
-    """policy: of the start model where `applied` is in force."""
+class StartOutputs:
+    """The start model's network outputs for the chosen transitions of a rollout."""
+
+    m: Tensor  # (N, C, H, W) float32
+    row_of: Tensor  # (B K,) int64, the row of m of each chosen transition
+
+    def take(self, rows: Tensor) -> Tensor:
+        """m (n, C, H, W) of the transitions `rows` (n,), flat indices b K + k."""
+        return self.m[self.row_of[rows].to(self.m.device)]
+
+
+@dataclass(frozen=True)
+class StartModel:
+    """policy: the start model's where `applied` is in force."""
 
     policy: GaussianPolicy
     applied: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @torch.no_grad()
-    def outputs(self, trajectory: Trajectory, rows: Tensor, micro_batch_size: int) -> Tensor:
-        """m (N, C, H, W) float32 of the transitions `rows` (N,), in their order."""
+    def outputs(self, trajectory: Trajectory, rows: Tensor, micro_batch_size: int) -> StartOutputs:
+        """Runs the start model on the transitions `rows` (N,)."""
         parts = []
         with self.applied():
             for part in rows.split(micro_batch_size):
                 transitions = trajectory.transitions(part)
                 parts.append(self.policy.network_output(transitions.x_t, transitions.step, transitions.conditioning))
-        return torch.cat(parts)
-
-
-def build_reference(
-    start: Any, policy_of: Callable[[Any], GaussianPolicy], policy: GaussianPolicy, network: nn.Module
-) -> Reference:
-    """start: of `start_network`, before anything was trained; where it is `network` itself, its weights are parked."""
-    if start is not network:
-        return Reference(policy_of(start))
-    parked = WeightAverage(network, EmaConfig(device="cpu"))  # an average of one set of weights: themselves
-    return Reference(policy, parked.applied)
+        row_of = torch.zeros(trajectory.num_transitions, dtype=torch.int64)
+        row_of[rows] = torch.arange(len(rows))
+        return StartOutputs(torch.cat(parts), row_of)

@@ -8,14 +8,13 @@ then in passes of its own, since an update has only their sum; averaged over pro
 images are left out.
 """
 
-# N transitions of a task
+# B samples, N transitions of a task
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,44 +22,81 @@ from torch import Tensor
 from rlcm_fast import parallel
 from rlcm_fast.algorithms import Algorithm
 from rlcm_fast.config import UpdateConfig
+from rlcm_fast.parallel import Stream, Turn
 from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.stages.rollout import Rollout
 from rlcm_fast.stages.selection import Selection, step_weights
 from rlcm_fast.trajectory import Trajectory
 
 Gradient = list[Tensor]
 
 
-def gradients_by_task(
-    policy: GaussianPolicy,
-    network: torch.nn.Module,
-    algorithm: Algorithm,
-    trajectory: Trajectory,
-    weights: Tensor,
-    tasks: Sequence[str],
-    config: UpdateConfig,
-    generator: torch.Generator,
-) -> dict[str, Gradient]:
-    """Each task's gradient, float32 on the CPU; weights (B,) and tasks (B) are those of the samples.
+class TaskGradients:
+    """Measures every so many iterations, once all tasks have had their turn."""
 
-    policy: around `network` itself, not its engine, and with whole weights, so not under ZeRO-3.
-    """
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    selection = Selection(trajectory.num_samples, trajectory.num_actions, config, algorithm.is_of_pairs, generator)
-    rows = selection.rows
-    sample, step = (part.to(weights.device) for part in (rows // trajectory.num_actions, rows % trajectory.num_actions))
-    of_steps = step_weights(policy.schedule, config.step_weights).to(weights.device)
-    signals = algorithm.signals(weights[sample], None, trajectory.num_actions) * of_steps[step]
-    gradients = {}
-    for task in dict.fromkeys(tasks):
-        is_mine = torch.tensor([name == task for name in tasks])[rows // trajectory.num_actions]
-        mine, own = rows[is_mine], signals[is_mine.to(signals.device)]
-        total = [torch.zeros(parameter.shape) for parameter in trained]
-        for places in torch.arange(len(mine)).split(config.micro_batch_size):
-            loss = _loss(policy, algorithm, trajectory, mine[places], own[places.to(own.device)])
-            for sum_, part in zip(total, torch.autograd.grad(loss * len(places) / len(mine), trained), strict=True):
+    def __init__(
+        self, policy: GaussianPolicy, algorithm: Algorithm, config: UpdateConfig, every: int, num_tasks: int
+    ) -> None:
+        """policy: around the network itself, not its engine, and with whole weights, so not under ZeRO-3.
+
+        every: iterations between measurements; 0 is off.
+        """
+        assert isinstance(policy.unet, torch.nn.Module)
+        self._policy, self._algorithm, self._config = policy, algorithm, config
+        self._trained = [parameter for parameter in policy.unet.parameters() if parameter.requires_grad]
+        self._every, self._num_tasks = every, num_tasks
+        self._found: dict[str, Gradient] = {}  # of this iteration's rounds so far
+
+    def __call__(self, batch: Rollout, weights: Tensor, turn: Turn) -> dict[str, float]:
+        """`gradient_metrics` where they are due, else nothing; weights (B,) are the algorithm's."""
+        if self._every == 0 or turn.iteration % self._every:
+            return {}
+        generator = turn.generator(Stream.TASK_GRADIENTS)
+        names = [prompt.task for prompt in batch.prompts]
+        self._found |= self.by_task(batch.trajectory, weights, names, generator)
+        if len(self._found) < self._num_tasks:
+            return {}
+        gradients, self._found = self._found, {}
+        return gradient_metrics(gradients)
+
+    def by_task(
+        self, trajectory: Trajectory, weights: Tensor, tasks: Sequence[str], generator: torch.Generator
+    ) -> dict[str, Gradient]:
+        """Each task's gradient, float32 on the CPU; weights (B,) and tasks (B) are those of the samples."""
+        # Choose transitions as an update would, and what each is worth.
+        weights = weights.to(self._policy.device)
+        rows = Selection(trajectory, self._config, self._algorithm.samples_together, generator).rows  # (N,)
+        sample, step = rows // trajectory.num_actions, rows % trajectory.num_actions
+        of_transitions = weights[sample.to(weights.device)]  # (N,)
+        unchanged = torch.zeros_like(of_transitions)
+        signals = self._algorithm.signals(of_transitions, lambda: unchanged, trajectory.num_actions)
+        of_steps = step_weights(self._policy.schedule, self._config.step_weights).to(weights.device)
+        signals = signals * of_steps[step.to(weights.device)]
+
+        # Differentiate the loss of each task's transitions, and average over processes.
+        gradients = {}
+        for task in dict.fromkeys(tasks):
+            is_mine = torch.tensor([name == task for name in tasks])[sample]
+            gradient = self._gradient(trajectory, rows[is_mine], signals[is_mine.to(signals.device)])
+            gradients[task] = [parallel.mean(part) for part in gradient]
+        return gradients
+
+    def _gradient(self, trajectory: Trajectory, rows: Tensor, signals: Tensor) -> Gradient:
+        """d(mean loss of the transitions rows (N,))/d(weights), in micro-batches."""
+        total = [torch.zeros(parameter.shape) for parameter in self._trained]
+        for places in torch.arange(len(rows)).split(self._config.micro_batch_size):
+            loss = self._loss(trajectory, rows[places], signals[places.to(signals.device)])
+            parts = torch.autograd.grad(loss * len(places) / len(rows), self._trained)
+            for sum_, part in zip(total, parts, strict=True):
                 sum_ += part.float().cpu()
-        gradients[task] = [parallel.mean(part) for part in total]
-    return gradients
+        return total
+
+    def _loss(self, trajectory: Trajectory, rows: Tensor, signals: Tensor) -> Tensor:
+        transitions = trajectory.transitions(rows)
+        m = self._policy.network_output(transitions.x_t, transitions.step, transitions.conditioning)
+        coef = self._policy.coefficients(transitions.step)
+        loss, _ = self._algorithm.loss_of_output(transitions, m, coef, None, signals)
+        return loss
 
 
 def gradient_metrics(gradients: dict[str, Gradient]) -> dict[str, float]:
@@ -72,13 +108,6 @@ def gradient_metrics(gradients: dict[str, Gradient]) -> dict[str, float]:
         cosine = _dot(gradients[first], gradients[second]) / product if product > 0 else 0.0
         metrics[f"gradient/{first}/{second}/cosine"] = cosine
     return metrics
-
-
-def _loss(policy: GaussianPolicy, algorithm: Algorithm, trajectory: Trajectory, rows: Tensor, signals: Tensor) -> Any:
-    transitions = trajectory.transitions(rows)
-    m = policy.network_output(transitions.x_t, transitions.step, transitions.conditioning)
-    coef = policy.coefficients(transitions.step)
-    return algorithm.loss_of_output(transitions.x_t, m, transitions.x_s, coef, None, signals)[0]
 
 
 def _dot(first: Gradient, second: Gradient) -> float:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from rlcm_fast.algorithms import build_advantages, build_algorithm
 from rlcm_fast.config import AdvantagesConfig, AlgorithmConfig, UpdateConfig
+from rlcm_fast.parallel import Turn
 from rlcm_fast.policies import GaussianPolicy, consistency_schedule
 from rlcm_fast.policies.consistency import ConsistencyPolicy
-from rlcm_fast.stages.start_model import Reference
-from rlcm_fast.stages.update import update
+from rlcm_fast.stages.start_model import StartModel
+from rlcm_fast.stages.update import Updater
 from rlcm_fast.trajectory import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -62,7 +63,7 @@ def train(name: Any, kind: Any, num_iterations: int, scale: Any = "batch", **set
     network = Means()
     lr = settings.pop("lr", 0.03)
     config = UpdateConfig(clip_range=0.2, micro_batch_size=64, **settings)
-    reference = Reference(policy_of(copy.deepcopy(network))) if config.kl_weight else None
+    start_model = StartModel(policy_of(copy.deepcopy(network))) if config.kl_weight else None
     transitions = NUM_PROMPTS * PER_PROMPT * 2 // config.num_updates
     engine = engine_of(
         network, transitions // 64, lr=lr, final_lr_fraction=0.0, num_updates=num_iterations * config.num_updates
@@ -71,11 +72,12 @@ def train(name: Any, kind: Any, num_iterations: int, scale: Any = "batch", **set
     advantages = build_advantages(kind, AdvantagesConfig(kind, scale))
     texts = [Prompt(str(i)) for i in range(NUM_PROMPTS) for _ in range(PER_PROMPT)]
     generator = torch.Generator().manual_seed(0)
-    for _ in range(num_iterations):
+    updater = Updater(policy, algorithm, engine, config, start_model)
+    for iteration in range(num_iterations):
         trajectory, image = policy.sample(encode(prompts(len(texts))), generator)
         rewards = -(image - GOAL[:, None, None]).square().flatten(1).sum(dim=1)
         weights = algorithm.weights(advantages(rewards, texts))
-        update(policy, algorithm, trajectory, weights, engine, config, generator, reference)
+        updater.update(trajectory, weights, Turn(iteration))
     return network
 
 

@@ -36,28 +36,29 @@ def test_at_ratio_one_the_gradient_is_minus_the_advantage_over_n(advantages: lis
 
 @pytest.mark.parametrize(("log_ratio", "advantage"), [(0.2, 2.0), (-0.2, -2.0)])
 def test_beyond_the_clip_range_in_the_favoured_direction_nothing_is_learned(log_ratio: float, advantage: float):
-    loss, gradient = loss_and_gradient(PPO(CLIP), [log_ratio], [advantage])
+    loss, gradient = loss_and_gradient(PPO(clip_range=CLIP), [log_ratio], [advantage])
     assert gradient.item() == 0
     assert loss == pytest.approx(-advantage * (1 + math.copysign(CLIP, log_ratio)))
 
 
 @pytest.mark.parametrize(("log_ratio", "advantage"), [(0.2, -2.0), (-0.2, 2.0), (0.05, 2.0), (-0.05, -2.0)])
 def test_the_way_back_and_the_inside_are_not_clipped(log_ratio: float, advantage: float):
-    loss, gradient = loss_and_gradient(PPO(CLIP), [log_ratio], [advantage])
+    loss, gradient = loss_and_gradient(PPO(clip_range=CLIP), [log_ratio], [advantage])
     assert gradient.item() == pytest.approx(-advantage * math.exp(log_ratio), rel=1e-5)
     assert loss == pytest.approx(-advantage * math.exp(log_ratio), rel=1e-5)
 
 
 def test_the_loss_is_the_mean_over_transitions():
     log_ratio, advantages = [0.2, -0.05, 0.0, -0.3], [1.0, -2.0, 3.0, 0.5]
-    whole, gradient = loss_and_gradient(PPO(CLIP), log_ratio, advantages)
-    parts = [loss_and_gradient(PPO(CLIP), [one], [other]) for one, other in zip(log_ratio, advantages, strict=True)]
+    whole, gradient = loss_and_gradient(PPO(clip_range=CLIP), log_ratio, advantages)
+    pairs = zip(log_ratio, advantages, strict=True)
+    parts = [loss_and_gradient(PPO(clip_range=CLIP), [one], [other]) for one, other in pairs]
     assert whole == pytest.approx(sum(loss for loss, _ in parts) / 4, rel=1e-5)
     torch.testing.assert_close(gradient, torch.cat([part for _, part in parts]) / 4)
 
 
 def test_advantages_are_clamped_before_a_steps_weight_counts():
-    ppo = PPO(CLIP, advantage_clip=10.0)
+    ppo = PPO(clip_range=CLIP, advantage_clip=10.0)
     signals = ppo.weights(torch.tensor([50.0, -50.0])) * torch.tensor([1.0, 1.5])
     _, gradient = loss_and_gradient(ppo, [0.0, 0.0], signals.tolist())
     torch.testing.assert_close(gradient, torch.tensor([-5.0, 7.5]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from rlcm_fast.config import EmaConfig, EngineConfig, OptimizerConfig, parse_config
 from rlcm_fast.engine.averaging import AveragingEngine, WeightAverage
+from rlcm_fast.engine.base import UpdatePlan
 from rlcm_fast.engine.zero import ZeroEngine
 from rlcm_fast.trainer import Trainer
 
@@ -22,7 +24,7 @@ DEVICES = ("model", "cpu")
 
 
 def make_engine(network: Any, config: EmaConfig, stage: Any = 0, dtype: Any = "fp32") -> AveragingEngine:
-    engine = ZeroEngine(network, EngineConfig(stage, dtype), OptimizerConfig(lr=1e-1), 0.0, 1, 2, 10, 0)
+    engine = ZeroEngine(network, EngineConfig(stage, dtype), OptimizerConfig(lr=1e-1), UpdatePlan(2, 10, 0.0), 0)
     return AveragingEngine(engine, network, config)
 
 
@@ -101,9 +103,9 @@ def test_a_run_evaluates_and_exports_the_average_and_resumes_it_bitwise(
 
     trainer = make_trainer()
     seen: list[dict[str, Tensor]] = []
-    (evaluator,) = trainer.evaluators
+    (evaluator,) = trainer.evaluation.evaluators
     watched = lambda *a: (seen.append(trainer.engine.full_weights()), evaluator(*a))[1]  # noqa: E731
-    monkeypatch.setattr(trainer, "evaluators", [watched])
+    monkeypatch.setattr(trainer, "evaluation", replace(trainer.evaluation, evaluators=[watched]))  # type: ignore[list-item]
     trainer.run()
     average = trainer.engine.average
     assert average is not None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlcm_fast.build import build_engine
 from rlcm_fast.config import Config, EngineConfig, OptimizerConfig
+from rlcm_fast.config.resolved import resolve
 from rlcm_fast.engine.base import Engine
 from rlcm_fast.engine.direct import DirectEngine
 from rlcm_fast.engine.recomputation import set_recomputation
@@ -126,7 +127,7 @@ def test_a_config_gives_its_seed_to_the_rounding(tiny_lcm_folder: str):
     optimizer = OptimizerConfig(name="adamw_8bit")
     config = Config(engine=EngineConfig(0, "pure_bf16"), optimizer=optimizer, seed=5)
     unet = UNet2DConditionModel.from_pretrained(tiny_lcm_folder, subfolder="unet")
-    engine = build_engine(unet, config, 1).engine
+    engine = build_engine(unet, resolve(config, 1)).engine
     assert isinstance(engine, DirectEngine)
     assert engine._optimizer.seed == 5
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlcm_fast.backbones.loading import SHIPPED
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import EngineConfig, ModelConfig, OptimizerConfig, PolicyConfig, parse_config
+from rlcm_fast.engine.base import UpdatePlan
 from rlcm_fast.engine.recomputation import set_recomputation
 from rlcm_fast.engine.zero import ZeroEngine
 from rlcm_fast.kernels.adamw import AdamW8bit
@@ -150,7 +151,7 @@ def test_weights_states_and_gradients_are_those_of_a_real_engine(stage: Any, dty
     memory = memory_of(Strategy(dtype=dtype, zero_stage=stage))
     before = live_storages()
     unet = ARCHITECTURE.build_unet().to_empty(device="cpu").to(estimate.DTYPES[dtype])
-    engine = ZeroEngine(unet, EngineConfig(stage, dtype), OptimizerConfig(), 1.0, 1, 2, 10, 0)
+    engine = ZeroEngine(unet, EngineConfig(stage, dtype), OptimizerConfig(), UpdatePlan(2, 10, 1.0), 0)
     in_update = 0
     for micro_batch in range(4):  # two of each update
         engine.backward(sum((p.float().sum() for p in unet.parameters()), torch.zeros(())))

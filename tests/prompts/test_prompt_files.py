@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlcm_fast.config import Config, EvaluationConfig, TrackingConfig
 from rlcm_fast.prompts import Share, build_sampler, deal, files, load_prompts, sources
 from rlcm_fast.stages.evaluation import grid_prompts
 from rlcm_fast.trajectory import Prompt
@@ -140,7 +139,6 @@ def test_a_file_can_be_sent_to_another_process(tmp_path: Path):
 def test_measurements_read_a_few_lines_only_and_those_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = numbered(tmp_path, 1000)
     whole = load_prompts(path)[:]
-    config = Config(evaluation=EvaluationConfig(prompts=path), tracking=TrackingConfig(grid_images=16))
     num_read = 0
     read = files.PromptFile._prompt
 
@@ -150,7 +148,7 @@ def test_measurements_read_a_few_lines_only_and_those_of_a_list(tmp_path: Path, 
         return read(*arguments)
 
     monkeypatch.setattr(files.PromptFile, "_prompt", counted)
-    dealt, grid = deal(load_prompts(path), 20, seed=3), grid_prompts(config)
+    dealt, grid = deal(load_prompts(path), 20, seed=3), grid_prompts([path], 16)
     assert num_read <= 20 + 2 * 16
     assert dealt == deal(whole, 20, seed=3)
     assert grid == whole[:: 1000 // 16][:16]

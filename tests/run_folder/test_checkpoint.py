@@ -16,11 +16,11 @@ from torch import Tensor
 from rlcm_fast import parallel
 from rlcm_fast.run_folder import checkpoint
 from rlcm_fast.run_folder.checkpoint import (
-    agreed_checkpoint,
     find_checkpoint,
     is_full_disk,
     load_checkpoint,
     save_checkpoint,
+    starting_point,
 )
 
 
@@ -135,7 +135,7 @@ def test_unfinished_folders_are_no_checkpoints(tmp_path: Path):
 
 
 def test_processes_that_see_different_checkpoints_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert agreed_checkpoint("latest", tmp_path) is None
+    assert starting_point("latest", tmp_path) is None
     monkeypatch.setattr(parallel, "all_gather_list", lambda mine: [*mine, "runs/a/checkpoints/iteration_000002"])
     with pytest.raises(ValueError, match=r"resume=latest is another checkpoint on some processes \(None, runs/a/"):
-        agreed_checkpoint("latest", tmp_path)
+        starting_point("latest", tmp_path)

@@ -9,35 +9,36 @@ import pytest
 import torch
 import two_ranks
 from plugin_rewards import Brightness, Faulty
-from tiny_policies import TinyNetwork, decode, encode, policy_of, prompts
+from tiny_policies import TinyBackbone, TinyNetwork, decode, encode, images_of, policy_of, prompts
 
 from benchmarks.shared import run_processes
 from rlcm_fast import parallel
 from rlcm_fast.prompts import deal
 from rlcm_fast.rewards import GroupReward, RewardError
 from rlcm_fast.rewards.diversity import Diversity
-from rlcm_fast.stages.evaluation import Evaluator
+from rlcm_fast.stages.evaluation import Evaluator, HeldOut
 
 POLICY = policy_of(TinyNetwork())
+IMAGES = images_of(POLICY)
 
 
 def evaluator(num_images: int = 5, micro_batch_size: int = 2, seed: int = 9) -> Evaluator:
     rewards = {"eval": {"brightness": (Brightness(), 3.0)}}
-    return Evaluator(deal(prompts(2), num_images, seed), seed, micro_batch_size, rewards, encode, decode)
+    return Evaluator(HeldOut(deal(prompts(2), num_images, seed), seed, micro_batch_size), rewards)
 
 
 def test_an_evaluation_repeats_exactly_and_depends_on_its_seed():
-    first = evaluator()(POLICY, 0)
+    first = evaluator()(IMAGES, 0)
     torch.randn(7)
-    assert evaluator()(POLICY, 5) == first
-    assert evaluator(seed=10)(POLICY, 0) != first
+    assert evaluator()(IMAGES, 5) == first
+    assert evaluator(seed=10)(IMAGES, 0) != first
 
 
 def test_its_numbers_are_those_of_the_images_without_reward_weights():
     drawn = [POLICY.sample(encode(batch), parallel.generator(9, i))[1] for i, batch in enumerate(_micro_batches())]
     images = decode(torch.cat(drawn))
     scores = Brightness()(images, []).double()
-    metrics = evaluator()(POLICY, 0)
+    metrics = evaluator()(IMAGES, 0)
     assert metrics == {
         "eval/brightness/mean": pytest.approx(scores.mean().item()),
         "eval/brightness/std": pytest.approx(scores.std(correction=0).item()),
@@ -55,7 +56,7 @@ def test_a_set_reward_is_measured_by_its_groups_values_whatever_its_credit():
     order = [0, 2, 4, 1, 3, 5]  # two prompts in turn; their repeats are neighbours
     expected = torch.tensor([diversity_of(images[order[i : i + 2]]) for i in (0, 2, 4)]).double()
     reward = GroupReward("diversity", Diversity(), 2, "leave_one_out")
-    metrics = Evaluator(deal(prompts(2), 6, 9), 9, 2, {"eval": {"pairs": (reward, 1.0)}}, encode, decode)(POLICY, 0)
+    metrics = Evaluator(HeldOut(deal(prompts(2), 6, 9), 9, 2), {"eval": {"pairs": (reward, 1.0)}})(IMAGES, 0)
     assert metrics["eval/pairs/mean"] == pytest.approx(expected.mean().item())
     assert metrics["eval/pairs/std"] == pytest.approx(expected.std(correction=0).item())
 
@@ -86,22 +87,22 @@ def _cut(num_images: int) -> list:
 
 
 def test_a_single_image_has_no_diversity():
-    assert evaluator(num_images=1)(POLICY, 0)["eval/diversity"] == 0.0
+    assert evaluator(num_images=1)(IMAGES, 0)["eval/diversity"] == 0.0
 
 
 def test_a_reward_that_fails_is_named_with_the_iteration():
-    faulty = Evaluator(prompts(2), 1, 2, {"eval": {"faulty": (Faulty("nan", 0), 1.0)}}, encode, decode)
+    faulty = Evaluator(HeldOut(prompts(2), 1, 2), {"eval": {"faulty": (Faulty("nan", 0), 1.0)}})
     with pytest.raises(RewardError, match=r"reward 'faulty', prompt 'b', iteration 30: returned nan"):
-        faulty(POLICY, 30)
+        faulty(IMAGES, 30)
 
 
 def test_tasks_with_the_same_prompts_are_scored_on_one_draw():
-    drawn = []
+    backbone = TinyBackbone()
     rewards = {"eval/a": {"brightness": (Brightness(), 1.0)}, "eval/b": {"pairs": (Brightness(), 1.0)}}
-    both = Evaluator(deal(prompts(2), 5, 9), 9, 2, rewards, encode, lambda x_0: drawn.append(len(x_0)) or decode(x_0))
-    metrics = both(POLICY, 0)
-    assert drawn == [2, 2, 1]
-    alone = evaluator()(POLICY, 0)
+    both = Evaluator(HeldOut(deal(prompts(2), 5, 9), 9, 2), rewards)
+    metrics = both(images_of(POLICY, backbone), 0)
+    assert [len(x_0) for x_0 in backbone.decoded] == [2, 2, 1]
+    alone = evaluator()(IMAGES, 0)
     for key in ("a/brightness/mean", "b/pairs/mean"):
         assert metrics[f"eval/{key}"] == alone["eval/brightness/mean"]
     assert metrics["eval/a/diversity"] == metrics["eval/b/diversity"] == alone["eval/diversity"]

@@ -16,7 +16,8 @@ from torch import Tensor
 from rlcm_fast.algorithms import PPO
 from rlcm_fast.config import Config, UpdateConfig, parse_config
 from rlcm_fast.config.checks import validate
-from rlcm_fast.stages.update import update
+from rlcm_fast.parallel import Turn
+from rlcm_fast.stages.update import Updater
 from rlcm_fast.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -62,9 +63,8 @@ def test_an_update_adds_the_gradient_of_the_other_loss_to_its_own():
         config = UpdateConfig(micro_batch_size=4)
         extra = Pull(policy) if has_other else None
         weights = advantages * has_rewards
-        metrics = update(
-            policy, PPO(), trajectory, weights, engine, config, torch.Generator().manual_seed(4), extra=extra
-        )
+        updater = Updater(policy, PPO(), engine, config, real_images=extra)
+        metrics = updater.update(trajectory, weights, Turn(0))
         assert (metrics.pretraining_loss is not None) == has_other
         after = engine.full_weights()
         step = torch.cat([(before[name] - after[name]).flatten().double() for name in before])

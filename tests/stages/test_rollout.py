@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from plugin_rewards import Brightness
-from tiny_policies import TinyNetwork, decode, encode, policy_of, prompts
+from tiny_policies import TinyBackbone, TinyNetwork, decode, images_of, policy_of, prompts
 from torch import Tensor
 
 from rlcm_fast.config import RolloutConfig
-from rlcm_fast.stages.rollout import Rollout, rollout
+from rlcm_fast.parallel import Turn
+from rlcm_fast.stages.rollout import Collector, Rollout
 from rlcm_fast.tasks import TaskRewards
-from rlcm_fast.trajectory import Conditioning, Prompt
+from rlcm_fast.trajectory import Prompt
 
 NUM_SAMPLES = 6
 
@@ -26,37 +27,22 @@ class Letter:
         return torch.tensor([float(ord(prompt.text) - ord("a")) for prompt in prompts])
 
 
-def draw(
-    micro_batch_size: int, log: list[str] | None = None, shared_noise: bool = False
-) -> tuple[Rollout, list[Tensor]]:
-    """A rollout, and its x_0 in micro-batches; log: "encode", "stop?" and "decode" in the order of the calls."""
-    log = [] if log is None else log
-    decoded: list[Tensor] = []
-
-    def logged_encode(prompts: Sequence[Prompt]) -> Conditioning:
-        log.append("encode")
-        return encode(prompts)
-
-    def logged_decode(x_0: Tensor) -> Tensor:
-        log.append("decode")
-        decoded.append(x_0)
-        return decode(x_0)
-
+def draw(micro_batch_size: int, shared_noise: bool = False) -> tuple[Rollout, TinyBackbone]:
+    """A rollout, and the backbone that noted "encode", "stop?" and "decode" in the order of the calls."""
+    backbone = TinyBackbone()
     rewards = {"brightness": (Brightness(), 1.0), "letter": (Letter(), 0.5)}
     service = TaskRewards({"one": rewards}, 2, lambda prompt: "one")
-    generator = torch.Generator().manual_seed(0)
-    stop = lambda: log.append("stop?")  # noqa: E731
+    config = RolloutConfig(micro_batch_size=micro_batch_size, shared_noise=shared_noise)
     try:
-        config = RolloutConfig(micro_batch_size=micro_batch_size, shared_noise=shared_noise)
-        arguments = (prompts(NUM_SAMPLES), logged_encode, logged_decode, service, generator, config, 0, stop)
-        return rollout(policy_of(TinyNetwork()), *arguments), decoded
+        collector = Collector(images_of(policy_of(TinyNetwork()), backbone), service, config)
+        return collector.rollout(prompts(NUM_SAMPLES), Turn(0), lambda: backbone.log.append("stop?")), backbone
     finally:
         service.shutdown()
 
 
 def test_rewards_are_those_of_the_samples_in_their_order():
-    batch, decoded = draw(micro_batch_size=4)
-    images, rewards = decode(torch.cat(decoded)), batch.rewards["one"].by_name
+    batch, backbone = draw(micro_batch_size=4)
+    images, rewards = decode(torch.cat(backbone.decoded)), batch.rewards["one"].by_name
     torch.testing.assert_close(rewards["brightness"], Brightness()(images, []), rtol=0, atol=0)
     assert rewards["letter"].tolist() == [0, 1, 2, 3, 0, 1]
     weighted = rewards["brightness"] + 0.5 * rewards["letter"]
@@ -74,9 +60,8 @@ def test_micro_batches_become_one_trajectory_with_the_prompts_in_order():
 
 
 def test_prompts_are_encoded_once_and_stopping_is_offered_before_every_micro_batch():
-    log: list[str] = []
-    draw(2, log)
-    assert log == ["encode"] + ["stop?", "decode"] * 3
+    _, backbone = draw(2)
+    assert backbone.log == ["encode"] + ["stop?", "decode"] * 3
 
 
 def test_images_of_a_prompt_may_share_their_first_state_and_only_that():

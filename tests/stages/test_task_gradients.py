@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ from tiny_policies import TinyNetwork, engine_of, policy_of, trajectory_of
 
 from rlcm_fast.algorithms import PPO
 from rlcm_fast.config import UpdateConfig
-from rlcm_fast.stages.task_gradients import gradients_by_task
-from rlcm_fast.stages.update import update
+from rlcm_fast.parallel import Turn
+from rlcm_fast.stages.task_gradients import TaskGradients
+from rlcm_fast.stages.update import Updater
 
 pytestmark = pytest.mark.usefixtures("one_process")
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, -2.0, 0.1, -0.4])
@@ -24,8 +24,8 @@ def measure(tasks: list[str], advantages: torch.Tensor = ADVANTAGES, **settings:
     """Each task's gradient as one vector."""
     network = TinyNetwork()
     policy, config = policy_of(network), UpdateConfig(micro_batch_size=3, **settings)
-    arguments = (PPO(), trajectory_of(policy, 8), advantages, tasks, config, torch.Generator().manual_seed(4))
-    gradients = gradients_by_task(policy, network, *arguments)
+    measured = TaskGradients(policy, PPO(), config, every=1, num_tasks=len(set(tasks)))
+    gradients = measured.by_task(trajectory_of(policy, 8), advantages, tasks, torch.Generator().manual_seed(4))
     return {task: torch.cat([part.flatten() for part in gradient]) for task, gradient in gradients.items()}
 
 
@@ -35,8 +35,7 @@ def test_the_gradient_of_a_task_alone_is_that_of_the_update(step_weights: Any):
     engine = engine_of(network, 4)
     policy = policy_of(engine)
     config = UpdateConfig(micro_batch_size=4, step_weights=step_weights)
-    generator = torch.Generator().manual_seed(4)
-    updated = update(policy, PPO(), trajectory_of(policy, 8), ADVANTAGES, engine, config, generator)
+    updated = Updater(policy, PPO(), engine, config).update(trajectory_of(policy, 8), ADVANTAGES, Turn(0))
     (gradient,) = measure(["a"] * 8, step_weights=step_weights).values()
     assert gradient.norm().item() == pytest.approx(updated.grad_norm, rel=1e-5)
 
@@ -59,12 +58,12 @@ def test_measuring_between_updates_leaves_the_engine_alone(settings: dict[str, A
         engine = engine_of(network, 1, name=optimizer, **settings)
         policy = policy_of(engine)
         trajectory, config = trajectory_of(policy, 8), UpdateConfig(micro_batch_size=16)
-        for seed in range(2):
-            generator = torch.Generator().manual_seed(seed)
+        updater = Updater(policy, PPO(), engine, config)
+        measured = TaskGradients(policy_of(network), PPO(), config, every=1, num_tasks=2)
+        for iteration in range(2):
             if is_measured:
-                arguments = (PPO(), trajectory, ADVANTAGES, ["a", "b"] * 4, config, copy.deepcopy(generator))
-                gradients_by_task(policy_of(network), network, *arguments)
-            update(policy, PPO(), trajectory, ADVANTAGES, engine, config, generator)
+                measured.by_task(trajectory, ADVANTAGES, ["a", "b"] * 4, torch.Generator())
+            updater.update(trajectory, ADVANTAGES, Turn(iteration))
         ends.append(engine.full_weights())
     assert all(torch.equal(value, ends[0][name]) for name, value in ends[1].items())
     assert not torch.equal(ends[0]["of_state.weight"], TinyNetwork().state_dict()["of_state.weight"])

@@ -14,14 +14,16 @@ import torch
 from tiny_policies import TinyNetwork, engine_of, policy_of, trajectory_of
 from torch import Tensor
 
-from rlcm_fast.algorithms import PPO
-from rlcm_fast.algorithms.rebel import Rebel
+from rlcm_fast.algorithms import PPO, Algorithm
+from rlcm_fast.algorithms.losses import Rebel
 from rlcm_fast.config import UpdateConfig
+from rlcm_fast.parallel import Turn
 from rlcm_fast.policies import GaussianPolicy
 from rlcm_fast.run_folder.interruption import Interrupted
 from rlcm_fast.stages import update as update_module
-from rlcm_fast.stages.start_model import Reference
-from rlcm_fast.stages.update import UpdateMetrics, ratio_noise, update
+from rlcm_fast.stages.start_model import StartModel
+from rlcm_fast.stages.update import Updater
+from rlcm_fast.stages.update_metrics import UpdateMetrics
 from rlcm_fast.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -35,7 +37,7 @@ class Setting:
     def __init__(self, micro_batch_size: int = 4, num_updates: int = 1, num_passes: int = 1, **engine: Any) -> None:
         in_update = NUM_TRANSITIONS // num_updates
         self.network = TinyNetwork()
-        self.reference = Reference(policy_of(copy.deepcopy(self.network)))
+        self.start_model = StartModel(policy_of(copy.deepcopy(self.network)))
         self.engine = engine_of(self.network, in_update // micro_batch_size, **engine)
         self.policy: GaussianPolicy = policy_of(self.engine)
         self.trajectory: Trajectory = trajectory_of(self.policy, NUM_SAMPLES)
@@ -43,13 +45,19 @@ class Setting:
             clip_range=1e-2, num_updates=num_updates, num_passes=num_passes, micro_batch_size=micro_batch_size
         )
 
-    def update(self, advantages: Tensor = ADVANTAGES, kl_weight: float = 0.0, **keywords: Any) -> UpdateMetrics:
-        config = UpdateConfig(**{**vars(self.config), "kl_weight": kl_weight})
-        reference = self.reference if kl_weight else None
-        generator = torch.Generator().manual_seed(4)
-        algorithm = keywords.pop("algorithm", PPO(config.clip_range, config.advantage_clip))
-        arguments = (self.policy, algorithm, self.trajectory, advantages, self.engine, config, generator, reference)
-        return update(*arguments, **keywords)
+    def update(self, advantages: Tensor = ADVANTAGES, **changes: Any) -> UpdateMetrics:
+        """changes: of `updater`, and may_stop."""
+        may_stop = changes.pop("may_stop", lambda: None)
+        return self.updater(**changes).update(self.trajectory, advantages, Turn(0, seed=4), may_stop)
+
+    def updater(self, kl_weight: float = 0.0, algorithm: Algorithm | None = None) -> Updater:
+        config = replace(self.config, kl_weight=kl_weight)
+        algorithm = algorithm or PPO(clip_range=config.clip_range, advantage_clip=config.advantage_clip)
+        start_model = self.start_model if kl_weight else None
+        return Updater(self.policy, algorithm, self.engine, config, start_model)
+
+    def ratio_noise(self) -> float:
+        return self.updater().ratio_noise(self.trajectory, torch.Generator().manual_seed(0))
 
     @torch.no_grad()
     def log_probs(self) -> Tensor:
@@ -126,7 +134,7 @@ def test_the_kl_to_the_start_is_zero_at_first_and_then_its_closed_form():
     every = setting.trajectory.transitions(torch.arange(NUM_TRANSITIONS))
     with torch.no_grad():
         inputs = (every.x_t, every.step, every.conditioning)
-        shift = setting.policy.network_output(*inputs) - setting.reference.policy.network_output(*inputs)
+        shift = setting.policy.network_output(*inputs) - setting.start_model.policy.network_output(*inputs)
     _, b, sigma = setting.policy.coefficients(every.step).T
     closed_form = ((b / sigma) ** 2 * shift.square().flatten(1).mean(dim=1) / 2).mean()
     # a row's output may differ by its place in a batch: 0 on a Xeon, 2e-14 of 3e-3 on an EPYC with AVX512-BF16
@@ -145,7 +153,7 @@ def test_the_kl_term_alone_pulls_back_to_the_start():
 def test_stopping_is_offered_before_each_micro_batch_of_the_first_update_only():
     setting = Setting(num_updates=2)
     calls: list[int] = []
-    setting.update(before_first_step=lambda: calls.append(1))
+    setting.update(may_stop=lambda: calls.append(1))
     assert len(calls) == 2  # 8 transitions of an update in micro-batches of 4
 
 
@@ -153,7 +161,7 @@ def test_stopping_there_leaves_the_weights_alone():
     setting = Setting()
     before = setting.engine.full_weights()
     with pytest.raises(Interrupted):
-        setting.update(before_first_step=_stop_at(3))
+        setting.update(may_stop=_stop_at(3))
     assert not difference(setting.engine.full_weights(), before).any()
 
 
@@ -170,10 +178,9 @@ def _stop_at(number: int) -> Callable[[], None]:
 
 def test_ratio_noise_is_rounding_under_unchanged_weights_and_sees_changed_ones():
     setting = Setting(lr=1e-2)
-    generator = torch.Generator().manual_seed(0)
-    assert ratio_noise(setting.policy, setting.trajectory, setting.config, generator) < 1e-6
+    assert setting.ratio_noise() < 1e-6
     setting.update()
-    assert ratio_noise(setting.policy, setting.trajectory, setting.config, generator) > 1e-3
+    assert setting.ratio_noise() > 1e-3
 
 
 def test_old_log_probs_may_be_those_of_the_updates_micro_batches():
@@ -183,7 +190,7 @@ def test_old_log_probs_may_be_those_of_the_updates_micro_batches():
         log_probs = setting.trajectory.log_probs + noise * torch.linspace(-1, 1, NUM_TRANSITIONS).view(NUM_SAMPLES, -1)
         setting.trajectory = replace(setting.trajectory, log_probs=log_probs)
         setting.config = replace(setting.config, old_log_probs=old)
-        deviations.append(ratio_noise(setting.policy, setting.trajectory, setting.config, torch.Generator()))
+        deviations.append(setting.ratio_noise())
         setting.update()
         assert torch.equal(setting.trajectory.log_probs, log_probs)
         weights.append(setting.engine.full_weights())
@@ -210,7 +217,7 @@ def test_transitions_without_a_signal_are_skipped_and_the_gradient_stays_the_sam
         forward = setting.network.of_state.register_forward_hook(lambda *_: calls.append(is_skipping))  # noqa: B023
         with pytest.MonkeyPatch.context() as patch:
             if not is_skipping:
-                patch.setattr(update_module._Work, "_kept", lambda _, signals: torch.arange(len(signals)))
+                patch.setattr(update_module._RolloutUpdates, "_kept", lambda _, signals: torch.arange(len(signals)))
             metrics.append(setting.update(quiet))
         forward.remove()
         changes.append(difference(setting.engine.full_weights(), before).double())
@@ -231,7 +238,7 @@ def test_rebel_in_two_passes_has_the_gradient_of_its_loss():
     setting = Setting(micro_batch_size=4, num_updates=2, eps=1.0, lr=1.0)
     rebel = Rebel(eta=0.5)
     seen: list[tuple[Tensor, dict[str, Tensor]]] = []
-    train_on = update_module._Work.train_on
+    train_on = update_module._RolloutUpdates.train_on
 
     def watched(work: Any, rows: Tensor, signals: Tensor) -> None:
         before = setting.engine.full_weights()
@@ -239,7 +246,7 @@ def test_rebel_in_two_passes_has_the_gradient_of_its_loss():
         seen.append((rows, before))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update_module._Work, "train_on", watched)
+        patch.setattr(update_module._RolloutUpdates, "train_on", watched)
         metrics = setting.update(algorithm=rebel)
     rows, before = seen[1]
     network = TinyNetwork()

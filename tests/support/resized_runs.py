@@ -155,10 +155,10 @@ def _leave(file: Path, states: Any) -> None:
 
 
 def _note_prompts(trainer: Trainer, prompts: list[str]) -> None:
-    rollout = trainer.rollout
+    rollout = trainer.collector.rollout
 
-    def noted(batch: Any, iteration: int) -> Any:
+    def noted(batch: Any, *more: Any) -> Any:
         prompts.extend(prompt.text for prompt in batch)
-        return rollout(batch, iteration)
+        return rollout(batch, *more)
 
-    trainer.rollout = noted  # type: ignore[method-assign]
+    trainer.collector.rollout = noted  # type: ignore[method-assign]

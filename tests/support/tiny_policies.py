@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from rlcm_fast.config import EngineConfig, OptimizerConfig
-from rlcm_fast.engine.base import Engine
+from rlcm_fast.engine.base import Engine, UpdatePlan
 from rlcm_fast.engine.direct import DirectEngine
 from rlcm_fast.engine.zero import ZeroEngine
 from rlcm_fast.policies import GaussianPolicy
 from rlcm_fast.policies.consistency import ConsistencyPolicy
 from rlcm_fast.policies.schedules import consistency_schedule
+from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.trajectory import Conditioning, Prompt, Trajectory
 
 TEXTS = ("a", "b", "c", "d")
@@ -67,7 +68,7 @@ def engine_of(
                           channels_last=channels_last)  # type: ignore[arg-type]  # fmt: skip
     optimizer = replace(OptimizerConfig(lr=1e-2), **settings)
     kind = DirectEngine if dtype == "pure_bf16" or in_backward else ZeroEngine
-    return kind(network, engine, optimizer, max_grad_norm, 1, num_micro_batches, num_updates, seed)
+    return kind(network, engine, optimizer, UpdatePlan(num_micro_batches, num_updates, max_grad_norm), seed)
 
 
 def encode(prompts: Sequence[Prompt]) -> Conditioning:
@@ -82,6 +83,27 @@ def prompts(num_samples: int) -> list[Prompt]:
 def decode(latents: Tensor) -> Tensor:
     """(B, 4, 8, 8) -> (B, 3, 8, 8) in [0, 1]"""
     return latents[:, :3].sigmoid()
+
+
+class TinyBackbone:
+    """What a stage asks of a pipeline; `log` notes the calls, `decoded` what was decoded."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.decoded: list[Tensor] = []
+
+    def encode(self, prompts: Sequence[Prompt], with_negative: bool) -> Conditioning:
+        self.log.append("encode")
+        return encode(prompts)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.log.append("decode")
+        self.decoded.append(latents)
+        return decode(latents)
+
+
+def images_of(policy: GaussianPolicy, backbone: TinyBackbone | None = None) -> TextToImage:
+    return TextToImage(policy, backbone or TinyBackbone())  # type: ignore[arg-type]
 
 
 def trajectory_of(policy: GaussianPolicy, num_samples: int, seed: int = 3) -> Trajectory:

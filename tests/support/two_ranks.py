@@ -9,13 +9,13 @@ from typing import Any
 
 import tiny_runs
 import torch
-from tiny_policies import TEXTS, TinyNetwork, decode, encode, policy_of
+from tiny_policies import TEXTS, TinyNetwork, images_of, policy_of
 
 from rlcm_fast import parallel
 from rlcm_fast.config import parse_config
 from rlcm_fast.rewards import GroupReward
 from rlcm_fast.rewards.diversity import Diversity
-from rlcm_fast.stages.evaluation import Evaluator
+from rlcm_fast.stages.evaluation import Evaluator, HeldOut
 from rlcm_fast.trainer import Trainer
 from rlcm_fast.trajectory import Prompt
 
@@ -35,7 +35,7 @@ def evaluate_groups(num_images: int) -> dict[str, float]:
     """Pairs of images of two tasks, and all of each, in micro-batches of 3."""
     prompts = [Prompt(TEXTS[i % 4], "even" if i % 2 == 0 else "odd") for i in range(num_images)]
     rewards = {size: (GroupReward(size, Diversity(), int(size)), 1.0) for size in ("0", "2")}
-    return Evaluator(prompts, 5, 3, {"eval": rewards}, encode, decode)(policy_of(TinyNetwork()), 0)
+    return Evaluator(HeldOut(prompts, 5, 3), {"eval": rewards})(images_of(policy_of(TinyNetwork())), 0)
 
 
 def run_evaluation(num_images: int, folder: Path) -> int:
@@ -48,19 +48,19 @@ def run_evaluation(num_images: int, folder: Path) -> int:
 
 def _watch(trainer: Trainer) -> dict[str, Any]:
     seen: dict[str, Any] = {"prompts": [], "noise": [], "rewards": [], "advantages": []}
-    rollout, shared_advantages = trainer.rollout, trainer.shared_advantages
+    rollout, update = trainer.collector.rollout, trainer.updater.update
 
-    def watched_rollout(prompts: Any, iteration: int) -> Any:
-        batch = rollout(prompts, iteration)
+    def watched_rollout(prompts: Any, *more: Any) -> Any:
+        batch = rollout(prompts, *more)
         seen["prompts"].append([prompt.text for prompt in prompts])
         seen["noise"].append(batch.trajectory.latents[:, 0].clone())
         seen["rewards"].append(batch.total)
         return batch
 
-    def watched_advantages(batch: Any, prompts: Any) -> Any:
-        advantages, weights = shared_advantages(batch, prompts)
-        seen["advantages"].append(advantages)
-        return advantages, weights
+    def watched_update(trajectory: Any, weights: Any, *more: Any) -> Any:
+        seen["advantages"].append(weights)  # PPO's weights are advantages, clamped where they exceed 10
+        return update(trajectory, weights, *more)
 
-    trainer.rollout, trainer.shared_advantages = watched_rollout, watched_advantages  # type: ignore[method-assign]
+    trainer.collector.rollout = watched_rollout  # type: ignore[method-assign]
+    trainer.updater.update = watched_update  # type: ignore[method-assign]
     return seen

@@ -17,10 +17,11 @@ from rlcm_fast.algorithms import PPO, build_advantages
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import AdvantagesConfig, ModelConfig, PolicyConfig, UpdateConfig
 from rlcm_fast.engine.base import Engine
+from rlcm_fast.parallel import Turn
 from rlcm_fast.policies import GaussianPolicy, build_policy
 from rlcm_fast.policies.consistency import guidance_embedding
 from rlcm_fast.prompts import PromptSampler, Share
-from rlcm_fast.stages.update import update
+from rlcm_fast.stages.update import Updater
 from rlcm_fast.trajectory import Conditioning, Prompt, Trajectory
 
 H, B, CPU = 4, 6, torch.device("cpu")
@@ -108,7 +109,7 @@ def our_gradient(backbone: Backbone, trajectory: Trajectory, last_step: str) -> 
     engine = GradientsOnly(network, trajectory.num_transitions // UPDATE.micro_batch_size)
     policy = policy_of(backbone, last_step, engine)
     weights = PPO().weights(ADVANTAGES)  # clamped, as the trainer has them
-    update(policy, PPO(), trajectory, weights, engine, UPDATE, torch.Generator().manual_seed(7))
+    Updater(policy, PPO(), engine, UPDATE).update(trajectory, weights, Turn(0))
     return gradient_of(network)
 
 

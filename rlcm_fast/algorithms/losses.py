@@ -1,0 +1,207 @@
+"""All algorithms on one page: from advantages to a signal for each transition, and from signals to a loss.
+
+    weights = algorithm.weights(advantages)                   of all processes, once a rollout
+    signals = algorithm.signals(weights, change, K)           of an update's transitions, before its first backward pass
+    loss    = algorithm.loss_of_output(transitions, m, ...)   of a micro-batch
+
+    reinforce   DDPO_SF, arXiv 2305.13301, equation 4       -A log_prob
+    ppo         RLCM, arXiv 2404.03673; DDPO_IS             max(-A rho, -A clip(rho, 1 +- clip_range))
+    grpo        arXiv 2402.03300                            ppo on advantages within the images of one prompt
+    dpok        arXiv 2305.16381, equation 9                ppo + beta KL to the start model
+    rwr         Peters & Schaal, ICML 2007                  -w log_prob, w a softmax of the advantages
+    rebel       arXiv 2404.16767, equation 5                ((1 / eta) (d - d') - (r - r'))^2 of two images
+
+rho = exp(log_prob - log_prob_old). Log-probs are means over C, H, W, so a clip range of 1e-4 is 1e-4 C H W on the true
+log-ratio. There is no value network and no entropy bonus. The KL divergence to the start model (update.kl_weight) is
+added by the update, whatever the algorithm.
+"""
+
+# A samples of all processes, P pairs of them, N transitions of an update or of a micro-batch, K actions, C H W latent
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rlcm_fast.config import AlgorithmConfig, UpdateConfig
+from rlcm_fast.kernels import functional
+from rlcm_fast.kernels.functional import RatioStats
+from rlcm_fast.trajectory import Transitions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """The weighted log-likelihood of the actions; its subclasses say the rest.
+
+        d loss = -mean over transitions of signal * d log_prob
+
+    with signals that are constants to autograd. advantage_clip: advantages are clamped to +- it.
+    """
+
+    advantage_clip: float = 10.0
+
+    samples_together: ClassVar[int] = 1
+    """Neighbouring samples that an update takes together, with all their actions; 1: transitions stand alone."""
+    clips: ClassVar[bool] = False
+    """Whether a ratio beyond update.clip_range changes the loss."""
+
+    def __post_init__(self) -> None:
+        if not self.advantage_clip > 0:
+            raise ValueError(f"update.advantage_clip={self.advantage_clip} must be above 0")
+
+    def weights(self, advantages: Tensor) -> Tensor:
+        """What each sample's actions are worth (A,), of advantages (A,) float32 of all processes."""
+        return advantages.clamp(-self.advantage_clip, self.advantage_clip)
+
+    def signals(self, weights: Tensor, change: Callable[[], Tensor], num_actions: int) -> Tensor:
+        """Signals (N,) of weights (N,), one a transition.
+
+        change() is how much each log-prob (N,) has grown since the rollout; it may run the network, so only algorithms
+        that need it call it. With samples_together above 1, transitions lie in the order of samples, those that belong
+        together side by side, and each sample's K actions in theirs.
+        """
+        return weights
+
+    def loss(self, log_prob: Tensor, log_prob_old: Tensor | None, signals: Tensor) -> tuple[Tensor, RatioStats]:
+        """The loss () with its gradient in log_prob, and the ratio's statistics; all arguments (N,) float32.
+
+        log_prob_old None: the old policy is the present one, so the ratio is exactly 1. The value is -mean(signals): of
+        a loss without a clip only the gradient is of use.
+        """
+        return functional.clipped_ratio_loss(log_prob, None, signals, 1.0, math.inf)
+
+    def loss_of_output(
+        self, transitions: Transitions, m: Tensor, coef: Tensor, log_prob_old: Tensor | None, signals: Tensor
+    ) -> tuple[Tensor, RatioStats]:
+        """`loss` of the log-probs of the transitions, given a network's output m (N, C, H, W) and coef (N, 3)."""
+        return functional.policy_loss(transitions.x_t, m, transitions.x_s, coef, None, signals, 1.0, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinforce(Algorithm):
+    """The plain policy gradient: DDPO_SF of arXiv 2305.13301 (equation 4), REINFORCE with a baseline.
+
+        gradient = mean over transitions of A d log_prob,       A clamped to [-advantage_clip, advantage_clip]
+
+    Unbiased only for images of the present weights, so it has one update a rollout. There it is PPO without a clip.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPO(Algorithm):
+    """The clipped policy gradient that RLCM trains with: PPO's surrogate (arXiv 1707.06347, equation 7).
+
+        loss = mean over transitions of max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range))
+
+    with one advantage per image for each of its actions, as DDPO_IS (arXiv 2305.13301) and RLCM (arXiv 2404.03673).
+    """
+
+    clip_range: float = 1e-4
+    clips: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.clip_range > 0:
+            raise ValueError(f"update.clip_range={self.clip_range} must be above 0")
+
+    def loss(self, log_prob: Tensor, log_prob_old: Tensor | None, signals: Tensor) -> tuple[Tensor, RatioStats]:
+        return functional.clipped_ratio_loss(log_prob, log_prob_old, signals, self.clip_range, math.inf)
+
+    def loss_of_output(
+        self, transitions: Transitions, m: Tensor, coef: Tensor, log_prob_old: Tensor | None, signals: Tensor
+    ) -> tuple[Tensor, RatioStats]:
+        old_and_signals = (log_prob_old, signals, self.clip_range, math.inf)
+        return functional.policy_loss(transitions.x_t, m, transitions.x_s, coef, *old_and_signals)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(PPO):
+    """GRPO (arXiv 2402.03300): PPO's clipped loss on advantages within the images of one prompt.
+
+        A = (r - mean_g) / std,         mean_g over the images of the prompt in this batch
+
+    So it needs `advantages.kind: group` (with `advantages.scale: group` for the paper's own std_g) or `leave_one_out`;
+    the checks of the config see to that. Departures: the KL term is the Gaussian step's closed form
+    (update.kl_weight), where GRPO estimates it from samples; std is the batch's unless asked otherwise, since the
+    paper's blows up a group of nearly equal rewards (arXiv 2503.20783).
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOK(PPO):
+    """DPOK (arXiv 2305.16381, equation 9): the policy gradient with a KL divergence to the start model at every step.
+
+        loss = alpha * (PPO's clipped loss) + beta * mean over transitions of KL( p(x_s | x_t) || p_start(x_s | x_t) )
+
+    The steps have equal sigmas, so the KL is a squared difference of means over 2 sigma^2, in closed form and not
+    sampled. Only beta / alpha matters to Adam: it is update.kl_weight, and the checks of the config see to it that it
+    is above 0. The paper's is .01 / 10, so 1e-3 here: log-prob and KL are both sums over C, H, W there and both means
+    here, and the factor between sum and mean cancels.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardWeightedRegression(Algorithm):
+    """Reward-weighted regression (Peters & Schaal, ICML 2007): imitate one's own samples, the better ones more.
+
+        loss = -mean over transitions of w log_prob,    w = A exp(a / temperature) / sum over the A samples of exp(...)
+
+    with a the clamped advantages. The baseline of DDPO (arXiv 2305.13301, section 4.1) and of large-scale RL (arXiv
+    2401.12244). Departure: there the denoising loss of the finished image stands in the place of the log-prob, as a
+    bound of log p(x_0); here the sampled chain is imitated, whose log-prob is exact.
+
+    Weights are never negative, so bad samples are imitated too, only less: it improves slowly, and may not diverge.
+    temperature: of advantages; the lower, the more only the best count.
+    """
+
+    temperature: float = 1.0
+
+    def weights(self, advantages: Tensor) -> Tensor:
+        return len(advantages) * (super().weights(advantages) / self.temperature).softmax(dim=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebel(Algorithm):
+    """REBEL (arXiv 2404.16767, equation 5): the change of log-probs regresses the difference of rewards of two images.
+
+        residual = (1 / eta) [d(y) - d(y')] - [r(y) - r(y')],    d = sum over the K actions of log_prob - log_prob_old
+        loss     = mean over pairs of residual^2
+
+    y and y' are neighbouring images of one prompt. Two passes need the memory of one: all log-probs without gradients,
+    from which every action of y has the same d loss / d log_prob = 2 residual / (P eta), and of y' minus that; then
+    micro-batches with these as signals. In the first update of a rollout nothing has changed: there is no first pass.
+
+    Departures:
+     1. log_prob is the mean over C, H, W, not the sum, so eta here is theirs over C H W: nats per dimension for one
+        unit of advantage; small ones move the policy less.
+     2. r is the advantage. Of statistics of the prompt, the group or the batch only the scale is left in a difference;
+        it makes one eta serve rewards of any unit.
+     3. The RLCM authors' code sums log-probs over the batch instead of over steps (right for a batch of one only).
+    """
+
+    eta: float = 1.0
+    samples_together: ClassVar[int] = 2
+
+    def signals(self, weights: Tensor, change: Callable[[], Tensor], num_actions: int) -> Tensor:
+        of_samples = change().reshape(-1, num_actions)  # (2 P, K)
+        rewards = weights.reshape(-1, num_actions)[:, 0]  # (2 P,)
+        _, gradient = functional.rebel_residual(of_samples, torch.zeros_like(of_samples), rewards, self.eta)
+        return -len(weights) * gradient.repeat_interleave(num_actions)
+
+
+def build_algorithm(config: AlgorithmConfig, update: UpdateConfig) -> Algorithm:
+    """The algorithm of `config.name`."""
+    clipped = {"ppo": PPO, "grpo": GRPO, "dpok": DPOK}
+    if config.name in clipped:
+        return clipped[config.name](advantage_clip=update.advantage_clip, clip_range=update.clip_range)
+    if config.name == "rebel":
+        return Rebel(advantage_clip=update.advantage_clip, eta=config.eta)
+    if config.name == "rwr":
+        return RewardWeightedRegression(advantage_clip=update.advantage_clip, temperature=config.temperature)
+    assert config.name == "reinforce", config.name
+    return Reinforce(advantage_clip=update.advantage_clip)

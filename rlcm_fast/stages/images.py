@@ -1,0 +1,44 @@
+"""From prompts to images: a policy and the pipeline around its network, which stay the same for the whole run.
+
+prompts -> encode -> conditioning -> sample -> trajectory and x_0 -> decode -> images
+"""
+
+# B samples, C H W latent
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlcm_fast.backbones.pipeline import Backbone
+from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.trajectory import Conditioning, Prompt, Trajectory
+
+
+@dataclass
+class TextToImage:
+    """Draws images of prompts with the trained network."""
+
+    policy: GaussianPolicy
+    backbone: Backbone
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """The prompts' text encodings; each distinct text is encoded once in the run."""
+        return self.backbone.encode(prompts, with_negative=self.policy.needs_negative)
+
+    def sample(self, conditioning: Conditioning, generator: torch.Generator) -> tuple[Trajectory, Tensor]:
+        """A trajectory, and x_0 (B, C, H, W) as evaluations draw it: without the noise of a sampled last step."""
+        return self.policy.sample(conditioning, generator, explores=False)
+
+    def explore(
+        self, conditioning: Conditioning, generator: torch.Generator, start: Tensor | None = None
+    ) -> tuple[Trajectory, Tensor]:
+        """A trajectory to learn from, and x_0 (B, C, H, W); start (B, C, H, W) replaces the drawn first states."""
+        return self.policy.sample(conditioning, generator, start)
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Images (B, 3, H, W) float32 in [0, 1]."""
+        return self.backbone.decode(x_0)

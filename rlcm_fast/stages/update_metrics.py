@@ -1,0 +1,100 @@
+"""What the updates of a rollout record, and what becomes of it: the metrics of a round."""
+
+# B samples of this process
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlcm_fast import parallel
+from rlcm_fast.kernels.functional import RatioStats
+
+
+@dataclass(frozen=True)
+class UpdateMetrics:
+    """Over all micro-batches of a round on this process; tensors are 0-d, so reading them is the only sync."""
+
+    ratio_mean: Tensor
+    ratio_max_deviation: Tensor
+    clip_fraction: Tensor
+    approx_kl: Tensor
+    loss: Tensor
+    kl_to_start: Tensor  # 0 where update.kl_weight is 0
+    skipped: float  # share of the chosen transitions that had no signal, so the network was not run for them
+    pretraining_loss: float | None  # mean over updates, weighted; None where there is none
+    grad_norm: float  # of the last update, before clipping, over all processes
+    seconds: float
+    pretraining_seconds: float  # the part of `seconds` spent on the extra loss
+
+    def metrics(self, advantages: Tensor) -> dict[str, float]:
+        """Means over all processes, and the largest deviation of any; advantages (B,) are this process's."""
+        means = {
+            "advantage/abs_mean": advantages.abs().mean().to(self.loss.device),
+            "ratio/mean": self.ratio_mean,
+            "clip_fraction": self.clip_fraction,
+            "approx_kl": self.approx_kl,
+            "loss": self.loss,
+            "kl_to_start": self.kl_to_start,
+            "skipped_transitions": self.loss.new_tensor(self.skipped),
+        }
+        if self.pretraining_loss is not None:
+            means["pretraining/loss"] = self.loss.new_tensor(self.pretraining_loss)
+        averaged = parallel.all_gather(torch.stack(list(means.values()))[None]).mean(dim=0).tolist()
+        deviation = parallel.all_gather(self.ratio_max_deviation[None]).max().item()
+        return {
+            **dict(zip(means, averaged, strict=True)),
+            "ratio/max_deviation": deviation,
+            "grad_norm": self.grad_norm,
+        }
+
+    def timings(self) -> dict[str, float]:
+        seconds = {"seconds/update": self.seconds}
+        if self.pretraining_loss is not None:
+            seconds["seconds/pretraining"] = self.pretraining_seconds
+        return seconds
+
+
+@dataclass
+class Record:
+    """What the updates of a rollout have left so far; tensors stay on the device until `summary`."""
+
+    stats: list[RatioStats] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    kls: list[Tensor] = field(default_factory=list)
+    extra_losses: list[Tensor] = field(default_factory=list)
+    extra_seconds: float = 0.0
+    grad_norm: float = 0.0
+    num_updates: int = 0
+    num_chosen: int = 0
+    num_trained: int = 0
+
+    def micro_batch(self, stats: RatioStats, loss: Tensor, kl: Tensor) -> None:
+        """Notes a micro-batch's statistics, loss () and KL ()."""
+        self.stats.append(stats)
+        self.losses.append(loss)
+        self.kls.append(kl)
+
+    def update(self, num_chosen: int, num_trained: int) -> None:
+        """Notes that an update has ended, of so many transitions."""
+        self.num_updates += 1
+        self.num_chosen += num_chosen
+        self.num_trained += num_trained
+
+    def summary(self, seconds: float) -> UpdateMetrics:
+        extra = torch.stack(self.extra_losses).sum().item() / self.num_updates if self.extra_losses else None
+        return UpdateMetrics(
+            ratio_mean=torch.stack([s.ratio_mean for s in self.stats]).mean(),
+            ratio_max_deviation=torch.stack([s.ratio_max_deviation for s in self.stats]).max(),
+            clip_fraction=torch.stack([s.clip_fraction for s in self.stats]).mean(),
+            approx_kl=torch.stack([s.approx_kl for s in self.stats]).mean(),
+            loss=torch.stack(self.losses).mean(),
+            kl_to_start=torch.stack(self.kls).mean(),
+            skipped=1 - self.num_trained / self.num_chosen,
+            pretraining_loss=extra,
+            grad_norm=self.grad_norm,
+            seconds=seconds,
+            pretraining_seconds=self.extra_seconds,
+        )
