@@ -126,6 +126,11 @@ def _shuffled_rows(total: int, count: int, seed: int) -> list[int]:
 class PromptSampler:
     """Draws from a list or a file of prompts."""
 
+    _generator: torch.Generator
+    _order: Tensor  # (N,) int32, the rows of this pass; none before the first
+    _position: int  # in _order
+    _num_batches: int  # drawn so far
+
     def __init__(self, prompts: Sequence[Prompt], share: Share, where: str = "prompts.source") -> None:
         """where: what errors begin with, as prompts.source=FILE; ValueError where an iteration takes more than all."""
         if share.num_drawn_together > len(prompts):
@@ -160,7 +165,7 @@ class PromptSampler:
 
     def _restart(self) -> None:
         self._generator = torch.Generator().manual_seed(self._share.seed)
-        self._order = torch.empty(0, dtype=torch.int32)  # (N,) the rows of this pass; none before the first
+        self._order = torch.empty(0, dtype=torch.int32)
         self._position = 0
         self._num_batches = 0
 

@@ -53,6 +53,10 @@ class _Options:
 class PromptStream:
     """The texts of a dataset window by window, pass after pass."""
 
+    _examples: Iterator[Mapping[str, Any]]
+    _window_start: dict[str, Any]  # the dataset's state at the start of the window that was read last
+    _next_start: dict[str, Any]  # and at the start of the next one
+
     def __init__(self, source: str, where: str) -> None:
         """`where`: what errors begin with, as prompts.source=hf:...; raises ValueError for what cannot be streamed."""
         self._where = where
@@ -100,6 +104,10 @@ class StreamSampler:
     process reads all of the text for that, which is small beside the images made of it: an iteration's hundred prompts
     are some 10 kB. The prompts of an iteration are distinct examples, except where a pass ends in it.
     """
+
+    _window: list[str]  # shuffled
+    _number: int  # of the window, from the run's start
+    _position: int  # in the window
 
     def __init__(self, source: str, share: Share, field: str = "prompts.source") -> None:
         """Reads the first window; `field`: the config field of `source`, for errors."""
