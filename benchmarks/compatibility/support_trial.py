@@ -156,7 +156,7 @@ def _loss(config: Config, policy: GaussianPolicy, before: GaussianPolicy, share:
     t = share.trajectory.transitions(torch.arange(share.trajectory.num_transitions))
     m, coef = policy.network_output(t.x_t, t.step, t.conditioning), policy.coefficients(t.step)
     algorithm = PPO(clip_range=config.update.clip_range, advantage_clip=config.update.advantage_clip)
-    weights = algorithm.weights(share.advantages)
+    weights = algorithm.sample_weights(share.advantages)
     loss, _ = algorithm.loss_of_output(t, m, coef, None, weights[t.sample])
     m_ref = before.network_output(t.x_t, t.step, t.conditioning)
     return loss + config.update.kl_weight * functional.gaussian_kl(m, m_ref, coef).mean()

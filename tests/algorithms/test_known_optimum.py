@@ -76,7 +76,7 @@ def train(name: Any, kind: Any, num_iterations: int, scale: Any = "batch", **set
     for iteration in range(num_iterations):
         trajectory, image = policy.sample(encode(prompts(len(texts))), generator)
         rewards = -(image - GOAL[:, None, None]).square().flatten(1).sum(dim=1)
-        weights = algorithm.weights(advantages(rewards, texts))
+        weights = algorithm.sample_weights(advantages(rewards, texts))
         updater.update(trajectory, weights, Turn(iteration))
     return network
 

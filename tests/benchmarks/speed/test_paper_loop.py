@@ -108,7 +108,7 @@ def our_gradient(backbone: Backbone, trajectory: Trajectory, last_step: str) -> 
     network = copy.deepcopy(backbone.unet)
     engine = GradientsOnly(network, trajectory.num_transitions // UPDATE.micro_batch_size)
     policy = policy_of(backbone, last_step, engine)
-    weights = PPO().weights(ADVANTAGES)  # clamped, as the trainer has them
+    weights = PPO().sample_weights(ADVANTAGES)  # clamped, as the trainer has them
     Updater(policy, PPO(), engine, UPDATE).update(trajectory, weights, Turn(0))
     return gradient_of(network)
 
