@@ -85,7 +85,7 @@ class Trajectory:
         return self.log_probs.numel()
 
     def transitions(self, rows: Tensor) -> Transitions:
-        """Returns the transitions `rows` (N,) int64, flat indices b * K + k; copies the states on the latents' device."""
+        """Returns the transitions `rows` (N,) int64, flat indices b * K + k; copies states on the latents' device."""
         rows = rows.to(self.latents.device)
         sample, step = rows // self.num_actions, rows % self.num_actions
         return Transitions(

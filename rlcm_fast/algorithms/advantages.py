@@ -68,7 +68,7 @@ class PromptAdvantages:
     """
 
     def __init__(self, buffer_size: int, min_count: int, epsilon: float = 1e-6) -> None:
-        """buffer_size: how many rewards a prompt keeps; min_count: how many it needs before its own statistics are used."""
+        """buffer_size: how many rewards a prompt keeps; min_count: how many it needs for statistics of its own."""
         if not 1 <= min_count <= buffer_size:
             raise ValueError(
                 f"advantages.min_count={min_count} must lie between 1 and advantages.buffer_size={buffer_size}, or a"
@@ -96,7 +96,7 @@ class PromptAdvantages:
         return torch.tensor(advantages, dtype=torch.float32, device=rewards.device)
 
     def _statistics(self, prompt: Prompt) -> tuple[float, float] | None:
-        """Returns mean and standard deviation of the prompt's buffer; None while it holds fewer than min_count rewards."""
+        """Returns mean and standard deviation of the prompt's buffer; None below min_count rewards."""
         buffer = self._buffers[prompt]
         return _mean_and_std(buffer) if len(buffer) >= self._min_count else None
 

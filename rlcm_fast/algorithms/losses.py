@@ -46,7 +46,7 @@ class Algorithm:
     advantage_clip: float = 10.0
 
     samples_together: ClassVar[int] = 1
-    """How many neighbouring samples an update takes together, with all their actions; 1: it mixes transitions freely."""
+    """How many neighbouring samples an update takes together, with all actions; 1: it mixes transitions freely."""
     clips: ClassVar[bool] = False
     """Whether the loss changes if a ratio leaves update.clip_range."""
 
@@ -78,7 +78,7 @@ class Algorithm:
     def loss_of_output(
         self, transitions: Transitions, m: Tensor, coef: Tensor, log_prob_old: Tensor | None, signals: Tensor
     ) -> tuple[Tensor, RatioStats]:
-        """Returns `loss` of the transitions' log-probs for network outputs m (N, C, H, W) and coef (N, 3) = A, B, sigma."""
+        """Returns `loss` of the transitions' log-probs for outputs m (N, C, H, W) and coef (N, 3) = A, B, sigma."""
         return functional.policy_loss(transitions.x_t, m, transitions.x_s, coef, None, signals, 1.0, math.inf)
 
 
