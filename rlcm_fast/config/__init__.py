@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from rlcm_fast.config.parser import parse, parser_of
+from rlcm_fast.config.ranges import NonNegativeInt, PositiveInt
 from rlcm_fast.config.sections import (
     AdvantagesConfig,
     AlgorithmConfig,
@@ -103,9 +104,9 @@ class Config:
     """what is written for people to look at"""
     run_dir: str = "runs/default"
     """Folder of the run: config, metrics, grids, checkpoints, export."""
-    num_iterations: int = 100
+    num_iterations: PositiveInt = 100
     """Iterations: one rollout and the updates on it, each."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of everything random; processes derive their own from it."""
     resume: str | None = None
     """latest (of run_dir) or a checkpoint folder to continue from; null starts anew."""

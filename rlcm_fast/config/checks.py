@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from rlcm_fast.config import Config, RewardConfig
 from rlcm_fast.config.algorithm_checks import check_algorithm
 from rlcm_fast.config.engine_checks import check_engine
+from rlcm_fast.config.ranges import check_ranges
 from rlcm_fast.config.sizes import check_sizes, num_actions, num_trained
 from rlcm_fast.config.tasks import check_task_names, check_tasks, rounds_of, tasks_of
 
@@ -23,18 +22,9 @@ _BESIDE_TASKS = (
 )
 
 
-class _Bound(NamedTuple):
-    field: str
-    value: float
-    allowed: bool
-    remedy: str
-
-
 def validate(config: Config, world_size: int) -> None:
     """Raise ValueError "field=value ...; remedy" for the first value or combination that cannot work."""
-    for field, value, allowed, remedy in _bounds(config):
-        if not (allowed and math.isfinite(value)):
-            raise ValueError(f"{field}={value} is out of range; give {remedy}")
+    check_ranges(config)
     _check_use(config)
     _check_policy(config)
     check_task_names(config)
@@ -69,77 +59,6 @@ def derived(config: Config, world_size: int) -> dict[str, int]:
         "total_updates": updates * config.num_iterations,
         "total_queries": sum(samples) * config.num_iterations,
     }
-
-
-def _bounds(config: Config) -> Iterator[_Bound]:
-    """Every field that has a range of its own."""
-    yield from _counts(config)
-    policy, update, optimizer = config.policy, config.update, config.optimizer
-    scale = policy.guidance_scale
-    yield _Bound("policy.guidance_scale", scale, scale >= 1, "1 (no guidance) or more")
-    yield _Bound("policy.eta", policy.eta, 0 < policy.eta <= 1, "a number in (0, 1]: without noise there is no action")
-    algorithm = config.algorithm
-    yield _Bound("algorithm.eta", algorithm.eta, algorithm.eta > 0, "a positive number, as 1")
-    yield _Bound("algorithm.temperature", algorithm.temperature, algorithm.temperature > 0, "a positive number, as 1")
-    last = policy.last_sigma
-    yield _Bound(
-        "policy.last_sigma", last, last > 0, "a positive number, as 0.1; the latent's own deviation is about 1"
-    )
-    yield _Bound("lora.alpha", config.lora.alpha, config.lora.alpha > 0, "a positive number, as 16")
-    yield _Bound("update.clip_range", update.clip_range, 0 < update.clip_range < 1, "a number in (0, 1), as 1e-4")
-    yield _Bound("update.advantage_clip", update.advantage_clip, update.advantage_clip > 0, "a positive number, as 10")
-    yield _Bound("update.max_grad_norm", update.max_grad_norm, update.max_grad_norm >= 0, "0 (off) or more")
-    yield _Bound("update.kl_weight", update.kl_weight, update.kl_weight >= 0, "0 (off) or more")
-    beta, dropout = config.pretraining.weight, config.pretraining.caption_dropout
-    yield _Bound("pretraining.weight", beta, beta >= 0, "0 (off) or more")
-    yield _Bound("pretraining.caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1], as 0.1")
-    yield _Bound("ema.decay", config.ema.decay, 0 <= config.ema.decay < 1, "a number in [0, 1), as 0.99; 0 is off")
-    yield _Bound("optimizer.lr", optimizer.lr, optimizer.lr > 0, "a positive number, as 1e-4")
-    yield _Bound("optimizer.eps", optimizer.eps, optimizer.eps > 0, "a positive number, as 1e-8")
-    yield _Bound("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "0 (off) or more")
-    fraction = optimizer.final_lr_fraction
-    yield _Bound("optimizer.final_lr_fraction", fraction, 0 <= fraction <= 1, "a number in [0, 1]; 1 is constant")
-    for index, beta in enumerate(optimizer.betas):
-        yield _Bound(f"optimizer.betas[{index}]", beta, 0 <= beta < 1, "a number in [0, 1)")
-
-
-def _counts(config: Config) -> Iterator[_Bound]:
-    at_least_one = {
-        "num_iterations": config.num_iterations,
-        "policy.num_steps": config.policy.num_steps,
-        "prompts.num_prompts": config.prompts.num_prompts,
-        "prompts.images_per_prompt": config.prompts.images_per_prompt,
-        "rollout.micro_batch_size": config.rollout.micro_batch_size,
-        "rollout.reward_workers": config.rollout.reward_workers,
-        "advantages.buffer_size": config.advantages.buffer_size,
-        "update.num_passes": config.update.num_passes,
-        "update.num_updates": config.update.num_updates,
-        "update.micro_batch_size": config.update.micro_batch_size,
-        "pretraining.batch_size": config.pretraining.batch_size,
-        "pretraining.micro_batch_size": config.pretraining.micro_batch_size,
-        "evaluation.num_images": config.evaluation.num_images,
-        "evaluation.micro_batch_size": config.evaluation.micro_batch_size,
-        "checkpoint.keep": config.checkpoint.keep,
-        "tracking.grid_images": config.tracking.grid_images,
-    }
-    at_least_zero = {
-        "seed": config.seed,
-        "model.image_size": config.model.image_size,
-        "lora.rank": config.lora.rank,
-        "update.num_timesteps": config.update.num_timesteps,
-        "tracking.task_gradients_every": config.tracking.task_gradients_every,
-        "rollout.decode_batch_size": config.rollout.decode_batch_size,
-        "pretraining.workers": config.pretraining.workers,
-        "evaluation.seed": config.evaluation.seed,
-        "evaluation.every": config.evaluation.every,
-        "checkpoint.every": config.checkpoint.every,
-        "tracking.grid_every": config.tracking.grid_every,
-        "optimizer.warmup_updates": config.optimizer.warmup_updates,
-    }
-    for field, value in at_least_one.items():
-        yield _Bound(field, value, value >= 1, "1 or more")
-    for field, value in at_least_zero.items():
-        yield _Bound(field, value, value >= 0, "0 or more")
 
 
 def _check_use(config: Config) -> None:

@@ -14,6 +14,7 @@ from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from rlcm_fast.config.mistakes import check_arguments, complete_items, explain, read_file, split_arguments
+from rlcm_fast.config.ranges import ranges_of
 
 ConfigClass = TypeVar("ConfigClass")
 
@@ -36,7 +37,10 @@ def parse(argv: Sequence[str], config_class: type[ConfigClass]) -> ConfigClass:
 
 
 def parser_of(config_class: type) -> ArgumentParser:
-    """The parser behind `--help`: one group a section, one dotted option a field, its help the field's docstring."""
+    """The parser behind `--help`: one group a section, one dotted option a field.
+
+    A field's help is its docstring, and in brackets which numbers it may have.
+    """
     parser = ArgumentParser(
         prog="train.py",
         usage="deepspeed rlcm_fast/train.py [--config FILE.yaml] [--section.field VALUE ...]",
@@ -52,9 +56,11 @@ def parser_of(config_class: type) -> ArgumentParser:
 
 def _add_fields(parser: ArgumentParser, group: Any, config_class: type, prefix: str) -> None:
     help_texts = {item.arg_name: item.description for item in parse_from_object(config_class).params}
-    hints = get_type_hints(config_class)
+    hints, ranges = get_type_hints(config_class), ranges_of(config_class)
     for item in fields(config_class):
         hint, text = hints[item.name], help_texts[item.name]
+        if item.name in ranges:
+            text = f"{text} [{ranges[item.name].remedy}]"
         if is_dataclass(hint):
             section = parser.add_argument_group(f"{item.name}: {text}")
             _add_fields(parser, section, cast(type, hint), f"{prefix}{item.name}.")

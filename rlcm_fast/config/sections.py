@@ -1,9 +1,14 @@
-"""The sections of the configuration; a field's docstring is its text in --help. `config.py` puts them together."""
+"""The sections of the configuration, which `config/__init__.py` puts together.
+
+A field has its type and choices, its range (ranges.py), its default, and a docstring, which is its text in --help.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from rlcm_fast.config.ranges import NonNegativeInt, PositiveInt, ZeroIsOff, at_least, positive, within
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class ModelConfig:
     """The pipeline that path's UNet goes into (for latent-consistency/lcm-sdxl: SDXL); null: path is a pipeline."""
     lora: str | None = None
     """An LCM-LoRA to fuse into the UNet before training: a folder, a .safetensors file or a hub id."""
-    image_size: int = 0
+    image_size: NonNegativeInt = 0
     """Pixels of an image's sides, as 512; 0: what the UNet's config names. An export draws this size, too."""
 
 
@@ -26,9 +31,9 @@ class ModelConfig:
 class LoraConfig:
     """Adapters to train instead of all weights."""
 
-    rank: int = 0
+    rank: NonNegativeInt = 0
     """Rank of the adapters B A, which are float32 beside a frozen UNet; 0: all weights of the UNet are trained."""
-    alpha: float = 16.0
+    alpha: Annotated[float, positive("16")] = 16.0
     """The adapters are scaled by alpha / rank."""
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     """Layers of the UNet that get one, by the end of their names."""
@@ -40,15 +45,15 @@ class PolicyConfig:
 
     kind: Literal["consistency", "ddim"] = "consistency"
     """consistency: few-step sampling of a latent consistency model; ddim: a diffusion model (DDPO)."""
-    num_steps: int = 4
+    num_steps: PositiveInt = 4
     """Denoising steps S of a sample; S - 1 of them are actions, since the last is deterministic."""
-    guidance_scale: float = 4.0
+    guidance_scale: Annotated[float, at_least(1, "1 (no guidance) or more")] = 4.0
     """Classifier-free guidance; 1 is none. A consistency model takes it as an input; an LCM-LoRA model calls twice."""
-    eta: float = 1.0
+    eta: Annotated[float, within("(0, 1]", "a number in (0, 1]: without noise there is no action")] = 1.0
     """Noise of a ddim step, in (0, 1]; without meaning for consistency."""
     last_step: Literal["deterministic", "renoise", "sampled"] = "deterministic"
     """renoise: the RLCM paper's last action, which noises an image that is thrown away; sampled: one that draws it."""
-    last_sigma: float = 0.1
+    last_sigma: Annotated[float, positive("0.1; the latent's own deviation is about 1")] = 0.1
     """Noise of the last action, in the latent, with last_step=sampled; evaluations draw without it."""
 
 
@@ -58,9 +63,9 @@ class PromptsConfig:
 
     source: str = "shapes:one"
     """shapes:one, two, neutral, all (also with :held_out), a .txt or .jsonl file, hf:PATH, package.module:function."""
-    num_prompts: int = 16
+    num_prompts: PositiveInt = 16
     """Distinct prompts of an iteration, over all processes."""
-    images_per_prompt: int = 4
+    images_per_prompt: PositiveInt = 4
     """Images of each prompt in an iteration; times num_prompts it is the batch size B."""
 
 
@@ -74,7 +79,7 @@ class RewardConfig:
     """Its factor in the total reward."""
     arguments: dict = field(default_factory=dict)
     """Keyword arguments of its class."""
-    group_size: int = 0
+    group_size: Annotated[int, at_least(0, "0 (all images) or more")] = 0
     """Images of a set reward's group, neighbours in the batch; 0: all images of a task on a process."""
     credit: Literal["group", "leave_one_out"] = "group"
     """What an image gets of its group's value: all of it, or the value minus that of the group without the image."""
@@ -90,9 +95,9 @@ class TaskConfig:
     """Its prompts, as prompts.source."""
     rewards: list[RewardConfig]
     """Its rewards, as the section rewards."""
-    share: float = 1.0
+    share: Annotated[float, within("(0, inf)", "a positive number, or drop the task")] = 1.0
     """Its share of an iteration's images, in proportion to the others'."""
-    images_per_prompt: int = 0
+    images_per_prompt: NonNegativeInt = 0
     """Images of each of its prompts in an iteration; 0: prompts.images_per_prompt."""
     advantages: Literal["", "prompt", "batch", "group", "leave_one_out"] = ""
     """Its advantages, of statistics of its own; empty: advantages.kind."""
@@ -104,13 +109,13 @@ class TaskConfig:
 class RolloutConfig:
     """Sampling and rewarding."""
 
-    micro_batch_size: int = 64
+    micro_batch_size: PositiveInt = 64
     """Samples of one sampling pass, per process."""
-    reward_workers: int = 2
+    reward_workers: PositiveInt = 2
     """Threads that compute rewards while the next samples are drawn, per process; all tasks share them."""
     shared_noise: bool = False
     """All images of a prompt in an iteration start from the same noise, and differ by the noise of their steps."""
-    decode_batch_size: int = 0
+    decode_batch_size: NonNegativeInt = 0
     """Images that the VAE decodes at once, in evaluations too; 0: as many as were sampled."""
 
 
@@ -122,7 +127,7 @@ class AdvantagesConfig:
     """prompt: running statistics per prompt; batch: the batch's; group, leave_one_out: the prompt's other images."""
     scale: Literal["batch", "group", "none"] = "batch"
     """Whose standard deviation divides (kinds group and leave_one_out): the batch's, each group's own, or nobody's."""
-    buffer_size: int = 16
+    buffer_size: PositiveInt = 16
     """Rewards kept per prompt (kind prompt)."""
     min_count: int = 16
     """Rewards a prompt needs before its own statistics are used instead of the batch's (kind prompt)."""
@@ -134,9 +139,9 @@ class AlgorithmConfig:
 
     name: Literal["ppo", "grpo", "reinforce", "rebel", "dpok", "rwr"] = "ppo"
     """ppo: RLCM's and DDPO's clipped loss; grpo: that within groups; dpok: that with KL; rwr: weighted regression."""
-    eta: float = 1.0
+    eta: Annotated[float, positive("1")] = 1.0
     """rebel: change of the log-prob (mean over C, H, W, sum over steps) that one unit of advantage asks for."""
-    temperature: float = 1.0
+    temperature: Annotated[float, positive("1")] = 1.0
     """rwr: samples are weighted by exp(advantage / temperature)."""
 
 
@@ -144,28 +149,28 @@ class AlgorithmConfig:
 class UpdateConfig:
     """The optimizer steps on a rollout."""
 
-    clip_range: float = 1e-4
+    clip_range: Annotated[float, within("(0, 1)", "a number in (0, 1), as 1e-4")] = 1e-4
     """PPO clip of the ratio; log-probs are means over C, H, W, hence its size."""
-    advantage_clip: float = 10.0
+    advantage_clip: Annotated[float, positive("10")] = 10.0
     """Advantages are clamped to plus and minus this."""
-    num_passes: int = 1
+    num_passes: PositiveInt = 1
     """Passes over a rollout."""
-    num_updates: int = 1
+    num_updates: PositiveInt = 1
     """Optimizer steps of a pass."""
-    num_timesteps: int = 0
+    num_timesteps: NonNegativeInt = 0
     """Actions of each sample that are trained on, drawn anew for each rollout, as 5 of DDPO's 50; 0: all."""
     order: Literal["mixed", "by_step"] = "mixed"
     """mixed: an update's transitions are of all steps; by_step: of as few steps as can be (2401.12244: one)."""
-    micro_batch_size: int = 64
+    micro_batch_size: PositiveInt = 64
     """Transitions of one forward and backward, per process; must divide the transitions of an update."""
     old_log_probs: Literal["rollout", "recompute"] = "rollout"
     """What ratios compare with: the rollout's, or once more in the update's micro-batch size, which rounds as it does.
     With one update a rollout neither is needed."""
     step_weights: Literal["equal", "sensitivity"] = "equal"
     """sensitivity: each step's loss is divided by B / sigma, what its mean moves by the network's output."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: ZeroIsOff = 1.0
     """Gradient norm above which gradients are scaled down; 0 is off."""
-    kl_weight: float = 0.0
+    kl_weight: ZeroIsOff = 0.0
     """Weight of the closed-form KL divergence to the frozen start model; 0 is off."""
     kl_reference: Literal["copy", "offload"] = "copy"
     """The start model: a second copy on the device, or in the CPU's memory, swapped in for a pass a rollout."""
@@ -186,15 +191,15 @@ class PretrainingConfig:
 
     data: str = ""
     """A folder, a .jsonl file, .tar shards, hf:PATH, shapes:all or package.module:function; see pairs/sources.py."""
-    weight: float = 0.0
+    weight: ZeroIsOff = 0.0
     """Its factor beside the reward's loss (beta of arXiv 2401.12244); 0 is off."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Pairs of an update, over all processes."""
-    micro_batch_size: int = 64
+    micro_batch_size: PositiveInt = 64
     """Pairs of one forward and backward, per process; must divide those of an update."""
-    caption_dropout: float = 0.1
+    caption_dropout: Annotated[float, within("[0, 1]", "a share in [0, 1], as 0.1")] = 0.1
     """Share of captions replaced by the empty text, which guidance needs."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Processes that decode images ahead of their use, per process; 0: the training process itself."""
 
 
@@ -204,17 +209,17 @@ class OptimizerConfig:
 
     name: Literal["adamw", "adam", "adamw_8bit", "bnb_adamw_8bit", "bnb_paged_adamw_8bit"] = "adamw"
     """adamw and adam of torch; adamw_8bit, our kernel; bnb_...: bitsandbytes', paged: states may move to the CPU."""
-    lr: float = 1e-4
+    lr: Annotated[float, positive("1e-4")] = 1e-4
     """Learning rate after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], within("[0, 1)", "a number in [0, 1)")] = (0.9, 0.999)
     """Decay of the first and second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, positive("1e-8")] = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.0
+    weight_decay: ZeroIsOff = 0.0
     """Decoupled weight decay (adamw)."""
-    warmup_updates: int = 0
+    warmup_updates: NonNegativeInt = 0
     """Updates over which the learning rate rises linearly from 0."""
-    final_lr_fraction: float = 1.0
+    final_lr_fraction: Annotated[float, within("[0, 1]", "a number in [0, 1]; 1 is constant")] = 1.0
     """The learning rate falls linearly to this fraction of lr over the run; 1 is constant."""
 
 
@@ -248,7 +253,7 @@ class EngineConfig:
 class EmaConfig:
     """A moving average of the weights."""
 
-    decay: float = 0.0
+    decay: Annotated[float, within("[0, 1)", "a number in [0, 1), as 0.99; 0 is off")] = 0.0
     """Evaluations, grids and the export use weights averaged with this decay, as 0.99; 0 is off."""
     device: Literal["model", "cpu"] = "model"
     """Where the average (float32) is kept: beside the network, or in the CPU's memory."""
@@ -258,17 +263,17 @@ class EmaConfig:
 class EvaluationConfig:
     """Held-out images at fixed seeds."""
 
-    every: int = 10
+    every: NonNegativeInt = 10
     """Iterations between evaluations; 0 is off."""
-    num_images: int = 64
+    num_images: PositiveInt = 64
     """Images of an evaluation, over all processes."""
     prompts: str = "shapes:one:held_out"
     """Prompt source, as prompts.source."""
     rewards: list[RewardConfig] = field(default_factory=list)
     """Rewards to measure besides the trained ones, which are always measured; of several tasks those of others, too."""
-    micro_batch_size: int = 64
+    micro_batch_size: PositiveInt = 64
     """Samples of one sampling pass, per process."""
-    seed: int = 1234
+    seed: NonNegativeInt = 1234
     """Seed of the initial noise."""
 
 
@@ -276,9 +281,9 @@ class EvaluationConfig:
 class CheckpointConfig:
     """Checkpoints to resume from."""
 
-    every: int = 50
+    every: NonNegativeInt = 50
     """Iterations between checkpoints; 0: only at the end."""
-    keep: int = 2
+    keep: PositiveInt = 2
     """Checkpoints kept; older ones are deleted."""
 
 
@@ -290,11 +295,11 @@ class TrackingConfig:
     """Write TensorBoard events into the run folder."""
     wandb: bool = False
     """Log to Weights & Biases too (needs the extra: pip install 'rlcm_fast[wandb]')."""
-    grid_every: int = 20
+    grid_every: NonNegativeInt = 20
     """Iterations between image grids from fixed prompts and seeds; 0 is off."""
-    grid_images: int = 16
+    grid_images: PositiveInt = 16
     """Images of a grid."""
-    task_gradients_every: int = 10
+    task_gradients_every: NonNegativeInt = 10
     """Iterations between measurements of each task's gradient, where an engine holds all gradients; 0 is off."""
     plan: bool = True
     """On a GPU, say at the start whether the run fits, and after an iteration how far off that was."""

@@ -60,9 +60,6 @@ def _check_groups(config: Config, world_size: int) -> None:
     for task in tasks_of(config):
         of = f" of task {task.name}" if config.tasks else ""
         trained = {f"{task.rewards_field}[{i}]": reward for i, reward in enumerate(task.rewards)}
-        for field, reward in {**trained, **watched}.items():
-            if reward.group_size < 0:
-                raise ValueError(f"{field}.group_size={reward.group_size} is out of range; give 0 (all images) or more")
         samples = task.num_samples // world_size
         for field, reward in trained.items():
             if reward.credit == "leave_one_out" and (reward.group_size or samples) == 1:

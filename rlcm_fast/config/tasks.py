@@ -68,7 +68,7 @@ def rounds_of(config: Config) -> list[list[Task]]:
 
 
 def check_task_names(config: Config) -> None:
-    """Each task has a name of its own, which becomes part of the keys of metrics, and a share."""
+    """Each task has a name of its own, which becomes part of the keys of metrics."""
     names = [task.name for task in config.tasks]
     for index, task in enumerate(config.tasks):
         where = f"tasks[{index}]"
@@ -76,10 +76,6 @@ def check_task_names(config: Config) -> None:
             raise ValueError(f"{where}.name='{task.name}' is no name; give a word without '/', as alignment")
         if names.index(task.name) < index:
             raise ValueError(f"{where}.name={task.name} is already that of another task; give each its own")
-        if not 0 < task.share < float("inf"):
-            raise ValueError(f"{where}.share={task.share} is out of range; give a positive number, or drop the task")
-        if task.images_per_prompt < 0:
-            raise ValueError(f"{where}.images_per_prompt={task.images_per_prompt} is out of range; give 0 or more")
 
 
 def check_tasks(config: Config, world_size: int) -> None:
