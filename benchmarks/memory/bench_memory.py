@@ -188,6 +188,7 @@ def planned(case: Case) -> dict[str, Any]:
     import torch
 
     from rlcm_fast.backbones.loading import resolve_model_path
+    from rlcm_fast.config.resolved import resolve
     from rlcm_fast.planner.architecture import load_architecture
     from rlcm_fast.planner.estimate import estimate_memory, measure, strategy_of
     from rlcm_fast.planner.workload import Workload
@@ -198,7 +199,7 @@ def planned(case: Case) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         strategy = replace(strategy, moves_idle=False)  # idle parts have nowhere to go
-    profiles, workload = measure(architecture, strategy, device), Workload.of(config, 1)
+    profiles, workload = measure(architecture, strategy, device), Workload.of(resolve(config, 1))
     memory = estimate_memory(strategy, profiles, workload, device=device)
     return {"stages": {stage: size - memory.overhead for stage, size in memory.stages.items()}}
 

@@ -141,7 +141,7 @@ def _mode(
     config: Config, num_pairs: int, rate: float, flops: dict[str, float]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A row of the iteration, and rows of inference."""
-    from rlcm_fast.config.checks import derived
+    from rlcm_fast.config.resolved import resolve
 
     _forget_peak()
     start = time.perf_counter()
@@ -155,9 +155,9 @@ def _mode(
         update = _median_of_log(Path(trainer.config.run_dir), "seconds/update")
         rollout = _median_of_log(Path(trainer.config.run_dir), "seconds/rollout")
     rows = [pair(*both) for both in zip(full, bare[1:-1], strict=True)]
-    numbers = derived(config, 1)
-    images = numbers["samples_per_iteration"]
-    transitions = images * numbers["actions_per_sample"] * config.update.num_passes
+    sizes = resolve(config, 1).sizes
+    images = sizes.samples_per_iteration
+    transitions = images * sizes.actions_per_sample * config.update.num_passes
     of_update = transitions / update / rate / 1e12
     row = {
         "compile": config.engine.compile,

@@ -161,13 +161,13 @@ def with_micro_batches(config: Config, size: int) -> Config:
 
 def throughput(config: Config, size: int, num_iterations: int) -> dict[str, Any]:
     """Images/s of full iterations at one micro-batch size, sampling and training alike; the first is a warm-up."""
-    from rlcm_fast.config.checks import derived
+    from rlcm_fast.config.resolved import resolve
 
     sized = with_micro_batches(config, size)
     with temporary_trainer(sized, num_iterations + 2) as trainer:
         times = run_with_hook(trainer, lambda: None)[1:]
     median = statistics.median(row["wall"] for row in times)
-    images = derived(sized, 1)["samples_per_iteration"]
+    images = resolve(sized, 1).sizes.samples_per_iteration
     return {"micro_batch_size": size, "images_per_second": images / median, "seconds_per_iteration": median}
 
 

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     files = [part for file in arguments.config or [] for part in ("--config", file)]
     config = parse_config([*files, *arguments.overrides])
-    validate(config, arguments.processes)
+    resolved = validate(config, arguments.processes)
     if not arguments.reward_gib >= 0:
         raise ValueError(f"reward-gib={arguments.reward_gib} is no size; give 0 or more")
     gpus = [find_gpu(arguments.gpu)] if arguments.gpu is not None else list(GPUS.values())
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     architecture = load_architecture(path)
     image_size = arguments.image_size or config.model.image_size or None
     _check_image_size(image_size, architecture.pixels_per_latent)
-    planner = Planner(architecture, Workload.of(config, arguments.processes), round(arguments.reward_gib * GIB))
+    planner = Planner(architecture, Workload.of(resolved), round(arguments.reward_gib * GIB))
     strategy = strategy_of(config, image_size or architecture.image_size, architecture.embeds_guidance)
     if arguments.json:
         print(json.dumps(_report(config, planner, strategy, gpus), indent=2))
