@@ -53,7 +53,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["rlcm_fast", "rlcm_fast.*"], exclude=["rlcm_fast.kernels*"]), *KERNELS],
     package_dir={"rlcm_fast.kernels": "kernels"},
-    package_data={"rlcm_fast.shapes": ["models/**/*"], "rlcm_fast.engine": ["architectures/*.json"]},
+    package_data={"rlcm_fast.shapes": ["models/**/*"], "rlcm_fast.planner": ["architectures/*.json"]},
     install_requires=REQUIREMENTS,
     extras_require={
         "test": TEST + LINT,
