@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,8 +148,9 @@ def smoke_run(recipe: str, folder: Path, request: pytest.FixtureRequest, more: l
     """The last of two iterations; everything is the recipe's but what needs a hub, a GPU, a compiler or much time."""
     family = recipe.partition("/")[0]
     model = request.getfixturevalue("tiny_lcm_folder" if family == "rlcm" else "tiny_sd_folder")
-    config = folder / "config.yaml"
-    config.write_text(_without_a_hub(Path(f"configs/{recipe}.yaml").read_text(), folder))
+    shutil.copytree("configs", folder / "configs")  # the files that it names stay beside it
+    config = folder / "configs" / f"{recipe}.yaml"
+    config.write_text(_without_a_hub(config.read_text(), folder))
     sizes = ["--model.image_size=0", f"--prompts.num_prompts={NUM_PROMPTS.get(recipe, 16)}", *SMALL[family]]
     run = ["--num_iterations=2", f"--run_dir={folder / 'run'}", f"--model.path={model}", "--engine.compile=off"]
     Trainer(parse_config(["--config", str(config), *(more or []), *sizes, *run])).run()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rlcm_fast.cli import evaluate, plan, sample
+from rlcm_fast.cli import configs, evaluate, plan, sample
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,10 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="rlcm-fast", description="Look at a model, measure it, plan its training, which is rlcm_fast/train.py."
+        prog="rlcm-fast",
+        description="Look at a model, measure it, find a config and plan its training, which is rlcm_fast/train.py.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module, name in ((sample, "sample"), (evaluate, "evaluate"), (plan, "plan")):
+    for module, name in ((sample, "sample"), (evaluate, "evaluate"), (configs, "configs"), (plan, "plan")):
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
         module.add_arguments(command)

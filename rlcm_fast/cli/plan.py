@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "rlcm-fast plan --config FILE.yaml [--gpu NAME] [--section.field VALUE ...]"
-    parser.add_argument(
-        "--config", action="append", metavar="FILE", help="as train.py takes it, whose --help has fields"
-    )
+    parser.usage = "rlcm-fast plan --config FILE [--gpu NAME] [--section.field VALUE ...]"
+    config = "a YAML file, or a name of `rlcm-fast configs`, as train.py takes it, whose --help has the fields"
+    parser.add_argument("--config", action="append", metavar="FILE", help=config)
     parser.add_argument("--gpu", metavar="NAME", help="rtx4090, h100, ... (a wrong name lists all); left out: all")
     parser.add_argument("--processes", type=positive_int, default=1, help="GPUs of the run")
     size = "pixels of a side; left out: what the model's UNet says, which is what train.py draws"

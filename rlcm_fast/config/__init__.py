@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser
 
+from rlcm_fast.config.files import RESOLVED
 from rlcm_fast.config.parser import parse, parser_of
 from rlcm_fast.config.ranges import NonNegativeInt, PositiveInt
 from rlcm_fast.config.sections import (
@@ -121,7 +122,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The config as a YAML file that `--config` reads back to an equal one."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return f"{RESOLVED}\n{yaml.safe_dump(to_dict(config), sort_keys=False)}"
 
 
 def _plain(value: Any) -> Any:

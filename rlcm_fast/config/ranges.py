@@ -1,15 +1,13 @@
-"""Ranges of numbers, which stand beside their fields: `lr: Annotated[float, positive("1e-4")] = 1e-4`.
-
-Python strips what `Annotated` adds unless it is asked for, so the parser sees a plain float; `check_ranges` asks.
-"""
+"""Ranges of numbers, which stand beside their fields: `lr: Annotated[float, positive("1e-4")] = 1e-4`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
+
+from rlcm_fast.config.marks import marks_of
 
 
 @dataclass(frozen=True)
@@ -58,17 +56,9 @@ def check_ranges(section: Any) -> None:
             raise ValueError(f"{name}={value} is out of range; give {allowed.remedy}")
 
 
-@cache
-def ranges_of(config_class: type) -> dict[str, Range]:
-    """The ranges that stand beside the fields of a dataclass, by field."""
-    hints = get_type_hints(config_class, include_extras=True)
-    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
-    return {name: mark for name, found in marks.items() for mark in found if isinstance(mark, Range)}
-
-
 def _numbers(section: Any, prefix: str) -> Iterator[tuple[str, float, Range]]:
     """(dotted name, value, range) of every number that has a range."""
-    ranges = ranges_of(type(section))
+    ranges = marks_of(type(section), Range)
     for item in fields(section):
         name, value, allowed = prefix + item.name, getattr(section, item.name), ranges.get(item.name)
         parts = {f"{name}[{index}]": part for index, part in enumerate(value)} if _is_list(value) else {name: value}

@@ -1,6 +1,7 @@
 """The sections of the configuration, which `config/__init__.py` puts together.
 
 A field has its type and choices, its range (ranges.py), its default, and a docstring, which is its text in --help.
+A `Source` may name a file that lies beside the YAML file (files.py).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from rlcm_fast.config.files import Source
 from rlcm_fast.config.ranges import NonNegativeInt, PositiveInt, ZeroIsOff, at_least, positive, within
 
 
@@ -61,7 +63,7 @@ class PolicyConfig:
 class PromptsConfig:
     """Where prompts come from, and how many an iteration takes."""
 
-    source: str = "shapes:one"
+    source: Source = "shapes:one"
     """shapes:one, two, neutral, all (also with :held_out), a .txt or .jsonl file, hf:PATH, package.module:function."""
     num_prompts: PositiveInt = 16
     """Distinct prompts of an iteration, over all processes."""
@@ -91,7 +93,7 @@ class TaskConfig:
 
     name: str
     """Its name in metrics and checkpoints."""
-    source: str
+    source: Source
     """Its prompts, as prompts.source."""
     rewards: list[RewardConfig]
     """Its rewards, as the section rewards."""
@@ -101,7 +103,7 @@ class TaskConfig:
     """Images of each of its prompts in an iteration; 0: prompts.images_per_prompt."""
     advantages: Literal["", "prompt", "batch", "group", "leave_one_out"] = ""
     """Its advantages, of statistics of its own; empty: advantages.kind."""
-    evaluation: str = ""
+    evaluation: Source = ""
     """Its prompts for evaluation; empty: evaluation.prompts."""
 
 
@@ -189,7 +191,7 @@ class UpdateConfig:
 class PretrainingConfig:
     """The loss on real images and their captions that keeps images real."""
 
-    data: str = ""
+    data: Source = ""
     """A folder, a .jsonl file, .tar shards, hf:PATH, shapes:all or package.module:function; see pairs/sources.py."""
     weight: ZeroIsOff = 0.0
     """Its factor beside the reward's loss (beta of arXiv 2401.12244); 0 is off."""
@@ -267,7 +269,7 @@ class EvaluationConfig:
     """Iterations between evaluations; 0 is off."""
     num_images: PositiveInt = 64
     """Images of an evaluation, over all processes."""
-    prompts: str = "shapes:one:held_out"
+    prompts: Source = "shapes:one:held_out"
     """Prompt source, as prompts.source."""
     rewards: list[RewardConfig] = field(default_factory=list)
     """Rewards to measure besides the trained ones, which are always measured; of several tasks those of others, too."""

@@ -9,7 +9,8 @@ from typing import Annotated
 import pytest
 
 from rlcm_fast.config import Config, RewardConfig, TaskConfig, build_parser
-from rlcm_fast.config.ranges import NonNegativeInt, PositiveInt, at_least, check_ranges, positive, ranges_of, within
+from rlcm_fast.config.marks import marks_of
+from rlcm_fast.config.ranges import NonNegativeInt, PositiveInt, Range, at_least, check_ranges, positive, within
 
 NAN, INF = float("nan"), float("inf")
 
@@ -73,7 +74,7 @@ def test_numbers_within_their_ranges_and_those_without_one_pass():
 
 def test_a_range_is_invisible_to_whoever_does_not_ask_for_it():
     assert typing.get_type_hints(Section)["rate"] is float
-    assert ranges_of(Section).keys() == {"rate", "decays"}
+    assert marks_of(Section, Range).keys() == {"rate", "decays"}
     assert at_least(2).remedy == "2 or more"
 
 
@@ -93,7 +94,7 @@ def test_every_number_of_the_config_has_a_range_but_the_weight_of_a_reward_which
         for section in sections(Config)
         for item in fields(section)
         if typing.get_type_hints(section)[item.name] in (int, float, tuple[float, float])
-        and item.name not in ranges_of(section)
+        and item.name not in marks_of(section, Range)
     }
     assert without == {(RewardConfig, "weight"), (section_of("advantages"), "min_count")}
 
