@@ -154,7 +154,7 @@ def _shortened(arm: Arm, share: float, arguments: argparse.Namespace) -> Arm:
 
     whole = arm.but(*arguments.override)
     count = round(share * parse_config(whole.arguments(TUNING_SEED, arguments.runs)).num_iterations)
-    return whole.but("num_iterations", str(max(1, count)), "evaluation.every", "0")
+    return whole.but("num_iterations", str(max(1, count)), "evaluation.every", "0", "evaluation.rewards", "[]")
 
 
 def with_rewards(rows: Sequence[Row]) -> list[Row]:

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _config(arguments: argparse.Namespace) -> Config:
     off = {"evaluation.every": 0, "tracking.grid_every": 0, "checkpoint.every": 0, "tracking.plan": "false"}
-    off |= {"tracking.tensorboard": "false"}
+    off |= {"tracking.tensorboard": "false", "evaluation.rewards": "[]"}
     config = read_config(arguments, *(f"--{field}={value}" for field, value in off.items()))
     per_prompt = config.prompts.images_per_prompt
     if arguments.pairs < 1 or arguments.samples % per_prompt:

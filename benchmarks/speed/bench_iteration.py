@@ -72,6 +72,7 @@ def _config(arguments: argparse.Namespace) -> Config:
     if arguments.pairs < 2 or arguments.warm_up < 1:
         raise ValueError(f"pairs={arguments.pairs}, warm_up={arguments.warm_up}: give 2 or more, and 1 or more")
     off = {"evaluation.every": 0, "tracking.grid_every": 0, "checkpoint.every": 0, "tracking.plan": "false"}
+    off |= {"evaluation.rewards": "[]"}
     config = read_config(arguments, *(f"--{field}={value}" for field, value in off.items()))
     if config.engine.zero_stage > 0:
         raise ValueError(

@@ -120,6 +120,8 @@ def _config(arguments: argparse.Namespace) -> Config:
     off = [
         "--evaluation.every",
         "0",
+        "--evaluation.rewards",
+        "[]",
         "--tracking.grid_every",
         "0",
         "--checkpoint.every",

@@ -21,6 +21,12 @@ def check_rewards(run: ResolvedRun) -> None:
                 raise ValueError(f"{field}[{index}].weight={reward.weight} of {reward.name} has no use; {remedy}")
         _check_names(field, rewards)
     _check_names("evaluation.rewards", watched)
+    if watched and run.config.evaluation.every == 0:
+        names = ", ".join(reward.name for reward in watched)
+        raise ValueError(
+            f"evaluation.rewards=[{names}] are never measured with evaluation.every=0; set evaluation.every=10, or "
+            "evaluation.rewards=[]"
+        )
     for index, reward in enumerate(watched):
         _check_watched(f"evaluation.rewards[{index}]", reward, trained)
 

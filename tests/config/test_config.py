@@ -226,6 +226,8 @@ def test_a_reward_is_named_once_and_has_a_weight():
     twice = "[{name: a}, {name: a}]"
     assert "rewards[1].name=a is already in rewards; drop one" in mistake(["--rewards", twice])
     assert "is always evaluated" in mistake(["--evaluation.rewards", "[{name: jpeg_compressibility}]"])
+    watched = ["--evaluation.rewards", "[{name: diversity}]", "--evaluation.every", "0"]
+    assert "evaluation.rewards=[diversity] are never measured with evaluation.every=0; set" in mistake(watched)
     assert "rewards[0].weight=0.0 of a has no use" in mistake(["--rewards", "[{name: a, weight: 0}]"])
 
 
