@@ -32,7 +32,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from benchmarks.learning.learning_curves import save_figure
+    from benchmarks.shared.figures import save_figure
 
     operations = list(dict.fromkeys(row["operation"] for row in rows))
     kinds = sorted({(row["size"], row["dtype"]) for row in rows if row["size"]}) or [("", "")]

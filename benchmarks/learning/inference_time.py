@@ -15,9 +15,9 @@ from typing import Any
 
 from benchmarks.learning.arms import run_figure
 from benchmarks.learning.exports import scores_by_arm, start_score
-from benchmarks.learning.learning_curves import save_figure
 from benchmarks.learning.rlcm_against_ddpo import trained_arms
 from benchmarks.learning.summaries import markdown, shown
+from benchmarks.shared.figures import save_figure
 from benchmarks.shared.reporting import mean_and_error, write_csv
 
 _NUM_IMAGES = 128

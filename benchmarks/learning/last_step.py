@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning.learning_curves import draw_curve, save_figure
+from benchmarks.shared.figures import draw_curve, save_figure
 from benchmarks.shared.reporting import mean_and_error, print_summary, write_csv
 from benchmarks.shared.training_runs import (
     Row,

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shared.figures import draw_curve, save_figure
 from benchmarks.shared.reporting import mean_and_error, print_summary, write_csv
 from benchmarks.shared.training_runs import (
     Row,
@@ -24,7 +25,6 @@ from benchmarks.shared.training_runs import (
     curve,
     eval_metrics,
     evaluated,
-    mean_and_spread,
     train_all,
     train_arguments,
     wall_seconds,
@@ -153,25 +153,6 @@ def plot(curves: Sequence[Sequence[Row]], path: Path, title: str) -> None:
             axes[row][column].set(xlabel=label, ylabel=metric.removeprefix("eval/").removesuffix("/mean"))
     figure.suptitle(f"{title}: held-out prompts, mean and standard deviation of {len(curves)} seeds")
     save_figure(figure, path)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes a picture of pyplot and lets go of it."""
-    from matplotlib import pyplot
-
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def draw_curve(axis: Any, curves: Sequence[Sequence[Row]], metric: str, x: str, label: str | None = None) -> None:
-    """The mean over seeds as a line, one standard deviation to either side as a band."""
-    xs, means, spreads = mean_and_spread(curves, metric, x)
-    (line,) = axis.plot(xs, means, marker=".", label=label)
-    lower, upper = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-    axis.fill_between(xs, lower, upper, alpha=0.2, color=line.get_color(), linewidth=0)
-    axis.grid(alpha=0.3)
 
 
 if __name__ == "__main__":

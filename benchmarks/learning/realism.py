@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.learning.arms import Arm, Curves, run_figure, run_folder, train_arms, tuned
 from benchmarks.learning.exports import save_pictures
-from benchmarks.learning.learning_curves import save_figure
 from benchmarks.learning.summaries import markdown, reaches, short_name, shown, summarise, table, write_curves
+from benchmarks.shared.figures import save_figure
 from benchmarks.shared.reporting import mean_and_error
 from benchmarks.shared.training_runs import at, evaluated
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learning.arms import Curves
-from benchmarks.learning.learning_curves import draw_curve, save_figure, start_end_change
+from benchmarks.learning.learning_curves import start_end_change
+from benchmarks.shared.figures import draw_curve, save_figure
 from benchmarks.shared.reporting import mean_and_error, write_csv
 from benchmarks.shared.training_runs import Row, eval_metrics, evaluated
 
