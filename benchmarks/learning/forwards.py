@@ -21,11 +21,13 @@ from rlcm_fast.config.resolved import resolve
 
 
 def forwards_per_iteration(config: Config) -> int:
-    """Over all processes."""
+    """Network forwards of an iteration, over all processes."""
     run = resolve(config, 1)
-    num_trained = run.sizes.trained_actions_per_sample
-    samples = [sum(task.num_samples for task in tasks) for tasks in run.rounds]
-    return sum(_of_round(config, num_samples, num_samples * num_trained) for num_samples in samples)
+    forwards = 0
+    for tasks in run.rounds:
+        num_samples = sum(task.num_samples for task in tasks)
+        forwards += _of_round(config, num_samples, num_samples * run.sizes.trained_actions_per_sample)
+    return forwards
 
 
 def _of_round(config: Config, num_samples: int, transitions: int) -> int:

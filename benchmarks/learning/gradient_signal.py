@@ -115,11 +115,13 @@ def signal_rows(batches: Sequence[Sequence[Tensor]], images: int) -> list[dict[s
     whole = [torch.stack(list(batch)).sum(dim=0) for batch in batches]
     rms = torch.stack(whole).square().mean(dim=0).sqrt()
     scales = {"plain": torch.ones_like(rms), "adam": torch.where(rms > 0, 1 / rms, 0)}
-    actions = {str(k): [batch[k] for batch in batches] for k in range(len(batches[0]))}
+    vectors_of = {str(k): list(of_action) for k, of_action in enumerate(zip(*batches, strict=True))}
+    vectors_of["all"] = whole
     rows = []
     for metric, scale in scales.items():
-        for name, vectors in {**actions, "all": whole}.items():
-            rows.append({"metric": metric, "action": name, **signal([v * scale for v in vectors], images)})
+        for name, vectors in vectors_of.items():
+            scaled = [vector * scale for vector in vectors]
+            rows.append({"metric": metric, "action": name, **signal(scaled, images)})
     return rows
 
 

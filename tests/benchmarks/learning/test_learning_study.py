@@ -203,9 +203,10 @@ def test_scores_of_several_processes_are_those_of_one(
     load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     exports, arms = load("learning.exports"), load("learning.arms")
-    monkeypatch.setattr(exports, "_measured", lambda model, *asked: {"model": model})
+    monkeypatch.setattr(exports, "_measured", lambda model, exam: {"model": model})
     arguments = argparse.Namespace(runs=tmp_path, seeds=[0, 1, 2])
-    asked = ([arms.Arm("a", "joint"), arms.Arm("b", "joint")], arguments, "shapes:one", ["jpeg_compressibility"], 4, 8)
+    exam = exports.Exam("shapes:one", ["jpeg_compressibility"], num_steps=4, num_images=8)
+    asked = ([arms.Arm("a", "joint"), arms.Arm("b", "joint")], arguments, exam)
     found = exports.scores_by_arm(*asked)  # kept, so that the other processes need not draw
     assert found == {
         name: [{"model": str(tmp_path / name / f"seed_{seed}" / "export")} for seed in range(3)] for name in "ab"
