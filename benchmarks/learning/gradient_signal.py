@@ -89,11 +89,14 @@ def gradients(trainer: Trainer, batch: int) -> list[Tensor]:
     from rlcm_fast.parallel import Turn
     from rlcm_fast.stages.selection import step_weights
 
+    # A rollout, and what its images are worth.
     policy = policy_of(trainer, trainer.images.backbone.unet)  # the engine takes no gradients but its own
     done = trainer.collector.rollout(trainer.tasks.next_batch(["default"]), Turn(batch, seed=trainer.config.seed))
     advantages = trainer.tasks.advantages(*done.gathered())  # (B,)
     weights = [p for p in trainer.images.backbone.unet.parameters() if p.requires_grad]
     of_steps = step_weights(policy.schedule, trainer.config.update.step_weights)  # (K,)
+
+    # Action by action, in micro-batches of samples.
     num_samples, num_actions = done.trajectory.num_samples, done.trajectory.num_actions
     result = []
     for action in range(num_actions):

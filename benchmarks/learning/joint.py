@@ -95,7 +95,9 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     tuned_arms = tuned(asked, _LRS, _TUNING_SHARE, arguments)
     chosen = list(tuned_arms.values())
     curves = train_arms(chosen, arguments)
-    took = {name: mean_and_error([rows[-1]["seconds"] for rows in seeds]) for name, seeds in curves.items()}
+    took = {}
+    for name, seeds in curves.items():
+        took[name] = mean_and_error([rows[-1]["seconds"] for rows in seeds])
 
     # Score every model by what each task optimises.
     scores: dict[str, Scores] = {}
@@ -130,8 +132,10 @@ def gains_over_start(scores: Scores, task: str) -> dict[str, list[float]]:
     """arm -> how much higher the task's score is than the start model's, for each seed."""
     score = MEASURED[task].score
     start = score(scores["start"][0])
-    gains = {arm: [score(found) - start for found in seeds] for arm, seeds in scores.items()}
-    del gains["start"]
+    gains = {}
+    for arm, seeds in scores.items():
+        if arm != "start":
+            gains[arm] = [score(found) - start for found in seeds]
     return gains
 
 

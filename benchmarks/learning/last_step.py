@@ -35,12 +35,7 @@ Curves = Mapping[str, Sequence[Sequence[Row]]]  # variant -> seeds -> rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run_arguments(parser, "configs/shapes/compressibility.yaml")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/learning/last_step"))
-    metric = "key of metrics.jsonl that is compared (default: the first evaluated of reward/*)"
-    parser.add_argument("--metric", help=metric)
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     try:
         curves = _train_variants(arguments)
         metric = _metric(curves, arguments.metric)
@@ -55,6 +50,15 @@ def main() -> int:
     plot(curves, metric, arguments.out.with_suffix(".png"))
     print_summary(summarise(curves, metric), arguments.out.with_suffix(".json"))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_arguments(parser, "configs/shapes/compressibility.yaml")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/learning/last_step"))
+    metric = "key of metrics.jsonl that is compared (default: the first evaluated of reward/*)"
+    parser.add_argument("--metric", help=metric)
+    return parser
 
 
 def _train_variants(arguments: argparse.Namespace) -> dict[str, list[list[Row]]]:
@@ -114,7 +118,9 @@ _AXES = ("queries", "seconds")
 
 def _compared(curves: Curves, metric: str, x: str, place: float) -> dict[str, Any]:
     """Both variants' gains where `x` is `place`."""
-    gains = {name: [_gain(rows, metric, x, place) for rows in seeds] for name, seeds in curves.items()}
+    gains = {}
+    for name, seeds in curves.items():
+        gains[name] = [_gain(rows, metric, x, place) for rows in seeds]
     first, second = (gains[name] for name in VARIANTS)
     first_mean, second_mean = sum(first) / len(first), sum(second) / len(second)
     return {

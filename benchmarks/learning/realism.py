@@ -67,8 +67,9 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def common_level(curves: Curves) -> float:
     """The highest reward that every seed of every arm attains."""
-    runs = itertools.chain(*curves.values())
-    highest = [max(row[_REWARD] for row in evaluated(rows, _REWARD)) for rows in runs]
+    highest = []
+    for rows in itertools.chain(*curves.values()):
+        highest.append(max(row[_REWARD] for row in evaluated(rows, _REWARD)))
     return min(highest)
 
 
@@ -97,6 +98,7 @@ def plot_against_reward(curves: Curves, arguments: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # A column for each metric; an arm has one colour.
     figure, axes = pyplot.subplots(1, len(_REAL), figsize=(4.5 * len(_REAL), 4))
     for axis, metric in zip(axes, _REAL, strict=True):
         for number, (name, seeds) in enumerate(curves.items()):
@@ -108,6 +110,8 @@ def plot_against_reward(curves: Curves, arguments: argparse.Namespace) -> None:
                 axis.plot(xs, ys, ".-", color=f"C{number}", label=label)
         axis.set(xlabel="minus kB", ylabel=short_name(metric))
         axis.grid(alpha=0.3)
+
+    # The legend; a picture beside the curves'.
     axes[0].legend(fontsize="small")
     save_figure(figure, arguments.out.with_name(f"{arguments.out.name}_against_reward.png"))
 

@@ -56,12 +56,14 @@ def plot_bars(values: Mapping[str, Mapping[str, Sequence[float]]], path: Path, x
 
     figure, axes = pyplot.subplots(1, len(values), figsize=(4 * len(values), 3.5), squeeze=False)
     for axis, (panel, bars) in zip(axes[0], values.items(), strict=True):
+        # A bar for each group of seeds.
         means, errors = [], []
         for of_seeds in bars.values():
             found = mean_and_error(of_seeds)
             means.append(found["mean"])
             errors.append(found["standard_error"] or 0.0)
         axis.barh(list(bars), means, xerr=errors, alpha=0.7, capsize=3)
+        # Lines, names and numbers around them.
         axis.axvline(0.0, color="black", linewidth=0.8)
         axis.invert_yaxis()
         axis.set(title=panel, xlabel=xlabel)
@@ -125,7 +127,10 @@ def ahead_of(curves: Curves, base: str, metric: str) -> dict[str, Statistics]:
 
 def over_seeds(seeds: Sequence[Mapping[str, float]]) -> dict[str, Statistics]:
     """Mean and standard error of each number that the seeds have."""
-    return {key: mean_and_error([found[key] for found in seeds]) for key in seeds[0]}
+    result = {}
+    for key in seeds[0]:
+        result[key] = mean_and_error([found[key] for found in seeds])
+    return result
 
 
 def reaches(rows: Sequence[Row], metric: str, value: float, x: str) -> float | None:
@@ -146,6 +151,7 @@ def pass_factor(fast: Sequence[Sequence[Row]], slow: Sequence[Sequence[Row]], me
     counted: those where the fast arm never does, where it does from the start, as it had nothing to learn for it, and
     where the slow arm does, which has ended no higher than it began.
     """
+    # A factor a seed, or the reason why there is none.
     factors: list[float] = []
     counts = {"never": 0, "from_the_start": 0, "slow_has_not_risen": 0}
     for quick, long in zip(fast, slow, strict=True):
@@ -159,6 +165,8 @@ def pass_factor(fast: Sequence[Sequence[Row]], slow: Sequence[Sequence[Row]], me
             counts["from_the_start"] += 1
         else:
             factors.append(slow_place / place)
+
+    # Mean and error of the seeds that have one.
     found = mean_and_error(factors) if factors else {"mean": None, "standard_error": None}
     return {**found, "seeds_that_pass": len(factors), **counts}
 
