@@ -10,6 +10,7 @@ efficiency is above --least. Prints the table too.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ NUM_WEIGHTS = 859_600_000
 FLOP_PER_SAMPLE = 28.4e12  # 8 steps sampled and trained, VAE included
 PEAK_FLOPS = 989e12  # H100, bfloat16 without sparsity, as its maker says
 UTILISATION = 0.5  # assumed
+WORK = Workload(
+    NUM_WEIGHTS,
+    bytes_per_weight=2,
+    seconds_per_sample=FLOP_PER_SAMPLE / (PEAK_FLOPS * UTILISATION),
+    transitions_per_sample=8,
+    micro_batch_size=8,
+    rollout_steps=8,
+    rollout_micro_batch_size=8,
+)
 NETWORKS = {  # what their makers say, of which a run reaches a part
     "8 x 400 Gb/s a node": Network(within_node=450e9, between_nodes=400e9),
     "100 Gb/s a node": Network(within_node=450e9, between_nodes=12.5e9),
@@ -38,41 +48,32 @@ def main() -> int:
 
 def table(samples: int, least: float) -> list[dict[str, Any]]:
     """A row for each network, ZeRO stage and number of GPUs; times and batches without overlap and with half of it."""
-    return [
-        _row(network, stage, num_gpus, samples, least)
-        for network in NETWORKS
-        for stage in (0, 1, 2, 3)
-        for num_gpus in NUM_GPUS
-    ]
+    rows = []
+    for network, stage, num_gpus in itertools.product(NETWORKS, (0, 1, 2, 3), NUM_GPUS):
+        rows.append(_row(network, stage, num_gpus, samples, least))
+    return rows
 
 
 def _row(network: str, stage: int, num_gpus: int, samples: int, least: float) -> dict[str, Any]:
-    work = Workload(
-        NUM_WEIGHTS,
-        bytes_per_weight=2,
-        seconds_per_sample=FLOP_PER_SAMPLE / (PEAK_FLOPS * UTILISATION),
-        transitions_per_sample=8,
-        micro_batch_size=8,
-        rollout_steps=8,
-        rollout_micro_batch_size=8,
-    )
-    forwards = -(-samples // work.rollout_micro_batch_size) * work.rollout_steps
-    sent = bytes_sent(stage, num_gpus, work.num_weights * work.bytes_per_weight, samples, forwards)
+    # What a process sends in an update.
     of_network = NETWORKS[network]
-    batches = {
-        f"batch_{least:g}_overlap_{overlap:g}": smallest_global_batch(work, of_network, stage, num_gpus, least, overlap)
-        for overlap in (0.0, 0.5)
-    }
-    return {
+    forwards = -(-samples // WORK.rollout_micro_batch_size) * WORK.rollout_steps
+    sent = bytes_sent(stage, num_gpus, WORK.num_weights * WORK.bytes_per_weight, samples, forwards)
+    row = {
         "network": network,
         "zero_stage": stage,
         "gpus": num_gpus,
         "samples_per_gpu": samples,
         "gigabytes_sent_per_update": round(sent / 1e9, 3),
         "milliseconds": round(1e3 * sent / of_network.bandwidth(num_gpus), 2),
-        "efficiency_without_overlap": round(efficiency(work, of_network, stage, num_gpus, samples), 4),
-        **{name: "never" if batch is None else batch for name, batch in batches.items()},
+        "efficiency_without_overlap": round(efficiency(WORK, of_network, stage, num_gpus, samples), 4),
     }
+
+    # The smallest batch with which that costs little.
+    for overlap in (0.0, 0.5):
+        batch = smallest_global_batch(WORK, of_network, stage, num_gpus, least, overlap)
+        row[f"batch_{least:g}_overlap_{overlap:g}"] = "never" if batch is None else batch
+    return row
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
