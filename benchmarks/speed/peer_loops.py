@@ -43,10 +43,13 @@ def ladder(config: Config) -> dict[str, PaperLoop]:
 
 
 def _loop(config: Config, backbone: Backbone, habits: Habits) -> PaperLoop:
-    """With weights of its own, and as much of the config as the paper's loop knows."""
+    """The paper's loop with weights of its own, and as much of the config as it knows."""
+    # The network again, and what describes its sampler.
     unet, device = copy.deepcopy(backbone.unet), backbone.device
     schedule = (unet.config, backbone.scheduler_config, torch.float32, device)
     advantages = config.advantages
+
+    # The loop around it, watched by its clock.
     loop = PaperLoop(
         unet=unet,
         steps=steps_of(backbone.scheduler_config, config.policy.num_steps),
@@ -89,7 +92,7 @@ def watched(trainer: Trainer) -> StageClock:
     clock.wrap(trainer.tasks.rewards, "gather", "reward")
     clock.wrap(trainer.engine, "backward", "training: backward")
     clock.wrap(trainer.engine, "step", "training: optimizer")
-    clock.wrap(trainer, "update", "training: rest")
+    clock.wrap(trainer.updater, "update", "training: rest")
     return clock
 
 
