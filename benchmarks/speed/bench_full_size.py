@@ -56,10 +56,12 @@ _MODES = ("off", "regional", "whole")
 
 
 def main() -> int:
+    # One process, which DeepSpeed need not look for.
     arguments = _parser().parse_args()
     from rlcm_fast.train import set_process_environment
 
     set_process_environment()
+
     # Write anew after each mode and size: a run that is cut off leaves those that had ended.
     try:
         config = _config(arguments)
