@@ -1,8 +1,11 @@
-"""The configuration: typed sections, read from defaults < YAML file < command line.
+"""The configuration: typed sections, read from defaults < YAML files < command line, and what follows from them.
 
-Light on purpose: this module imports neither torch nor diffusers, so that a mistake is reported in under a second,
-before any weights load. `parser.py` reads files and command lines, `mistakes.py` words what is wrong with them;
-what one field cannot know alone is checked in `checks.py`.
+    parse_config(argv)            -> Config        parser.py reads, mistakes.py words what is wrong, files.py finds files
+    validate(config, world_size)  -> ResolvedRun   checks.py: ranges first, then what fields ask of each other
+    resolve(config, world_size)   -> ResolvedRun   resolved.py: tasks, rounds and sizes, without the checks
+
+A new field is a line of sections.py, with its type, choices, range, default and docstring. Light on purpose: this room
+imports neither torch nor diffusers, so that a mistake is reported in under a second, before any weights load.
 """
 
 from __future__ import annotations

@@ -16,14 +16,14 @@ class Range:
 
     low: float
     high: float
-    has_low: bool  # whether the end belongs to the interval
-    has_high: bool
+    includes_low: bool
+    includes_high: bool
     remedy: str
 
     def allows(self, value: float) -> bool:
         """Whether the value lies within; NaN and infinity never do."""
-        above = self.low <= value if self.has_low else self.low < value
-        below = value <= self.high if self.has_high else value < self.high
+        above = self.low <= value if self.includes_low else self.low < value
+        below = value <= self.high if self.includes_high else value < self.high
         return above and below and math.isfinite(value)
 
 
