@@ -22,7 +22,7 @@ def test_the_reward_of_the_readme_can_be_named_and_called(tmp_path: Path, monkey
     import torch
 
     from rlcm_fast.config import parse_config
-    from rlcm_fast.rewards import build_reward, check
+    from rlcm_fast.rewards import build_reward, check_scores
     from rlcm_fast.trajectory import Prompt
 
     (tmp_path / "my_rewards.py").write_text(block("python"))
@@ -34,7 +34,7 @@ def test_the_reward_of_the_readme_can_be_named_and_called(tmp_path: Path, monkey
     images = torch.zeros(2, 3, 8, 8)
     images[0, 0], images[1, 1] = 1.0, 1.0  # red, green
     prompts = [Prompt("a red circle"), Prompt("a green circle")]
-    assert check(first.name, reward(images, prompts), prompts, iteration=0).tolist() == [2.0, -1.0]
+    assert check_scores(first.name, reward(images, prompts), prompts, iteration=0).tolist() == [2.0, -1.0]
 
 
 def test_the_set_reward_of_the_readme_is_told_by_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -75,7 +75,7 @@ def measure(
 ) -> dict[str, Any]:
     """Images at one number of steps, scored by every reward, set rewards by group; the time is the images' alone."""
     from rlcm_fast.cli.pipelines import draw
-    from rlcm_fast.rewards import ask, check_answer, evaluate
+    from rlcm_fast.rewards import check_raw_scores, evaluate, score
 
     texts = [prompt.text for prompt in prompts]
     settings = (num_steps, arguments.guidance_scale, arguments.seed, arguments.batch_size)
@@ -83,8 +83,8 @@ def measure(
     images, seconds = draw(pipeline, texts, *settings)
     scores = {}
     for name, reward in rewards.items():
-        answers = check_answer(name, reward, ask(reward, images, prompts), prompts, iteration=0)
-        scores[name] = evaluate(name, reward, answers, prompts, iteration=0)
+        raw_scores = check_raw_scores(name, reward, score(reward, images, prompts), prompts, iteration=0)
+        scores[name] = evaluate(name, reward, raw_scores, prompts, iteration=0)
     return {
         "num_steps": num_steps,
         "seconds_per_image": seconds / len(images),

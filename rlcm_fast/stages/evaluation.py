@@ -64,21 +64,20 @@ class Evaluator:
 
     def __call__(self, images: TextToImage, iteration: int) -> dict[str, float]:
         """`<prefix>/<reward>/mean`, `<prefix>/<reward>/std` and `<prefix>/diversity`, the same on every rank."""
-        answers_to, thumbnails = self._answers(images, iteration)
+        raw_scores, thumbnails = self._raw_scores(images, iteration)
         diversity = Diversity().value(self._gathered(thumbnails)[None]).item()
         metrics: dict[str, float] = {}
         for prefix, rewards in self.rewards.items():
-            answers = answers_to[prefix]
             for name in sorted(rewards):
-                reward, gathered = rewards[name][0], self._gathered(answers.get(name))  # (N,) or (N, F)
+                reward, gathered = rewards[name][0], self._gathered(raw_scores[prefix].get(name))  # (N,) or (N, F)
                 values = evaluate(name, reward, gathered, self.held_out.prompts, iteration).double()
                 metrics[f"{prefix}/{name}/mean"] = values.mean().item()
                 metrics[f"{prefix}/{name}/std"] = values.std(correction=0).item()
             metrics[f"{prefix}/diversity"] = diversity
         return metrics
 
-    def _answers(self, images: TextToImage, iteration: int) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
-        """What the rewards of each prefix say of this rank's images, a micro-batch at a time, and thumbnails of these.
+    def _raw_scores(self, images: TextToImage, iteration: int) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
+        """The raw scores of this rank's images, by prefix and reward, and thumbnails, one micro-batch at a time.
 
         Groups may go across ranks, so none are made here. Nothing and None with fewer micro-batches than ranks.
         """
@@ -94,7 +93,8 @@ class Evaluator:
                     service.submit(batch, prompts)
             if not thumbnails:
                 return {prefix: {} for prefix in services}, None
-            return {prefix: one.answers(iteration) for prefix, one in services.items()}, torch.cat(thumbnails)
+            raw_scores = {prefix: service.raw_scores(iteration) for prefix, service in services.items()}
+            return raw_scores, torch.cat(thumbnails)
         finally:
             for service in services.values():
                 service.shutdown()
