@@ -15,7 +15,7 @@ from rlcm_fast.cli.main import main as command
 from rlcm_fast.config import parse_config
 from rlcm_fast.config.checks import validate
 from rlcm_fast.config.resolved import resolve
-from rlcm_fast.prompts import deal, load_prompts
+from rlcm_fast.prompts import load_prompts, prompts_for_images
 from rlcm_fast.rewards.groups import side_by_side
 from rlcm_fast.train import main
 from rlcm_fast.trainer import Trainer
@@ -102,7 +102,8 @@ def test_fairness_is_evaluated_as_it_is_trained_on_groups_of_one_prompt_and_on_o
     task = resolve(config, 1).tasks[-1]
     size = task.rewards[0].group_size
     assert size == task.images_per_prompt
-    prompts = deal(load_prompts(task.evaluation, "prompts"), config.evaluation.num_images, config.evaluation.seed)
+    evaluation = config.evaluation
+    prompts = prompts_for_images(load_prompts(task.evaluation, "prompts"), evaluation.num_images, evaluation.seed)
     texts = [prompts[place].text for place in side_by_side(prompts)]
     groups = [set(texts[first : first + size]) for first in range(0, len(texts), size)]
     assert {len(group) for group in groups} == {1}

@@ -47,12 +47,12 @@ def draw_rows(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     from rlcm_fast.cli.pipelines import draw, load_pipeline
     from rlcm_fast.grids import captioned_grid
-    from rlcm_fast.prompts import deal, load_prompts
+    from rlcm_fast.prompts import load_prompts, prompts_for_images
     from rlcm_fast.rewards import build_reward
 
     # Load both models, what they draw and what they are scored by.
     rewards = {name: build_reward(name, {}) for name in arguments.rewards}
-    prompts = deal(load_prompts(arguments.prompts, "prompts"), arguments.columns, arguments.seed)
+    prompts = prompts_for_images(load_prompts(arguments.prompts, "prompts"), arguments.columns, arguments.seed)
     texts = [prompt.text for prompt in prompts]
     before, after = load_pipeline(arguments.base), load_pipeline(arguments.tuned)
 

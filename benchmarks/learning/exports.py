@@ -106,10 +106,10 @@ def save_pictures(models: Mapping[str, str], source: str, num_images: int, path:
 
     from rlcm_fast.cli.pipelines import draw, load_pipeline
     from rlcm_fast.grids import captioned_grid
-    from rlcm_fast.prompts import deal, load_prompts
+    from rlcm_fast.prompts import load_prompts, prompts_for_images
 
     torch.set_num_threads(1)
-    texts = [prompt.text for prompt in deal(load_prompts(source, "prompts"), num_images, SEED)]
+    texts = [prompt.text for prompt in prompts_for_images(load_prompts(source, "prompts"), num_images, SEED)]
     rows, captions = [], []
     for label, model in models.items():
         images, _ = draw(load_pipeline(model), texts, 4, GUIDANCE, SEED, num_images)
@@ -124,12 +124,12 @@ def _measured(model: str, exam: Exam) -> dict[str, Any]:
 
     from rlcm_fast.cli.evaluate import measure, reward_configs
     from rlcm_fast.cli.pipelines import load_pipeline
-    from rlcm_fast.prompts import deal, load_prompts
+    from rlcm_fast.prompts import load_prompts, prompts_for_images
     from rlcm_fast.rewards import build_rewards
 
     torch.set_num_threads(1)  # as the runs had, beside which other work may go on
     rewards = {name: reward for name, (reward, _) in build_rewards(reward_configs(exam.rewards)).items()}
-    prompts = deal(load_prompts(exam.source, "prompts"), exam.num_images, SEED)
+    prompts = prompts_for_images(load_prompts(exam.source, "prompts"), exam.num_images, SEED)
     settings = Namespace(guidance_scale=GUIDANCE, seed=SEED, batch_size=BATCH_SIZE)
     result = measure(load_pipeline(model), prompts, rewards, exam.num_steps, settings)
     means = {name: numbers["mean"] for name, numbers in result["rewards"].items()}

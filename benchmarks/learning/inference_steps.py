@@ -65,11 +65,11 @@ def measure_model(name: str, model: str, arguments: argparse.Namespace) -> list[
     """A row for each number of steps and reward, measured as `rlcm-fast evaluate` does."""
     from rlcm_fast.cli.evaluate import measure
     from rlcm_fast.cli.pipelines import load_pipeline
-    from rlcm_fast.prompts import deal, load_prompts
+    from rlcm_fast.prompts import load_prompts, prompts_for_images
     from rlcm_fast.rewards import build_reward
 
     rewards = {reward: build_reward(reward, {}) for reward in arguments.rewards}
-    prompts = deal(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
+    prompts = prompts_for_images(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
     pipeline = load_pipeline(model, None, arguments.device)
     rows = []
     for num_steps in arguments.num_steps:

@@ -1,6 +1,6 @@
 """Measure a model by rewards, at one or several numbers of steps, as JSON.
 
-Prompts are dealt out in an order that depends on the seed alone, so models are compared on the same prompts and noise.
+The order of the prompts depends on the seed alone, so models are compared on the same prompts and noise.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from rlcm_fast.cli.pipelines import load_pipeline
-    from rlcm_fast.prompts import deal, load_prompts
+    from rlcm_fast.prompts import load_prompts, prompts_for_images
     from rlcm_fast.rewards import build_rewards
 
     built = build_rewards(reward_configs(arguments.rewards))
     rewards = {name: reward for name, (reward, _) in built.items()}
-    prompts = deal(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
+    prompts = prompts_for_images(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
     pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)
     settings = ("model", "lora", "prompts", "num_images", "guidance_scale", "seed")
     report = {name: getattr(arguments, name) for name in settings} | {

@@ -19,7 +19,7 @@ from rlcm_fast import parallel
 from rlcm_fast.config import EvaluationConfig
 from rlcm_fast.config.resolved import ResolvedRun
 from rlcm_fast.engine.averaging import AveragingEngine
-from rlcm_fast.prompts import deal, load_prompts
+from rlcm_fast.prompts import load_prompts, prompts_for_images
 from rlcm_fast.rewards import Reward, RewardService, build_reward, evaluate
 from rlcm_fast.rewards.diversity import Diversity, Thumbnails
 from rlcm_fast.run_folder.tracking import Tracker
@@ -102,9 +102,9 @@ class Evaluator:
     def _gathered(self, mine: Tensor | None) -> Tensor:
         """The rows of all ranks (N, ...), in the order of the prompts; None where this rank has none."""
         gathered = torch.cat(parallel.all_gather_list([] if mine is None else [mine.cpu()]))
-        dealt = torch.arange(len(self.held_out.prompts)).split(self.held_out.micro_batch_size)
+        micro_batches = torch.arange(len(self.held_out.prompts)).split(self.held_out.micro_batch_size)
         size = parallel.world_size()
-        order = torch.cat([rows for rank in range(size) for rows in dealt[rank::size]])
+        order = torch.cat([rows for rank in range(size) for rows in micro_batches[rank::size]])
         rows = torch.empty_like(gathered)
         rows[order] = gathered
         return rows
@@ -153,7 +153,7 @@ def build_evaluator(config: EvaluationConfig, rewards: Mapping[str, NamedRewards
     if config.prompts.startswith("shapes:"):
         detector: NamedRewards = {"shapes_alignment": (build_reward("shapes_alignment", {}), 1.0)}
         rewards = {prefix: {**detector, **own} for prefix, own in rewards.items()}
-    prompts = deal(load_prompts(config.prompts, "evaluation.prompts"), config.num_images, config.seed)
+    prompts = prompts_for_images(load_prompts(config.prompts, "evaluation.prompts"), config.num_images, config.seed)
     return Evaluator(HeldOut(prompts, config.seed, config.micro_batch_size), rewards)
 
 
