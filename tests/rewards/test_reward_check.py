@@ -78,7 +78,7 @@ def test_an_unknown_reward_lists_the_known_ones():
 
 
 def test_an_unknown_argument_is_named_with_those_that_exist():
-    with pytest.raises(ValueError, match=r"name=jpeg_compressibility .*'quailty'; it takes quality"):
+    with pytest.raises(ValueError, match=r"name=jpeg_compressibility .*'quailty'; it accepts quality"):
         build_reward("jpeg_compressibility", {"quailty": 95})
 
 
