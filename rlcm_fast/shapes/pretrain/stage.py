@@ -1,8 +1,8 @@
-"""One resumable training run: modules, optimizer, cosine learning rate, EMA, progress bar, checkpoints.
+"""Runs one resumable training run: modules, optimizer, cosine learning rate, EMA, progress bar, checkpoints.
 
-Every batch is drawn from a generator seeded by (seed, step), so a resumed run continues as an uninterrupted one would.
-Under torchrun each process takes its share of the batch on one core and gradients are averaged: the networks are so
-small that one process with two threads kept only 1.1 of two cores busy.
+A generator seeded by (seed, step) draws every batch, so a resumed run continues as an uninterrupted run would. Under
+torchrun, each process computes its share of the batch on one core, and the processes average their gradients. The
+networks are so small that one process with two threads kept only 1.1 of two cores busy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Loss = Callable[[nn.Module, nn.Module, Tensor, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class StageConfig:
-    """The size of one run; batch sizes are per step, the learning rate is the peak of a cosine."""
+    """The settings of one run; batch_size is per step over all processes, lr is the peak of a cosine."""
 
     num_steps: int
     batch_size: int
@@ -49,10 +49,11 @@ def run_stage(
     folder: Path,
     seed: int,
 ) -> nn.Module:
-    """Minimises `loss(module, ema_module, indices, generator)` and returns the module with its EMA weights.
+    """Minimise `loss(module, ema_module, indices, generator)` and return the module with its EMA weights.
 
-    The state is kept in `folder/<name>.pt`; a second call with a finished state returns at once.
+    `folder/<name>.pt` keeps the state; a second call with a finished state returns at once.
     """
+    # Make the state, or load it.
     device = next(module.parameters()).device
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
@@ -62,14 +63,19 @@ def run_stage(
     state_file = folder / f"{name}.pt"
     first = _load(state_file, module, optimizer, schedule, ema)
     saved_at = time.monotonic()
+
+    # Train from there.
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     steps = range(first, config.num_steps)
     bar = tqdm(steps, initial=first, total=config.num_steps, desc=name, mininterval=2, disable=rank > 0)
     for step in bar:
+        # Draw a batch and compute its loss.
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * world_size + rank)
         indices = torch.randint(num_samples, (config.batch_size // world_size,), generator=generator)
         ema.copy_to(target.parameters())
         value = loss(module, target, indices, generator)
+
+        # Update the weights and their average.
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         _average_gradients(parameters)
@@ -77,6 +83,8 @@ def run_stage(
         optimizer.step()
         schedule.step()
         ema.step(module.parameters())
+
+        # Report and save.
         if step % 25 == 0:
             bar.set_postfix(loss=f"{value.item():.4f}")
         is_due = time.monotonic() - saved_at > _SAVE_EVERY_SECONDS or step + 1 == config.num_steps
@@ -96,7 +104,7 @@ def run_cycles(
     folder: Path,
     seed: int,
 ) -> nn.Module:
-    """`run_stage` once for each cycle and its loss, from the weights that the cycle before left."""
+    """Call `run_stage` for each cycle and its loss, starting from the weights of the cycle before."""
     for number, (loss, config) in enumerate(zip(losses, cycles, strict=True)):
         module.train().requires_grad_(True)
         state_name = name if number == 0 else f"{name}_{number + 1}"
@@ -105,7 +113,7 @@ def run_cycles(
 
 
 def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Over the processes, in one message."""
+    """Average the gradients over the processes, in one message."""
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -130,7 +138,7 @@ def _save(path: Path, step: int, module: nn.Module, optimizer, schedule, ema: EM
 
 
 def _load(path: Path, module: nn.Module, optimizer, schedule, ema: EMAModel) -> int:
-    """Restores a saved state, if there is one; the number of steps done."""
+    """Restore a saved state, if there is one; returns the number of steps done."""
     if not path.exists():
         return 0
     state = torch.load(path, map_location=next(module.parameters()).device, weights_only=True)
