@@ -254,5 +254,5 @@ def test_a_mistake_is_one_line(make, text: str):
 
 
 def test_a_foreign_weight_is_refused():
-    with pytest.raises(ValueError, match=r"a weight of shape \(3,\) is none of this optimizer's"):
+    with pytest.raises(ValueError, match=r"a weight of shape \(3,\) does not belong to this optimizer"):
         AdamW8bit([torch.ones(2)]).step_parameter(torch.ones(3))
