@@ -237,7 +237,7 @@ def test_the_operator_passes_torchs_own_checks():
     [
         (lambda p: AdamW8bit([p], lr=-1.0), "lr=-1.0 must not be negative"),
         (lambda p: AdamW8bit([p], betas=(0.9, 1.0)), "betas=(0.9, 1.0) must both be in [0, 1)"),
-        (lambda p: AdamW8bit([p.half()]), "adamw_8bit_ takes float32 or bfloat16 weights, not torch.float16"),
+        (lambda p: AdamW8bit([p.half()]), "adamw_8bit_ needs float32 or bfloat16 weights, not torch.float16"),
         (lambda p: AdamW8bit([p[:, ::2]]), "has gaps or overlaps in memory; call .contiguous() on it"),
     ],
 )
