@@ -1,6 +1,6 @@
 """The loss on real images that every update adds to the rewards' loss: beta * L_pre (arXiv 2401.12244, section 3.4).
 
-    pairs -> captions encoded, some dropped; images encoded by the VAE -> pretraining_loss -> its share of the gradient
+    pairs -> captions encoded, some dropped; images encoded by the VAE -> real_image_loss -> its share of the gradient
 
 Departure: the paper takes a separate optimizer step on this loss after the steps of the tasks. In a separate step Adam
 would cancel the weight beta, because the length of its step does not depend on the length of the gradient. Here both
@@ -21,7 +21,7 @@ from rlcm_fast import parallel
 from rlcm_fast.config import PretrainingConfig
 from rlcm_fast.pairs import PairStream, check_rows
 from rlcm_fast.parallel import Stream
-from rlcm_fast.policies.real_image_loss import drop_captions, pretraining_loss
+from rlcm_fast.policies.real_image_loss import drop_captions, real_image_loss
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.trajectory import Prompt
 
@@ -61,7 +61,7 @@ class RealImages:
         for rows in torch.arange(len(texts)).split(self._config.micro_batch_size):
             x_0 = backbone.encode_images(images[rows], generator)
             captions = conditioning.take(rows.to(conditioning.index.device))
-            loss = pretraining_loss(policy, x_0, captions, generator).mean()
+            loss = real_image_loss(policy, x_0, captions, generator).mean()
             yield self._config.weight * loss * len(rows) / len(texts)
 
     def state_dict(self) -> dict[str, Any]:
