@@ -1,4 +1,4 @@
-"""Samplers as Gaussian policies: schedule tables, and a policy per kind of network."""
+"""Samplers as Gaussian policies: tables of schedules, and one policy for each kind of network."""
 
 from rlcm_fast.policies.base import GaussianPolicy
 from rlcm_fast.policies.build import build_policy

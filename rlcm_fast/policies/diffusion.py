@@ -1,7 +1,7 @@
 """The diffusion policy: DDIM(eta) sampling of a diffusion model as a Gaussian policy (DDPO, 2305.13301; 2401.12244).
 
-Classifier-free guidance m = m_u + w (m_c - m_u), in sampling and in training, both halves in one forward pass; with
-w = 1 there is no unconditional half.
+Sampling and training both use classifier-free guidance, m = m_u + w (m_c - m_u), with both halves in one forward pass.
+With w = 1 there is no unconditional half.
 """
 
 # N rows, C H W latent
@@ -20,7 +20,7 @@ from rlcm_fast.trajectory import Conditioning
 
 
 class DiffusionPolicy(GaussianPolicy):
-    """Use with `ddim_schedule`; guidance needs the conditioning's negative_embeds."""
+    """Policy for schedules of `ddim_schedule`; guidance needs negative_embeds in the conditioning."""
 
     def __init__(
         self,
@@ -34,11 +34,11 @@ class DiffusionPolicy(GaussianPolicy):
         super().__init__(unet, schedule, guidance_scale, unet_config, dtype, device)
         if unet_config.get("time_cond_proj_dim") is not None:
             raise ValueError(
-                f"policy.kind=ddim, but the model's UNet has time_cond_proj_dim={unet_config['time_cond_proj_dim']}: it"
-                " is a latent consistency model; use policy.kind=consistency"
+                "policy.kind=ddim, but the model is a latent consistency model: its UNet has"
+                f" time_cond_proj_dim={unet_config['time_cond_proj_dim']}; use policy.kind=consistency"
             )
         if guidance_scale < 1.0:
-            raise ValueError(f"policy.guidance_scale={guidance_scale} is below 1; 1 is no guidance, usual are 3 to 8")
+            raise ValueError(f"policy.guidance_scale={guidance_scale} is below 1; use 1 (no guidance), usually 3 to 8")
 
     def network_output(self, x_t: Tensor, step: Tensor, conditioning: Conditioning) -> Tensor:
         return self._guided(x_t, self.schedule.timesteps[step], conditioning)
