@@ -27,7 +27,7 @@ from rlcm_fast.engine.recomputation import set_recomputation
 from rlcm_fast.engine.zero import ZeroEngine
 from rlcm_fast.kernels import dispatch
 from rlcm_fast.planner.report import MemoryReport
-from rlcm_fast.policies import GaussianPolicy, build_policy
+from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.run_folder.export import Exporter
 from rlcm_fast.stages.evaluation import Evaluation, build_evaluation
 from rlcm_fast.stages.images import TextToImage
@@ -97,9 +97,11 @@ def build(config: Config, device: torch.device) -> Parts:
     # Hand the network to the engine; policies sample and train through it.
     engine = build_engine(backbone.unet, run)
 
-    def policy_around(network: Any) -> GaussianPolicy:
-        unet_config, scheduler_config = backbone.unet.config, backbone.scheduler_config
-        return build_policy(config.policy, network, unet_config, scheduler_config, backbone.dtype, device)
+    def policy_around(unet: Any) -> GaussianPolicy:
+        unet_config: Any = backbone.unet.config
+        return build_policy(
+            config.policy, Network(unet, unet_config, backbone.dtype, device), backbone.scheduler_config
+        )
 
     images = TextToImage(policy_around(engine), backbone)
     start_model = _start_model(start_network, images, policy_around)

@@ -28,7 +28,7 @@ from rlcm_fast.algorithms import PPO
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import Config
 from rlcm_fast.kernels import functional
-from rlcm_fast.policies import GaussianPolicy, build_policy
+from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.trainer import Trainer
 from rlcm_fast.trajectory import Trajectory
 
@@ -157,9 +157,7 @@ def _watch(trainer: Trainer) -> list[list[Share]]:
 
 def _policy(config: Config, backbone: Backbone, network: Any) -> GaussianPolicy:
     unet_config: Any = backbone.unet.config
-    return build_policy(
-        config.policy, network, unet_config, backbone.scheduler_config, backbone.dtype, torch.device("cpu")
-    )
+    return build_policy(config.policy, Network(network, unet_config, backbone.dtype), backbone.scheduler_config)
 
 
 def _loss(config: Config, policy: GaussianPolicy, before: GaussianPolicy, share: Share) -> Tensor:

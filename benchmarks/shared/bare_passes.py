@@ -128,11 +128,12 @@ def _copy(unet: Any, config: Config) -> Any:
 
 def policy_of(trainer: Trainer, unet: Any, num_steps: int | None = None) -> Any:
     """The trainer's policy around another network, or with another number of steps."""
-    from rlcm_fast.policies import build_policy
+    from rlcm_fast.policies import Network, build_policy
 
     backbone = trainer.images.backbone
     config = replace(trainer.config.policy, num_steps=num_steps or trainer.config.policy.num_steps)
-    return build_policy(config, unet, backbone.unet.config, backbone.scheduler_config, backbone.dtype, backbone.device)
+    network = Network(unet, backbone.unet.config, backbone.dtype, backbone.device)
+    return build_policy(config, network, backbone.scheduler_config)
 
 
 def finish_device_work() -> None:

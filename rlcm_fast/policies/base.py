@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,30 +29,46 @@ from rlcm_fast.policies.schedules import Schedule
 from rlcm_fast.trajectory import Conditioning, Trajectory, Transitions
 
 
-class GaussianPolicy(ABC):
-    """A network and a schedule; `unet` (the module or its engine) is called like UNet2DConditionModel.forward.
+@dataclass(frozen=True)
+class Network:
+    """A network, and what a policy must know of it."""
 
-    unet_config: config of the network (in_channels, sample_size, time_cond_proj_dim). dtype: dtype of its parameters.
-    device: device of the network, where the tables of the schedule are kept too.
-    """
+    unet: Callable[..., Any]  # the module or its engine, called like UNet2DConditionModel.forward
+    config: Mapping[str, Any]  # in_channels, sample_size, time_cond_proj_dim
+    dtype: torch.dtype = torch.float32  # of the parameters
+    device: torch.device | str = "cpu"  # of the parameters; a policy keeps the tables of its schedule there too
 
-    def __init__(
-        self,
-        unet: Callable[..., Any],
-        schedule: Schedule,
-        guidance_scale: float,
-        unet_config: Mapping[str, Any],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.unet = unet
-        self.schedule = schedule.to(device)
-        self.guidance_scale = guidance_scale
-        self.dtype = dtype
-        self.device = torch.device(device)
-        size = unet_config["sample_size"]
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of a latent."""
+        size = self.config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
-        self.latent_shape: tuple[int, int, int] = (unet_config["in_channels"], height, width)
+        return self.config["in_channels"], height, width
+
+
+class TextInputs(NamedTuple):
+    """Text encodings of N rows, as the network expects them."""
+
+    embeds: Tensor  # (N, L, E)
+    pooled: Tensor | None  # (N, P), SDXL only
+    time_ids: Tensor | None  # (1, 6), SDXL only
+
+    @classmethod
+    def of(cls, conditioning: Conditioning) -> TextInputs:
+        """Gather the encoding of each sample."""
+        return cls(conditioning.embeds, conditioning.pooled, conditioning.time_ids)
+
+
+class GaussianPolicy(ABC):
+    """A network and the schedule by which it is sampled."""
+
+    def __init__(self, network: Network, schedule: Schedule, guidance_scale: float) -> None:
+        self.unet = network.unet
+        self.schedule = schedule.to(network.device)
+        self.guidance_scale = guidance_scale
+        self.dtype = network.dtype
+        self.device = torch.device(network.device)
+        self.latent_shape = network.latent_shape
 
     @property
     def num_steps(self) -> int:
@@ -82,48 +99,34 @@ class GaussianPolicy(ABC):
 
     def _guided(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Guided output m_u + w (m_c - m_u), both halves in one forward pass; w = 1 has no unconditional half."""
-        embeds, pooled = conditioning.embeds, conditioning.pooled
+        text = TextInputs.of(conditioning)
         if not self.needs_negative:
-            return self._forward(x_t, t, embeds, pooled, conditioning.time_ids)
+            return self._forward(x_t, t, text)
         if conditioning.negative_embeds is None:
             raise ValueError(
                 f"policy.guidance_scale={self.guidance_scale} needs Conditioning.negative_embeds, the encoding of the"
                 " empty prompt; pass it, or use policy.guidance_scale=1"
             )
+        embeds, pooled, time_ids = text
         embeds = torch.cat([conditioning.negative_embeds.expand_as(embeds), embeds])
         if pooled is not None and conditioning.negative_pooled is not None:
             pooled = torch.cat([conditioning.negative_pooled.expand_as(pooled), pooled])
-        both = self._forward(x_t.repeat(2, 1, 1, 1), t.repeat(2), embeds, pooled, conditioning.time_ids)
+        both = self._forward(x_t.repeat(2, 1, 1, 1), t.repeat(2), TextInputs(embeds, pooled, time_ids))
         m_u, m_c = both.chunk(2)
         return m_u + self.guidance_scale * (m_c - m_u)
 
-    def _forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        embeds: Tensor,
-        pooled: Tensor | None,
-        time_ids: Tensor | None,
-        timestep_cond: Tensor | None = None,
-    ) -> Tensor:
-        """Call the network on N rows at training timesteps t (N,); returns float32.
-
-        embeds (N, L, E), pooled (N, P), time_ids (1, 6), timestep_cond (N, W).
-        """
+    def _forward(self, x_t: Tensor, t: Tensor, text: TextInputs, timestep_cond: Tensor | None = None) -> Tensor:
+        """Call the network on N rows at training timesteps t (N,); timestep_cond (N, W); returns float32."""
         # Collect the inputs that only some networks have: the guidance embedding, and the additions of SDXL.
         keywords: dict[str, Any] = {} if timestep_cond is None else {"timestep_cond": timestep_cond}
-        if pooled is not None and time_ids is not None:
-            added = {"text_embeds": pooled.to(self.dtype), "time_ids": time_ids.expand(len(x_t), -1)}
+        if text.pooled is not None and text.time_ids is not None:
+            added = {"text_embeds": text.pooled.to(self.dtype), "time_ids": text.time_ids.expand(len(x_t), -1)}
             keywords["added_cond_kwargs"] = added
 
         # Call the network in its dtype.
-        return self.unet(
-            x_t.to(self.dtype),
-            t,
-            encoder_hidden_states=embeds.to(self.dtype),
-            return_dict=False,
-            **keywords,
-        )[0].float()
+        embeds = text.embeds.to(self.dtype)
+        output = self.unet(x_t.to(self.dtype), t, encoder_hidden_states=embeds, return_dict=False, **keywords)
+        return output[0].float()
 
     def coefficients(self, step: Tensor) -> Tensor:
         """Coefficients A, B, sigma (N, 3) float32 of each step (N,)."""

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from rlcm_fast.config import PolicyConfig
-from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.policies.base import GaussianPolicy, Network
 from rlcm_fast.policies.consistency import ConsistencyPolicy
 from rlcm_fast.policies.diffusion import DiffusionPolicy
 from rlcm_fast.policies.schedules import consistency_schedule, ddim_schedule
 
 
-def build_policy(
-    config: PolicyConfig,
-    unet: Callable[..., Any],
-    unet_config: Mapping[str, Any],
-    scheduler_config: Mapping[str, Any],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> GaussianPolicy:
-    """Build the policy of `config.kind` around `unet` (a module or its engine), with the noise schedule of its folder.
+def build_policy(config: PolicyConfig, network: Network, scheduler_config: Mapping[str, Any]) -> GaussianPolicy:
+    """Build the policy of `config.kind` around a network, with the noise schedule of its folder.
 
     Raises:
         ValueError: the model is of another kind, or an affine Gaussian step cannot express its scheduler.
@@ -31,7 +22,7 @@ def build_policy(
     is_sampled = config.last_step == "sampled"
     last_step = "deterministic" if is_sampled else config.last_step
     if config.kind == "consistency":
-        _check_is_consistency_model(unet_config, scheduler_config)
+        _check_is_consistency_model(network.config, scheduler_config)
         policy_class, schedule = ConsistencyPolicy, consistency_schedule(scheduler_config, config.num_steps, last_step)
     else:
         schedule = ddim_schedule(scheduler_config, config.num_steps, config.eta, last_step)
@@ -39,7 +30,7 @@ def build_policy(
     schedule = schedule.with_sampled_image(config.last_sigma) if is_sampled else schedule
 
     # Put the policy around the network.
-    return policy_class(unet, schedule, config.guidance_scale, unet_config, dtype, device)
+    return policy_class(network, schedule, config.guidance_scale)
 
 
 def _check_is_consistency_model(unet_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> None:

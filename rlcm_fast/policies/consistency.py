@@ -11,13 +11,11 @@ StableDiffusionPipeline does with an LCMScheduler. With w = 1 there is no uncond
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.policies.base import GaussianPolicy, Network, TextInputs
 from rlcm_fast.policies.schedules import Schedule
 from rlcm_fast.trajectory import Conditioning
 
@@ -25,19 +23,11 @@ from rlcm_fast.trajectory import Conditioning
 class ConsistencyPolicy(GaussianPolicy):
     """Policy for schedules of `consistency_schedule`; `guidance_scale` w is that of diffusers (1 means no guidance)."""
 
-    def __init__(
-        self,
-        unet: Callable[..., Any],
-        schedule: Schedule,
-        guidance_scale: float,
-        unet_config: Mapping[str, Any],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(unet, schedule, guidance_scale, unet_config, dtype, device)
-        width = unet_config.get("time_cond_proj_dim")
+    def __init__(self, network: Network, schedule: Schedule, guidance_scale: float) -> None:
+        super().__init__(network, schedule, guidance_scale)
+        width = network.config.get("time_cond_proj_dim")
         self._timestep_cond, self._no_guidance = (
-            None if width is None else guidance_embedding(scale, width).to(device, dtype)  # (1, W)
+            None if width is None else guidance_embedding(scale, width).to(self.device, self.dtype)  # (1, W)
             for scale in (guidance_scale, 1.0)
         )
 
@@ -57,7 +47,7 @@ class ConsistencyPolicy(GaussianPolicy):
     def _embedded_output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: Tensor | None) -> Tensor:
         """Call the network with an embedding of the guidance (1, W), or None if it has no such input."""
         rows = None if guidance is None else guidance.expand(len(x_t), -1)
-        return self._forward(x_t, t, conditioning.embeds, conditioning.pooled, conditioning.time_ids, rows)
+        return self._forward(x_t, t, TextInputs.of(conditioning), rows)
 
 
 def guidance_embedding(guidance_scale: float, width: int) -> Tensor:

@@ -16,7 +16,7 @@ from benchmarks.shared import tiny_pipelines
 from rlcm_fast.backbones.loading import LORA_FILE, resolve_lora_path, resolve_model
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import ModelConfig, PolicyConfig
-from rlcm_fast.policies import GaussianPolicy, build_policy
+from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.trajectory import Prompt
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def load(is_consistency: bool = True, dtype: torch.dtype = torch.float32, **mode
 
 def policy_of(backbone: Backbone, **config: Any) -> GaussianPolicy:
     unet: Any = backbone.unet
-    return build_policy(PolicyConfig(**config), unet, unet.config, backbone.scheduler_config, torch.float32, CPU)
+    return build_policy(PolicyConfig(**config), Network(unet, unet.config), backbone.scheduler_config)
 
 
 def x_0_of(backbone: Backbone, policy: GaussianPolicy) -> Tensor:

@@ -14,7 +14,14 @@ from diffusers import DDPMScheduler, LCMScheduler
 from torch import Tensor
 
 from rlcm_fast import parallel
-from rlcm_fast.policies import ConsistencyPolicy, DiffusionPolicy, GaussianPolicy, consistency_schedule, ddim_schedule
+from rlcm_fast.policies import (
+    ConsistencyPolicy,
+    DiffusionPolicy,
+    GaussianPolicy,
+    Network,
+    consistency_schedule,
+    ddim_schedule,
+)
 from rlcm_fast.policies.consistency import guidance_embedding
 from rlcm_fast.policies.real_image_loss import drop_captions, real_image_loss
 from rlcm_fast.trajectory import Conditioning
@@ -53,12 +60,12 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def diffusion(network: Any, prediction: str = "epsilon") -> GaussianPolicy:
     schedule = ddim_schedule({**SCHEDULER, "prediction_type": prediction}, 10)
-    return DiffusionPolicy(network, schedule, 7.0, UNET_CONFIG)
+    return DiffusionPolicy(Network(network, UNET_CONFIG), schedule, 7.0)
 
 
 def consistency(network: Any, prediction: str = "epsilon", guidance: float = 4.0) -> GaussianPolicy:
     schedule = consistency_schedule({**SCHEDULER, "prediction_type": prediction}, 4)
-    return ConsistencyPolicy(network, schedule, guidance, {**UNET_CONFIG, "time_cond_proj_dim": 16})
+    return ConsistencyPolicy(Network(network, {**UNET_CONFIG, "time_cond_proj_dim": 16}), schedule, guidance)
 
 
 def truth(prediction: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -182,7 +189,7 @@ def test_no_guidance_is_one_pass_with_the_embedding_of_no_guidance():
 
 def test_a_consistency_model_without_a_guidance_input_runs_once():
     oracle = Oracle(lambda x_t, t: torch.zeros_like(x_t))
-    policy = ConsistencyPolicy(oracle, consistency_schedule(SCHEDULER, 4), 1.5, UNET_CONFIG)
+    policy = ConsistencyPolicy(Network(oracle, UNET_CONFIG), consistency_schedule(SCHEDULER, 4), 1.5)
     real_image_loss(policy, latents(), texts(), generator())
     assert len(oracle.asked[0]) == N
     assert "timestep_cond" not in oracle.asked[2]
