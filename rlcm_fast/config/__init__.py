@@ -1,6 +1,6 @@
 """The configuration: typed sections, read from defaults < YAML files < command line, and what follows from them.
 
-    parse_config(argv)            -> Config        parser.py reads, mistakes.py words what is wrong, files.py finds files
+    parse_config(argv)            -> Config        parser.py reads, mistakes.py words errors, files.py finds files
     validate(config, world_size)  -> ResolvedRun   checks.py: ranges first, then what fields ask of each other
     resolve(config, world_size)   -> ResolvedRun   resolved.py: tasks, rounds and sizes, without the checks
 

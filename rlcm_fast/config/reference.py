@@ -82,7 +82,7 @@ def _type_name(hint: Any) -> str:
         return ", ".join(f"`{choice}`" if choice else "empty" for choice in get_args(hint))
     if get_origin(hint) is list:
         (item,) = get_args(hint)
-        return f"list of {item.__name__ if is_dataclass(item) else _NAMES[item]}"
+        return f"list of {_NAMES.get(item, 'mappings')}"
     if get_origin(hint) is tuple:
         return "list of number"
     choices = [part for part in get_args(hint) if part is not type(None)]
