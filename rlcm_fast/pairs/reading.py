@@ -4,7 +4,7 @@ Two readers share one interface: `take` returns rows of this process, `cursor` i
 goes back to a cursor.
 
  - FunctionReader numbers the pairs of a function. An update takes the next num_rows * world_size numbers, and each
-   process takes its slice, so the pairs of an update do not depend on the number of processes.
+   process takes its slice. So the pairs of an update do not depend on the number of processes.
  - DatasetReader streams every other source with `datasets`, pass after pass. `split_dataset_by_node` gives each process
    different shards. If there are fewer shards than processes, each process reads all shards and keeps every n-th row.
    If the shards do not divide evenly, some processes have one more, and longer passes. Rows are shuffled within a

@@ -4,8 +4,8 @@ All processes walk the same sequence, which the seed fixes: one permutation of t
 takes the next num_prompts * world_size prompts, and each rank takes its slice of them. So the prompts of an iteration
 depend on how many prompts all ranks draw together, but not on the number of processes.
 
-If an iteration crosses the end of a pass, the sampler rearranges the first entries of the next permutation, so that the
-prompts of the iteration are still distinct. Every pass still holds every prompt once.
+An iteration may cross the end of a pass. The sampler then rearranges the first entries of the next permutation, to keep
+the prompts of the iteration distinct. Every pass still holds every prompt once.
 
 A permutation is a tensor of 4 bytes per prompt.
 """

@@ -49,7 +49,7 @@ class SetReward(Protocol):
     scope: str  # "set"
 
     def describe(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """What `value` needs to know of each image: (B, F) float32, finite, always with the same F.
+        """The numbers that `value` needs of each image: (B, F) float32, finite, always with the same F.
 
         It is called like Reward.__call__.
         """
@@ -81,7 +81,7 @@ class RewardError(RuntimeError):
 def expect(value: object, shape: tuple[int | None, ...], meaning: str) -> Tensor:
     """Return `value` itself if it is a float32 tensor of `shape`; raise a ScoreError otherwise.
 
-    None in `shape` stands for any size from 1 on; `meaning` explains the shape in the error.
+    None in `shape` means any size from 1 on; `meaning` explains the shape in the error.
     """
     sizes = ", ".join("F" if size is None else str(size) for size in shape)
     wanted = f"({sizes},)" if len(shape) == 1 else f"({sizes})"

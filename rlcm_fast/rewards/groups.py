@@ -10,13 +10,13 @@ where v is the reward's value of a set:
 
 v(g without i) does not depend on image i, so E[v(g without i) grad log p(i)] = 0 for independent images. Both credits
 therefore have the same expected policy gradient, that of E[v(g)], and a reward weight means the same with either. They
-differ in noise: v(g) carries into the credit of every image what the other k - 1 images happened to be. We measured the
-variance of the gradient over all outcomes of a policy of three colours with a parity reward. The variance with
-leave_one_out, relative to group, is 0.28 (k = 3) and 0.18 (k = 6); if nine in ten images have one colour, it is 1.38
-and 0.49 (tests/rewards/test_set_rewards.py). Leave_one_out is a baseline, and like any baseline it does not help
-everywhere. An advantage that is divided by a standard deviation loses the scale of either credit, but keeps its ratio
-of signal to noise. If v(g) is the mean of scores s_j, leave_one_out gives (s_i - mean of the others) / k. So with
-either credit, a set reward balances an image reward of the same scale if its weight is k times as large.
+differ in noise: v(g) carries into the credit of every image what the other k - 1 images happened to be. Take a policy
+of three colours, a parity reward, and the variance of the gradient over all outcomes. With leave_one_out, the variance
+is 0.28 (k = 3) and 0.18 (k = 6) of that with group. If nine in ten images have one colour, it is 1.38 and 0.49
+(tests/rewards/test_set_rewards.py). So leave_one_out is a baseline, and like any baseline it does not help everywhere.
+An advantage that is divided by a standard deviation loses the scale of either credit, but keeps its ratio of signal to
+noise. If v(g) is the mean of scores s_j, leave_one_out gives (s_i - mean of the others) / k. So with either credit, a
+set reward balances an image reward of the same scale if its weight is k times as large.
 """
 
 # N images of all micro-batches, F numbers that describe one image, G groups of k images

@@ -1,6 +1,6 @@
 """The reward "shapes_alignment_graded": the detector's score with slopes in the place of steps, to learn from.
 
-`detector.score` is exact, so it does not say how far off an image is: a star too rough to be recognised earns what a
+`detector.score` is exact, so it does not show how far off an image is. A star too rough to be recognised earns what a
 blank image earns, and most images of one caption earn the same. Here
 
     part of an object    clip((likeness - 0.6) / 0.2, 0, 1) * clip((margin + 0.1) / 0.15, 0, 1), times 0.5 in a wrong

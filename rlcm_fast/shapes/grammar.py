@@ -8,8 +8,8 @@
 detector, the tokenizer's vocabulary) works with `Caption` objects.
 
 Training holds out combinations, not words (`HELD_OUT_PAIRS`, `HELD_OUT_ARRANGEMENTS`). Each shape lacks one colour.
-Four of the sixteen times two arrangements of shapes never occur, in either wording: "a circle left of a star" is the
-same arrangement as "a star right of a circle".
+Four of the sixteen times two arrangements of shapes never occur, in either wording. ("A circle left of a star" is the
+same arrangement as "a star right of a circle".)
 """
 
 from __future__ import annotations

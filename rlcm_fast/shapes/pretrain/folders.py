@@ -1,7 +1,7 @@
 """Writes the trained parts as diffusers folders that stock pipelines load, with UNet and VAE in half precision.
 
 The text encoder (1.2 MB) stays in float32. transformers loads weights in the precision in which they are stored, but
-diffusers loads them in float32, and a pipeline with both precisions would not run without a `torch_dtype`.
+diffusers loads them in float32. A pipeline with both precisions would not run without a `torch_dtype`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 We chose this form for two CPU cores. Without normalisation layers, the level of a colour passes straight through. A
 fully convolutional network learns from 32 x 32 crops, of which we use those that show a shape. AutoencoderKL with thin
-layers and an L1 loss on full images still drew grey blobs after 12 minutes; we did not try which of the three changes
+layers and an L1 loss on full images still drew grey blobs after 12 minutes. We did not try which of the three changes
 helped most.
 
 Stage 1 trains both halves on crops with squared error, and coloured pixels weigh about four times as much. Most pixels
