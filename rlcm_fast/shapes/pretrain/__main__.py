@@ -88,9 +88,8 @@ def _teacher(arguments: argparse.Namespace) -> None:
 
 def _lcm(arguments: argparse.Namespace) -> None:
     from_teacher = _trained_teacher(arguments)  # returns at once, from the finished state
-    _, captions = _dataset(arguments)
     cycles = _scaled(lcm.FIRST_CYCLE, arguments), _scaled(lcm.SECOND_CYCLE, arguments)
-    made = lcm.distil(from_teacher, _latents(arguments), captions, arguments.out, arguments.seed, cycles)
+    made = lcm.distil(from_teacher, _captioned_latents(arguments), arguments.out, arguments.seed, cycles)
     folders.save_lcm(_load_vae(arguments, "vae_final"), from_teacher.text_encoder, made, arguments.out / "lcm")
 
 
@@ -101,9 +100,8 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _trained_teacher(arguments: argparse.Namespace) -> teacher.Denoiser:
-    _, captions = _dataset(arguments)
     cycles = _scaled(teacher.FIRST_CYCLE, arguments), _scaled(teacher.SECOND_CYCLE, arguments)
-    return teacher.train_teacher(_latents(arguments), captions, arguments.out, arguments.seed, cycles)
+    return teacher.train_teacher(_captioned_latents(arguments), arguments.out, arguments.seed, cycles)
 
 
 def _dataset(arguments: argparse.Namespace) -> tuple[Tensor, list[str]]:
@@ -122,6 +120,11 @@ def _latents(arguments: argparse.Namespace) -> Tensor:
         images, _ = _dataset(arguments)
         torch.save(vae.encode(autoencoder, images) * autoencoder.config["scaling_factor"], path)
     return torch.load(path, weights_only=True)
+
+
+def _captioned_latents(arguments: argparse.Namespace) -> dataset.CaptionedLatents:
+    _, captions = _dataset(arguments)
+    return dataset.CaptionedLatents(_latents(arguments), captions)
 
 
 def _load_vae(arguments: argparse.Namespace, name: str) -> AutoencoderTiny:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -11,6 +12,14 @@ from tqdm import tqdm
 
 from rlcm_fast.shapes.renderer import render
 from rlcm_fast.shapes.scenes import training_scenes
+
+
+@dataclass(frozen=True)
+class CaptionedLatents:
+    """The latents of the training images and their captions."""
+
+    latents: Tensor  # (N, 8, 8, 8) float32, scaled
+    captions: list[str]  # N
 
 
 def training_images(num_images: int, seed: int) -> tuple[Tensor, list[str]]:

@@ -16,7 +16,8 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from rlcm_fast.shapes.pretrain.stage import StageConfig, run_cycles
+from rlcm_fast.shapes.pretrain.dataset import CaptionedLatents
+from rlcm_fast.shapes.pretrain.stage import StageConfig, StageRun, run_cycles
 from rlcm_fast.shapes.pretrain.text import EMBEDDING_SIZE, new_text_encoder, new_tokenizer, tokenize
 
 FIRST_CYCLE = StageConfig(num_steps=6000, batch_size=64, lr=8e-4, ema_decay=0.998)
@@ -68,25 +69,24 @@ class Denoiser(nn.Module):
 
 
 def train_teacher(
-    latents: Tensor,
-    captions: list[str],
+    data: CaptionedLatents,
     folder: Path,
     seed: int,
     cycles: tuple[StageConfig, StageConfig] = (FIRST_CYCLE, SECOND_CYCLE),
 ) -> Denoiser:
-    """Train the teacher on scaled latents (N, 8, 8, 8) and their captions."""
+    """Train the teacher; `folder` keeps the states to resume from."""
     # Make the networks and the tokens.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     tokenizer = new_tokenizer()
     model = Denoiser(new_text_encoder(tokenizer), new_unet()).to(device)
-    tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+    tokens, empty = tokenize(tokenizer, data.captions), tokenize(tokenizer, [""])
     schedule = noise_schedule()
 
     # The loss of a batch.
     def loss(denoiser: nn.Module, _: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
         # Draw dropped captions, noise and timesteps.
-        x_0 = latents[indices]
+        x_0 = data.latents[indices]
         dropped = torch.rand(len(indices), 1, generator=generator) < _CAPTION_DROPOUT
         prompt = torch.where(dropped, empty, tokens[indices])
         noise = torch.randn(x_0.shape, generator=generator)
@@ -100,6 +100,6 @@ def train_teacher(
         return (weights * error.square().mean(dim=(1, 2, 3))).mean()
 
     # Train in two cycles.
-    trained = run_cycles("teacher", model, [loss] * len(cycles), len(latents), cycles, folder, seed)
+    trained = run_cycles(model, [loss] * len(cycles), len(data.latents), cycles, StageRun("teacher", folder, seed))
     assert isinstance(trained, Denoiser)
     return trained

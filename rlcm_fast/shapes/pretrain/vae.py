@@ -21,7 +21,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from rlcm_fast.shapes.pretrain.dataset import to_model_range
-from rlcm_fast.shapes.pretrain.stage import StageConfig, run_stage
+from rlcm_fast.shapes.pretrain.stage import StageConfig, StageRun, run_stage
 
 JOINT = StageConfig(num_steps=4000, batch_size=16, lr=2e-3, weight_decay=0.0)
 DECODER = StageConfig(num_steps=8000, batch_size=16, lr=1.5e-3, weight_decay=0.0)
@@ -60,7 +60,7 @@ def train_joint(images: Tensor, folder: Path, seed: int, config: StageConfig = J
         return (_weights(pixels) * error.square()).mean()
 
     fresh: Any = new_vae(seed)
-    vae = run_stage("vae_joint", fresh.to(device), loss, len(images), config, folder, seed)
+    vae = run_stage(fresh.to(device), loss, len(images), config, StageRun("vae_joint", folder, seed))
     assert isinstance(vae, AutoencoderTiny)
     vae.register_to_config(scaling_factor=round(1 / encode(vae, images[:2048]).std().item(), 4))
     return vae
@@ -90,7 +90,7 @@ def train_decoder(
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         return (_weights(pixels) * (error.abs() + error.square())).mean() + edges
 
-    trained = run_stage("vae_decoder", vae, loss, len(images), config, folder, seed + 1)
+    trained = run_stage(vae, loss, len(images), config, StageRun("vae_decoder", folder, seed + 1))
     assert isinstance(trained, AutoencoderTiny)
     return trained
 
