@@ -9,8 +9,8 @@ trained by support_trial.py, which says how it is judged. Many cells share a pro
 longer than a cell. A cell that breaks, or is not done within --limit seconds, takes its processes with it, and the next
 one gets new ones. Offloading compiles DeepSpeedCPUAdam at its first use, which needs g++ and ninja.
 
-Writes OUT (a row a cell: works, refused or FAILS, and why) and prints the README's table; the exit code is 1 where a
-cell FAILS.
+Writes OUT (a row a cell: works, refused or FAILS, and why) and prints the table of docs/memory.md; the exit code is 1
+where a cell FAILS.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def read_rows(path: Path = RESULTS) -> list[dict[str, str]]:
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """The README's two tables: what works, and why the rest is refused."""
+    """The two tables of docs/memory.md: what works, and why the rest is refused."""
     # A text for each stage; optimizers with the same texts share a line.
     optimizers: dict[tuple[str, ...], list[str]] = {}  # by what is trained, and the texts
     for trained, name in itertools.product(AXES["trained"], AXES["optimizer"]):

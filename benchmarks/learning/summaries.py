@@ -1,4 +1,4 @@
-"""What the study says of its curves: numbers over seeds, and the tables that the README quotes."""
+"""What the study says of its curves: numbers over seeds, and the tables that the pages of docs/ quote."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a run shows and leaves: progress bar, metrics.jsonl, TensorBoard, W&B, captioned image grids, environment.
 
-Only the main process writes. README.md has the table of every key.
+Only the main process writes. docs/runs.md has the table of every key.
 """
 
 from __future__ import annotations
