@@ -111,7 +111,7 @@ def test_every_block_of_yaml_is_a_config_whose_rewards_can_be_built(
 def test_the_reward_of_a_page_scores_red_above_green(document: Path, modules: Path, monkeypatch: pytest.MonkeyPatch):
     import torch
 
-    from rlcm_fast.rewards import build_reward, check
+    from rlcm_fast.rewards import build_reward, check_scores
     from rlcm_fast.trajectory import Prompt
 
     put_modules(document, modules, monkeypatch)
@@ -121,7 +121,7 @@ def test_the_reward_of_a_page_scores_red_above_green(document: Path, modules: Pa
     images[0, 0], images[1, 1] = 1.0, 1.0  # red, green
     prompts = [Prompt("a red circle"), Prompt("a green circle")]
     strength = arguments.get("strength", 1.0)
-    scores = check("my_rewards:Redness", reward(images, prompts), prompts, iteration=0)
+    scores = check_scores("my_rewards:Redness", reward(images, prompts), prompts, iteration=0)
     assert scores.tolist() == [strength, -strength / 2]
 
 
