@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from rlcm_fast.config import Config
@@ -44,11 +43,6 @@ def validate(config: Config, world_size: int) -> ResolvedRun:
     _check_lora(config)
     _check_resume(config)
     return run
-
-
-def derived(config: Config, world_size: int) -> dict[str, int]:
-    """The numbers that follow from the config, as `resolved.Sizes` has them."""
-    return asdict(resolve(config, world_size).sizes)
 
 
 def _check_use(config: Config) -> None:
