@@ -13,8 +13,8 @@ from rlcm_fast.config.engine_checks import check_engine
 from rlcm_fast.config.ranges import check_ranges
 from rlcm_fast.config.resolved import ResolvedRun, resolve
 from rlcm_fast.config.reward_checks import check_rewards
-from rlcm_fast.config.sizes import check_sizes
-from rlcm_fast.config.tasks import check_tasks
+from rlcm_fast.config.size_checks import check_sizes
+from rlcm_fast.config.task_checks import check_tasks
 
 _ONE_STEP = (
     "policy.num_steps=1 leaves nothing to train: the last step is deterministic (sigma = 0), it makes the image and is "
