@@ -18,8 +18,7 @@ from torch import Tensor
 
 from rlcm_fast.algorithms import Advantages, TaskAdvantages, build_advantages
 from rlcm_fast.config import RewardConfig
-from rlcm_fast.config.resolved import ResolvedRun
-from rlcm_fast.config.tasks import Task
+from rlcm_fast.config.resolved import ResolvedRun, Task
 from rlcm_fast.prompts import Sampler, Share, build_sampler
 from rlcm_fast.rewards import GroupReward, Reward, Rewards, RewardService, SetReward, grouped, make_reward
 from rlcm_fast.trajectory import Prompt

@@ -92,7 +92,6 @@ def test_every_block_of_yaml_is_a_config_whose_rewards_can_be_built(
 ):
     from rlcm_fast.config import parse_config
     from rlcm_fast.config.checks import validate
-    from rlcm_fast.config.tasks import tasks_of
     from rlcm_fast.rewards import build_rewards
 
     put_modules(block.document, modules, monkeypatch)
@@ -100,8 +99,8 @@ def test_every_block_of_yaml_is_a_config_whose_rewards_can_be_built(
     file.write_text(block.text)
     under = ["--config", UNDER[block.document.name]] if block.document.name in UNDER else []
     config = parse_config([*under, "--config", str(file)])
-    validate(config, 1)
-    for task in tasks_of(config):
+    run = validate(config, 1)
+    for task in run.tasks:
         assert build_rewards(task.rewards)
     build_rewards(config.evaluation.rewards)
 
