@@ -111,12 +111,14 @@ def is_worded_by_us(error: BaseException) -> bool:
 
 def _read_config(argv: Sequence[str], rank: int, world_size: int) -> Config:
     """The checked config; raises ValueError for everything that can be known to fail before weights load."""
+    from rlcm_fast import quiet
     from rlcm_fast.backbones.loading import resolve_model
     from rlcm_fast.config import parse_config
     from rlcm_fast.config.checks import validate
 
     with _silent_unless(rank == 0):
         config = parse_config(argv)
+        quiet.hush_libraries(config.debug)
         validate(config, world_size)
         resolve_model(config.model)
         _check_plugins(config)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from rlcm_fast import quiet
 from rlcm_fast.cli import evaluate, plan, sample
 
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    quiet.hush_libraries(debug=quiet.is_debug())
     try:
         arguments.run(arguments)
     except ValueError as error:

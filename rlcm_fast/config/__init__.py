@@ -111,6 +111,8 @@ class Config:
     """latest (of run_dir) or a checkpoint folder to continue from; null starts anew."""
     dry_run: bool = False
     """Print the resolved config and the derived numbers, and stop."""
+    debug: bool = False
+    """Show the warnings and advice of the libraries, too; without it the run's own lines come first."""
 
 
 def to_dict(config: Config) -> dict[str, Any]:

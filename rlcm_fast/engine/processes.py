@@ -11,6 +11,8 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 
+from rlcm_fast import quiet
+
 
 def init_processes() -> torch.device:
     """Joins the run's processes (gloo on CPU, NCCL on GPUs) and returns this one's device.
@@ -18,7 +20,8 @@ def init_processes() -> torch.device:
     DeepSpeed's shared-memory collective is switched off: on a CPU it would be compiled at first use (26 s, and a
     compiler and ninja on the user's machine), for messages that gloo carries as well.
     """
-    deepspeed_logger.setLevel("ERROR")
+    if not quiet.is_debug():
+        deepspeed_logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     if not torch.cuda.is_available():

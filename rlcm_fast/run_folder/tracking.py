@@ -32,6 +32,12 @@ def merged(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: sum(all_) if key.startswith("seconds/") else sum(all_) / len(all_) for key, all_ in values.items()}
 
 
+def say(message: str) -> None:
+    """Prints a line to stderr on the main process, before there is a bar."""
+    if parallel.is_main():
+        tqdm.write(message, file=sys.stderr)
+
+
 class Tracker:
     """The run folder and the terminal of one run; silent on all ranks but the main one."""
 
@@ -71,9 +77,8 @@ class Tracker:
                 self._events.add_scalar(key, value, iteration)
         if self._wandb:
             self._wandb.log(dict(metrics), step=iteration)
-        rewards = {k.split("/")[1]: f"{v:.3f}" for k, v in metrics.items() if k.startswith("reward/") and "mean" in k}
         if "images_per_second" in metrics:  # the line after the last iteration has only its evaluation
-            self._bar.set_postfix({**rewards, "images/s": f"{metrics['images_per_second']:.1f}"}, refresh=False)
+            self._bar.set_postfix(_postfix(metrics), refresh=False)
             self._bar.update(1)
 
     def grid(self, iteration: int, images: Tensor, texts: Sequence[str]) -> None:
@@ -93,8 +98,13 @@ class Tracker:
 
             self._wandb.log({"grid": wandb.Image(picture)}, step=iteration)
 
+    def begin(self, num_images: int) -> None:
+        """Announces the first iteration, which scores `num_images` images on all processes together."""
+        if self._bar is not None and self._bar.n < self._bar.total:
+            self.say(f"first iteration: number {self._bar.n + 1} of {self._bar.total}, {num_images} images")
+
     def say(self, message: str) -> None:
-        """A line for the person at the terminal, above the bar."""
+        """Prints a line above the bar, for the person at the terminal."""
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
 
@@ -107,6 +117,13 @@ class Tracker:
             self._events.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _postfix(metrics: Mapping[str, float | int]) -> dict[str, str]:
+    """What the bar shows: the total and the speed first, because a narrow terminal cuts off what comes last."""
+    rewards = {k.split("/")[1]: f"{v:.3f}" for k, v in metrics.items() if k.startswith("reward/") and "mean" in k}
+    total = {"total": rewards["total"]} if "total" in rewards else {}  # with tasks, each task has one
+    return {**total, "images/s": f"{metrics['images_per_second']:.1f}", **rewards}
 
 
 def _drop_lines_from(path: Path, iteration: int) -> None:
