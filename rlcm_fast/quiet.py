@@ -2,7 +2,7 @@
 
 Imports nothing heavy: most of these messages appear while a library is imported, so the doors call `hush_libraries`
 before they import torch. These stay visible: exceptions and logged errors, our own lines, warnings from your plug-ins,
-and what transformers reports about a reward's model whose file lacks weights.
+warnings that something falls back, and transformers' report on a reward's model whose file lacks weights.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ _LEVELS = {  # each library reads its variable when it is imported; a level that
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 _LIBRARIES = "accelerate|bitsandbytes|deepspeed|diffusers|huggingface_hub|peft|torch|transformers|triton"
+_FALLBACK = r"(?si).*(fall(s|ing)? back|not supported)"  # nothing falls back silently
 MISSING_WEIGHTS = "transformers.modeling_utils"
 """The logger that reports a model whose file lacks weights."""
 
 
 def hush_libraries(debug: bool) -> None:
-    """Hides library warnings and advice in this process and those that it starts; does nothing with `debug`."""
+    """Hides library warnings and advice in this process; processes that it starts inherit `_LEVELS` and `debug`.
+
+    With `debug` nothing is hidden.
+    """
     os.environ[_DEBUG] = str(int(debug))
     if debug:
         return
     for variable, level in _LEVELS.items():
         os.environ.setdefault(variable, level)
     warnings.filterwarnings("ignore", module=rf"({_LIBRARIES})(\.|$)")
+    warnings.filterwarnings("default", message=_FALLBACK, category=UserWarning)
     logging.getLogger("bitsandbytes").setLevel("ERROR")
     logging.getLogger("DeepSpeed").addFilter(_is_error)  # a filter, because importing DeepSpeed sets the level
     # TRANSFORMERS_VERBOSITY would hide that a reward's model starts with random weights.

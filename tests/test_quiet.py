@@ -20,13 +20,17 @@ LOGGERS = ("bitsandbytes", "DeepSpeed", quiet.MISSING_WEIGHTS)
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The process as it was; its environment says nothing of verbosity meanwhile."""
+    """A process in which nothing is hidden yet; afterwards it is as it was."""
     for name in ("RLCM_FAST_DEBUG", *LEVELS):
         monkeypatch.setenv(name, "")  # so that it is undone
         monkeypatch.delenv(name)
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger.level, list(logger.filters)) for logger in loggers]
+    for logger in loggers:  # other tests call the doors
+        logger.setLevel("NOTSET")
+        logger.filters.clear()
     with warnings.catch_warnings():
+        warnings.resetwarnings()
         yield
     for logger, (level, filters) in zip(loggers, before, strict=True):
         logger.setLevel(level)
@@ -53,10 +57,10 @@ def shown(name: str, level: int) -> bool:
     return recorder.messages == ["message"]
 
 
-def warned(module: str) -> bool:
+def warned(module: str, message: str = "old name", category: type[Warning] = FutureWarning) -> bool:
     """Whether a warning that is attributed to this module would be printed."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.warn_explicit("old name", FutureWarning, "file.py", 1, module=module)
+        warnings.warn_explicit(message, category, "file.py", 1, module=module)
     return len(caught) == 1
 
 
@@ -75,6 +79,14 @@ def test_our_own_warnings_and_those_of_plug_ins_are_shown():
     quiet.hush_libraries(debug=False)
     assert warned("rlcm_fast.trainer") and warned("my_rewards") and warned("torchlike_rewards")
     assert shown("my_rewards", logging.WARNING)
+
+
+def test_a_library_that_falls_back_is_heard():
+    """As bitsandbytes does with its paged optimizers on a CPU."""
+    quiet.hush_libraries(debug=False)
+    message = "Paged optimizers are not supported on CPU.\nFalling back to non-paged optimizer behavior."
+    assert warned("bitsandbytes.optim.optimizer", message, UserWarning)
+    assert not warned("bitsandbytes.optim.optimizer", "MatMul8bitLt: inputs will be cast", UserWarning)
 
 
 def test_a_level_that_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch):
