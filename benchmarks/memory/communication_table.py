@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shared.reporting import write_csv
-from rlcm_fast.planner.communication import Network, Workload, bytes_sent, efficiency, smallest_global_batch
+from rlcm_fast.planner.communication import Network, TrafficCase, bytes_sent, efficiency, smallest_global_batch
 
 NUM_WEIGHTS = 859_600_000
 FLOP_PER_SAMPLE = 28.4e12  # 8 steps sampled and trained, VAE included
@@ -47,7 +47,11 @@ def table(samples: int, least: float) -> list[dict[str, Any]]:
 
 
 def _row(network: str, stage: int, num_gpus: int, samples: int, least: float) -> dict[str, Any]:
-    work = Workload(
+    of_network = NETWORKS[network]
+    case = TrafficCase(
+        of_network,
+        stage,
+        num_gpus,
         NUM_WEIGHTS,
         bytes_per_weight=2,
         seconds_per_sample=FLOP_PER_SAMPLE / (PEAK_FLOPS * UTILISATION),
@@ -56,12 +60,10 @@ def _row(network: str, stage: int, num_gpus: int, samples: int, least: float) ->
         rollout_steps=8,
         rollout_micro_batch_size=8,
     )
-    forwards = -(-samples // work.rollout_micro_batch_size) * work.rollout_steps
-    sent = bytes_sent(stage, num_gpus, work.num_weights * work.bytes_per_weight, samples, forwards)
-    of_network = NETWORKS[network]
+    forwards = -(-samples // case.rollout_micro_batch_size) * case.rollout_steps
+    sent = bytes_sent(stage, num_gpus, case.num_weights * case.bytes_per_weight, samples, forwards)
     batches = {
-        f"batch_{least:g}_overlap_{overlap:g}": smallest_global_batch(work, of_network, stage, num_gpus, least, overlap)
-        for overlap in (0.0, 0.5)
+        f"batch_{least:g}_overlap_{overlap:g}": smallest_global_batch(case, least, overlap) for overlap in (0.0, 0.5)
     }
     return {
         "network": network,
@@ -70,7 +72,7 @@ def _row(network: str, stage: int, num_gpus: int, samples: int, least: float) ->
         "samples_per_gpu": samples,
         "gigabytes_sent_per_update": round(sent / 1e9, 3),
         "milliseconds": round(1e3 * sent / of_network.bandwidth(num_gpus), 2),
-        "efficiency_without_overlap": round(efficiency(work, of_network, stage, num_gpus, samples), 4),
+        "efficiency_without_overlap": round(efficiency(case, samples), 4),
         **{name: "never" if batch is None else batch for name, batch in batches.items()},
     }
 
