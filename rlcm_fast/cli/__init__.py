@@ -1,1 +1,1 @@
-"""The console script rlcm-fast: look at a model (sample), measure it (evaluate), plan its training (plan)."""
+"""The console script rlcm-fast: draw images (sample), score a model (evaluate), plan its training (plan)."""
