@@ -70,7 +70,7 @@ class AveragingEngine(Engine):
             yield
 
     def final_weights(self) -> dict[str, Tensor]:
-        """Returns `full_weights`, with the average in place of the trained weights; every rank must call."""
+        """Returns `full_weights`, with the average in place of the trained weights; under ZeRO-3 all must call."""
         return self.full_weights() | (self.average.weights() if self.average else {})
 
     def save(self, folder: Path) -> None:

@@ -61,7 +61,7 @@ class Engine(ABC):
 
     @abstractmethod
     def full_weights(self) -> dict[str, Tensor]:
-        """Returns all weights in float32 on the CPU, the same on every rank; ZeRO-3 gathers them, so all must call."""
+        """Returns all weights in float32 on the CPU, the same on every rank; under ZeRO-3 all must call."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -28,7 +28,7 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, engine: EngineC
         "weight_decay": config.weight_decay,
     }
 
-    # Build the kind that the config names; the import is here because most runs need none of these libraries.
+    # Build the kind that the config names. The libraries are imported here, because most runs need none of them.
     if engine.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # DeepSpeed compiles it at its first use
 

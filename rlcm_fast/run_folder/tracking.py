@@ -42,7 +42,7 @@ class Tracker:
     """Writes the folder of one run and its lines on the terminal; does nothing on all ranks but the main one."""
 
     def __init__(self, run_dir: Path, config: Config, first_iteration: int) -> None:
-        """Opens the folder; if a resumed run starts at `first_iteration` > 0, it drops the lines from there on."""
+        """Opens the folder and drops lines from `first_iteration` on, which is 0 or where a resumed run starts."""
         self._run_dir = run_dir
         self._bar: Any = None  # a tqdm, on the main rank
         self._events: Any = None
