@@ -1,4 +1,4 @@
-.PHONY: install test test-all gpu lint typecheck format ci
+.PHONY: docs install test test-all gpu lint typecheck format ci
 
 install:
 	pip install -e '.[dev]'
@@ -25,3 +25,6 @@ typecheck:
 
 ci:
 	bash .ci/run
+
+docs: # the page of every config field, from the dataclasses
+	python -m rlcm_fast.config.reference docs/config.md

@@ -51,9 +51,17 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[*find_packages(include=["rlcm_fast", "rlcm_fast.*"], exclude=["rlcm_fast.kernels*"]), *KERNELS],
-    package_dir={"rlcm_fast.kernels": "kernels"},
-    package_data={"rlcm_fast.shapes": ["models/**/*"], "rlcm_fast.engine": ["architectures/*.json"]},
+    packages=[
+        *find_packages(include=["rlcm_fast", "rlcm_fast.*"], exclude=["rlcm_fast.kernels*"]),
+        *KERNELS,
+        "rlcm_fast.configs",  # ../configs, in the same way: rlcm_fast/configs is a symbolic link for a checkout
+    ],
+    package_dir={"rlcm_fast.kernels": "kernels", "rlcm_fast.configs": "configs"},
+    package_data={
+        "rlcm_fast.shapes": ["models/**/*"],
+        "rlcm_fast.planner": ["architectures/*.json"],
+        "rlcm_fast.configs": ["*/*.yaml", "*/*.txt"],
+    },
     install_requires=REQUIREMENTS,
     extras_require={
         "test": TEST + LINT,

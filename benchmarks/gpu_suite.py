@@ -56,10 +56,7 @@ class Part:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/gpu/DEVICE)")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels, installed for this run alone, without an index")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     if importlib.util.find_spec("torch") is None:
         print("error: make gpu needs torch, which is not installed: pip install torch", file=sys.stderr)
         return 2
@@ -67,11 +64,13 @@ def main() -> int:
 
     from benchmarks.kernels.kernel_timing import device_slug
 
+    # What there is to run on.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         print("torch sees no CUDA device: this tries the suite out on the CPU, with the small model", file=sys.stderr)
     out = arguments.out or ROOT / "benchmarks" / "results" / "gpu" / device_slug(device)
     with tempfile.TemporaryDirectory() as folder:
+        # Install the wheels, and see whether anything is still missing before minutes of a GPU are spent.
         try:
             environment = environment_with(arguments.wheels, Path(folder) / "wheels")
         except ValueError as error:
@@ -81,10 +80,18 @@ def main() -> int:
             way_out = "pip install them, or give WHEELS=FOLDER (gpu_wheels.txt says how to collect them)"
             print(f"error: make gpu needs {', '.join(lacking)}: {way_out}", file=sys.stderr)
             return 2
+        # Run the parts.
         out.mkdir(parents=True, exist_ok=True)
         results = run_all(out.resolve(), Path(folder), environment, device.type == "cuda")
     print_summary({**results, **_versions()}, out / "suite.json")
     return 0 if all(part["ok"] for part in results["parts"].values()) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/gpu/DEVICE)")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels, installed for this run alone, without an index")
+    return parser
 
 
 def environment_with(wheels: Path | None, target: Path) -> dict[str, str]:
@@ -116,20 +123,33 @@ def run_all(out: Path, scratch: Path, environment: dict[str, str], has_gpu: bool
     has_plot = importlib.util.find_spec("matplotlib") is not None
     notes = [] if has_plot else ["no picture: matplotlib is not installed; bench_kernels.py --redraw draws it"]
     results: dict[str, Any] = {"parts": {}, "tests": {}}
-    for part in parts_of(out, scratch, has_plot) if has_gpu else parts_on_cpu(out, scratch, has_plot):
+
+    # Run one part after another.
+    parts = parts_of(out, scratch, has_plot) if has_gpu else parts_on_cpu(out, scratch, has_plot)
+    for part in parts:
         print(f"{part.name}: at most {part.seconds:.0f} s", file=sys.stderr, flush=True)
         results["parts"][part.name] = run_part(part, out, environment)
         if not results["parts"][part.name]["ended"]:
             notes.append(f"{part.name}: stopped after {part.seconds:.0f} s, the rest of it was not run")
+
+    # Read what the tests and the benchmarks say of themselves.
     for name in ("tests", "sanitizer"):
         results["tests"][name] = counts_of(scratch / f"{name}.xml")
     for name in _BENCHMARKS:
-        results[name] = summary_of(out / f"{name}.txt")
-        left_out = (results[name] or {}).get("left_out") or (results[name] or {}).get("cut") or []
-        notes += [f"{name}: not measured for want of time: {what}" for what in left_out]
-        not_compiled = (results[name] or {}).get("not_compiled", [])
-        notes += [f"{name}: torch.compile failed at {what}" for what in not_compiled]
+        summary = summary_of(out / f"{name}.txt")
+        results[name] = summary
+        notes += _gaps(name, summary or {})
     return {**results, "cut_or_left_out": notes}
+
+
+def _gaps(name: str, summary: dict[str, Any]) -> list[str]:
+    """What a benchmark did not measure, in words."""
+    notes = []
+    for what in summary.get("left_out") or summary.get("cut") or []:
+        notes.append(f"{name}: not measured for want of time: {what}")
+    for what in summary.get("not_compiled", []):
+        notes.append(f"{name}: torch.compile failed at {what}")
+    return notes
 
 
 def summary_of(log: Path) -> dict[str, Any] | None:
@@ -205,10 +225,13 @@ def counts_of(report: Path) -> dict[str, Any] | None:
         return None
     suite = ElementTree.parse(report).getroot()[0]
     counts = {key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")}
-    failed = [
-        case.attrib["name"] for case in suite if case.find("failure") is not None or case.find("error") is not None
-    ]
-    reasons = {node.attrib["message"] for case in suite if (node := case.find("skipped")) is not None}
+    failed, reasons = [], set()
+    for case in suite:
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(case.attrib["name"])
+        skipped = case.find("skipped")
+        if skipped is not None:
+            reasons.add(skipped.attrib["message"])
     return {**counts, "failed": failed, "reasons_of_skips": sorted(reasons)}
 
 

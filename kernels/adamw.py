@@ -1,15 +1,16 @@
-"""AdamW8bit: torch.optim.Optimizer over functional.adamw_8bit_, with bitsandbytes' state.
+"""AdamW8bit: a torch.optim.Optimizer that calls functional.adamw_8bit_ and can exchange states with bitsandbytes.
 
     optimizer = AdamW8bit(unet.parameters(), lr=1e-5)
-    optimizer.step()                                              # all weights, one launch for each kind of tensor
-    for weight in unet.parameters():                              # or each as soon as its gradient is there, which is
-        weight.register_post_accumulate_grad_hook(optimizer.step_parameter)     # freed at once: in the backward pass
 
-    theirs.load_state_dict(optimizer.bitsandbytes_state_dict())   # bitsandbytes.optim.AdamW8bit, and back:
-    optimizer.load_bitsandbytes_state_dict(theirs.state_dict())
+    optimizer.step()                    # updates all weights, in one launch for each kind of tensor
+    for weight in unet.parameters():    # or: updates each weight in the backward pass and frees its gradient at once
+        weight.register_post_accumulate_grad_hook(optimizer.step_parameter)
 
-6 bytes a weight with bfloat16 weights and gradients (2 + 2 + two states of 1), 4 in the backward pass. Not capturable:
-lr and the step count are numbers of the host, as in torch's AdamW by default.
+    theirs.load_state_dict(optimizer.bitsandbytes_state_dict())    # to bitsandbytes.optim.AdamW8bit
+    optimizer.load_bitsandbytes_state_dict(theirs.state_dict())    # and back
+
+With bfloat16 weights and gradients it needs 6 bytes per weight (2 + 2 + two states of 1), and 4 bytes if it steps in
+the backward pass. It is not capturable: lr and the step count are numbers on the host, as in torch's AdamW by default.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from rlcm_fast.kernels import functional
 from rlcm_fast.kernels.functional import Moments
 from rlcm_fast.kernels.quantization import BLOCK, codebook, dequantize, has_memory_order_of, quantize
 
-_WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes puts these states in a state_dict
+_WRAPPED = "__bnb_optimizer_quant_state__"  # the key under which bitsandbytes saves these states in a state_dict
 
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) with block-wise 8-bit moments (arXiv 2110.02861) and stochastic rounding.
 
-    Weights may be float32 or bfloat16, contiguous, channels_last or dense otherwise, and stay as they are. Weights of
-    fewer than `min_8bit_size` elements have float32 moments. bfloat16 weights are rounded stochastically, by `seed`,
-    the step and the weight's place among the optimizer's: the same on every replica. With counts_lost_updates, `counts`
-    (2,) int64 holds how many weights should have changed since it was last zeroed, and how many of them rounding kept.
+    Weights may be float32 or bfloat16, contiguous, channels_last or otherwise dense; they keep their dtype and layout.
+    Weights of fewer than `min_8bit_size` elements have float32 moments. bfloat16 weights are rounded stochastically.
+    The noise depends only on `seed`, the step and the weight's index in the optimizer, so all replicas round alike.
+    With counts_lost_updates, `counts` (2,) int64 counts the weights that should have changed since you last zeroed it,
+    and how many of those kept their value because of rounding.
 
     Raises:
-        ValueError: lr, eps or weight_decay is negative, or a beta not in [0, 1).
+        ValueError: lr, eps or weight_decay is negative, or a beta is not in [0, 1).
     """
 
     def __init__(
@@ -52,11 +54,14 @@ class AdamW8bit(torch.optim.Optimizer):
         seed: int = 0,
         counts_lost_updates: bool = False,
     ) -> None:
+        # Refuse settings that AdamW cannot use.
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if value < 0:
                 raise ValueError(f"{name}={value} must not be negative")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas} must both be in [0, 1)")
+
+        # Keep the settings that all groups share beside torch's param_groups.
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.min_8bit_size = min_8bit_size
         self.stochastic_rounding = stochastic_rounding
@@ -64,11 +69,11 @@ class AdamW8bit(torch.optim.Optimizer):
         self.counts = (
             torch.zeros(2, dtype=torch.int64, device=self._params()[0].device) if counts_lost_updates else None
         )
-        self._places: dict[Tensor, tuple[int, int]] = {}  # of a weight: its own number and its group's
+        self._indices: dict[Tensor, tuple[int, int]] = {}  # the index of each weight and the index of its group
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None) -> Any:
-        """One update of every weight that has a gradient, which counts grad_scale () times, if that is given."""
+        """Update every weight that has a gradient; gradients are multiplied by grad_scale (), if you give it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -81,28 +86,31 @@ class AdamW8bit(torch.optim.Optimizer):
         return loss
 
     def step_parameter(self, param: Tensor, grad_scale: Tensor | None = None) -> None:
-        """One update of this weight alone, after which its gradient is gone: a hook for the backward pass.
+        """Update this weight alone and free its gradient: a hook for the backward pass.
 
-        The result is that of `step`, bit for bit. For torch.Tensor.register_post_accumulate_grad_hook, and so for one
-        backward pass an update: a second one would be a second update.
+        The result equals that of `step`, bit for bit. Register it with torch.Tensor.register_post_accumulate_grad_hook.
+        Run one backward pass per update, because every backward pass updates the weight.
         """
-        if param not in self._places:
+        if param not in self._indices:
             groups = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
-            self._places = dict(zip(self._params(), enumerate(groups)))
-        if param not in self._places:
+            self._indices = dict(zip(self._params(), enumerate(groups)))
+        if param not in self._indices:
             raise ValueError(
-                f"a weight of shape {tuple(param.shape)} is none of this optimizer's; give it to AdamW8bit"
+                f"a weight of shape {tuple(param.shape)} does not belong to this optimizer; give it to AdamW8bit"
             )
-        index, group = self._places[param]
+        index, group = self._indices[param]
         self._step([(index, param)], self.param_groups[group], grad_scale)
         param.grad = None
 
     def _step(self, weights: list[tuple[int, Tensor]], group: dict[str, Any], grad_scale: Tensor | None) -> None:
+        # Sort the weights by their step count: a weight without a gradient in some update lags behind.
         by_step: dict[int, list[tuple[int, Tensor]]] = {}
         for index, param in weights:
             state = self.state[param] or self._begin(param)
             state["step"] += 1
             by_step.setdefault(state["step"], []).append((index, param))
+
+        # Update the weights of each step count together.
         for step, pairs in by_step.items():
             params = [param for _, param in pairs]
             functional.adamw_8bit_(
@@ -130,17 +138,17 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A state_dict of this class; states follow their weight to its device and memory format.
+        """Load a state_dict of this class; each state moves to the device and memory format of its weight.
 
-        Where the memory format differs from the saved weight's, the blocks do too, and states are quantised anew.
+        If the memory format differs from that of the saved weight, so do the blocks, and the states are quantised anew.
         """
         super().load_state_dict(state_dict)
         for param, saved in self._saved_states(state_dict):
-            # torch casts states to the weight's dtype, which would end codes as well as scales
+            # torch casts states to the dtype of the weight, which would destroy codes and scales
             self.state[param] = {"step": int(saved["step"]), **_relaid(_moments_of(saved), param)}
 
     def bitsandbytes_state_dict(self) -> dict[str, Any]:
-        """A state_dict for bitsandbytes.optim.AdamW8bit over the same weights; channels_last ones quantised anew."""
+        """A state_dict for bitsandbytes.optim.AdamW8bit over the same weights; channels_last states are requantised."""
         states = super().state_dict()
         stepped = [(i, param) for i, param in enumerate(self._params()) if self.state[param]]
         states["state"] = {i: self._bitsandbytes_state(param) for i, param in stepped}
@@ -154,17 +162,17 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_bitsandbytes_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A state_dict of bitsandbytes.optim.AdamW8bit over the same weights, all of them contiguous when it was made.
+        """Load a state_dict of bitsandbytes.optim.AdamW8bit over the same weights, which must have been contiguous.
 
         Raises:
-            ValueError: a state is of a channels_last weight: where its blocks lie depends on bitsandbytes' device.
+            ValueError: a state belongs to a channels_last weight; where its blocks lie depends on the device.
         """
         unwrapped = {i: {**state, **state.get(_WRAPPED, {})} for i, state in state_dict["state"].items()}
         for i, state in unwrapped.items():
             if not state["state1"].is_contiguous():
                 raise ValueError(
-                    f"state1 of weight {i} has strides {state['state1'].stride()}: bitsandbytes' states of weights "
-                    "that were channels_last cannot be read; make them contiguous before its first step"
+                    f"state1 of weight {i} has strides {state['state1'].stride()}: bitsandbytes' states of "
+                    "channels_last weights cannot be read; make them contiguous before its first step"
                 )
         groups = [{name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "params")}
                   for group in state_dict["param_groups"]]  # fmt: skip
@@ -184,7 +192,7 @@ def _moments_of(state: dict[str, Any]) -> Moments:
 
 
 def _relaid(moments: Moments, like: Tensor) -> dict[str, Tensor]:
-    """New states on the device and in the memory format of `like`; the same bits if that is theirs already."""
+    """New states on the device and in the memory format of `like`; bitwise equal if they have that format already."""
     relaid = {}
     for i, is_signed in ((1, True), (2, False)):
         state, absmax = getattr(moments, f"state{i}"), getattr(moments, f"absmax{i}")

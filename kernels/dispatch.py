@@ -1,12 +1,12 @@
-"""Which implementation runs: torch (reference.py) or triton (triton_ops/).
+"""Choose the implementation that runs: torch (reference.py) or triton (triton_ops/).
 
-    with dispatch.use("torch"): ...      for a block
-    dispatch.set_default("triton")       from now on; the trainer does it with engine.kernels
-    RLCM_FAST_KERNELS=torch              where that is auto, the default; read once, at import
+    with dispatch.use("torch"): ...      chooses for a block
+    dispatch.set_default("triton")       chooses from now on; a run does so with engine.kernels
+    RLCM_FAST_KERNELS=torch              chooses if the choice is auto, the default; read once, at import
 
-`auto` takes Triton for CUDA tensors and torch elsewhere. An explicit choice that cannot run is an error
-that says what is missing, never another implementation. The choice is one for the process, all threads alike, and is
-plain data, so that torch.compile traces through it.
+`auto` runs Triton on CUDA tensors (float64 excepted) and torch elsewhere. An explicit choice that cannot run raises an
+error that names what is missing; nothing falls back to the other implementation. All threads of a process share the
+choice. It is plain data, so torch.compile traces through it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _interprets = os.environ.get("TRITON_INTERPRET") == "1"
 
 @contextmanager
 def use(choice: str) -> Iterator[None]:
-    """Takes `choice` (auto, torch or triton) within the block; ValueError if it is none of them."""
+    """Use `choice` (auto, torch or triton) within the block; raises ValueError for any other word."""
     before = _choice
     set_default(choice)
     try:
@@ -38,16 +38,16 @@ def use(choice: str) -> Iterator[None]:
 
 
 def set_default(choice: str) -> None:
-    """Takes `choice` from now on; ValueError if it is none of auto, torch and triton."""
+    """Use `choice` (auto, torch or triton) from now on; raises ValueError for any other word."""
     global _choice
     _choice = _known(choice)
 
 
 def is_triton(*tensors: Tensor | None) -> bool:
-    """Whether an operation on these tensors is Triton's.
+    """Whether an operation on these tensors runs in Triton.
 
     Raises:
-        ValueError: Triton was chosen explicitly, and is not installed, or cannot run on such tensors.
+        ValueError: you chose Triton explicitly, but it is not installed or cannot run on such tensors.
     """
     choice = _environment if _choice == "auto" else _choice
     if choice == "torch":
@@ -60,11 +60,11 @@ def is_triton(*tensors: Tensor | None) -> bool:
 
 
 def _problem(tensors: list[Tensor]) -> str | None:
-    """Why Triton cannot run on these tensors; None if it can."""
+    """The reason why Triton cannot run on these tensors; None if it can."""
     if not _has_triton:
         return "needs the package triton, which is not installed: pip install triton"
     if any(tensor.dtype == torch.float64 for tensor in tensors):
-        return "computes in float32 and takes no float64: pass float32"
+        return "computes in float32 and does not accept float64: pass float32"
     if not tensors[0].is_cuda and not _interprets:
         return f"cannot run on {tensors[0].device.type}: start with TRITON_INTERPRET=1 (slow, for tests) or use a GPU"
     return None

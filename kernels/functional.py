@@ -1,9 +1,9 @@
-"""One documented function per op; each runs in Triton or in plain torch, as `dispatch.py` decides.
+"""One documented function per op; `dispatch.py` decides whether it runs in Triton or in plain torch.
 
-Everything that turns a network output into a state, a log-probability, a divergence or a loss goes through here, from
-sampling as from training. Inputs are float32, bfloat16 or float16, each on its own, contiguous or channels_last (rows
-of a larger tensor included); arithmetic and results are float32 (of group_norm_silu like x). The torch implementation
-also takes float64, which stays float64, and differentiates everything; what Triton differentiates is said below.
+Sampling and training both come here to turn a network output into a state, a log-probability, a divergence or a loss.
+Each input may be float32, bfloat16 or float16, contiguous or channels_last, also a slice of rows of a larger tensor.
+Arithmetic and results are float32; only group_norm_silu returns the dtype of x. The torch implementation also accepts
+float64, which stays float64, and differentiates everything; each docstring says what Triton differentiates.
 """
 
 # N rows (samples or transitions), C H W latent; coef rows are A, B, sigma of x_s = A x_t + B m + sigma z
@@ -39,9 +39,9 @@ __all__ = [
 
 
 def gaussian_mean(x: Tensor, m: Tensor, coef: Tensor) -> Tensor:
-    """A x + B m, the mean of the next state, (N, C, H, W); x, m (N, C, H, W), coef (N, 3). sigma is not used.
+    """The mean of the next state, A x + B m (N, C, H, W), from x and m (N, C, H, W) and coef (N, 3); ignores sigma.
 
-    Always plain torch: it is needed once a sample, for the image.
+    It always runs in plain torch, because a sample needs it only once, for its image.
     """
     return reference.gaussian_mean(x, m, coef)
 
@@ -56,16 +56,17 @@ def gaussian_log_prob(
 ) -> Tensor:
     """The log-probability (N,) of x_next under N(A x + B m, sigma^2), mean over C, H, W, in nats per dimension.
 
-    x, m, x_next (N, C, H, W); coef (N, 3) with sigma > 0 in every row (a row with sigma = 0 is no action, its
-    log-probability is 0 in Triton and infinite or NaN in torch; not checked, as that would wait for the device).
-    With m_uncond (N, C, H, W) the network's output is m_uncond + guidance_scale (m - m_uncond), which is not stored.
-    Differentiable in x, m, m_uncond and x_next.
+    x, m and x_next are (N, C, H, W); coef is (N, 3) with sigma > 0 in every row. A row with sigma = 0 is no action: its
+    log-probability is 0 in Triton, and infinite or NaN in torch. A check would wait for the device, so there is none.
+    With m_uncond (N, C, H, W), the network output is m_uncond + guidance_scale (m - m_uncond), which is not stored.
+    The result is differentiable in x, m, m_uncond and x_next.
     """
     if not dispatch.is_triton(x, m, x_next, coef, m_uncond):
         m = m if m_uncond is None else reference.guided(m, m_uncond, guidance_scale)
         return reference.gaussian_log_prob(x, m, x_next, coef)
     from rlcm_fast.kernels.triton_ops import gaussian
 
+    # Store r / (sigma D) only for a backward pass.
     keeps_residual = _wants_gradient(x, m, x_next, m_uncond)
     return gaussian.gaussian_log_prob(x, m, m_uncond, x_next, _rows_of(coef), guidance_scale, keeps_residual)[0]
 
@@ -81,16 +82,17 @@ def gaussian_step(
 ) -> tuple[Tensor, Tensor]:
     """The next state A x + B m + sigma noise (N, C, H, W) and its log-probability (N,), mean over C, H, W.
 
-    Give noise (N, C, H, W), or seeds (N,) int64: then row n draws its own standard normal numbers (Philox, by the seed
-    and the place in the row, so whatever the batch or the block size). m_uncond as in gaussian_log_prob.
+    Give noise (N, C, H, W) or seeds (N,) int64. With seeds, each row draws standard normal numbers by Philox from its
+    seed and the place in the row, so batch and block size do not matter. m_uncond works as in gaussian_log_prob.
 
-    Rows with sigma = 0 give the mean and log-probability 0. The log-probability is that of the ROUNDED next state, by
-    the same arithmetic as gaussian_log_prob, rather than -mean(noise^2)/2 - log sigma - log(2 pi)/2: the two differ by
-    the rounding of x_next over sigma, and only the first makes the ratio of an unchanged network exactly one. No
-    gradient in Triton.
+    Rows with sigma = 0 return the mean and log-probability 0. The log-probability belongs to the ROUNDED next state and
+    uses the arithmetic of gaussian_log_prob, not -mean(noise^2)/2 - log sigma - log(2 pi)/2. The two differ by the
+    rounding of x_next over sigma, and only the first makes the ratio of an unchanged network exactly one. Triton
+    computes no gradient.
     """
     if (noise is None) == (seeds is None):
-        raise ValueError("gaussian_step takes one of noise and seeds; give one of them")
+        raise ValueError("gaussian_step needs either noise or seeds; give exactly one of them")
+    # Draw the same numbers from the seeds in torch as in Triton.
     if not dispatch.is_triton(x, m, coef, noise, m_uncond):
         m = m if m_uncond is None else reference.guided(m, m_uncond, guidance_scale)
         noise = noise if seeds is None else reference.philox_normal(seeds, x.shape[1:])
@@ -103,10 +105,10 @@ def gaussian_step(
 
 
 def gaussian_kl(m: Tensor, m_ref: Tensor, coef: Tensor) -> Tensor:
-    """KL (N,) between two networks' actions in one state: mean over C, H, W of (B (m - m_ref))^2 / (2 sigma^2).
+    """KL divergence (N,) between the actions of two networks in one state, in nats per dimension.
 
-    m, m_ref (N, C, H, W); coef (N, 3), sigma > 0. Closed form, since both have the same sigma; nats per dimension.
-    Always plain torch.
+    It is the mean over C, H, W of (B (m - m_ref))^2 / (2 sigma^2), a closed form because both share sigma. m and m_ref
+    are (N, C, H, W); coef is (N, 3) with sigma > 0. It always runs in plain torch.
     """
     return reference.gaussian_kl(m, m_ref, coef)
 
@@ -116,9 +118,9 @@ def clipped_ratio_loss(
 ) -> tuple[Tensor, RatioStats]:
     """PPO's clipped loss (), mean over rows of max(-a rho, -a clip(rho, 1 - clip_range, 1 + clip_range)), and stats.
 
-    log_prob, log_prob_old, advantages (N,); rho = exp(log_prob - log_prob_old), the exponent clamped to +-20; a is the
-    advantage clamped to +-advantage_clip. log_prob_old=None means on-policy: rho is exactly 1 with the gradient of
-    log_prob. Differentiable in log_prob; the old one is taken as a constant.
+    log_prob, log_prob_old and advantages are (N,). rho = exp(log_prob - log_prob_old), with the exponent clamped to
+    +-20; a is the advantage clamped to +-advantage_clip. log_prob_old=None means on-policy: rho is exactly 1 with the
+    gradient of log_prob. The loss is differentiable in log_prob; log_prob_old counts as a constant.
     """
     if not dispatch.is_triton(log_prob, log_prob_old, advantages):
         return reference.clipped_ratio_loss(log_prob, log_prob_old, advantages, clip_range, advantage_clip)
@@ -142,13 +144,14 @@ def policy_loss(
 ) -> tuple[Tensor, RatioStats]:
     """`clipped_ratio_loss` of `gaussian_log_prob`: the loss () and the stats, differentiable in x, m, m_uncond, x_next.
 
-    In Triton two launches, and one more backward for each gradient that is wanted.
+    Triton needs two launches, and one more in the backward pass for each input that requires a gradient.
     """
     if not dispatch.is_triton(x, m, x_next, coef, m_uncond, log_prob_old, advantages):
         log_prob = gaussian_log_prob(x, m, x_next, coef, m_uncond, guidance_scale)
         return reference.clipped_ratio_loss(log_prob, log_prob_old, advantages, clip_range, advantage_clip)
     from rlcm_fast.kernels.triton_ops import loss
 
+    # Store r / (sigma D) only for a backward pass.
     keeps_residual = _wants_gradient(x, m, x_next, m_uncond)
     arguments = (_rows_of(coef), guidance_scale, log_prob_old, advantages, clip_range, advantage_clip, keeps_residual)
     value, stats, *_ = loss.policy_loss(x, m, m_uncond, x_next, *arguments)
@@ -158,20 +161,22 @@ def policy_loss(
 def rebel_residual(log_prob: Tensor, log_prob_old: Tensor, rewards: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     """REBEL's residual (P,) of P pairs of trajectories, and the gradient (2 P,) of its mean square in their log-probs.
 
-    log_prob, log_prob_old (2 P, K) of the K actions of each trajectory, rewards (2 P,); rows 2 i and 2 i + 1 are the
-    pair y and y', two images of one prompt. With d = sum over k of log_prob - log_prob_old (REBEL, arXiv 2404.16767):
+    log_prob and log_prob_old (2 P, K) hold the K actions of each trajectory; rewards is (2 P,). Rows 2 i and 2 i + 1
+    are the pair y and y', two images of one prompt. With d = sum over k of log_prob - log_prob_old (arXiv 2404.16767):
 
         residual = (d(y) - d(y')) / eta - (r(y) - r(y')),      loss = mean(residual^2)
         d loss / d log_prob_k(y) = 2 residual / (P eta) = -d loss / d log_prob_k(y'),      the same for every action k
 
-    So two passes need the memory of one: log-probs of all actions without gradients, then action by action
-    `(gradient * gaussian_log_prob(...)).sum().backward()`. Results are constants to autograd.
+    So you can train in two passes with the memory of one action: compute the log-probs of all actions without
+    gradients, then call `(gradient * gaussian_log_prob(...)).sum().backward()` action by action. Autograd treats the
+    results as constants.
     """
     if log_prob.ndim != 2 or len(log_prob) % 2 or log_prob.shape != log_prob_old.shape or len(rewards) != len(log_prob):
         raise ValueError(
             f"log_prob {tuple(log_prob.shape)}, log_prob_old {tuple(log_prob_old.shape)}, rewards "
             f"{tuple(rewards.shape)}: give (2 P, K), (2 P, K) and (2 P,), pairs in neighbouring rows"
         )
+    # Compute constants, in torch or in Triton.
     with torch.no_grad():
         if not dispatch.is_triton(log_prob, log_prob_old, rewards):
             return reference.rebel_residual(log_prob, log_prob_old, rewards, eta)
@@ -182,12 +187,12 @@ def rebel_residual(log_prob: Tensor, log_prob_old: Tensor, rewards: Tensor, eta:
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's two moments of one weight, written in place: uint8 codes with a scale a block, or float32 without."""
+    """Adam's two moments of one weight, written in place: uint8 codes with a scale per block, or plain float32."""
 
-    state1: Tensor  # like the weight, of its strides; uint8 or float32
-    state2: Tensor  # likewise
+    state1: Tensor  # shape and strides of the weight; uint8 or float32
+    state2: Tensor  # as state1
     absmax1: Tensor | None  # (ceil(numel / 256),) float32 for uint8, None for float32
-    absmax2: Tensor | None  # likewise
+    absmax2: Tensor | None  # as absmax1
 
 
 def adamw_8bit_(
@@ -206,26 +211,29 @@ def adamw_8bit_(
     grad_scale: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> None:
-    """One step of AdamW (arXiv 1711.05101) in place, moments kept in 8 bits (arXiv 2110.02861, quantization.py).
+    """Make one step of AdamW (arXiv 1711.05101) in place, with 8-bit moments (arXiv 2110.02861, quantization.py).
 
         g = grad_scale grad,   m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
         p = (1 - lr weight_decay) p - lr / (1 - b1^step) m / (sqrt(v / (1 - b2^step)) + eps)
 
-    params float32 or bfloat16, dense, of any memory format; grads float32 or bfloat16, copied if their strides differ
-    from the weight's; arithmetic is float32. bfloat16 weights are rounded stochastically, so that updates below half a
-    unit of theirs are not lost but happen as often as they are large: with key `seed` and counter (place, step, index),
-    indices being one number for each weight, so that the result is one whether weights step together or each alone.
-    `step` counts from 1. grad_scale () float32, on the device: what clips gradients without a wait for their norm.
-    counts (2,) int64: to it are added the weights that should have changed, and those of them that rounding kept.
+    params: float32 or bfloat16, dense, in any memory format. grads: float32 or bfloat16; a gradient is copied if its
+    strides differ from those of its weight. Arithmetic is float32. step: counts from 1. grad_scale: () float32 on the
+    device, multiplies the gradients, so that clipping need not wait for their norm. counts: (2,) int64, incremented by
+    the number of weights that should have changed, and by how many of those kept their value because of rounding.
+    stochastic_rounding: applies to bfloat16 weights. An update below half of their last unit is not lost, but happens
+    with a probability proportional to its size. The random numbers have key `seed` and counter (place, step, index).
+    indices: one number per weight, so that weights give the same result whether they step together or alone.
 
-    In Triton one launch for all weights of one dtype, gradients' dtype and kind of moments. ValueError for other dtypes
-    and for weights with gaps in memory.
+    Triton needs one launch for all weights of one dtype, one dtype of gradients and one kind of moments. Raises
+    ValueError for other dtypes and for weights with gaps in memory.
     """
+    # Sort the weights by what a launch must share.
     scalars = AdamWScalars.at(step, lr, betas, eps, weight_decay)
     kinds: dict[tuple, list[int]] = defaultdict(list)
     for i, (param, grad, moment) in enumerate(zip(params, grads, moments, strict=True)):
         _check_dtypes(param, grad)
         kinds[param.dtype, grad.dtype, moment.state1.dtype, param.device].append(i)
+    # Step each kind.
     for (param_dtype, *_), places in kinds.items():
         rounds = stochastic_rounding and param_dtype == torch.bfloat16
         _step_kind(
@@ -249,11 +257,11 @@ def _step_kind(params, grads, moments, indices, scalars, *step_and_rest) -> None
 def _check_dtypes(param: Tensor, grad: Tensor) -> None:
     for name, tensor in (("weights", param), ("gradients", grad)):
         if tensor.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"adamw_8bit_ takes float32 or bfloat16 {name}, not {tensor.dtype}; convert them")
+            raise ValueError(f"adamw_8bit_ needs float32 or bfloat16 {name}, not {tensor.dtype}; convert them")
 
 
 def _strided_like(param: Tensor, grad: Tensor) -> Tensor:
-    """grad with its elements in memory in the weight's order."""
+    """The gradient with its elements in the memory order of the weight; a copy only if the order differs."""
     in_memory_order(param)
     return grad if has_memory_order_of(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
@@ -261,12 +269,13 @@ def _strided_like(param: Tensor, grad: Tensor) -> Tensor:
 def group_norm_silu(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, silu: bool = True
 ) -> Tensor:
-    """silu(GroupNorm(x)) (N, C, H, W), in dtype and memory format like x; without `silu` GroupNorm alone.
+    """silu(GroupNorm(x)) (N, C, H, W) in the dtype and memory format of x; GroupNorm alone if `silu` is False.
 
-    x (N, C, H, W); weight, bias (C,). Differentiable in the three. torch rounds to the dtype of x after GroupNorm and
-    after SiLU, and takes such mixtures of dtypes as torch.nn.functional.group_norm does; Triton takes all, and rounds
-    once. Its statistics are float32, two-pass. It keeps x and 2 N num_groups numbers for the backward pass, where torch
-    keeps GroupNorm's output too; a gradient of y in another memory format than x is copied there.
+    x is (N, C, H, W); weight and bias are (C,). The result is differentiable in all three. torch rounds to the dtype of
+    x after GroupNorm and again after SiLU, and accepts the mixtures of dtypes that torch.nn.functional.group_norm
+    accepts. Triton accepts every mixture, rounds once, and computes float32 statistics in two passes. For the backward
+    pass it keeps x and 2 N num_groups numbers; torch keeps the output of GroupNorm too. If the gradient of y has
+    another memory format than x, Triton copies it.
     """
     channels = x.shape[1] if x.ndim == 4 else 0
     if not channels or weight.shape != (channels,) or bias.shape != (channels,):
@@ -275,6 +284,7 @@ def group_norm_silu(
         )
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups={num_groups} must divide C={channels}; try {math.gcd(num_groups, channels)}")
+    # Compute in torch or in Triton.
     if not dispatch.is_triton(x, weight, bias):
         return reference.group_norm_silu(x, num_groups, weight, bias, eps, silu)
     from rlcm_fast.kernels.triton_ops import group_norm
@@ -287,5 +297,5 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _rows_of(coef: Tensor) -> Tensor:
-    """(N, 3) float32, dense: 12 bytes a row."""
+    """The coefficients as the kernels read them: (N, 3) float32, dense, 12 bytes per row."""
     return coef.detach().float().contiguous()

@@ -1,12 +1,12 @@
-"""Opt-in: GroupNorm and SiLU of a diffusers model become functional.group_norm_silu, and go back.
+"""Replace GroupNorm and SiLU of a diffusers model by functional.group_norm_silu, and undo it; you must opt in.
 
-    handle = fuse_group_norm_silu(unet)      before the model is wrapped (DistributedDataParallel, DeepSpeed, compile)
-    handle.remove()                          the modules that were there are there again
+    handle = fuse_group_norm_silu(unet)    call it before DistributedDataParallel, DeepSpeed or compile wraps the model
+    handle.remove()                        puts the original modules back
 
 or `with fuse_group_norm_silu(unet): ...`. Modules are swapped, never changed, and the new ones hold the same
-Parameters: the keys of a state_dict, optimisers, adapters and saved files are what they were. Hooks of the swapped
-modules do not run meanwhile. dispatch.py decides what runs: with kernels=torch a patched model is the unpatched one,
-bit for bit.
+Parameters. So state_dict keys, optimizers, adapters and saved files stay what they were. Hooks of the swapped modules
+do not run in the meantime. dispatch.py decides what runs: with kernels=torch, a patched model computes the same bits as
+the unpatched one.
 """
 
 # N rows, C channels, H W positions, E embedding
@@ -20,7 +20,7 @@ from rlcm_fast.kernels import functional
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """silu(GroupNorm(x)) with the Parameters of `norm`."""
+    """Compute silu(GroupNorm(x)) with the Parameters of `norm`."""
 
     def __init__(self, norm: nn.GroupNorm):
         super().__init__(norm.num_groups, norm.num_channels, norm.eps, device="meta")
@@ -28,19 +28,19 @@ class GroupNormSiLU(nn.GroupNorm):
         self.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (N, C, H, W)."""
+        """Normalise and activate input (N, C, H, W)."""
         return functional.group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class SiLUOfEmbedding(nn.Module):
-    """What a block calls after its norms, which have done it now, and on the embedding (N, E) of the time."""
+    """SiLU for the time embedding (N, E) alone: a block also calls it after its norms, which now include SiLU."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input if input.ndim == 4 else F.silu(input)
 
 
 class Handle:
-    """Takes one patch back, on `remove()` or at the end of a `with` block."""
+    """Handle of one patch; `remove()` or the end of a `with` block undoes the patch."""
 
     def __init__(self, swaps: list[tuple[nn.Module, str, nn.Module]]):
         self._originals = [(owner, name, owner.get_submodule(name)) for owner, name, _ in swaps]
@@ -48,10 +48,10 @@ class Handle:
             setattr(owner, name, module)
 
     def remove(self) -> None:
-        """Puts back the very modules that were there, with the Parameters that are there now. Again: does nothing."""
+        """Put the original modules back, with the current Parameters. A second call does nothing."""
         for owner, name, original in self._originals:
             patched = owner.get_submodule(name)
-            if isinstance(patched, GroupNormSiLU):  # load_state_dict(assign=True), say, replaces Parameters
+            if isinstance(patched, GroupNormSiLU):  # load_state_dict(assign=True) replaces Parameters, for example
                 original.weight, original.bias = patched.weight, patched.bias
             setattr(owner, name, original.train(patched.training))
         self._originals = []
@@ -64,17 +64,17 @@ class Handle:
 
 
 def fuse_group_norm_silu(model: nn.Module) -> Handle:
-    """Swaps GroupNorm and SiLU in every ResnetBlock2D, and before the last convolution of a UNet or a VAE.
+    """Swap GroupNorm and SiLU in every ResnetBlock2D, and before the last convolution of a UNet or a VAE.
 
-    A block stays as it is if its activation is another, if its norms have no weights, or if its time_embedding_norm is
-    not "default": then it computes something between the two.
+    A block stays unchanged if its activation is not SiLU, or if its norms have no weights. It also stays if its
+    time_embedding_norm is not "default", because then it computes something between norm and activation.
 
     Raises:
-        ValueError: there is nothing to swap, or the model is patched already.
+        ValueError: there is nothing to swap, or the model is already patched.
     """
     named = f"model={type(model).__name__}"
     if any(isinstance(module, GroupNormSiLU) for module in model.modules()):
-        raise ValueError(f"{named} is patched already; call remove() of the first handle before")
+        raise ValueError(f"{named} is already patched; call remove() of the first handle before you patch it again")
     swaps = [swap for module in model.modules() for swap in _swaps_in(module)]
     if not swaps:
         raise ValueError(
@@ -85,12 +85,12 @@ def fuse_group_norm_silu(model: nn.Module) -> Handle:
 
 
 def _swaps_in(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Owner, attribute and replacement of the modules right below `module`."""
+    """Owner, attribute and replacement of each module to swap right below `module`."""
     from diffusers import UNet2DConditionModel
     from diffusers.models.autoencoders.vae import Decoder, Encoder
     from diffusers.models.resnet import ResnetBlock2D
 
-    # No subclasses: their forward may call the modules in another order.
+    # Skip subclasses, because their forward may call the modules in another order.
     if type(module) is ResnetBlock2D and module.time_embedding_norm == "default":
         norms, activation, rest = ("norm1", "norm2"), "nonlinearity", SiLUOfEmbedding()
     elif type(module) in (UNet2DConditionModel, Encoder, Decoder):

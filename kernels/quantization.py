@@ -1,15 +1,16 @@
-"""Block-wise 8-bit quantisation of optimizer states (8-bit Optimizers, arXiv 2110.02861), the format of bitsandbytes.
+"""Block-wise 8-bit quantisation of optimizer states (8-bit Optimizers, arXiv 2110.02861), in bitsandbytes' format.
 
-256 neighbouring elements IN MEMORY are a block: state = codebook[code] * absmax of the block. A codebook has 256 values
-in [-1, 1], or in [0, 1] without signs; its decades 10^-7 .. 1 have twice as many values each as the one below, so that
-large values are exact to a few per cent and small ones still have an order of magnitude.
+256 elements that are neighbours IN MEMORY form a block: state = codebook[code] * absmax of the block. A codebook has
+256 values in [-1, 1], or in [0, 1] without signs. They span the decades 10^-7 .. 1, and each decade has twice as many
+values as the one below. So large values are exact to a few per cent, and small ones keep their order of magnitude.
 
-One departure from bitsandbytes: a second moment above 0 is never quantised to 0, but to the smallest code, 3e-7 of its
-block's largest. Where it is lost while the first moment is not, which has signs and no squares and so survives much
-longer, the next small gradient makes a step of m / eps: measured in tests/kernels/test_adamw.py.
+Departures from bitsandbytes:
+ 1. A second moment above 0 is never quantised to 0, but to the smallest code, which is 3e-7 of the largest value in its
+    block. The first moment has signs and no squares, so it survives much longer. If only the second moment became 0,
+    the next small gradient would make a step of m / eps; tests/kernels/test_adamw.py measures this.
 """
 
-# M blocks of 256 elements, the last one perhaps shorter
+# M blocks of 256 elements; the last block may be shorter
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ _DECADES = 7
 
 @cache
 def codebook(is_signed: bool, device: torch.device) -> Tensor:
-    """(256,) float32, ascending: for the first moment with signs, for the second without. Shared: never write to it."""
+    """Values (256,) float32, ascending; the first moment uses the signed ones. Never write to this shared tensor."""
     positive = []
     for decade in range(_DECADES):
         num_values = 2**decade * (1 if is_signed else 2)
@@ -37,13 +38,13 @@ def codebook(is_signed: bool, device: torch.device) -> Tensor:
 
 @cache
 def edges_between(is_signed: bool, device: torch.device) -> Tensor:
-    """(256,) float32: the value from which on the next code is nearer; the last one is infinite."""
+    """Edges (256,) float32: above edge i, code i + 1 is nearer than code i. The last edge is infinite."""
     values = codebook(is_signed, device)
     return torch.cat([(values[:-1] + values[1:]) / 2, torch.tensor([torch.inf], device=device)])
 
 
 def quantize(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
-    """uint8 codes like `values` (float32, any shape, dense), the nearest, and the blocks' absmax (M,) float32."""
+    """The nearest codes, uint8 in the layout of `values` (float32, any shape, dense), and absmax (M,) float32."""
     blocks = in_blocks(values)
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks / torch.where(absmax > 0, absmax, 1.0)[:, None]
@@ -54,9 +55,10 @@ def quantize(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(scaled: Tensor, is_signed: bool) -> Tensor:
-    """uint8, the number of edges below each value of [-1, 1], of which the upper 16 bits leave two to choose from.
+    """The number of edges below each value of [-1, 1], uint8.
 
-    4 million values in pieces of 2^16: 0.24 s with torch.bucketize, 0.06 s so (quantize, one core of a 2.5 GHz Xeon).
+    A table over the upper 16 bits leaves two codes to choose from. quantize takes 0.06 s this way, 0.24 s with
+    torch.bucketize (4 million values in pieces of 2^16, one core of a 2.5 GHz Xeon).
     """
     upper = (scaled.view(torch.int32) >> 16) & 0xFFFF
     codes = _codes_of_upper_bits(is_signed, scaled.device)[upper]
@@ -65,22 +67,22 @@ def _nearest(scaled: Tensor, is_signed: bool) -> Tensor:
 
 @cache
 def _codes_of_upper_bits(is_signed: bool, device: torch.device) -> Tensor:
-    """(65536,) uint8: the code of the lowest float32 with these upper bits. No two edges share upper bits."""
+    """Codes (65536,) uint8 of the lowest float32 that has these upper bits. No two edges share their upper bits."""
     bits = torch.arange(2**16, dtype=torch.int32)
-    lowest = (bits << 16) + (bits >= 2**15).int() * 0xFFFF  # negative numbers fall as their bits rise
+    lowest = (bits << 16) + (bits >= 2**15).int() * 0xFFFF  # a negative float falls as its bits rise
     values = lowest.view(torch.float32).nan_to_num(0.0, torch.inf, -torch.inf)
     edges = edges_between(is_signed, torch.device("cpu"))
     return torch.bucketize(values, edges).clamp(max=255).to(torch.uint8).to(device)
 
 
 def dequantize(codes: Tensor, absmax: Tensor, is_signed: bool) -> Tensor:
-    """float32 values like `codes`, which is uint8 and dense."""
+    """Values, float32 in the layout of `codes`, which are uint8 and dense."""
     blocks = codebook(is_signed, codes.device)[in_blocks(codes).int()] * absmax[:, None]
     return laid_out_like(blocks, codes)
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
-    """A view (numel,) of a dense tensor, its elements as they lie in memory.
+    """View (numel,) of a dense tensor that lists its elements in the order of memory.
 
     Raises:
         ValueError: the elements overlap or leave gaps.
@@ -97,17 +99,17 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 
 
 def has_memory_order_of(tensor: Tensor, other: Tensor) -> bool:
-    """Whether elements of one place have one place in memory in both, of one shape; a dimension of 1 has no order."""
+    """Whether two tensors of one shape lay out their elements alike in memory; a dimension of size 1 does not count."""
     strides = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
     return all(size == 1 or a == b for size, a, b in strides)
 
 
 def in_blocks(tensor: Tensor) -> Tensor:
-    """(M, 256), in memory order, padded with zeros: a view if it comes out even, else a copy."""
+    """Blocks (M, 256) in memory order, padded with zeros: a view if no padding is needed, a copy otherwise."""
     flat = in_memory_order(tensor)
     return F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
 
 
 def laid_out_like(blocks: Tensor, like: Tensor) -> Tensor:
-    """Blocks (M, 256) as a tensor of the shape and the strides of `like`."""
+    """View of blocks (M, 256) with the shape and the strides of `like`."""
     return blocks.flatten()[: like.numel()].as_strided(like.shape, like.stride())

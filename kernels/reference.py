@@ -1,12 +1,12 @@
 """Every op in plain torch on one page: the specification that faster kernels are tested against.
 
-A policy step is affine and Gaussian: x_s = A x_t + B m + sigma z with z ~ N(0, I), so that the log-probability of an
-action, as the MEAN over C, H, W of independent normal densities, is
+A policy step is affine and Gaussian: x_s = A x_t + B m + sigma z with z ~ N(0, I). The log-probability of an action is
+the MEAN over C, H, W of the log-densities of independent normal distributions:
 
     log p(x_s | x_t) = -mean(r^2) / 2 - log sigma - log(2 pi) / 2,     r = (x_s - A x_t - B m) / sigma
 
-Arithmetic and results are float32 for inputs of lower precision; float64 inputs stay float64 (for gradcheck). Only
-group_norm_silu is what torch makes of it, in the dtype of x: a model's own layers, bit for bit.
+Inputs of lower precision give float32 arithmetic and results; float64 inputs stay float64 (for gradcheck). Only
+group_norm_silu computes in the dtype of x, and so returns the same bits as the layers of an unpatched model.
 """
 
 # N rows (samples or transitions), C H W latent; coef rows are A, B, sigma
@@ -26,7 +26,7 @@ _MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: far outside any clip range, far inside
 
 @dataclass(frozen=True)
 class RatioStats:
-    """How far the policy has moved from the one that acted; detached, never read on the host here."""
+    """Distance between the policy and the policy that acted; detached, and never read on the host here."""
 
     ratio_mean: Tensor  # ()
     ratio_max_deviation: Tensor  # (), max |ratio - 1|
@@ -42,7 +42,7 @@ class RatioStats:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """At least float32."""
+    """The tensor in float32, or in float64 if it already is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -55,7 +55,7 @@ def gaussian_mean(x: Tensor, m: Tensor, coef: Tensor) -> Tensor:
 
 
 def _log_prob_given_mean(mean: Tensor, x_next: Tensor, sigma: Tensor) -> Tensor:
-    """(N,) from sigma (N,) > 0. Shared by the rollout and the training so that both round alike."""
+    """Log-probability (N,) for sigma (N,) > 0. Rollout and training share this function, so both round alike."""
     r = (_wide(x_next) - mean) / sigma.view(-1, 1, 1, 1)
     return -0.5 * r.square().mean(dim=(1, 2, 3)) - sigma.log() - _HALF_LOG_TWO_PI
 
@@ -78,9 +78,9 @@ def gaussian_step(x: Tensor, m: Tensor, coef: Tensor, noise: Tensor) -> tuple[Te
 
 
 def philox_normal(seeds: Tensor, shape: torch.Size) -> Tensor:
-    """Standard normal numbers (N, *shape) float32: Philox4x32-10 (Salmon et al. 2011) of (seed, place in the row).
+    """Standard normal numbers (N, *shape) float32, by Philox4x32-10 (Salmon et al. 2011) of (seed, place in the row).
 
-    seeds (N,) int64. The first two words make one number by Box-Muller, as triton.language.randn does.
+    seeds (N,) int64. Box-Muller turns the first two words into one number, as in triton.language.randn.
     """
     size = math.prod(shape)
     place = torch.arange(size, device=seeds.device).expand(len(seeds), size)
@@ -92,10 +92,10 @@ def philox_normal(seeds: Tensor, shape: torch.Size) -> Tensor:
 
 
 def philox_words(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
-    """The four words, each 32 bits in an int64, of four words of counter; seed int64, to be broadcast to them."""
+    """The four random words of a counter of four words, each 32 bits in an int64; seed int64, broadcast to them."""
     key = [seed & _WORD, seed >> 32 & _WORD]
     for _ in range(10):
-        products = [_PHILOX_B * counter[2], _PHILOX_A * counter[0]]  # wrap around 2^64; the upper words are masked
+        products = [_PHILOX_B * counter[2], _PHILOX_A * counter[0]]  # wraps around 2^64; the upper words are masked
         (high_b, low_b), (high_a, low_a) = ((product >> 32 & _WORD, product & _WORD) for product in products)
         counter = [high_b ^ counter[1] ^ key[0], low_b, high_a ^ counter[3] ^ key[1], low_a]
         key = [key[0] + _KEY_A & _WORD, key[1] + _KEY_B & _WORD]
@@ -107,7 +107,7 @@ _PHILOX_A, _PHILOX_B, _KEY_A, _KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB6
 
 
 def _uniform(word: Tensor) -> Tensor:
-    """[0, 1) float32 from 32 bits in an int64; the upper half of them is mirrored to the lower."""
+    """Numbers in [0, 1) float32 from 32 bits in an int64; the upper half of all words is mirrored onto the lower."""
     folded = torch.where(word > 0x7FFFFFFF, _WORD - word, word)
     return folded.float() * 4.6566127342e-10
 
@@ -118,7 +118,7 @@ def gaussian_kl(m: Tensor, m_ref: Tensor, coef: Tensor) -> Tensor:
 
 
 def _stats(log_ratio: Tensor, clip_range: float) -> RatioStats:
-    # expm1: in float32 exp(d) - 1 - d is all rounding below |d| = 3e-4, which is where these ratios live
+    # expm1, because in float32 exp(d) - 1 - d is nothing but rounding below |d| = 3e-4, where these ratios lie
     deviation = torch.expm1(log_ratio)
     return RatioStats(
         ratio_mean=1.0 + deviation.mean(),

@@ -1,4 +1,4 @@
-"""AdamW with moments of 8 bits and stochastically rounded bfloat16 weights, in plain torch: the specification.
+"""AdamW with 8-bit moments and stochastically rounded bfloat16 weights, in plain torch: the specification.
 
 m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
 p = (1 - lr weight_decay) p - lr / (1 - b1^step) m / (sqrt(v) / sqrt(1 - b2^step) + eps)
@@ -19,7 +19,7 @@ from rlcm_fast.kernels.reference import philox_words
 
 @dataclass(frozen=True)
 class AdamWScalars:
-    """What an AdamW step multiplies by, made in double precision once for every implementation; see adamw_step."""
+    """Factors of an AdamW step, computed once in double precision for every implementation; adamw_step uses them."""
 
     decay: float  # 1 - lr weight_decay
     step_size: float  # lr / (1 - beta_1^step)
@@ -32,7 +32,7 @@ class AdamWScalars:
 
     @classmethod
     def at(cls, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> AdamWScalars:
-        """Of the step-th update, the first being 1."""
+        """Compute the factors of update number `step`, which counts from 1."""
         beta_1, beta_2 = betas
         step_size, inverse_root = lr / (1 - beta_1**step), 1 / math.sqrt(1 - beta_2**step)
         return cls(1 - lr * weight_decay, step_size, inverse_root, beta_1, 1 - beta_1, beta_2, 1 - beta_2, eps)
@@ -41,7 +41,10 @@ class AdamWScalars:
 def adamw_step(
     param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: AdamWScalars
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The new weights, first and second moment, all float32 and new tensors; inputs of one shape, m and v float32."""
+    """New weights, first moment and second moment, all new float32 tensors.
+
+    All inputs have one shape; m and v are float32.
+    """
     g = grad.float()
     m = scalars.beta_1 * m + scalars.one_less_beta_1 * g
     v = scalars.beta_2 * v + scalars.one_less_beta_2 * (g * g)
@@ -50,10 +53,11 @@ def adamw_step(
 
 
 def round_stochastically(values: Tensor, seed: int, step: int, index: int) -> Tensor:
-    """bfloat16 from float32 (n,): up with probability (distance to the lower neighbour) / (distance of the two).
+    """Round float32 values (n,) to bfloat16, so that the expected result equals the value.
 
-    So the mean is the value itself. The 16 bits that fall away are added to 16 random ones, of Philox with key `seed`
-    and counter (place // 8, step, index, 0), which makes 8 places' worth. What is not finite stays as it is.
+    A value rounds up with probability (distance to the lower neighbour) / (distance between both neighbours). To do so,
+    16 random bits are added to the 16 bits that bfloat16 drops. They come from Philox with key `seed` and counter
+    (place // 8, step, index, 0); one counter serves 8 places. Values that are not finite stay as they are.
     """
     noise = philox_halves(seed, step, index, values.numel(), values.device)
     bits = values.view(torch.int32)
@@ -62,11 +66,11 @@ def round_stochastically(values: Tensor, seed: int, step: int, index: int) -> Te
 
 
 def philox_halves(seed: int, step: int, index: int, size: int, device: torch.device) -> Tensor:
-    """(size,) int32 in [0, 2^16): each of Philox's four words is two numbers."""
+    """Random numbers (size,) int32 in [0, 2^16); each of the four words of Philox makes two of them."""
     place = torch.arange(-(-size // 8), device=device)
     counter = [place, *(torch.full_like(place, value) for value in (step, index, 0))]
     word_0, word_1, word_2, word_3 = philox_words(counter, torch.tensor(seed, device=device))
-    words = torch.stack([word_0, word_2, word_1, word_3], dim=1)  # in the order in which the kernel joins them
+    words = torch.stack([word_0, word_2, word_1, word_3], dim=1)  # the order in which the kernel joins the words
     return torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten()[:size].int()
 
 
@@ -75,12 +79,15 @@ def adamw_8bit_(
     absmax_1: Sequence[Tensor], absmax_2: Sequence[Tensor], indices: Sequence[int], scalars: AdamWScalars,
     step: int, seed: int, rounds: bool, grad_scale: Tensor | None, counts: Tensor | None,
 ) -> None:  # fmt: skip
-    """One step of every weight in place, one after the other; absmax lists are empty for float32 states."""
+    """Step every weight in place, one after the other; the absmax lists are empty for float32 states."""
     for i, (param, grad, state_1, state_2) in enumerate(zip(params, grads, states_1, states_2, strict=True)):
+        # Compute the new weights and moments in float32.
         grad = grad if grad_scale is None else grad.float() * grad_scale
         m = dequantize(state_1, absmax_1[i], is_signed=True) if absmax_1 else state_1
         v = dequantize(state_2, absmax_2[i], is_signed=False) if absmax_2 else state_2
         exact, m, v = adamw_step(param, grad, m, v, scalars)
+
+        # Round the weights to their dtype, and count the updates that rounding loses.
         value = exact.to(param.dtype)
         if rounds:
             rounded = round_stochastically(in_memory_order(exact), seed, step, indices[i])
@@ -89,6 +96,8 @@ def adamw_8bit_(
             is_wanted = exact != param
             counts += torch.stack([is_wanted.sum(), (is_wanted & (value == param)).sum()])
         param.copy_(value)
+
+        # Store the moments.
         if absmax_1:
             (m, largest_m), (v, largest_v) = quantize(m, is_signed=True), quantize(v, is_signed=False)
             absmax_1[i].copy_(largest_m)

@@ -1,8 +1,8 @@
-"""Every part of a run, made from its config in the one order that works; `trainer.py` is what they do together.
+"""Makes every part of a run from its config, in the one order that works; `trainer.py` is what they do together.
 
     processes -> tasks -> pipeline -> start model -> engine -> policy -> stages
 
-What can be refused without weights is refused first. The start model is copied before the engine takes the network.
+It first refuses what it can refuse without weights. It copies the start model before the engine takes the network.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rlcm_fast.engine.recomputation import set_recomputation
 from rlcm_fast.engine.zero import ZeroEngine
 from rlcm_fast.kernels import dispatch
 from rlcm_fast.planner.report import MemoryReport
-from rlcm_fast.policies import GaussianPolicy, build_policy
+from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.run_folder.export import Exporter
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.evaluation import Evaluation, build_evaluation
@@ -42,7 +42,7 @@ from rlcm_fast.tasks import Tasks
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; each part holds what never changes and is given what does."""
+    """The parts of a run; each holds what never changes between iterations and is given what does."""
 
     tasks: Tasks
     images: TextToImage
@@ -56,25 +56,25 @@ class Parts:
     export: Exporter
 
     def state_dict(self) -> dict[str, Any]:
-        """What the parts besides the engine remember, as JSON; the same on every rank, and every rank must ask."""
+        """Returns the state of all parts but the engine as JSON, the same on every rank; every rank must call this."""
         real_images = self.real_images.state_dict() if self.real_images else None
         return {"tasks": self.tasks.state_dict(), "pretraining": real_images}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Continues from the place where `state_dict` was taken."""
         self.tasks.load_state_dict(state["tasks"])
         if self.real_images and state["pretraining"]:
             self.real_images.load_state_dict(state["pretraining"])
 
     def close(self) -> None:
-        """Ends the threads and processes that compute rewards and decode images."""
+        """Stops the threads and processes that compute rewards and decode images."""
         self.tasks.rewards.shutdown()
         if self.real_images:
             self.real_images.close()
 
 
 def start_processes(config: Config) -> torch.device:
-    """Joins the run's processes and returns this one's device; refuses what cannot run on it, before weights load."""
+    """Joins the processes of the run and returns the device of this one; refuses settings that it cannot run."""
     device = init_processes()
     dispatch.set_default(config.engine.kernels)
     dispatch.is_triton(torch.empty(0, device=device))
@@ -83,31 +83,33 @@ def start_processes(config: Config) -> torch.device:
 
 
 def build(config: Config, device: torch.device) -> Parts:
-    """Raises ValueError for what no check of the config could know: prompts, rewards, pairs, the model's kind."""
-    # Without weights: the plan of the memory (it is made in the background), prompts, rewards, pairs.
+    """Builds the parts; raises ValueError for what the config alone cannot show: prompts, rewards, pairs, the model."""
+    # Start the memory plan in the background; read prompts, build rewards, open pairs. No weights yet.
     run = resolve(config, parallel.world_size())
     memory = MemoryReport(config, device)
     tasks = Tasks(run, parallel.rank())
     say(f"rewards built: {', '.join(tasks.reward_names)}")
     check_pairs(config.pretraining)
 
-    # The pipeline, and a copy of its network before anything is trained.
+    # Load the pipeline, and copy its network before anything is trained.
     torch.manual_seed(config.seed)
     say(f"loading {config.model.path}")
     backbone = _load_backbone(config, device)
     start_network = _start_network(backbone, config)
 
-    # The engine takes the network; policies sample and train through it.
+    # Hand the network to the engine; policies sample and train through it.
     engine = build_engine(backbone.unet, run)
 
-    def policy_around(network: Any) -> GaussianPolicy:
-        unet_config, scheduler_config = backbone.unet.config, backbone.scheduler_config
-        return build_policy(config.policy, network, unet_config, scheduler_config, backbone.dtype, device)
+    def policy_around(unet: Any) -> GaussianPolicy:
+        unet_config: Any = backbone.unet.config
+        return build_policy(
+            config.policy, Network(unet, unet_config, backbone.dtype, device), backbone.scheduler_config
+        )
 
     images = TextToImage(policy_around(engine), backbone)
     start_model = _start_model(start_network, images, policy_around)
 
-    # The stages.
+    # Bind the stages to what they need.
     algorithm = build_algorithm(config.algorithm, config.update)
     real_images = RealImages(config.pretraining, images, config.seed) if config.pretraining.weight > 0 else None
     return Parts(
@@ -139,9 +141,10 @@ def _load_backbone(config: Config, device: torch.device) -> Backbone:
 
 
 def _start_network(backbone: Backbone, config: Config) -> Any:
-    """What the KL term takes for the start model's network; None without a KL term.
+    """Returns the start model's network for the KL term; None without a KL term.
 
-    A copy, or the network itself: it has the start's output without its adapters, or with weights swapped in.
+    It is a copy, or the network itself, which gives the start model's output without its adapters or with swapped
+    weights.
     """
     if config.update.kl_weight == 0:
         return None
@@ -156,21 +159,21 @@ def _start_network(backbone: Backbone, config: Config) -> Any:
 def _start_model(
     network: Any, images: TextToImage, policy_around: Callable[[Any], GaussianPolicy]
 ) -> StartModel | None:
-    """Around what `_start_network` made; where that is the trained network itself, its start weights are parked."""
+    """Wraps the result of `_start_network`; parks the start weights if that is the trained network itself."""
     if network is None:
         return None
     if network is not images.backbone.unet:
         return StartModel(policy_around(network))
-    parked = WeightAverage(network, EmaConfig(device="cpu"))  # an average of one set of weights: themselves
+    parked = WeightAverage(network, EmaConfig(device="cpu"))  # the average of one set of weights is that set
     return StartModel(images.policy, parked.applied)
 
 
 def build_engine(unet: Any, run: ResolvedRun) -> AveragingEngine:
-    """Changes the UNet in place: memory format, attention, compilation, recomputation."""
+    """Builds the engine; changes the UNet in place: memory format, attention, compilation, recomputation."""
     config, sizes = run.config, run.sizes
     accelerate(unet, config.engine)
     set_recomputation(unet, config.engine.recompute)
-    # DeepSpeed would cast adapters too; as fp32 it leaves every weight in the dtype that it has.
+    # DeepSpeed would cast adapters too; with fp32 it keeps the dtype of every weight.
     settings = replace(config.engine, dtype="fp32") if config.lora.rank > 0 else config.engine
     is_direct = settings.dtype == "pure_bf16" or settings.optimizer_in_backward
     plan = UpdatePlan(
@@ -184,7 +187,7 @@ def build_engine(unet: Any, run: ResolvedRun) -> AveragingEngine:
 
 
 def _task_gradients(policy: GaussianPolicy, algorithm: Algorithm, run: ResolvedRun) -> TaskGradients:
-    """Off with one task, and with engines that are there so that gradients never all exist."""
+    """Builds the measurement; it is off with one task, and with engines that never hold all gradients at once."""
     config = run.config
     is_possible = run.has_tasks and config.engine.zero_stage < 2 and not config.engine.optimizer_in_backward
     every = config.tracking.task_gradients_every if is_possible else 0

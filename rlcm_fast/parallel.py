@@ -1,6 +1,6 @@
-"""The processes of a run: who am I, what do all of us have, which random numbers are mine.
+"""The processes of a run: which one is this, what do all of them hold, which random numbers does each one draw.
 
-A thin layer over torch.distributed that also works for a single process without a process group.
+This is a thin layer over torch.distributed. It also works in a single process without a process group.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's number in [0, world_size)."""
+    """Returns the number of this process, in [0, world_size)."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes the run has."""
+    """Returns the number of processes of the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this process writes the run folder and speaks to the terminal."""
+    """Tells whether this process writes the run folder and prints to the terminal."""
     return rank() == 0
 
 
 def all_gather(values: Tensor) -> Tensor:
-    """The tensors of all ranks, equal shapes (N, ...), along the first dimension in rank order: (N * world, ...)."""
+    """Concatenates the tensors (N, ...) of all ranks in rank order: (N * world_size, ...). Shapes must be equal."""
     if world_size() == 1:
         return values
-    own = _sendable(values).contiguous()
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(parts, own)
+    sent = _sendable(values).contiguous()
+    parts = [torch.empty_like(sent) for _ in range(world_size())]
+    dist.all_gather(parts, sent)
     return torch.cat(parts).to(values.device)
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean of the tensors of all ranks, of equal shapes."""
+    """Averages the tensors of all ranks; their shapes must be equal."""
     if world_size() == 1:
         return values
     total = _sendable(values).clone()
@@ -51,12 +51,12 @@ def mean(values: Tensor) -> Tensor:
 
 
 def _sendable(values: Tensor) -> Tensor:
-    """On the GPU where NCCL carries them, which refuses what is in the CPU's memory, as rewards are."""
+    """Moves the tensor to the GPU if NCCL sends it: NCCL refuses CPU tensors, such as rewards."""
     return values.cuda() if dist.get_backend() == "nccl" else values
 
 
 def all_gather_list(values: list[T]) -> list[T]:
-    """The lists of all ranks joined in rank order; for small Python objects."""
+    """Joins the lists of all ranks in rank order; use it for small Python objects."""
     if world_size() == 1:
         return values
     parts: list[list[T]] = [[] for _ in range(world_size())]
@@ -65,28 +65,28 @@ def all_gather_list(values: list[T]) -> list[T]:
 
 
 def rows_of_this_process(count: int) -> slice:
-    """Which rows of a gathered tensor are this process's, where each process has `count` of them."""
+    """Returns the rows that this process contributed to a gathered tensor, if each process contributed `count`."""
     return slice(rank() * count, (rank() + 1) * count)
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank; every rank must ask."""
+    """Tells whether the flag is set on any rank; every rank must call this."""
     if world_size() == 1:
         return flag
     return any(all_gather_list([flag]))
 
 
 def lost_process(error: BaseException) -> str | None:
-    """What gloo or NCCL say where another process of the run is gone; None if that is not what happened."""
+    """Returns what gloo or NCCL said if another process of the run is gone; None if something else happened."""
     texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
     said = str(error) if isinstance(error, RuntimeError) else ""
     return next((text for text in texts if text in said), None)
 
 
 def generator(seed: int, *place: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Random numbers that depend on (seed, place...) alone, for example (seed, rank, iteration).
+    """Returns random numbers that depend on (seed, place...) alone, for example on (seed, rank, iteration).
 
-    So nothing about randomness needs saving, and a resumed run draws what an uninterrupted one would have drawn.
+    So no random state needs saving: a resumed run draws what an uninterrupted run would have drawn.
     """
     mixed = seed & 0xFFFFFFFF
     for number in place:  # splitmix64's finaliser: neighbouring places give unrelated streams
@@ -98,7 +98,7 @@ def generator(seed: int, *place: int, device: torch.device | str = "cpu") -> tor
 
 
 class Stream(IntEnum):
-    """What random numbers are for; two streams of a run share none."""
+    """Names what random numbers are used for. Two streams of a run share no numbers."""
 
     ROLLOUT = 1
     UPDATE = 2
@@ -109,7 +109,7 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True)
 class Turn:
-    """Where in the run we are: an iteration, and which of its rounds (there are several where tasks take turns)."""
+    """A place in the run: an iteration and one of its rounds. An iteration has several rounds if tasks take turns."""
 
     iteration: int
     round: int = 0
@@ -118,15 +118,15 @@ class Turn:
 
     @property
     def is_first(self) -> bool:
-        """Whether nothing has been trained yet."""
+        """Tells whether this is the first turn of the run, before any update."""
         return self.iteration == self.round == 0
 
     def generator(self, stream: Stream) -> torch.Generator:
-        """Random numbers of this turn and process for one purpose."""
+        """Returns the random numbers of this turn and process for one purpose."""
         return generator(self.seed, stream, rank(), self.iteration * self.num_rounds + self.round)
 
 
 def barrier() -> None:
-    """Waits until every rank is here."""
+    """Waits until every rank has called this."""
     if world_size() > 1:
         dist.barrier()

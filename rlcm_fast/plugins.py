@@ -1,4 +1,4 @@
-"""Classes and functions named by text, as "package.module:Class" or by a built-in alias."""
+"""Loads classes and functions that a text names, as "package.module:Class" or by a built-in alias."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from typing import Any
 
 
 def load_class(name: str, aliases: Mapping[str, str] | None = None, field: str = "name") -> Any:
-    """The class that `name` names; `aliases` maps built-in names to "package.module:Class"; errors name `field`.
+    """The class or function that `name` names; `aliases` maps built-in names to "package.module:Class".
 
-    Raises ValueError with the way out. An exception that the module itself raises at import passes through.
+    Raises ValueError with `field` and the way out. An exception that the module itself raises at import passes through.
     """
+    # Import the module.
     target = (aliases or {}).get(name, name)
     module_name, colon, attribute = target.partition(":")
     if not (module_name and colon and attribute):
         raise ValueError(f"{field}={name} is not known; {_remedy(name, aliases or {})}")
     _require_module(f"{field}={name}", module_name)
     value: Any = importlib.import_module(module_name)
+
+    # Look up the attribute in it, part by part.
     for part in attribute.split("."):
         if not hasattr(value, part):
             known = [key for key, item in vars(value).items() if isinstance(item, Callable) and key[0] != "_"]
@@ -36,9 +39,9 @@ def load_class(name: str, aliases: Mapping[str, str] | None = None, field: str =
 def build(
     name: str, arguments: Mapping[str, Any], aliases: Mapping[str, str] | None = None, field: str = "name"
 ) -> Any:
-    """An instance of the class that `name` names, made with keyword `arguments`; as `load_class` in all else.
+    """An instance of the class that `name` names, made with keyword `arguments`; raises what `load_class` raises.
 
-    A ValueError or TypeError of the class itself is passed on with `field` and the arguments in front.
+    If the class raises a ValueError or TypeError, the ValueError from here puts `field` and the arguments in front.
     """
     factory = load_class(name, aliases, field)
     signature = inspect.signature(factory)
@@ -46,8 +49,8 @@ def build(
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        takes = ", ".join(str(parameter) for parameter in signature.parameters.values()) or "no arguments"
-        raise ValueError(f"{where}: {error}; it takes {takes}") from error
+        accepted = ", ".join(str(parameter) for parameter in signature.parameters.values()) or "no arguments"
+        raise ValueError(f"{where}: {error}; it accepts {accepted}") from error
     try:
         return factory(**arguments)
     except (TypeError, ValueError) as error:

@@ -1,10 +1,10 @@
-"""The tasks of a run: each with its prompts, its rewards and its advantages; one, called "default", is the usual run.
+"""The tasks of a run. Each task has its prompts, rewards and advantages; a usual run has one task, called "default".
 
-round           tasks that share a rollout and its updates: all of them (mixed), or one after another (by_task, the
+round           the tasks that share a rollout and its updates: all of them (mixed), or one after another (by_task, the
                 schedule of large-scale RL for diffusion models, arXiv 2401.12244, algorithm 1)
-next_batch      a round's prompts, those of a task side by side
-rewards         each image is scored by its own task's rewards
-advantages      each task's images by statistics of their own
+next_batch      the prompts of a round; prompts of one task lie side by side
+rewards         the rewards of its task score each image
+advantages      each task standardises its rewards with its own statistics
 """
 
 # B images of a micro-batch
@@ -24,14 +24,14 @@ from rlcm_fast.prompts import Sampler, Share, build_sampler
 from rlcm_fast.rewards import GroupReward, Reward, Rewards, RewardService, SetReward, grouped, make_reward
 from rlcm_fast.trajectory import Prompt
 
-_APART = 1_000_003  # between the seeds of tasks, so that two with one source do not draw the same prompts
+_SEED_STEP = 1_000_003  # between the seeds of tasks, so that tasks with the same source draw different prompts
 
 
 class Tasks:
-    """What the tasks of a config are made of, on one process."""
+    """The prompts, rewards and advantages of all tasks, on one process."""
 
     def __init__(self, run: ResolvedRun, rank: int = 0) -> None:
-        """Reads prompts and builds rewards, so it raises ValueError for what is wrong with them."""
+        """Reads the prompts and builds the rewards; raises ValueError if one of them is wrong."""
         config = run.config
         self.rounds: list[list[str]] = [[task.name for task in tasks] for tasks in run.rounds]
         self.are_several = run.has_tasks
@@ -43,7 +43,7 @@ class Tasks:
         self.watched = _shared(config.evaluation.rewards, built, "evaluation.rewards")
         self.rewards = TaskRewards(self.trained, config.rollout.reward_workers, self._name_of)
         self._samplers = {
-            task.name: self._sampler(task, config.seed + number * _APART, rank, run.sizes.num_processes)
+            task.name: self._sampler(task, config.seed + number * _SEED_STEP, rank, run.sizes.num_processes)
             for number, task in enumerate(run.tasks)
         }
         by_task = {task.name: build_advantages(task.advantages, config.advantages) for task in run.tasks}
@@ -55,22 +55,25 @@ class Tasks:
         return list(dict.fromkeys(name for rewards in (*self.trained.values(), self.watched) for name in rewards))
 
     def next_batch(self, names: Sequence[str]) -> list[Prompt]:
-        """This process's prompts of a round."""
+        """Returns the prompts of a round that this process draws images for."""
         return [prompt for name in names for prompt in self._samplers[name].next_batch()]
 
     def advantage_metrics(self, names: Sequence[str]) -> dict[str, float]:
-        """`advantage/...` of the last batch, of several tasks `advantage/TASK/...`."""
+        """Returns `advantage/...` of the last batch; `advantage/TASK/...` if there are several tasks."""
         metrics = self.advantages.metrics()
         by_task = {f"{name}/": metrics[name] for name in names} if self.are_several else {"": metrics}
-        return {f"advantage/{prefix}{key}": value for prefix, own in by_task.items() for key, value in own.items()}
+        named = {}
+        for prefix, of_task in by_task.items():
+            named |= {f"advantage/{prefix}{key}": value for key, value in of_task.items()}
+        return named
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON, the same on every rank."""
+        """Returns the state as JSON, the same on every rank."""
         prompts = {name: sampler.state_dict() for name, sampler in self._samplers.items()}
         return {"prompts": prompts, "advantages": self.advantages.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Continues from the place where `state_dict` was taken."""
         if state["prompts"].keys() != self._samplers.keys():
             saved = ", ".join(state["prompts"])
             raise ValueError(
@@ -88,13 +91,13 @@ class Tasks:
         return build_sampler(task.source, share, task.source_field)
 
     def _name_of(self, prompt: Prompt) -> str:
-        return prompt.task if self.are_several else "default"  # a .jsonl may have labels of its own
+        return prompt.task if self.are_several else "default"  # a .jsonl file may label its prompts
 
 
 def _shared(
     configs: Sequence[RewardConfig], built: dict[str, Reward | SetReward], field: str
 ) -> dict[str, tuple[Reward, float]]:
-    """As build_rewards; what has the name and arguments of one in `built` is that one, in groups of its own."""
+    """Builds the rewards by name; rewards with equal names and arguments share one model, which `built` holds."""
     rewards = {}
     for index, config in enumerate(configs):
         name, where, key = config.name, f"{field}[{index}]", repr((config.name, config.arguments))
@@ -105,8 +108,8 @@ def _shared(
 
 
 def _check_credits(task: Task, rewards: Mapping[str, tuple[Reward, float]], world_size: int) -> None:
-    """A set reward must not give the same to all images that are compared with each other: none would be better."""
-    if task.advantages == "prompt":  # compares with earlier batches, too
+    """Refuses a set reward that gives all compared images the same credit: no image would be better than another."""
+    if task.advantages == "prompt":  # also compares with earlier batches
         return
     compared = task.num_samples if task.advantages == "batch" else task.images_per_prompt
     for index, (name, (reward, _)) in enumerate(rewards.items()):
@@ -122,7 +125,7 @@ def _check_credits(task: Task, rewards: Mapping[str, tuple[Reward, float]], worl
 
 
 class TaskRewards:
-    """A reward service for each task behind the verbs of one."""
+    """Scores each image with the rewards of its task; has the methods of a single RewardService."""
 
     def __init__(
         self,
@@ -130,16 +133,16 @@ class TaskRewards:
         num_workers: int,
         name_of: Callable[[Prompt], str],
     ) -> None:
-        """trained: each task's rewards with their weights, by name."""
+        """trained: the rewards of each task and their weights, by name."""
         self._services: dict[str, RewardService] = {}
         service: RewardService | None = None
-        for task, rewards in trained.items():  # all on the same threads: tasks may share a reward
+        for task, rewards in trained.items():  # on the same threads, because tasks may share a reward
             self._services[task] = service = RewardService(rewards, num_workers, beside=service)
         self._name_of = name_of
         self._waiting: dict[str, None] = {}
 
     def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
-        """As RewardService.submit; images (B, 3, H, W), those of a task side by side."""
+        """Starts to score images (B, 3, H, W); images of one task must lie side by side."""
         names = [self._name_of(prompt) for prompt in prompts]
         for name in dict.fromkeys(names):
             first, count = names.index(name), names.count(name)
@@ -148,7 +151,7 @@ class TaskRewards:
             self._waiting[name] = None
 
     def gather(self, iteration: int) -> dict[str, Rewards]:
-        """By task, in the order of submission."""
+        """Waits for the scores and returns them by task, in the order of submission."""
         waiting, self._waiting = self._waiting, {}
         return {name: self._services[name].gather(iteration) for name in waiting}
 

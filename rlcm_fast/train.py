@@ -11,12 +11,13 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rlcm_fast.config import Config
+    from rlcm_fast.config.resolved import ResolvedRun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     rank, world_size = set_process_environment()
     try:
-        config = _read_config(sys.argv[1:] if argv is None else argv, rank, world_size)
+        config = _read_run(sys.argv[1:] if argv is None else argv, rank, world_size).config
     except ValueError as error:
         if int(os.environ.get("LOCAL_RANK", rank)) == 0:  # once a machine: files may be missing on one of them
             _print_mistake(error, rank)
@@ -109,8 +110,11 @@ def is_worded_by_us(error: BaseException) -> bool:
     return module == __name__ or module.startswith("rlcm_fast.")
 
 
-def _read_config(argv: Sequence[str], rank: int, world_size: int) -> Config:
-    """The checked config; raises ValueError for everything that can be known to fail before weights load."""
+def _read_run(argv: Sequence[str], rank: int, world_size: int) -> ResolvedRun:
+    """The checked config and what follows from it.
+
+    Raises ValueError for everything that can be known to fail before weights load.
+    """
     from rlcm_fast import quiet
     from rlcm_fast.backbones.loading import resolve_model
     from rlcm_fast.config import parse_config
@@ -119,27 +123,27 @@ def _read_config(argv: Sequence[str], rank: int, world_size: int) -> Config:
     with _silent_unless(rank == 0):
         config = parse_config(argv)
         quiet.hush_libraries(config.debug)
-        validate(config, world_size)
+        run = validate(config, world_size)
         resolve_model(config.model)
-        _check_plugins(config)
+        _check_plugins(run)
         if config.dry_run:
-            _print_plan(config, world_size)
-    return config
+            _print_plan(run)
+    return run
 
 
-def _check_plugins(config: Config) -> None:
+def _check_plugins(run: ResolvedRun) -> None:
     """Rewards, prompts and pairs exist; needs torch, so it comes after all other checks.
 
     Rewards come first, since prompts may be on a network. A dry run opens no dataset, and lets rewards wait for models.
     Pairs are looked into only when rewards have been built (pretraining.check_pairs).
     """
-    from rlcm_fast.config.tasks import tasks_of
     from rlcm_fast.pairs import check_source
     from rlcm_fast.prompts import check_prompts, load_prompts
     from rlcm_fast.rewards import check_name
 
+    config = run.config
     named, sources = [("evaluation.rewards", config.evaluation.rewards)], []
-    for task in tasks_of(config):
+    for task in run.tasks:
         named.append((task.rewards_field, list(task.rewards)))
         sources += [(task.source, task.source_field), (task.evaluation, task.evaluation_field)]
     for field, rewards in named:
@@ -151,13 +155,12 @@ def _check_plugins(config: Config) -> None:
         check_source(config.pretraining.data)
 
 
-def _print_plan(config: Config, world_size: int) -> None:
+def _print_plan(run: ResolvedRun) -> None:
     """The resolved config, itself a file for --config, and the numbers that follow from it as comments."""
     from rlcm_fast.config import to_yaml
-    from rlcm_fast.config.checks import derived
 
-    print(to_yaml(replace(config, dry_run=False)) + "\n# derived")
-    for name, value in derived(config, world_size).items():
+    print(to_yaml(replace(run.config, dry_run=False)) + "\n# derived")
+    for name, value in asdict(run.sizes).items():
         print(f"# {name}: {value}")
 
 

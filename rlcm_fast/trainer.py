@@ -2,7 +2,7 @@
 
     prompts -> rollout (trajectory, rewards) -> advantages -> update -> metrics [-> evaluation, grid, checkpoint]
 
-once an iteration, or once for each task in turn (large-scale RL for diffusion models, arXiv 2401.12244).
+once per iteration, or once for each task in turn (large-scale RL for diffusion models, arXiv 2401.12244).
 
 RLCM (arXiv 2404.03673, algorithm 1): the multistep consistency sampler is an MDP whose actions are the next latents and
 whose only reward is the decoded image's. Departures from the paper:
@@ -46,19 +46,19 @@ class Trainer:
         self.iteration, self.queries = 0, 0  # finished iterations, scored images
         if checkpoint:
             self.load_state_dict(load_checkpoint(checkpoint, self.engine))
-        self.before = self.state_dict()  # what an iteration that is dropped goes back to
+        self.before = self.state_dict()  # the state that a dropped iteration goes back to
         self.interruption = Interruption(self.run_dir / "stop")
         self.tracker = Tracker(self.run_dir, config, self.iteration)
 
     def run(self) -> None:
-        """Trains to `num_iterations` and exports; Ctrl-C, SIGTERM or a file run_dir/stop save a checkpoint and stop."""
+        """Trains, evaluates and exports. Ctrl-C, SIGTERM or a file run_dir/stop save a checkpoint and stop the run."""
         with self.interruption, contextlib.closing(self.tracker), contextlib.closing(self.parts):
             try:
                 self.parts.memory.verdict(self.tracker.say)
                 self.tracker.begin(self.tasks.num_samples)
                 for iteration in range(self.iteration, self.config.num_iterations):
                     self.before = self.state_dict()
-                    evaluated = self.evaluate(iteration)  # of the weights before this iteration's updates
+                    evaluated = self.evaluate(iteration)  # before this iteration's updates
                     metrics = self.train(iteration)
                     self.tracker.log({**metrics, **evaluated})
                     self.parts.memory.compare(self.tracker.say)
@@ -70,7 +70,7 @@ class Trainer:
                 self.tracker.say(f"stopped after {self.iteration} iterations; go on with --resume latest")
 
     def train(self, iteration: int) -> dict[str, float]:
-        """One iteration: a rollout and the updates on it, for all tasks together or for one task after another."""
+        """Runs one iteration: all tasks together or one task after another; returns its metrics."""
         self.parts.memory.begin()
         start, lr, num_rounds = time.perf_counter(), self.engine.lr, len(self.tasks.rounds)
         turns = [parallel.Turn(iteration, number, num_rounds, self.config.seed) for number in range(num_rounds)]
@@ -82,7 +82,7 @@ class Trainer:
         return {"iteration": iteration, "queries": self.queries, "lr": lr, **metrics, **measured, **speed}
 
     def train_round(self, turn: parallel.Turn) -> dict[str, float]:
-        """A rollout and the updates on it, for all tasks or for the one whose turn it is."""
+        """Makes one rollout and the updates on it, for all tasks or for the task whose turn it is."""
         names = self.tasks.rounds[turn.round]
         may_stop = self.interruption.check if turn.round == 0 else lambda: None  # weights have not moved yet
 
@@ -90,25 +90,25 @@ class Trainer:
         prompts = self.tasks.next_batch(names)  # list[Prompt], len B
         batch = self.collector.rollout(prompts, turn, may_stop)
 
-        # Compare them with each other, over all processes; then take what is ours.
+        # Compare them over all processes, then keep the rows of this process.
         advantages = self.tasks.advantages(*batch.gathered())  # (A,)
-        weights = self.updater.algorithm.weights(advantages)  # (A,)
-        mine = parallel.rows_of_this_process(len(prompts))
-        advantages, weights = advantages[mine], weights[mine]  # (B,), (B,)
+        sample_weights = self.updater.algorithm.sample_weights(advantages)  # (A,)
+        rows = parallel.rows_of_this_process(len(prompts))
+        advantages, sample_weights = advantages[rows], sample_weights[rows]  # (B,), (B,)
 
-        # Before weights move: what rounding alone does to the ratio, and how tasks pull on the weights.
+        # Measure before the weights move: how rounding moves the ratio, how tasks pull on the weights.
         noise = self.updater.check_ratio(batch.trajectory, turn, self.tracker.say) if turn.is_first else {}
-        gradients = self.parts.task_gradients(batch, weights, turn)
+        gradients = self.parts.task_gradients(batch, sample_weights, turn)
 
-        # Make good actions likelier: log-probs, loss, backward, optimizer steps.
-        updated = self.updater.update(batch.trajectory, weights, turn, may_stop)
+        # Make good actions likelier: log-probs, loss, backward pass, optimizer steps.
+        updated = self.updater.update(batch.trajectory, sample_weights, turn, may_stop)
 
         scores = {**batch.metrics(self.tasks.are_several), **self.tasks.advantage_metrics(names)}
         seconds = {**batch.timings(), **updated.timings()}
         return {**scores, **updated.metrics(advantages), **noise, **gradients, **seconds}
 
     def evaluate(self, iteration: int) -> dict[str, float]:
-        """Scores held-out images and draws the grid, where one is due."""
+        """Scores held-out images and draws the grid, if they are due."""
         is_scored = self.due(self.config.evaluation.every, iteration)
         is_drawn = self.due(self.config.tracking.grid_every, iteration)
         return self.evaluation(iteration, self.tracker, is_scored, is_drawn)
@@ -121,7 +121,7 @@ class Trainer:
         self.tracker.say(self.parts.export(self.run_dir))
 
     def save_if_due(self) -> None:
-        """Saves every so often and at the end; stops the run where any process was asked to."""
+        """Saves a checkpoint if one is due; stops the run if any process was asked to stop."""
         must_stop, is_last = self.interruption.agreed(), self.iteration == self.config.num_iterations
         if is_last or self.due(self.config.checkpoint.every, self.iteration):
             self.save()
@@ -134,14 +134,14 @@ class Trainer:
         save_checkpoint(self.run_dir, self.iteration, self.engine, self.state_dict(), self.config.checkpoint.keep)
 
     def due(self, every: int, iteration: int) -> bool:
-        """Every so often and for the final weights; never where `every` is 0."""
+        """Tells whether something is due: every `every` iterations and for the final weights; never if `every` is 0."""
         return every > 0 and (iteration % every == 0 or iteration == self.config.num_iterations)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs besides weights and optimizer, as JSON; random numbers need nothing."""
+        """Returns all that a resumed run needs besides weights and optimizer, as JSON; random numbers need nothing."""
         return {"iteration": self.iteration, "queries": self.queries, **self.parts.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Continues from the place where `state_dict` was taken."""
         self.iteration, self.queries = state["iteration"], state["queries"]
         self.parts.load_state_dict(state)

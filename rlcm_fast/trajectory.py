@@ -1,10 +1,10 @@
-"""What a rollout leaves behind: prompts, their encodings, the states that were visited and the actions' log-probs.
+"""What a rollout leaves behind: prompts, their encodings, the visited states and the log-probs of the actions.
 
-Data flow: a policy's `sample` makes a `Trajectory` (floor 3); the rollout concatenates those of its micro-batches; the
-update takes `transitions` of it in any order, mixing samples and steps, and hands them back to the policy's `log_prob`.
+Data flow: a policy's `sample` makes a `Trajectory`; the rollout concatenates the trajectories of its micro-batches; the
+update takes `transitions` in any order, mixes samples and steps, and hands them to the policy's `log_prob`.
 
-Latents are float32 here whatever the network's dtype: rollout and training cast the SAME stored state to the network's
-dtype, which is what makes the ratio exactly one before the first update.
+Latents are float32 here, whatever the dtype of the network. Rollout and training cast the SAME stored state to the
+network's dtype, so the ratio is exactly one before the first update.
 """
 
 # B samples, K actions, N transitions, D distinct prompts, L tokens, E embedding, P pooled embedding, C H W latent
@@ -28,33 +28,33 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The text encodings of a batch: one row per distinct prompt and, for each sample, which row is its own."""
+    """The text encodings of a batch: one row per distinct prompt, and the row of each sample."""
 
     prompt_embeds: Tensor  # (D, L, E)
     index: Tensor  # (B,) int64, the row of prompt_embeds of each sample
-    negative_embeds: Tensor | None = None  # (1, L, E), for classifier-free guidance; None for consistency models
-    pooled_embeds: Tensor | None = None  # (D, P), of SDXL's second text encoder; None for models with one
+    negative_embeds: Tensor | None = None  # (1, L, E), for classifier-free guidance; None if guidance is embedded
+    pooled_embeds: Tensor | None = None  # (D, P), of SDXL's second text encoder; None for models with one encoder
     negative_pooled: Tensor | None = None  # (1, P)
     time_ids: Tensor | None = None  # (1, 6) float32, SDXL's original size, crop and target size, height first
 
     @property
     def embeds(self) -> Tensor:
-        """The encoding of each sample, (B, L, E), gathered on every access."""
+        """The encoding of each sample (B, L, E); every access gathers it anew."""
         return self.prompt_embeds[self.index]
 
     @property
     def pooled(self) -> Tensor | None:
-        """The pooled encoding of each sample, (B, P), gathered on every access."""
+        """The pooled encoding of each sample (B, P); every access gathers it anew."""
         return None if self.pooled_embeds is None else self.pooled_embeds[self.index]
 
     def take(self, rows: Tensor) -> Conditioning:
-        """The conditioning of the samples `rows` (N,); the encodings are shared, not copied."""
+        """Returns the conditioning of the samples `rows` (N,); it shares the encodings and copies nothing."""
         return replace(self, index=self.index[rows])
 
 
 @dataclass(frozen=True)
 class Transitions:
-    """Single actions out of a trajectory, in any order: the unit that updates shuffle and split."""
+    """Single actions of a trajectory in any order: the unit that updates shuffle and split."""
 
     x_t: Tensor  # (N, C, H, W) float32, the state before the action
     x_s: Tensor  # (N, C, H, W) float32, the action: the next state
@@ -66,7 +66,7 @@ class Transitions:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The visited states and the actions' log-probs of a batch of samples."""
+    """The visited states of a batch of samples and the log-probs of its actions."""
 
     latents: Tensor  # (B, K + 1, C, H, W) float32, the state before each action and after the last
     log_probs: Tensor  # (B, K) float32, mean over C, H, W, at rollout time
@@ -85,7 +85,7 @@ class Trajectory:
         return self.log_probs.numel()
 
     def transitions(self, rows: Tensor) -> Transitions:
-        """The transitions `rows` (N,) int64, each a flat index b * K + k; copies the states, on the latents' device."""
+        """Returns the transitions `rows` (N,) int64, flat indices b * K + k; copies states on the latents' device."""
         rows = rows.to(self.latents.device)
         sample, step = rows // self.num_actions, rows % self.num_actions
         return Transitions(
@@ -99,7 +99,7 @@ class Trajectory:
 
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
-        """One trajectory of the samples of all `parts`, in order; all must share one prompt_embeds object."""
+        """Joins the samples of all `parts` in order; all parts must share one prompt_embeds object."""
         if not parts:
             raise ValueError("parts=[] holds no trajectory; give at least one")
         first = parts[0].conditioning

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.memory import communication_table
 from rlcm_fast.config import parse_config
-from rlcm_fast.config.checks import derived, validate
+from rlcm_fast.config.checks import validate
 from rlcm_fast.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,8 +21,7 @@ DOCS = (ROOT / "docs" / "multi_node.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16, 32, 64, 128])
 def test_the_config_is_good_for_one_to_sixteen_nodes(world_size: int):
     config = parse_config(["--config", str(CONFIG)])
-    validate(config, world_size)
-    assert derived(config, world_size)["samples_per_iteration"] == 256
+    assert validate(config, world_size).sizes.samples_per_iteration == 256
     assert config.prompts.num_prompts <= len(load_prompts(str(ROOT / config.prompts.source)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.cli.main import main as command
 from rlcm_fast.config import parse_config
 from rlcm_fast.config.checks import validate
-from rlcm_fast.config.tasks import tasks_of
-from rlcm_fast.prompts import deal, load_prompts
+from rlcm_fast.config.resolved import resolve
+from rlcm_fast.prompts import load_prompts, prompts_for_images
 from rlcm_fast.rewards.groups import side_by_side
 from rlcm_fast.train import main
 from rlcm_fast.trainer import Trainer
@@ -98,10 +99,11 @@ def test_adapters_in_a_second_file_change_only_what_they_are_about(name: str):
 @pytest.mark.parametrize("recipe", ["large_scale/fairness", "large_scale/joint"])
 def test_fairness_is_evaluated_as_it_is_trained_on_groups_of_one_prompt_and_on_others(recipe: str):
     config = parse_config(["--config", f"configs/{recipe}.yaml"])
-    task = tasks_of(config)[-1]
+    task = resolve(config, 1).tasks[-1]
     size = task.rewards[0].group_size
     assert size == task.images_per_prompt
-    prompts = deal(load_prompts(task.evaluation, "prompts"), config.evaluation.num_images, config.evaluation.seed)
+    evaluation = config.evaluation
+    prompts = prompts_for_images(load_prompts(task.evaluation, "prompts"), evaluation.num_images, evaluation.seed)
     texts = [prompts[place].text for place in side_by_side(prompts)]
     groups = [set(texts[first : first + size]) for first in range(0, len(texts), size)]
     assert {len(group) for group in groups} == {1}
@@ -147,8 +149,9 @@ def smoke_run(recipe: str, folder: Path, request: pytest.FixtureRequest, more: l
     """The last of two iterations; everything is the recipe's but what needs a hub, a GPU, a compiler or much time."""
     family = recipe.partition("/")[0]
     model = request.getfixturevalue("tiny_lcm_folder" if family == "rlcm" else "tiny_sd_folder")
-    config = folder / "config.yaml"
-    config.write_text(_without_a_hub(Path(f"configs/{recipe}.yaml").read_text(), folder))
+    shutil.copytree("configs", folder / "configs")  # the files that it names stay beside it
+    config = folder / "configs" / f"{recipe}.yaml"
+    config.write_text(_without_a_hub(config.read_text(), folder))
     sizes = ["--model.image_size=0", f"--prompts.num_prompts={NUM_PROMPTS.get(recipe, 16)}", *SMALL[family]]
     run = ["--num_iterations=2", f"--run_dir={folder / 'run'}", f"--model.path={model}", "--engine.compile=off"]
     Trainer(parse_config(["--config", str(config), *(more or []), *sizes, *run])).run()

@@ -60,7 +60,7 @@ def test_the_door_answers_a_mistake_with_one_line_without_loading_torch():
         (["--prompts.source", "no.txt"], "prompts.source=no.txt"),
         (["--pretraining.weight", "1", "--pretraining.data", "no/*.tar"], "pretraining.data=no/*.tar matches no .tar"),
         (["--evaluation.prompts", "no.txt"], "evaluation.prompts=no.txt"),
-        (["--model.lora", "no.safetensors"], "model.lora=no.safetensors is no LoRA; give a folder with"),
+        (["--model.lora", "no.safetensors"], "model.lora=no.safetensors is not a LoRA; give a folder with"),
         (["--model.base", "shapes/teacher"], "model.base=shapes/teacher has no use"),
     ],
 )

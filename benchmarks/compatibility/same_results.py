@@ -127,6 +127,7 @@ def _train(tree: Path, case: Case, run_dir: Path, begun: Path | None = None, num
     Raises:
         TrainingFailed: with the last line of what the failed process printed.
     """
+    # The options, and the folder to go on in.
     options = [*case.options(), "--run_dir", str(run_dir)]
     if num_iterations:
         options += ["--num_iterations", str(num_iterations)]
@@ -134,6 +135,8 @@ def _train(tree: Path, case: Case, run_dir: Path, begun: Path | None = None, num
         shutil.copytree(begun, run_dir)
         options += ["--resume", "latest"]
     run_dir.parent.mkdir(parents=True, exist_ok=True)
+
+    # A process for each rank, with a log of its own.
     port = str(free_port())
     logs = [run_dir.with_name(f"{run_dir.name}_{rank}.log") for rank in range(case.processes)]
     processes = []
@@ -142,6 +145,8 @@ def _train(tree: Path, case: Case, run_dir: Path, begun: Path | None = None, num
         with log.open("wb") as file:
             command = [sys.executable, "rlcm_fast/train.py", *options]
             processes.append(subprocess.Popen(command, cwd=tree, env=environment, stdout=file, stderr=file))
+
+    # All must end well.
     codes = _exit_codes(processes)
     for code, log in zip(codes, logs, strict=True):
         if code != 0:

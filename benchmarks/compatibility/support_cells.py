@@ -53,7 +53,9 @@ def all_cells() -> list[Cell]:
 
 def config_of(cell: Cell, model: str = "", folder: str = "") -> Config:
     """Two iterations of one update; a large eps keeps Adam from blowing up the rounding of gradients near zero."""
-    transitions = 8 // cell.processes  # 2 prompts, 2 images of each, 2 actions
+    # 2 prompts, 2 images of each, 2 actions; optimizer_in_backward allows one backward pass an update.
+    transitions = 8 // cell.processes
+    micro_batch_size = transitions if cell.in_backward else transitions // 2
     return Config(
         model=ModelConfig(path=model),
         lora=LoraConfig(rank=2 if cell.trained == "adapters" else 0),
@@ -61,7 +63,8 @@ def config_of(cell: Cell, model: str = "", folder: str = "") -> Config:
         prompts=PromptsConfig(num_prompts=2, images_per_prompt=2),
         rewards=[RewardConfig("jpeg_compressibility")],
         advantages=AdvantagesConfig(kind="batch"),
-        update=UpdateConfig(micro_batch_size=transitions if cell.in_backward else transitions // 2, kl_weight=0.1),
+        update=UpdateConfig(micro_batch_size=micro_batch_size, kl_weight=0.1),
+        # What the cell is about.
         optimizer=OptimizerConfig(
             name=cell.optimizer,
             lr=1e-2,
@@ -75,6 +78,7 @@ def config_of(cell: Cell, model: str = "", folder: str = "") -> Config:
             offload_optimizer=cell.offload,
             optimizer_in_backward=cell.in_backward,
         ),
+        # A checkpoint after each iteration, to resume from.
         evaluation=EvaluationConfig(every=0),
         checkpoint=CheckpointConfig(every=1),
         tracking=TrackingConfig(tensorboard=False, grid_every=0),

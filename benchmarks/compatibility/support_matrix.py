@@ -9,8 +9,8 @@ trained by support_trial.py, which says how it is judged. Many cells share a pro
 longer than a cell. A cell that breaks, or is not done within --limit seconds, takes its processes with it, and the next
 one gets new ones. Offloading compiles DeepSpeedCPUAdam at its first use, which needs g++ and ninja.
 
-Writes OUT (a row a cell: works, refused or FAILS, and why) and prints the README's table; the exit code is 1 where a
-cell FAILS.
+Writes OUT (a row a cell: works, refused or FAILS, and why) and prints the table of docs/memory.md; the exit code is 1
+where a cell FAILS.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def run(cells: Sequence[Cell], limit: float) -> list[dict[str, Any]]:
     """A row for each cell, in order; those of one process and those of two are trained side by side."""
     from benchmarks.shared import tiny_pipelines
 
+    # Cells of as many processes, one after another.
     def run_on(num_processes: int) -> dict[Cell, dict[str, Any]]:
         chosen = [cell for cell in cells if cell.processes == num_processes]
         part = folder / str(num_processes)
@@ -73,6 +74,7 @@ def run(cells: Sequence[Cell], limit: float) -> list[dict[str, Any]]:
         finally:
             crew.dismiss()
 
+    # Both kinds side by side.
     rows: dict[Cell, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as pool:
         folder = Path(name)
@@ -108,10 +110,11 @@ class Crew:
         verdicts, broken = self._answers(limit)
         if broken:
             self.stop()
-        wrong = broken or next((verdict.wrong for verdict in verdicts if verdict.wrong), "")
-        if wrong:
-            return {"outcome": "FAILS", "reason": wrong}
-        return {"outcome": "works", "off_reference": f"{max(verdict.off_reference for verdict in verdicts):.0e}"}
+        wrong = [verdict.wrong for verdict in verdicts if verdict.wrong]
+        if broken or wrong:
+            return {"outcome": "FAILS", "reason": broken or wrong[0]}
+        off = max(verdict.off_reference for verdict in verdicts)
+        return {"outcome": "works", "off_reference": f"{off:.0e}"}
 
     def _answers(self, limit: float) -> tuple[list[Verdict], str]:
         """What the processes found, and what keeps one of them from answering."""
@@ -168,35 +171,48 @@ def read_rows(path: Path = RESULTS) -> list[dict[str, str]]:
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """The README's two tables: what works, and why the rest is refused."""
-    stages = [str(stage) for stage in AXES["zero_stage"]]
-    lines = ["| trained | `optimizer.name` |" + "".join(f" ZeRO {stage} |" for stage in stages), "|---" * 6 + "|"]
-    optimizers: dict[tuple[str, ...], list[str]] = {}  # by what they share: what is trained, and a text for each stage
+    """The two tables of docs/memory.md: what works, and why the rest is refused."""
+    # A text for each stage; optimizers with the same texts share a line.
+    optimizers: dict[tuple[str, ...], list[str]] = {}  # by what is trained, and the texts
     for trained, name in itertools.product(AXES["trained"], AXES["optimizer"]):
-        own = [row for row in rows if row["trained"] == trained and row["optimizer"] == name]
-        texts = (_working([row for row in own if row["zero_stage"] == stage]) for stage in stages)
+        texts = []
+        for stage in AXES["zero_stage"]:
+            wanted = (trained, name, str(stage))
+            texts.append(_working([row for row in rows if _place(row) == wanted]))
         optimizers.setdefault((trained, *texts), []).append(f"`{name}`")
+    heads = "".join(f" ZeRO {stage} |" for stage in AXES["zero_stage"])
+    lines = [f"| trained | `optimizer.name` |{heads}", "|---" * 6 + "|"]
     for (trained, *texts), names in optimizers.items():
         lines.append(" | ".join([f"| {trained}", ", ".join(names), *texts]) + " |")
+
+    # How often each reason is given.
     lines += ["", "| refused | combinations |", "|---|---|"]
     reasons = Counter(_reason(row["reason"]) for row in rows if row["outcome"] == "refused")
-    return "\n".join([*lines, *(f"| {reason} | {count} |" for reason, count in reasons.most_common())])
+    for reason, count in reasons.most_common():
+        lines.append(f"| {reason} | {count} |")
+    return "\n".join(lines)
+
+
+def _place(row: Mapping[str, str]) -> tuple[str, str, str]:
+    """Where a row belongs in the table: line, and column."""
+    return row["trained"], row["optimizer"], row["zero_stage"]
 
 
 def _working(rows: Sequence[Mapping[str, str]]) -> str:
     """As "fp32 o, bf16 o": a dtype, and o, b or ob where it works offloaded, in the backward pass or both."""
-    outcomes: dict[tuple[str, str], set[str]] = {}
-    for row in rows:
-        mark = "o" * (row["offload"] == "True") + "b" * (row["in_backward"] == "True")
-        outcomes.setdefault((row["dtype"], mark), set()).add(row["outcome"])
     texts = []
     for dtype in AXES["dtype"]:
-        found = {mark: outcome for (of, mark), outcome in outcomes.items() if of == dtype and outcome != {"refused"}}
-        if not all(outcome == {"works"} for outcome in found.values()):
+        outcomes: dict[str, set[str]] = {}  # by mark, over the numbers of processes
+        for row in rows:
+            if row["dtype"] == dtype:
+                mark = "o" * (row["offload"] == "True") + "b" * (row["in_backward"] == "True")
+                outcomes.setdefault(mark, set()).add(row["outcome"])
+        accepted = {mark: found for mark, found in outcomes.items() if found != {"refused"}}
+        if any(found != {"works"} for found in accepted.values()):
             texts.append(f"{dtype} FAILS")
-        elif found:
-            assert "" in found, "an addition works where nothing is added"
-            texts.append(" ".join([dtype, *filter(None, sorted(found))]))
+        elif accepted:
+            assert "" in accepted, "an addition works where nothing is added"
+            texts.append(" ".join([dtype, *filter(None, sorted(accepted))]))
     return ", ".join(texts) or "-"
 
 

@@ -28,7 +28,7 @@ from rlcm_fast.algorithms import PPO
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import Config
 from rlcm_fast.kernels import functional
-from rlcm_fast.policies import GaussianPolicy, build_policy
+from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.trainer import Trainer
 from rlcm_fast.trajectory import Trajectory
 
@@ -71,6 +71,7 @@ def bound(config: Config) -> float:
 
 def train_cell(config: Config) -> Verdict:
     """Trains, replays (on one process) and resumes; every process of the run must call, and each judges."""
+    # Train, then replay what was trained on and resume from the first checkpoint.
     trainer = Trainer(config)
     shares = _watch(trainer)
     start = trainer.engine.full_weights()
@@ -80,16 +81,19 @@ def train_cell(config: Config) -> Verdict:
     checkpoint = Path(config.run_dir) / "checkpoints" / "iteration_000001"
     resumed = Trainer(replace(config, resume=str(checkpoint)))
     resumed.run()
+
+    # Judge the weights.
     trained = {name for name in start if config.lora.rank == 0 or ".lora_" in name}
-    found = {
-        "a weight is not finite": all(weight.isfinite().all() for weight in weights.values()),
-        "a trained weight did not move": all(not torch.equal(weights[name], start[name]) for name in trained),
-        "a frozen weight moved": all(torch.equal(weights[name], start[name]) for name in start.keys() - trained),
-        "processes hold other weights": _is_same_everywhere(weights),
-        "a resumed run ends elsewhere": _is_equal(weights, resumed.engine.full_weights()),
-        f"{off:.1e} of the way off the reference": off <= bound(config),
+    moved = {name for name in start if not torch.equal(weights[name], start[name])}
+    faults = {
+        "a weight is not finite": not all(weight.isfinite().all() for weight in weights.values()),
+        "a trained weight did not move": not trained <= moved,
+        "a frozen weight moved": not moved <= trained,
+        "processes hold other weights": not _is_same_everywhere(weights),
+        "a resumed run ends elsewhere": not _is_equal(weights, resumed.engine.full_weights()),
+        f"{off:.1e} of the way off the reference": not off <= bound(config),
     }
-    return Verdict("; ".join(text for text, is_good in found.items() if not is_good), off)
+    return Verdict("; ".join(text for text, is_so in faults.items() if is_so), off)
 
 
 def _off_reference(config: Config, start: Weights, weights: Weights, shares: Sequence[Sequence[Share]]) -> float:
@@ -99,6 +103,7 @@ def _off_reference(config: Config, start: Weights, weights: Weights, shares: Seq
 
 def replayed(config: Config, start: Weights, shares: Sequence[Sequence[Share]]) -> Weights:
     """What torch alone makes of the same rollouts, by name and rounded to the trained dtype; `shares`: by iteration."""
+    # The start weights twice: to train, and to keep for the KL term.
     dtype = torch.float32 if config.engine.dtype == "fp32" else torch.bfloat16
     backbone = Backbone.load(config.model, torch.device("cpu"), dtype, is_consistency=True)
     if config.lora.rank > 0:
@@ -107,11 +112,15 @@ def replayed(config: Config, start: Weights, shares: Sequence[Sequence[Share]]) 
     network.load_state_dict(start)
     before = _policy(config, backbone, copy.deepcopy(network).requires_grad_(False))
     policy = _policy(config, backbone, network)
+
+    # float32 masters, which torch's optimizer steps.
     trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
     masters = [weight.detach().float().clone().requires_grad_() for weight in trained.values()]
     kind = Adam if config.optimizer.name == "adam" else AdamW
     settings: dict[str, Any] = {"eps": config.optimizer.eps, "weight_decay": config.optimizer.weight_decay}
     optimizer = kind(masters, **settings)
+
+    # An update an iteration, on all transitions of a process at once.
     for of_iteration in shares:
         for share in of_iteration:
             (_loss(config, policy, before, share) / len(of_iteration)).backward()
@@ -127,8 +136,9 @@ def replayed(config: Config, start: Weights, shares: Sequence[Sequence[Share]]) 
 
 
 def distance(first: Weights, second: Weights) -> float:
-    """Over all names of the first."""
-    return torch.cat([(weight - second[name]).flatten() for name, weight in first.items()]).norm().item()
+    """The Euclidean distance over all names of the first."""
+    apart = [(weight - second[name]).flatten() for name, weight in first.items()]
+    return torch.cat(apart).norm().item()
 
 
 def _watch(trainer: Trainer) -> list[list[Share]]:
@@ -147,16 +157,14 @@ def _watch(trainer: Trainer) -> list[list[Share]]:
 
 def _policy(config: Config, backbone: Backbone, network: Any) -> GaussianPolicy:
     unet_config: Any = backbone.unet.config
-    return build_policy(
-        config.policy, network, unet_config, backbone.scheduler_config, backbone.dtype, torch.device("cpu")
-    )
+    return build_policy(config.policy, Network(network, unet_config, backbone.dtype), backbone.scheduler_config)
 
 
 def _loss(config: Config, policy: GaussianPolicy, before: GaussianPolicy, share: Share) -> Tensor:
     t = share.trajectory.transitions(torch.arange(share.trajectory.num_transitions))
     m, coef = policy.network_output(t.x_t, t.step, t.conditioning), policy.coefficients(t.step)
     algorithm = PPO(clip_range=config.update.clip_range, advantage_clip=config.update.advantage_clip)
-    weights = algorithm.weights(share.advantages)
+    weights = algorithm.sample_weights(share.advantages)
     loss, _ = algorithm.loss_of_output(t, m, coef, None, weights[t.sample])
     m_ref = before.network_output(t.x_t, t.step, t.conditioning)
     return loss + config.update.kl_weight * functional.gaussian_kl(m, m_ref, coef).mean()

@@ -60,7 +60,7 @@ class Hosts:
         return ["ip", "netns", "exec", self.names[host]]
 
     def pids(self, host: int) -> list[int]:
-        """Of all processes on that host."""
+        """The ids of all processes on that host."""
         done = subprocess.run(["ip", "netns", "pids", self.names[host]], capture_output=True, text=True, check=True)
         return [int(pid) for pid in done.stdout.split()]
 
@@ -105,6 +105,7 @@ def two_hosts(folder: Path, launcher: str) -> Iterator[Hosts]:
     """Up while the context lasts; everything that runs on them then ends."""
     hosts = Hosts((f"first{os.getpid()}", f"second{os.getpid()}"), folder, launcher)
     try:
+        # Two namespaces, joined by a pair of cards.
         for name in hosts.names:
             _ip("netns", "add", name)
         first, second = hosts.names
@@ -117,6 +118,7 @@ def two_hosts(folder: Path, launcher: str) -> Iterator[Hosts]:
             _start_ssh(hosts)
         yield hosts
     finally:
+        # End whatever runs there, then the hosts.
         for host, name in enumerate(hosts.names):
             if Path("/run/netns", name).exists():
                 for pid in hosts.pids(host):
@@ -150,8 +152,12 @@ def kill_and_resume(hosts: Hosts, stage: int, arguments: argparse.Namespace) -> 
     run_dir = hosts.folder / f"stage_{stage}"
     done = arguments.kill_after
     options = {**_TINY, "engine.zero_stage": stage, "run_dir": run_dir, "num_iterations": done + 100}
+
+    # A process on each host, until the second one's is killed.
     first = _killed(hosts, _options(arguments.config, options), run_dir, done)
     rows = [{"zero_stage": stage, "what": "second host's process killed", "processes": 2, **first}]
+
+    # Go on with fewer processes, then with more.
     for what, slots in (("resumed on the first host", (1,)), ("resumed on both hosts", (2, 2))):
         done = _num_lines(run_dir) + 2
         again = _options(arguments.config, {**options, "num_iterations": done, "resume": "latest"})
@@ -165,12 +171,16 @@ def kill_and_resume(hosts: Hosts, stage: int, arguments: argparse.Namespace) -> 
 def _killed(hosts: Hosts, options: list[str], run_dir: Path, done: int) -> dict[str, Any]:
     """What the launcher does after the second host's process is gone; it should end by itself, with an error."""
     log = hosts.folder / f"{run_dir.name}_killed.log"
+
+    # Kill the training process of the second host, once there is a checkpoint.
     launched = _launch(hosts, options, (1, 1), log)
     _wait_for(lambda: (run_dir / "checkpoints" / f"iteration_{done:06d}").is_dir(), launched, log)
     for pid in hosts.pids(1):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         if any(word.endswith(b"train.py") for word in words) and b"deepspeed.launcher.launch" not in words:
             os.kill(pid, signal.SIGKILL)
+
+    # Wait for the launcher, and read what it said.
     died = time.monotonic()
     codes = [process.wait(timeout=600) for process in launched]
     seconds = time.monotonic() - died
@@ -192,6 +202,7 @@ def _finished(hosts: Hosts, options: list[str], slots: tuple[int, ...]) -> dict[
 
 def _launch(hosts: Hosts, options: list[str], slots: tuple[int, ...], log: Path) -> list[subprocess.Popen[bytes]]:
     """DeepSpeed's launcher with a hostfile: once where it starts the other host by itself, else on each host."""
+    # The files that the launcher reads: hosts with their slots, and what their processes find in the environment.
     hostfile = hosts.folder / "hostfile"
     hostfile.write_text("".join(f"{address} slots={count}\n" for address, count in zip(_ADDRESSES, slots)))
     environment = {"GLOO_SOCKET_IFNAME": _CARD, "NCCL_SOCKET_IFNAME": _CARD, "DS_ACCELERATOR": "cpu"}
@@ -199,19 +210,20 @@ def _launch(hosts: Hosts, options: list[str], slots: tuple[int, ...], log: Path)
     passed_on = hosts.folder / "deepspeed_env"  # ssh passes no environment on; the launcher does, from this file
     passed_on.write_text("".join(f"{name}={value}\n" for name, value in environment.items()))
     environment |= {"DS_ENV_FILE": str(passed_on), "PDSH_SSH_ARGS_APPEND": f"-F {hosts.folder}/ssh_config"}
+
+    # A launcher on the first host, or without ssh one on each.
     port = 29500 + (os.getpid() + len(list(hosts.folder.iterdir()))) % 1000
     common = ["--hostfile", str(hostfile), "--master_addr", _ADDRESSES[0], "--master_port", str(port)]
     modes = [["--no_ssh_check", "--force_multi"]]
     if hosts.launcher == "no_ssh":
         modes = [["--no_ssh", f"--node_rank={host}"] for host in range(len(slots))]
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    environment = {**os.environ, **environment}
     started = []
     for host, mode in enumerate(modes):
         command = [*hosts.inside(host), sys.executable, deepspeed, *common, *mode, "rlcm_fast/train.py", *options]
         with log.open("ab") as file:
-            started.append(
-                subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=file)
-            )
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
     return started
 
 
@@ -220,8 +232,9 @@ def _options(config: str, values: dict[str, Any]) -> list[str]:
 
 
 def _num_lines(run_dir: Path) -> int:
-    """Finished iterations; evaluation is off, so there is no other line."""
-    return 1 + max(json.loads(line)["iteration"] for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+    """The number of finished iterations; evaluation is off, so there is no other line."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return 1 + max(json.loads(line)["iteration"] for line in lines)
 
 
 def _wait_for(happened: Any, launched: list[subprocess.Popen[bytes]], log: Path) -> None:

@@ -59,14 +59,20 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: Any, repeats: int)
     """Median and spread of `repeats` steps after three to warm up."""
     import torch
 
+    # Make weights and gradients, and the optimizer.
     dtype, build = OPTIMIZERS[name]
-    params = [torch.nn.Parameter(torch.randn(shape, device=device).to(getattr(torch, dtype))) for shape in shapes]
+    params = []
+    for shape in shapes:
+        weight = torch.randn(shape, device=device).to(getattr(torch, dtype))
+        params.append(torch.nn.Parameter(weight))
     for param in params:
         param.grad = 1e-3 * torch.randn_like(param)
     optimizer = build(params)
+
+    # Time its steps, and add up what each of them moves.
     times = [_seconds(optimizer.step, device) for _ in range(3 + repeats)][3:]
-    kept = [t for state in optimizer.state.values() for k, t in state.items() if k not in ("qmap1", "qmap2", "step")]
-    states, weights = (sum(t.numel() * t.element_size() for t in tensors) for tensors in (kept, params))
+    weights = _bytes(params)
+    states = sum(_bytes(_moments(state)) for state in optimizer.state.values())
     median = statistics.median(times)
     return {
         "ms": 1e3 * median,
@@ -75,6 +81,15 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: Any, repeats: int)
         "gb_per_second": (2 * states + 3 * weights) / median / 1e9,
         "bytes_a_weight": (states + 2 * weights) / sum(param.numel() for param in params),
     }
+
+
+def _moments(state: dict[str, Any]) -> list[Any]:
+    """The tensors of one weight's state that a step reads and writes; bitsandbytes' tables are shared and small."""
+    return [tensor for name, tensor in state.items() if name not in ("qmap1", "qmap2", "step")]
+
+
+def _bytes(tensors: list[Any]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _seconds(call: Callable[[], Any], device: Any) -> float:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.kernels.kernel_plot import PROVIDERS, Row, copy_share, draw, read_rows
+from benchmarks.kernels.kernel_plot import PROVIDERS, Row, draw, read_rows
+from benchmarks.kernels.kernel_summary import name_of, shares, summarise
 from benchmarks.shared.reporting import ROOT, print_summary, write_csv
 
 if TYPE_CHECKING:
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
 _ROWS, _QUICK_ROWS = (1, 4, 16, 64, 256), (16, 64, 256)
 _SIZES = ("4x64x64", "4x128x128")
 _DTYPES = ("float32", "bfloat16")
-_TARGET_ROWS, _TARGET_SIZE = 64, "4x128x128"  # where bandwidth is promised: from so many rows, of that size
 _NO_GPU = "torch sees no CUDA device; --device cpu tries it out without one"
 
 
@@ -66,6 +67,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # What to measure.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operations", nargs="+", default=[""], metavar="NAME", help="beginnings of their names")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: all; without triton on a CPU")
@@ -77,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
                         help=f"of the network's outputs (default {_words(_DTYPES)})")  # fmt: skip
     quick = f"N {_words(_QUICK_ROWS)} and the largest size, where they are not given"
     parser.add_argument("--quick", action="store_true", help=quick)
+
+    # Where, for how long, and what is written.
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default cuda)")
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="begin nothing after so many (default: none)"
@@ -125,19 +129,26 @@ def run(arguments: argparse.Namespace) -> Row:
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(_NO_GPU)
-    start, device = time.monotonic(), torch.device(arguments.device)
+    deadline, device = time.monotonic() + arguments.seconds, torch.device(arguments.device)
     out = arguments.out or ROOT / "benchmarks" / "results" / "gpu" / device_slug(device)
     providers = arguments.providers or _default_providers(device)
-    copies, rows, cut, not_compiled = CopyTimes(device), [], [], []
+    copies = CopyTimes(device)
+
+    # Measure case after case until the time is over; the CSV has what is done.
+    rows: list[Row] = []
+    cut, not_compiled = [], []
     for operation in find_operations(arguments.operations):
         for case in cases(operation, arguments, device):
-            if time.monotonic() - start > arguments.seconds:
-                cut.append(_name(case.labels))
+            if time.monotonic() > deadline:
+                cut.append(name_of(case.labels))
                 continue
             measured = measure(case, providers, copies)
-            not_compiled += [_name(case.labels)] if len(measured) < len(providers) else []
+            if len(measured) < len(providers):
+                not_compiled.append(name_of(case.labels))
             rows += [{"device": _device_name(device), **row} for row in measured]
         write_csv(out / "bench_kernels.csv", rows)
+
+    # Draw and sum up.
     if rows and not arguments.no_plot:
         draw(rows, out / "bench_kernels.png")
     versions = {"torch": torch.__version__, "triton": _version_of("triton"), "device": _device_name(device)}
@@ -165,12 +176,14 @@ def _version_of(package: str) -> str | None:
 
 
 def cases(operation: Operation, arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    """Small N first."""
+    """The cases of an operation, small N first."""
     num_rows = arguments.rows or (_QUICK_ROWS if arguments.quick else _ROWS)
     usual = operation.sizes or _SIZES
     sizes = arguments.sizes or (usual[-1:] if arguments.quick else usual)
-    latents = [(size, dtype) for size in sizes for dtype in arguments.dtypes]
-    for size, dtype in latents if operation.has_latents else latents[:1]:
+    latents = list(itertools.product(sizes, arguments.dtypes))
+    if not operation.has_latents:
+        latents = latents[:1]
+    for size, dtype in latents:
         for n in sorted(num_rows):
             yield Case(operation, n, size, dtype, device)
 
@@ -182,11 +195,14 @@ def measure(case: Case, providers: Sequence[str], copies: CopyTimes) -> list[Row
 
     from benchmarks.kernels.kernel_timing import num_copies
 
+    # Make the inputs, on a GPU as many copies as its cache cannot hold, and time a copy of as many bytes.
     num_bytes = case.operation.num_bytes(case.inputs())
     is_cuda = case.device.type == "cuda"
     inputs = [case.inputs() for _ in range(num_copies(num_bytes, case.device) if is_cuda else 1)]
     copy_ms, copy_graph_ms = copies.ms(num_bytes)
     shared = {**case.labels, "bytes": num_bytes, "copy_ms": copy_ms, "copy_graph_ms": copy_graph_ms}
+
+    # Measure one provider after another.
     rows = []
     for provider in providers:
         try:
@@ -194,11 +210,11 @@ def measure(case: Case, providers: Sequence[str], copies: CopyTimes) -> list[Row
         except BackendCompilerFailed as error:
             cause = error.inner_exception
             reason = (str(cause).strip().splitlines() or [""])[-1]
-            print(f"{_name(shared)}, {provider}: {type(cause).__name__}: {reason}", file=sys.stderr, flush=True)
+            print(f"{name_of(shared)}, {provider}: {type(cause).__name__}: {reason}", file=sys.stderr, flush=True)
             continue
         row = {**shared, "provider": provider, **found}
         rows.append({**row, **shares(row, copies.peak_gb_per_second())})
-        print(f"{_name(row)}, {provider}: {row['ms_50']:.4g} ms", file=sys.stderr, flush=True)
+        print(f"{name_of(row)}, {provider}: {row['ms_50']:.4g} ms", file=sys.stderr, flush=True)
     if is_cuda:
         torch.cuda.empty_cache()
     return rows
@@ -231,51 +247,6 @@ def _calls(operation: Operation, provider: str, inputs: list[Inputs]) -> list[Ca
 
 def _quantiles(name: str, values: Sequence[float]) -> Row:
     return {f"{name}_{share}": value for share, value in zip((20, 50, 80), values, strict=True)}
-
-
-def shares(row: Row, peak_gb_per_second: float) -> Row:
-    """Columns that follow from the measured ones."""
-    graph_ms = row.get("graph_ms_50")
-    ms = graph_ms or row["ms_50"]
-    return {
-        "copy_share": row["copy_ms"] / row["ms_50"],
-        "graph_copy_share": row["copy_graph_ms"] / graph_ms if graph_ms else None,
-        "peak_share": row["bytes"] / 1e6 / ms / peak_gb_per_second,
-    }
-
-
-def summarise(rows: Sequence[Row]) -> Row:
-    """The numbers that the targets are about; None where a row for it was not measured."""
-    ours = [row for row in rows if row["provider"] == "triton"]
-    compiled = {_name(row): row for row in rows if row["provider"] == "compile"}
-    pairs = [(row, compiled[_name(row)]) for row in ours if _name(row) in compiled]
-    targeted = [row for row in ours if row["rows"] >= _TARGET_ROWS and row["size"] == _TARGET_SIZE]
-    launches = [row.get("launches") for row in ours if row["operation"] == "policy_loss forward+backward"]
-    return {
-        "measured": len(rows),
-        "worst_ratio_to_compile": _extreme(max, [(_name(a), _ms(a) / _ms(b)) for a, b in pairs]),
-        "worst_launched_ratio_to_compile": _extreme(max, [(_name(a), a["ms_50"] / b["ms_50"]) for a, b in pairs]),
-        "slower_than_compile": [_name(a) for a, b in pairs if _ms(a, 20) > _ms(b, 80)],
-        "lowest_copy_share": _extreme(min, [(_name(row), copy_share(row)) for row in targeted]),
-        "lowest_peak_share": _extreme(min, [(_name(row), row["peak_share"]) for row in targeted]),
-        "policy_loss_launches": max((count for count in launches if count), default=None),
-    }
-
-
-def _ms(row: Row, quantile: int = 50) -> float:
-    return row.get(f"graph_ms_{quantile}") or row[f"ms_{quantile}"]
-
-
-def _name(row: Row) -> str:
-    return " ".join(str(row[key]) for key in ("operation", "rows", "size", "dtype") if row[key] != "")
-
-
-def _extreme(choose: Any, values: Sequence[tuple[str, float]]) -> Row | None:
-    """The value and the case it is of."""
-    if not values:
-        return None
-    name, value = choose(values, key=lambda pair: pair[1])
-    return {"value": value, "case": name}
 
 
 if __name__ == "__main__":

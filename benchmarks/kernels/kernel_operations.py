@@ -67,7 +67,10 @@ def flat(results: Any) -> list[Tensor]:
     if isinstance(results, Tensor):
         return [results]
     parts = vars(results).values() if isinstance(results, reference.RatioStats) else results
-    return [tensor for part in parts for tensor in flat(part)]
+    tensors = []
+    for part in parts:
+        tensors += flat(part)
+    return tensors
 
 
 def size_in_bytes(*tensors: Tensor) -> int:
@@ -140,7 +143,8 @@ def _policy_loss_inputs(num_rows: int, shape: Shape, dtype: torch.dtype, device:
 def _rebel_inputs(num_rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """N pairs of trajectories."""
     size, generator = (2 * num_rows, _NUM_ACTIONS), _generator(device)
-    log_prob, log_prob_old = (torch.randn(size, generator=generator, device=device) for _ in range(2))
+    log_prob = torch.randn(size, generator=generator, device=device)
+    log_prob_old = torch.randn(size, generator=generator, device=device)
     return log_prob, log_prob_old, _advantages(2 * num_rows, device)
 
 

@@ -12,6 +12,7 @@ are scalars such as a row's coefficients. The last line on stdout is the summary
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -44,19 +45,20 @@ def measure(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict[str, An
     """The rows of the table."""
     import torch
 
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    formats = (torch.contiguous_format, torch.channels_last)
     rows = []
-    for architecture in architectures:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for memory_format in (torch.contiguous_format, torch.channels_last):
-                for operation, call in operations(dtype, memory_format).items():
-                    with compiling_for(architecture) as kernels:
-                        call()
-                    kind = {"dtype": str(dtype)[6:], "format": str(memory_format)[6:].removesuffix("_format")}
-                    labels = {"architecture": f"sm_{architecture}", **kind}
-                    rows += [
-                        {"operation": operation, "kernel": kernel.name, **labels, **resources(kernel)}
-                        for kernel in kernels
-                    ]
+    for architecture, dtype, memory_format in itertools.product(architectures, dtypes, formats):
+        labels = {
+            "architecture": f"sm_{architecture}",
+            "dtype": str(dtype).removeprefix("torch."),
+            "format": str(memory_format).removeprefix("torch.").removesuffix("_format"),
+        }
+        for operation, call in operations(dtype, memory_format).items():
+            with compiling_for(architecture) as kernels:
+                call()
+            for kernel in kernels:
+                rows.append({"operation": operation, "kernel": kernel.name, **labels, **resources(kernel)})
     return rows
 
 
@@ -66,21 +68,29 @@ def operations(dtype: Any, memory_format: Any) -> dict[str, Callable[[], Any]]:
 
     from rlcm_fast.kernels.triton_ops import adamw, gaussian, group_norm, loss, rebel
 
-    x, m, m_uncond, x_next = (torch.zeros(_SHAPE, dtype=dtype).to(memory_format=memory_format) for _ in range(4))
-    residual = torch.zeros(_SHAPE).to(memory_format=memory_format)
+    def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+        return torch.zeros(shape, dtype=dtype).to(memory_format=memory_format)
+
+    # Latents, and what comes with their rows.
+    x, m, m_uncond, x_next = zeros(_SHAPE, dtype), zeros(_SHAPE, dtype), zeros(_SHAPE, dtype), zeros(_SHAPE, dtype)
+    residual = zeros(_SHAPE, torch.float32)
     coef, rows = torch.ones(_SHAPE[0], 3), torch.zeros(_SHAPE[0])
     pairs = torch.zeros(_SHAPE[0], 4)
     seeds = torch.zeros(_SHAPE[0], dtype=torch.int64)
     clip = (rows, rows, 1e-4, 10.0)
-    states = [[torch.zeros(_SHAPE, dtype=torch.uint8).to(memory_format=memory_format)] for _ in range(2)]
-    absmax = [[torch.zeros(x.numel() // 256)] for _ in range(2)]
+
+    # A weight's 8-bit moments.
+    states = ([zeros(_SHAPE, torch.uint8)], [zeros(_SHAPE, torch.uint8)])
+    absmax = ([torch.zeros(x.numel() // 256)], [torch.zeros(x.numel() // 256)])
     rounds = dtype == torch.bfloat16
     of_weights = {
         "adamw_8bit": lambda: adamw.adamw_8bit_(
             [x], [m], *states, *absmax, [0], [1.0] * 8, 1, 0, rounds, rows[:1].squeeze(), None
         )
     }
-    hidden, dy = (torch.zeros(_UNET_SHAPE, dtype=dtype).to(memory_format=memory_format) for _ in range(2))
+
+    # Hidden states of a UNet and their norms.
+    hidden, dy = zeros(_UNET_SHAPE, dtype), zeros(_UNET_SHAPE, dtype)
     weight, group = torch.ones(_UNET_SHAPE[1], dtype=dtype), torch.ones(_UNET_SHAPE[0], 32)
     norm = (hidden, dy, group, group, weight, weight)
     return {
@@ -107,6 +117,7 @@ def compiling_for(architecture: int) -> Iterator[list[Any]]:
     import triton
     from triton.backends.compiler import GPUTarget
 
+    # A driver that claims to have such a GPU, and a launch that stops after compiling.
     class Driver:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", architecture, 32)
@@ -123,6 +134,7 @@ def compiling_for(architecture: int) -> Iterator[list[Any]]:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
 
+    # In their places until the block ends.
     active = triton.runtime.driver._active
     triton.runtime.driver.set_active(Driver())  # pyright: ignore[reportArgumentType]
     triton.JITFunction.run = compile_only
@@ -144,20 +156,22 @@ def resources(kernel: Any) -> dict[str, int]:
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     number = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     loads = re.findall(r"ld\.global\S*", kernel.asm["ptx"])
-    is_vector = [re.search(r"\.v4\.[bfu]32|\.v2\.[bfu]64|\.v8\.", load) is not None for load in loads]
+    vector_loads = [load for load in loads if re.search(r"\.v4\.[bfu]32|\.v2\.[bfu]64|\.v8\.", load)]
     return {
         "registers": number["REG"],
         "spilled_bytes": number["STACK"] + number["LOCAL"],
         "shared_bytes": kernel.metadata.shared,
-        "vector_loads": sum(is_vector),
-        "narrow_loads": len(loads) - sum(is_vector),
+        "vector_loads": len(vector_loads),
+        "narrow_loads": len(loads) - len(vector_loads),
     }
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The worst of each column."""
-    columns = ("registers", "spilled_bytes", "shared_bytes", "narrow_loads")
-    return {"kernels": len(rows), **{f"most_{column}": max(row[column] for row in rows) for column in columns}}
+    summary: dict[str, Any] = {"kernels": len(rows)}
+    for column in ("registers", "spilled_bytes", "shared_bytes", "narrow_loads"):
+        summary[f"most_{column}"] = max(row[column] for row in rows)
+    return summary
 
 
 if __name__ == "__main__":

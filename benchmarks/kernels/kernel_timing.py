@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def graph_ms(calls: Sequence[Call]) -> list[float]:
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     graph.replay()
     end.record()
@@ -101,9 +102,12 @@ def num_launches(call: Call) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         call()
         torch.cuda.synchronize()
-    on_device = [event for event in seen.events() or () if event.device_type == DeviceType.CUDA]
-    launches = [event for event in on_device if not event.is_user_annotation and not event.name.startswith("Memcpy")]
-    return len(launches) or None
+    launches = 0
+    for event in seen.events() or ():
+        is_work = event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        if is_work and not event.name.startswith("Memcpy"):
+            launches += 1
+    return launches or None
 
 
 def peak_mib(call: Call) -> float:
@@ -132,7 +136,11 @@ class CopyTimes:
     def peak_gb_per_second(self) -> float:
         """The highest of copies that move 128 MiB and 1 GiB; on a CPU of 128 MiB alone."""
         sizes = (128 * _MIB, 1024 * _MIB) if self.device.type == "cuda" else (128 * _MIB,)
-        return max(size / 1e6 / (self.ms(size)[1] or self.ms(size)[0]) for size in sizes)
+        rates = []
+        for size in sizes:
+            launched, in_graph = self.ms(size)
+            rates.append(size / 1e6 / (in_graph or launched))
+        return max(rates)
 
     def _measure(self, num_bytes: int) -> tuple[float, float | None]:
         size = max(1, num_bytes // 2)
@@ -141,8 +149,7 @@ class CopyTimes:
         launched = launched_ms(lambda: target.copy_(source), self.device)[1]
         if self.device.type != "cuda":
             return launched, None
-        pairs = [
-            (torch.empty_like(source), torch.empty_like(source)) for _ in range(num_copies(num_bytes, self.device))
-        ]
-        calls = [lambda to=to, source=source: to.copy_(source) for to, source in pairs]
+        calls = []
+        for _ in range(num_copies(num_bytes, self.device)):
+            calls.append(partial(torch.empty_like(source).copy_, torch.empty_like(source)))
         return launched, graph_ms(calls)[1]

@@ -20,7 +20,7 @@ import argparse
 import sys
 from typing import Any
 
-from benchmarks.learning.arms import TOTAL, Arm, run_figure, train_arms, tuned
+from benchmarks.learning.arms import TOTAL, Arm, chosen_lrs, run_figure, train_arms, tuned
 from benchmarks.learning.summaries import ahead_of, summarise, table, write_curves
 
 _TASK = (
@@ -50,8 +50,8 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     curves = train_arms(list(chosen.values()), arguments)
     write_curves(curves, arguments.out, "ablations")
     print(table(curves, [TOTAL, "eval/jpeg_compressibility/mean", "eval/shapes_alignment/mean"]))
-    lrs = {name: arm.overrides[-1] for name, arm in chosen.items()}
-    return {"lr": lrs, "arms": summarise(curves), "ahead_of_base": ahead_of(curves, "base", TOTAL)}
+    ahead = ahead_of(curves, "base", TOTAL)
+    return {"lr": chosen_lrs(chosen), "arms": summarise(curves), "ahead_of_base": ahead}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import argparse
 import sys
 from typing import Any
 
-from benchmarks.learning.arms import TOTAL, Arm, run_figure, train_arms, tuned
+from benchmarks.learning.arms import TOTAL, Arm, chosen_lrs, run_figure, train_arms, tuned
 from benchmarks.learning.summaries import ahead_of, summarise, table, write_curves
 
 _TASK = (
@@ -31,16 +31,17 @@ _LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 2 / 3
 def arms() -> list[Arm]:
     ppo = Arm("ppo", "compressibility", _TASK)
     grpo = Arm("grpo", "compressibility", (*_TASK, "algorithm.name", "grpo", *_GROUPS))
-    return [ppo, grpo, *(Arm(name, "compressibility", (*_TASK, *_REBEL, eta)) for name, eta in _ETAS.items())]
+    rebels = [Arm(name, "compressibility", (*_TASK, *_REBEL, eta)) for name, eta in _ETAS.items()]
+    return [ppo, grpo, *rebels]
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = tuned(arms(), _LRS, _TUNING_SHARE, arguments)
-    tight = chosen.pop("rebel_tight")
+    lrs = chosen_lrs(chosen)
+    del chosen["rebel_tight"]  # is in the sweep only
     curves = train_arms(list(chosen.values()), arguments)
     write_curves(curves, arguments.out, "PPO, GRPO, REBEL")
     print(table(curves, [TOTAL, "eval/jpeg_compressibility/mean", "eval/shapes_alignment/mean"]))
-    lrs = {arm.name: arm.overrides[-1] for arm in (*chosen.values(), tight)}
     return {"lr": lrs, "arms": summarise(curves), "ahead_of_ppo": ahead_of(curves, "ppo", TOTAL)}
 
 

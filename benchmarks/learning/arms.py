@@ -65,10 +65,13 @@ def run_figure(
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> int:
     """The main of a figure: its options, `draw`, OUT.json with what that returns; the exit code."""
+    # Read the options: the figure's own, and those of all figures.
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     add_study_arguments(parser, name)
     arguments = parser.parse_args()
+
+    # Train and draw; what was done before is not repeated.
     try:
         summary = draw(arguments)
     except ValueError as error:
@@ -77,6 +80,8 @@ def run_figure(
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
+
+    # Write the summary.
     import torch  # noqa: F401  # so that the summary names its GPU
 
     print_summary(summary, arguments.out.with_suffix(".json"))
@@ -94,17 +99,17 @@ def add_study_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 def train_arms(arms: Sequence[Arm], arguments: argparse.Namespace) -> dict[str, list[list[Row]]]:
     """The curves of all arms and seeds; arguments.override holds for every arm."""
-    folders = {arm.name: [run_folder(arguments.runs, arm, seed) for seed in arguments.seeds] for arm in arms}
     wanted = {}
-    for place, seed in enumerate(arguments.seeds):  # seed by seed: a study that is cut off has whole seeds
+    for seed in arguments.seeds:  # seed by seed: a study that is cut off has whole seeds
         for arm in arms:
-            folder = folders[arm.name][place]
+            folder = run_folder(arguments.runs, arm, seed)
             wanted[folder] = arm.but(*arguments.override).arguments(seed, folder)
     train_all(wanted, arguments.jobs)
-    return {
-        name: [study_curve(folder, seed) for folder, seed in zip(own, arguments.seeds, strict=True)]
-        for name, own in folders.items()
-    }
+    curves: dict[str, list[list[Row]]] = {arm.name: [] for arm in arms}
+    for arm in arms:
+        for seed in arguments.seeds:
+            curves[arm.name].append(study_curve(run_folder(arguments.runs, arm, seed), seed))
+    return curves
 
 
 def run_folder(runs: Path, arm: Arm, seed: int) -> Path:
@@ -136,17 +141,28 @@ def tuned(arms: Sequence[Arm], lrs: Sequence[str], share: float, arguments: argp
     The same for every arm: a run of `share` of its iterations at each of `lrs`, seed 0. OUT_sweep.csv has them all.
     Arms with tasks are judged by the mean of what their tasks reached, each in standard deviations over the arm's runs.
     """
-    runs = {
-        (arm.name, lr): (arguments.runs / "sweep" / arm.name / f"lr_{lr}", arm.but("optimizer.lr", lr))
-        for arm in arms
-        for lr in lrs
-    }
-    train_all(
-        {f: _shortened(arm, share, arguments).arguments(TUNING_SEED, f) for f, arm in runs.values()}, arguments.jobs
-    )
-    rows = with_rewards([{"arm": name, "lr": lr, **_tuning_row(folder)} for (name, lr), (folder, _) in runs.items()])
+    # Train every arm at every rate.
+    folders, wanted = {}, {}
+    for arm in arms:
+        for lr in lrs:
+            folder = arguments.runs / "sweep" / arm.name / f"lr_{lr}"
+            trial = _shortened(arm.but("optimizer.lr", lr), share, arguments)
+            folders[arm.name, lr] = folder
+            wanted[folder] = trial.arguments(TUNING_SEED, folder)
+    train_all(wanted, arguments.jobs)
+
+    # Choose each arm's rate by the end of its runs.
+    rows: list[Row] = []
+    for (name, lr), folder in folders.items():
+        rows.append({"arm": name, "lr": lr, **_tuning_row(folder)})
+    rows = with_rewards(rows)
     write_csv(arguments.out.with_name(f"{arguments.out.name}_sweep.csv"), rows)
-    return {arm.name: runs[arm.name, best_lr(rows, arm.name)][1] for arm in arms}
+    return {arm.name: arm.but("optimizer.lr", best_lr(rows, arm.name)) for arm in arms}
+
+
+def chosen_lrs(chosen: Mapping[str, Arm]) -> dict[str, str]:
+    """arm -> the learning rate that `tuned` gave it, its last override."""
+    return {name: arm.overrides[-1] for name, arm in chosen.items()}
 
 
 def _shortened(arm: Arm, share: float, arguments: argparse.Namespace) -> Arm:
@@ -154,18 +170,27 @@ def _shortened(arm: Arm, share: float, arguments: argparse.Namespace) -> Arm:
 
     whole = arm.but(*arguments.override)
     count = round(share * parse_config(whole.arguments(TUNING_SEED, arguments.runs)).num_iterations)
-    return whole.but("num_iterations", str(max(1, count)), "evaluation.every", "0")
+    return whole.but("num_iterations", str(max(1, count)), "evaluation.every", "0", "evaluation.rewards", "[]")
 
 
 def with_rewards(rows: Sequence[Row]) -> list[Row]:
     """The sweep's rows with `reward`, what is compared; of those with tasks from their columns task/NAME."""
+    result = []
+    for row in rows:
+        if "reward" not in row:
+            same_arm = [other for other in rows if other["arm"] == row["arm"]]
+            row = {**row, "reward": _mean_in_deviations(row, same_arm)}
+        result.append(row)
+    return result
 
-    def reward(row: Row) -> float:
-        own = [other for other in rows if other["arm"] == row["arm"]]
-        keys = [key for key in row if key.startswith("task/")]
-        return statistics.fmean(_in_deviations(row[key], [other[key] for other in own]) for key in keys)
 
-    return [row if "reward" in row else {**row, "reward": reward(row)} for row in rows]
+def _mean_in_deviations(row: Row, same_arm: Sequence[Row]) -> float:
+    """The mean of the row's tasks, each in standard deviations over the arm's runs."""
+    scores = []
+    for key in row:
+        if key.startswith("task/"):
+            scores.append(_in_deviations(row[key], [other[key] for other in same_arm]))
+    return statistics.fmean(scores)
 
 
 def _in_deviations(value: float, values: Sequence[float]) -> float:
@@ -174,24 +199,30 @@ def _in_deviations(value: float, values: Sequence[float]) -> float:
 
 def best_lr(rows: Sequence[Row], arm: str) -> str:
     """Of the sweep's rows: where the arm's reward is highest."""
-    return max((row for row in rows if row["arm"] == arm), key=lambda row: row["reward"])["lr"]
+    runs = [row for row in rows if row["arm"] == arm]
+    return max(runs, key=lambda row: row["reward"])["lr"]
 
 
 def _tuning_row(folder: Path) -> Row:
     from rlcm_fast.config import parse_config
 
     config: Config = parse_config(["--config", str(folder / "config.yaml")])
-    rows = [row for row in curve(folder, TUNING_SEED) if any(key.startswith("reward/") for key in row)]
+    rows = [row for row in curve(folder, TUNING_SEED) if _has_rewards(row)]
     last = rows[-TUNING_WINDOW:]
+    found: Row = {"iterations": len(rows)}
     if config.tasks:
-        totals = {
-            f"task/{task.name}": statistics.fmean(weighted(row, task.rewards, f"reward/{task.name}") for row in last)
-            for task in config.tasks
-        }
-        return {"iterations": len(rows), **totals}
-    means = {
-        f"reward/{reward.name}": sum(row[f"reward/{reward.name}/mean"] for row in last) / len(last)
-        for reward in config.rewards
-    }
-    total = sum(weighted(row, config.rewards, "reward") for row in last) / len(last)
-    return {"iterations": len(rows), "reward": total, **means}
+        for task in config.tasks:
+            totals = [weighted(row, task.rewards, f"reward/{task.name}") for row in last]
+            found[f"task/{task.name}"] = statistics.fmean(totals)
+        return found
+    totals = [weighted(row, config.rewards, "reward") for row in last]
+    found["reward"] = sum(totals) / len(last)
+    for reward in config.rewards:
+        key = f"reward/{reward.name}"
+        found[key] = sum(row[f"{key}/mean"] for row in last) / len(last)
+    return found
+
+
+def _has_rewards(row: Row) -> bool:
+    """Whether the iteration had a rollout: the line after the last iteration has only its evaluation."""
+    return any(key.startswith("reward/") for key in row)

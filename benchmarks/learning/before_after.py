@@ -47,22 +47,28 @@ def draw_rows(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     from rlcm_fast.cli.pipelines import draw, load_pipeline
     from rlcm_fast.grids import captioned_grid
-    from rlcm_fast.prompts import deal, load_prompts
+    from rlcm_fast.prompts import load_prompts, prompts_for_images
     from rlcm_fast.rewards import build_reward
 
+    # Load both models, what they draw and what they are scored by.
     rewards = {name: build_reward(name, {}) for name in arguments.rewards}
-    prompts = deal(load_prompts(arguments.prompts, "prompts"), arguments.columns, arguments.seed)
+    prompts = prompts_for_images(load_prompts(arguments.prompts, "prompts"), arguments.columns, arguments.seed)
     texts = [prompt.text for prompt in prompts]
     before, after = load_pipeline(arguments.base), load_pipeline(arguments.tuned)
+
+    # Draw and score row by row; a caption has the scores of its image.
     images, labels, means = [], [], {}
-    for row, pipeline, num_steps in (("before", before, 4), ("after", after, 4), ("after", after, 2)):
+    for name, pipeline, num_steps in (("before", before, 4), ("after", after, 4), ("after", after, 2)):
+        row = f"{name}, {num_steps} steps"
         drawn, _ = draw(pipeline, texts, num_steps, arguments.guidance_scale, arguments.seed, len(texts))
         scores = {name: reward(drawn, prompts) for name, reward in rewards.items()}
-        means[f"{row}, {num_steps} steps"] = {name: values.mean().item() for name, values in scores.items()}
+        means[row] = {name: values.mean().item() for name, values in scores.items()}
         for i, text in enumerate(texts):
             shown = " ".join(f"{values[i].item():.2f}" for values in scores.values())
-            labels.append(f"{row}, {num_steps} steps: {text} [{shown}]")
+            labels.append(f"{row}: {text} [{shown}]")
         images.append(drawn)
+
+    # Put the rows together.
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     captioned_grid(torch.cat(images), labels, columns=len(texts)).save(arguments.out)
     return means

@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning.learning_curves import draw_curve, save_figure
+from benchmarks.learning.summaries import shared_metrics
+from benchmarks.shared.figures import draw_curve, save_figure
 from benchmarks.shared.reporting import mean_and_error, print_summary, write_csv
 from benchmarks.shared.training_runs import Row, eval_metrics, evaluated
 
@@ -47,11 +48,16 @@ def main() -> int:
 
 def read_curves(path: Path) -> list[list[Row]]:
     """seeds -> rows, as `training_runs.curve` made them."""
+    rows: list[Row] = []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [{key: float(text) for key, text in line.items() if text} for line in csv.DictReader(file)]
+        for line in csv.DictReader(file):
+            rows.append({key: float(text) for key, text in line.items() if text})
     if not rows or "queries" not in rows[0]:
         raise ValueError(f"curves={path} has no learning curves; give a CSV that learning_curves.py wrote")
-    return [list(of_seed) for _, of_seed in itertools.groupby(rows, key=lambda row: row["seed"])]
+    by_seed: dict[float, list[Row]] = {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], []).append(row)
+    return list(by_seed.values())
 
 
 def compare(curves: Curves, metric: str, value: float) -> list[dict[str, Any]]:
@@ -60,7 +66,8 @@ def compare(curves: Curves, metric: str, value: float) -> list[dict[str, Any]]:
     for name, seeds in curves.items():
         if metric not in eval_metrics(seeds[0]):
             raise ValueError(f"reach={metric} is not in the curves {name}; give one of {eval_metrics(seeds[0])}")
-        found = [place for seed in seeds if (place := where(seed, metric, value)) is not None]
+        places = [where(rows_of_seed, metric, value) for rows_of_seed in seeds]
+        found = [place for place in places if place is not None]
         row: dict[str, Any] = {"setting": name, "seeds": len(seeds), "seeds_there": len(found)}
         for key in found[0] if found else ():
             statistics = mean_and_error([place[key] for place in found])
@@ -87,8 +94,7 @@ def plot(curves: Curves, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    known = [eval_metrics(seeds[0]) for seeds in curves.values()]
-    metrics = [metric for metric in known[0] if all(metric in other for other in known)]
+    metrics = shared_metrics(curves)
     figure, axes = pyplot.subplots(1, len(metrics), figsize=(4.5 * len(metrics), 4), squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
         for name, seeds in curves.items():

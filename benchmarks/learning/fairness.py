@@ -19,10 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning.arms import Arm, run_figure, run_folder, train_arms, tuned
-from benchmarks.learning.exports import save_pictures, scores_by_arm, start_score
-from benchmarks.learning.summaries import ahead_of, markdown, shown, summarise, table, write_curves
-from benchmarks.shared.reporting import mean_and_error
+from benchmarks.learning.arms import Arm, chosen_lrs, run_figure, train_arms, tuned
+from benchmarks.learning.exports import Exam, picture_arms, scores_with_start
+from benchmarks.learning.summaries import ahead_of, markdown, named, over_seeds, summarise, table, write_curves
 
 _REWARDS = (
     "[{name: distribution_parity, weight: 16, arguments: {classifier: shapes_colour, votes: hard}, group_size: 16,"
@@ -32,19 +31,20 @@ _SHORT = ("num_iterations", "32", "checkpoint.every", "12", "evaluation.every", 
 _LRS, _TUNING_SHARE = ("5e-5", "1e-4", "2e-4"), 0.5
 _PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 128}"
 _NO_L_PRE = ("pretraining.data", "", "pretraining.weight", "0")
-_MEASURED = {  # what -> prompts, rewards, images
-    "neutral": ("shapes:neutral", (_PARITY, "shapes_alignment"), 512),
-    "coloured": ("shapes:one", ("shapes_alignment",), 192),
-    "coloured_held_out": ("shapes:one:held_out", ("shapes_alignment",), 192),
+_EXAMS = {
+    "neutral": Exam("shapes:neutral", (_PARITY, "shapes_alignment"), num_steps=4, num_images=512),
+    "coloured": Exam("shapes:one", ("shapes_alignment",), num_steps=4, num_images=192),
+    "coloured_held_out": Exam("shapes:one:held_out", ("shapes_alignment",), num_steps=4, num_images=192),
 }
 
 
 def arms(l_pre: bool = False) -> list[Arm]:
     without = () if l_pre else _NO_L_PRE
-    return [
-        Arm(credit, "fairness", ("rewards", _REWARDS.replace("CREDIT", credit), *_SHORT, *without))
-        for credit in ("leave_one_out", "group")
-    ]
+    result = []
+    for credit in ("leave_one_out", "group"):
+        rewards = ("rewards", _REWARDS.replace("CREDIT", credit))
+        result.append(Arm(credit, "fairness", (*rewards, *_SHORT, *without)))
+    return result
 
 
 def add_l_pre(parser: argparse.ArgumentParser) -> None:
@@ -54,35 +54,34 @@ def add_l_pre(parser: argparse.ArgumentParser) -> None:
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.l_pre:  # runs and results of their own
         arguments.runs, arguments.out = Path(f"{arguments.runs}_l_pre"), Path(f"{arguments.out}_l_pre")
+
+    # Train both arms, each at its best rate; draw curves and what the arms paint.
     chosen = tuned(arms(arguments.l_pre), _LRS, _TUNING_SHARE, arguments)
-    curves = train_arms(list(chosen.values()), arguments)
+    trained = list(chosen.values())
+    curves = train_arms(trained, arguments)
     write_curves(curves, arguments.out, "parity of colours")
+    picture_arms(trained, arguments, "shapes:neutral", 12)
+
+    # Compare them while they trained, and by more images afterwards.
     metrics = ["eval/distribution_parity/mean", "eval/shapes_alignment/mean"]
     print(table(curves, metrics))
-    models = {name: str(run_folder(arguments.runs, arm, arguments.seeds[0]) / "export") for name, arm in chosen.items()}
-    pictures = arguments.out.with_name(f"{arguments.out.name}_pictures.png")
-    save_pictures({"start": "shapes/lcm", **models}, "shapes:neutral", 12, pictures)
-    after = _after(list(chosen.values()), arguments)
-    print(markdown([["model", *after["start"]], ["---"] * (1 + len(after["start"])), *_lines(after)]))
-    lrs = {name: arm.overrides[-1] for name, arm in chosen.items()}
+    after = _after(trained, arguments)
+    lines = [named(name, found) for name, found in after.items()]
+    print(markdown(["model", *after["start"]], lines))
     ahead = {metric: ahead_of(curves, "group", metric) for metric in metrics}
-    return {"lr": lrs, "arms": summarise(curves), "ahead_of_group": ahead, "after": after}
+    return {"lr": chosen_lrs(chosen), "arms": summarise(curves), "ahead_of_group": ahead, "after": after}
 
 
 def _after(arms: list[Arm], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """model -> "what: reward" -> mean and standard error over seeds."""
-    result: dict[str, dict[str, Any]] = {name: {} for name in ("start", *(arm.name for arm in arms))}
-    for what, (source, rewards, num_images) in _MEASURED.items():
-        by_arm = scores_by_arm(arms, arguments, source, rewards, 4, num_images, arguments.jobs)
-        by_arm = {"start": [start_score("shapes/lcm", arguments, source, rewards, 4, num_images)], **by_arm}
-        for name, seeds in by_arm.items():
-            for reward in (key for key in seeds[0] if key != "seconds_per_image"):
-                result[name][f"{what}: {reward}"] = mean_and_error([found[reward] for found in seeds])
+    result: dict[str, dict[str, Any]] = {}
+    for what, exam in _EXAMS.items():
+        for name, seeds in scores_with_start(arms, arguments, exam, arguments.jobs).items():
+            of_model = result.setdefault(name, {})
+            for reward, found in over_seeds(seeds).items():
+                if reward != "seconds_per_image":
+                    of_model[f"{what}: {reward}"] = found
     return result
-
-
-def _lines(after: dict[str, dict[str, Any]]) -> list[list[str]]:
-    return [[name, *(shown(statistics) for statistics in found.values())] for name, found in after.items()]
 
 
 if __name__ == "__main__":

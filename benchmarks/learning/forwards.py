@@ -17,19 +17,22 @@ import json
 from pathlib import Path
 
 from rlcm_fast.config import Config
-from rlcm_fast.config.sizes import num_trained
-from rlcm_fast.config.tasks import rounds_of
+from rlcm_fast.config.resolved import resolve
 
 
 def forwards_per_iteration(config: Config) -> int:
-    """Over all processes."""
-    return sum(_of_round(config, sum(task.num_samples for task in tasks)) for tasks in rounds_of(config))
+    """Network forwards of an iteration, over all processes."""
+    run = resolve(config, 1)
+    forwards = 0
+    for tasks in run.rounds:
+        num_samples = sum(task.num_samples for task in tasks)
+        forwards += _of_round(config, num_samples, num_samples * run.sizes.trained_actions_per_sample)
+    return forwards
 
 
-def _of_round(config: Config, num_samples: int) -> int:
+def _of_round(config: Config, num_samples: int, transitions: int) -> int:
     update, pretraining = config.update, config.pretraining
     num_updates = update.num_passes * update.num_updates
-    transitions = num_samples * num_trained(config)
     once_more = transitions * update.num_passes * (num_updates - 1) // num_updates
     rows = num_samples * config.policy.num_steps + transitions * update.num_passes
     rows += once_more if config.algorithm.name == "rebel" else 0

@@ -89,11 +89,14 @@ def gradients(trainer: Trainer, batch: int) -> list[Tensor]:
     from rlcm_fast.parallel import Turn
     from rlcm_fast.stages.selection import step_weights
 
+    # A rollout, and what its images are worth.
     policy = policy_of(trainer, trainer.images.backbone.unet)  # the engine takes no gradients but its own
     done = trainer.collector.rollout(trainer.tasks.next_batch(["default"]), Turn(batch, seed=trainer.config.seed))
     advantages = trainer.tasks.advantages(*done.gathered())  # (B,)
     weights = [p for p in trainer.images.backbone.unet.parameters() if p.requires_grad]
     of_steps = step_weights(policy.schedule, trainer.config.update.step_weights)  # (K,)
+
+    # Action by action, in micro-batches of samples.
     num_samples, num_actions = done.trajectory.num_samples, done.trajectory.num_actions
     result = []
     for action in range(num_actions):
@@ -115,11 +118,13 @@ def signal_rows(batches: Sequence[Sequence[Tensor]], images: int) -> list[dict[s
     whole = [torch.stack(list(batch)).sum(dim=0) for batch in batches]
     rms = torch.stack(whole).square().mean(dim=0).sqrt()
     scales = {"plain": torch.ones_like(rms), "adam": torch.where(rms > 0, 1 / rms, 0)}
-    actions = {str(k): [batch[k] for batch in batches] for k in range(len(batches[0]))}
+    vectors_of = {str(k): list(of_action) for k, of_action in enumerate(zip(*batches, strict=True))}
+    vectors_of["all"] = whole
     rows = []
     for metric, scale in scales.items():
-        for name, vectors in {**actions, "all": whole}.items():
-            rows.append({"metric": metric, "action": name, **signal([v * scale for v in vectors], images)})
+        for name, vectors in vectors_of.items():
+            scaled = [vector * scale for vector in vectors]
+            rows.append({"metric": metric, "action": name, **signal(scaled, images)})
     return rows
 
 

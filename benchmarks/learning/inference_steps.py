@@ -22,8 +22,10 @@ _TUNED_STEPS, _BASE_STEPS = 2, 4
 
 def main() -> int:
     arguments = _parser().parse_args()
+    rows = []
     try:
-        rows = [row for name, model in _models(arguments) for row in measure_model(name, model, arguments)]
+        for name, model in _models(arguments):
+            rows += measure_model(name, model, arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,11 +65,11 @@ def measure_model(name: str, model: str, arguments: argparse.Namespace) -> list[
     """A row for each number of steps and reward, measured as `rlcm-fast evaluate` does."""
     from rlcm_fast.cli.evaluate import measure
     from rlcm_fast.cli.pipelines import load_pipeline
-    from rlcm_fast.prompts import deal, load_prompts
+    from rlcm_fast.prompts import load_prompts, prompts_for_images
     from rlcm_fast.rewards import build_reward
 
     rewards = {reward: build_reward(reward, {}) for reward in arguments.rewards}
-    prompts = deal(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
+    prompts = prompts_for_images(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
     pipeline = load_pipeline(model, None, arguments.device)
     rows = []
     for num_steps in arguments.num_steps:
@@ -96,24 +98,30 @@ def summarise(rows: Sequence[dict[str, Any]], rewards: Sequence[str]) -> dict[st
 
 def _table(rows: Sequence[dict[str, Any]], reward: str) -> dict[str, dict[str, float]]:
     """kind -> steps -> mean over its models."""
+    means: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        if row["reward"] == reward:
+            means.setdefault((row["kind"], row["num_steps"]), []).append(row["mean"])
     table: dict[str, dict[str, float]] = {}
-    chosen = [row for row in rows if row["reward"] == reward]
-    for kind, steps in dict.fromkeys((row["kind"], row["num_steps"]) for row in chosen):
-        means = [row["mean"] for row in chosen if (row["kind"], row["num_steps"]) == (kind, steps)]
-        table.setdefault(kind, {})[str(steps)] = sum(means) / len(means)
+    for (kind, steps), of_models in means.items():
+        table.setdefault(kind, {})[str(steps)] = sum(of_models) / len(of_models)
     return table
 
 
 def _compare(rows: Sequence[dict[str, Any]], tuned_models: Sequence[str], reward: str) -> dict[str, float | None]:
-    base = next(row for row in rows if (row["kind"], row["num_steps"], row["reward"]) == ("base", _BASE_STEPS, reward))
-    tuned = [
-        row for row in rows if row["kind"] == "tuned" and row["num_steps"] == _TUNED_STEPS and row["reward"] == reward
-    ]
+    """Two tuned steps minus four base steps: mean and standard error."""
+    base = _rows_of(rows, "base", _BASE_STEPS, reward)[0]
+    tuned = _rows_of(rows, "tuned", _TUNED_STEPS, reward)
     assert len(tuned) == len(tuned_models)
     difference = mean_and_error([row["mean"] - base["mean"] for row in tuned])
     if len(tuned) == 1:
         difference["standard_error"] = (tuned[0]["standard_error"] ** 2 + base["standard_error"] ** 2) ** 0.5
     return difference
+
+
+def _rows_of(rows: Sequence[dict[str, Any]], kind: str, num_steps: int, reward: str) -> list[dict[str, Any]]:
+    wanted = (kind, num_steps, reward)
+    return [row for row in rows if (row["kind"], row["num_steps"], row["reward"]) == wanted]
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ import sys
 from typing import Any
 
 from benchmarks.learning.arms import run_figure
-from benchmarks.learning.exports import scores_by_arm, start_score
-from benchmarks.learning.learning_curves import save_figure
+from benchmarks.learning.exports import Exam, scores_by_arm, start_score
 from benchmarks.learning.rlcm_against_ddpo import trained_arms
-from benchmarks.learning.summaries import markdown, shown
-from benchmarks.shared.reporting import mean_and_error, write_csv
+from benchmarks.learning.summaries import markdown, over_seeds, shown
+from benchmarks.shared.figures import save_figure
+from benchmarks.shared.reporting import write_csv
 
 _NUM_IMAGES = 128
 _REWARD = "jpeg_compressibility"
@@ -35,23 +35,33 @@ def add_without(parser: argparse.ArgumentParser) -> None:
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
+    # Score each start model, and the arms that were tuned from it, at each number of steps.
     settings = {name: found for name, found in _SETTINGS.items() if name not in arguments.without}
     chosen, runs = trained_arms("compressibility", arguments, list(settings))
     rows: list[dict[str, Any]] = []
     for start, steps, forwards in dict.fromkeys(settings.values()):
         arms = [chosen[name] for name, setting in settings.items() if setting[0] == start]
         for count in steps:
-            asked = ("shapes:one:held_out", _MEASURED, count, _NUM_IMAGES)
-            found = {start: [start_score(start, runs, *asked)], **scores_by_arm(arms, runs, *asked)}
+            exam = Exam("shapes:one:held_out", _MEASURED, count, _NUM_IMAGES)
+            found = {start: [start_score(start, runs, exam)], **scores_by_arm(arms, runs, exam)}
             for model, scores in found.items():
                 head = {"model": model, "num_steps": count, "forwards": count * forwards}
-                rows.append({**head, **{key: mean_and_error([score[key] for score in scores]) for key in scores[0]}})
+                rows.append({**head, **over_seeds(scores)})
+
+    # Write and print them.
     write_csv(arguments.out.with_suffix(".csv"), [_flat(row) for row in rows])
     plot(rows, arguments)
-    keys = ("seconds_per_image", *_MEASURED)
-    lines = [[str(row[k]) for k in ("model", "num_steps", "forwards")] + [shown(row[k]) for k in keys] for row in rows]
-    print(markdown([["model", "steps", "forwards", *keys], ["---"] * 6, *lines]))
+    print(_table(rows))
     return {"rows": rows, "num_images": _NUM_IMAGES}
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    keys = ("seconds_per_image", *_MEASURED)
+    lines = []
+    for row in rows:
+        head = [row["model"], str(row["num_steps"]), str(row["forwards"])]
+        lines.append([*head, *(shown(row[key]) for key in keys)])
+    return markdown(["model", "steps", "forwards", *keys], lines)
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -73,14 +83,12 @@ def plot(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = pyplot.subplots(1, len(_MEASURED), figsize=(10, 4))
+    models = dict.fromkeys(row["model"] for row in rows)
     for axis, metric in zip(axes, _MEASURED, strict=True):
-        for model in dict.fromkeys(row["model"] for row in rows):
-            own = [row for row in rows if row["model"] == model]
-            xs, ys = [row["seconds_per_image"]["mean"] for row in own], [row[metric] for row in own]
-            errors = [y["standard_error"] or 0.0 for y in ys]
-            axis.errorbar(xs, [y["mean"] for y in ys], errors, marker=".", label=model)
-            for x, y, row in zip(xs, ys, own, strict=True):
-                axis.annotate(row["num_steps"], (x, y["mean"]), (4, 4), textcoords="offset points", fontsize="x-small")
+        # Draw a line for each model.
+        for model in models:
+            _draw_line(axis, [row for row in rows if row["model"] == model], metric)
+        # Name the axes; seconds are on a logarithmic one.
         axis.set(xlabel="seconds an image", ylabel=metric, xscale="log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
@@ -88,6 +96,16 @@ def plot(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     save_figure(figure, arguments.out.with_suffix(".png"))
+
+
+def _draw_line(axis: Any, rows: list[dict[str, Any]], metric: str) -> None:
+    """One model's line: a point and a label for each number of steps."""
+    xs = [row["seconds_per_image"]["mean"] for row in rows]
+    ys = [row[metric]["mean"] for row in rows]
+    errors = [row[metric]["standard_error"] or 0.0 for row in rows]
+    axis.errorbar(xs, ys, errors, marker=".", label=rows[0]["model"])
+    for x, y, row in zip(xs, ys, rows, strict=True):
+        axis.annotate(row["num_steps"], (x, y), (4, 4), textcoords="offset points", fontsize="x-small")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ the mixed arm.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
@@ -26,13 +25,12 @@ from typing import Any
 
 import yaml
 
-from benchmarks.learning.arms import Arm, run_figure, run_folder, train_arms, tuned
-from benchmarks.learning.exports import scores_by_arm, start_score
-from benchmarks.learning.summaries import markdown, plot_bars, share, shown
+from benchmarks.learning.arms import Arm, chosen_lrs, run_figure, run_folder, train_arms, tuned
+from benchmarks.learning.exports import Exam, Score, scores_with_start
+from benchmarks.learning.summaries import Statistics, markdown, named, over_seeds, plot_bars, share
 from benchmarks.shared.reporting import ROOT, mean_and_error, write_csv
 
 SCHEDULES = ("mixed", "by_task")
-_NO_EVALUATION = ("evaluation.every", "0")
 _LRS, _TUNING_SHARE = ("6e-5", "1.2e-4", "2.4e-4"), 1 / 4
 _PARITY = "{name: distribution_parity, arguments: {classifier: shapes_colour, votes: hard}, group_size: 128}"
 _GRADED = "{name: shapes_alignment_graded, arguments: {relation_weight: 0.25}}"
@@ -40,45 +38,50 @@ _GRADED = "{name: shapes_alignment_graded, arguments: {relation_weight: 0.25}}"
 
 @dataclass(frozen=True)
 class Measured:
-    """How a task is scored: `weights` of rewards as they are answered, asked for as `rewards`."""
+    """How a task is scored."""
 
-    source: str
-    rewards: tuple[str, ...]
-    weights: Mapping[str, float]
-    num_images: int
+    exam: Exam
+    weights: Mapping[str, float]  # of the rewards, by the names under which the exam answers
 
-    def score(self, found: Mapping[str, float]) -> float:
+    def score(self, found: Score) -> float:
+        """What the task optimises: the weighted sum of its rewards."""
         return sum(weight * found[name] for name, weight in self.weights.items())
 
 
 MEASURED = {
-    "alignment": Measured("shapes:two:held_out", (_GRADED, "shapes_alignment"), {"shapes_alignment_graded": 1.0}, 1536),
+    "alignment": Measured(
+        Exam("shapes:two:held_out", (_GRADED, "shapes_alignment"), num_steps=4, num_images=1536),
+        {"shapes_alignment_graded": 1.0},
+    ),
     "parity": Measured(
-        "shapes:neutral", (_PARITY, "shapes_alignment"), {"distribution_parity": 16.0, "shapes_alignment": 2.0}, 512
+        Exam("shapes:neutral", (_PARITY, "shapes_alignment"), num_steps=4, num_images=512),
+        {"distribution_parity": 16.0, "shapes_alignment": 2.0},
     ),
     "compressibility": Measured(
-        "shapes:one:held_out",
-        ("jpeg_compressibility", "shapes_alignment"),
+        Exam("shapes:one:held_out", ("jpeg_compressibility", "shapes_alignment"), num_steps=4, num_images=256),
         {"jpeg_compressibility": 1.0, "shapes_alignment": 0.5},
-        256,
     ),
 }
-Scores = dict[str, list[dict[str, float]]]  # arm, or "start" with one -> reward -> mean, for each seed
+Scores = dict[str, list[Score]]  # arm, or "start" with one -> for each seed
 
 
 def arms() -> list[Arm]:
-    """With equal queries of each task; the gradients of the first one's tasks are measured."""
+    """Arms with equal queries of each task; the gradients of the first one's tasks are measured."""
     config = yaml.safe_load((ROOT / "configs" / "shapes" / "joint.yaml").read_text())
     tasks, num_prompts = config["tasks"], config["prompts"]["num_prompts"]
     whole = sum(task.get("share", 1.0) for task in tasks)
-    own = {name: ("task_schedule", name) for name in SCHEDULES}
-    own |= {task["name"]: _alone(task, num_prompts * task.get("share", 1.0) / whole) for task in tasks}
-    every = [Arm(name, "joint", (*_NO_EVALUATION, *overrides)) for name, overrides in own.items()]
-    return [every[0].but("tracking.task_gradients_every", "10"), *every[1:]]
+    mixed = _arm("mixed", "task_schedule", "mixed", "tracking.task_gradients_every", "10")
+    by_task = _arm("by_task", "task_schedule", "by_task")
+    specialists = []
+    for task in tasks:
+        own_prompts = num_prompts * task.get("share", 1.0) / whole
+        specialists.append(_arm(task["name"], "tasks", json.dumps([task]), "prompts.num_prompts", f"{own_prompts:g}"))
+    return [mixed, by_task, *specialists]
 
 
-def _alone(task: Mapping[str, Any], num_prompts: float) -> tuple[str, ...]:
-    return ("tasks", json.dumps([task]), "prompts.num_prompts", f"{num_prompts:g}")
+def _arm(name: str, *overrides: str) -> Arm:
+    """An arm of joint.yaml that is not evaluated while it trains."""
+    return Arm(name, "joint", ("evaluation.every", "0", *overrides))
 
 
 def add_by_task(parser: argparse.ArgumentParser) -> None:
@@ -87,70 +90,95 @@ def add_by_task(parser: argparse.ArgumentParser) -> None:
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
+    # Train the arms, each at its best rate.
     asked = [arm for arm in arms() if arm.name != "by_task" or arguments.by_task]
-    chosen = list(tuned(asked, _LRS, _TUNING_SHARE, arguments).values())
+    tuned_arms = tuned(asked, _LRS, _TUNING_SHARE, arguments)
+    chosen = list(tuned_arms.values())
     curves = train_arms(chosen, arguments)
-    took = {name: mean_and_error([rows[-1]["seconds"] for rows in seeds]) for name, seeds in curves.items()}
-    scores = {task: _scores(measured, chosen, arguments) for task, measured in MEASURED.items()}
+    took = {}
+    for name, seeds in curves.items():
+        took[name] = mean_and_error([rows[-1]["seconds"] for rows in seeds])
+
+    # Score every model by what each task optimises.
+    scores: dict[str, Scores] = {}
+    for task, measured in MEASURED.items():
+        scores[task] = scores_with_start(chosen, arguments, measured.exam, arguments.jobs)
     write_csv(arguments.out.with_suffix(".csv"), _rows(scores, arguments.seeds))
+
+    # Compare the gains of the joint models with those of the specialists.
     gains = {task: gains_over_start(by_arm, task) for task, by_arm in scores.items()}
     plot_bars(gains, arguments.out.with_suffix(".png"), "gain over the start model")
-    joint = [arm.name for arm in chosen if arm.name in SCHEDULES]
-    kept = {name: {task: share(own[name], own[task]) for task, own in gains.items()} for name in joint}
+    kept = {arm.name: kept_of(arm.name, gains) for arm in chosen if arm.name in SCHEDULES}
     means = {task: _means(by_arm) for task, by_arm in scores.items()}
+    _print_tables(means, kept)
+    gradients = _gradients(chosen[0], arguments)
+    return {"lr": chosen_lrs(tuned_arms), "seconds": took, "scores": means, "kept": kept, "gradients": gradients}
+
+
+def kept_of(joint: str, gains: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Statistics]:
+    """task -> the share of its specialist's gain that a joint model has; gains: task -> arm -> of each seed."""
+    return {task: share(of_arms[joint], of_arms[task]) for task, of_arms in gains.items()}
+
+
+def _print_tables(means: Mapping[str, Mapping[str, Any]], kept: Mapping[str, Any]) -> None:
     for task, by_arm in means.items():
-        lines = [[arm, *(shown(value) for value in found.values())] for arm, found in by_arm.items()]
-        print(f"\n{task}\n" + markdown([["model", *by_arm["start"]], ["---"] * (1 + len(by_arm["start"])), *lines]))
-    lines = [[name, *(shown(value, 2) for value in found.values())] for name, found in kept.items()]
-    print("\n" + markdown([["kept", *MEASURED], ["---"] * 4, *lines]))
-    lrs = {arm.name: arm.overrides[-1] for arm in chosen}
-    return {"lr": lrs, "seconds": took, "scores": means, "kept": kept, "gradients": _gradients(chosen[0], arguments)}
-
-
-def _scores(measured: Measured, arms: list[Arm], arguments: argparse.Namespace) -> Scores:
-    asked = (measured.source, measured.rewards, 4, measured.num_images)
-    return {
-        "start": [start_score("shapes/lcm", arguments, *asked)],
-        **scores_by_arm(arms, arguments, *asked, arguments.jobs),
-    }
+        lines = [named(arm, found) for arm, found in by_arm.items()]
+        print(f"\n{task}\n{markdown(['model', *by_arm['start']], lines)}")
+    lines = [named(arm, found, digits=2) for arm, found in kept.items()]
+    print(f"\n{markdown(['kept', *MEASURED], lines)}")
 
 
 def gains_over_start(scores: Scores, task: str) -> dict[str, list[float]]:
     """arm -> how much higher the task's score is than the start model's, for each seed."""
     score = MEASURED[task].score
     start = score(scores["start"][0])
-    return {arm: [score(found) - start for found in seeds] for arm, seeds in scores.items() if arm != "start"}
+    gains = {}
+    for arm, seeds in scores.items():
+        if arm != "start":
+            gains[arm] = [score(found) - start for found in seeds]
+    return gains
 
 
 def _rows(scores: Mapping[str, Scores], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    return [
-        {"task": task, "arm": arm, "seed": seed, "reward": reward, "mean": mean}
-        for task, by_arm in scores.items()
-        for arm, found in by_arm.items()
-        for seed, means in zip(seeds if arm != "start" else [""], found, strict=True)
-        for reward, mean in means.items()
-        if reward != "seconds_per_image"
-    ]
+    rows = []
+    for task, by_arm in scores.items():
+        for arm, found in by_arm.items():
+            for seed, means in zip(seeds if arm != "start" else [""], found, strict=True):
+                head = {"task": task, "arm": arm, "seed": seed}
+                rows += [{**head, "reward": reward, "mean": mean} for reward, mean in _rewards_of(means).items()]
+    return rows
 
 
 def _means(scores: Scores) -> dict[str, dict[str, Any]]:
     """arm -> reward -> mean and error over seeds."""
-    rewards = [reward for reward in scores["start"][0] if reward != "seconds_per_image"]
-    return {
-        arm: {reward: mean_and_error([one[reward] for one in seeds]) for reward in rewards}
-        for arm, seeds in scores.items()
-    }
+    result = {}
+    for arm, seeds in scores.items():
+        result[arm] = over_seeds([_rewards_of(found) for found in seeds])
+    return result
+
+
+def _rewards_of(found: Score) -> Score:
+    """A score without its seconds."""
+    return {reward: mean for reward, mean in found.items() if reward != "seconds_per_image"}
 
 
 def _gradients(arm: Arm, arguments: argparse.Namespace) -> dict[str, Any]:
     """gradient/... of the metrics, over iterations first and then over seeds."""
-    folders = [run_folder(arguments.runs, arm, seed) for seed in arguments.seeds]
-    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
-    keys = sorted({key for line in itertools.chain(*lines) for key in line if key.startswith("gradient/")})
-    return {
-        key: mean_and_error([statistics.fmean(line[key] for line in seed if key in line) for seed in lines])
-        for key in keys
-    }
+    of_seeds = []
+    for seed in arguments.seeds:
+        text = (run_folder(arguments.runs, arm, seed) / "metrics.jsonl").read_text()
+        of_seeds.append(_mean_gradients([json.loads(line) for line in text.splitlines()]))
+    return dict(sorted(over_seeds(of_seeds).items()))
+
+
+def _mean_gradients(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """gradient/... -> its mean over the iterations that measured it."""
+    values: dict[str, list[float]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key.startswith("gradient/"):
+                values.setdefault(key, []).append(value)
+    return {key: statistics.fmean(found) for key, found in values.items()}
 
 
 if __name__ == "__main__":

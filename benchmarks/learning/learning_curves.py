@@ -12,11 +12,13 @@ them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shared.figures import draw_curve, save_figure
 from benchmarks.shared.reporting import mean_and_error, print_summary, write_csv
 from benchmarks.shared.training_runs import (
     Row,
@@ -24,7 +26,6 @@ from benchmarks.shared.training_runs import (
     curve,
     eval_metrics,
     evaluated,
-    mean_and_spread,
     train_all,
     train_arguments,
     wall_seconds,
@@ -36,20 +37,14 @@ _WINDOW = 5  # iterations whose rollout rewards are averaged, at either end
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run_arguments(parser, "configs/shapes/compressibility.yaml")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/learning/compressibility"))
-    within = "judge the weights after at most this much training time (default: the last evaluation)"
-    parser.add_argument("--within-seconds", type=float, default=float("inf"), metavar="SECONDS", help=within)
-    parser.add_argument("--image-size", type=int, default=64, help="of the flat image that JPEG payloads leave out")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     try:
         folders = train_seeds(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     curves = [curve(folder, seed) for seed, folder in folders.items()]
-    write_csv(arguments.out.with_suffix(".csv"), [row for rows in curves for row in rows])
+    write_csv(arguments.out.with_suffix(".csv"), list(itertools.chain(*curves)))
     plot(curves, arguments.out.with_suffix(".png"), Path(arguments.config).stem)
     flat = flat_image_kilobytes(arguments.image_size, _jpeg_quality(folders[arguments.seeds[0]]))
     summary: dict[str, Any] = summarise(curves, flat, arguments.within_seconds)
@@ -59,11 +54,23 @@ def main() -> int:
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_arguments(parser, "configs/shapes/compressibility.yaml")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/learning/compressibility"))
+    within = "judge the weights after at most this much training time (default: the last evaluation)"
+    parser.add_argument("--within-seconds", type=float, default=float("inf"), metavar="SECONDS", help=within)
+    parser.add_argument("--image-size", type=int, default=64, help="of the flat image that JPEG payloads leave out")
+    return parser
+
+
 def train_seeds(arguments: argparse.Namespace) -> dict[int, Path]:
     """seed -> run folder, all finished."""
     runs = arguments.runs or Path("runs") / arguments.out.name
     folders = {seed: runs / f"seed_{seed}" for seed in arguments.seeds}
-    wanted = {f: train_arguments(arguments.config, arguments.override, seed, f) for seed, f in folders.items()}
+    wanted = {}
+    for seed, folder in folders.items():
+        wanted[folder] = train_arguments(arguments.config, arguments.override, seed, folder)
     train_all(wanted, arguments.jobs)
     return folders
 
@@ -73,6 +80,7 @@ def summarise(curves: Sequence[Sequence[Row]], flat_kb: float, until_seconds: fl
 
     A JPEG's payload is its kB beyond those of a flat image, `flat_kb`; `relative_change` is end / start - 1 of a seed.
     """
+    # What it took.
     ends = [evaluated(rows, eval_metrics(rows)[0], until_seconds)[-1] for rows in curves]
     summary: dict[str, Any] = {
         "seeds": [rows[0]["seed"] for rows in curves],
@@ -82,11 +90,14 @@ def summarise(curves: Sequence[Sequence[Row]], flat_kb: float, until_seconds: fl
         "held_out": {},
         "rollouts": _rollouts(curves, until_seconds),
     }
+
+    # What came of it on held-out prompts.
     for metric in eval_metrics(curves[0]):
         pairs = [_first_and_last(rows, metric, until_seconds) for rows in curves]
         summary["held_out"][metric] = start_end_change(pairs)
         if metric in _JPEG_SIGNS:
-            payloads = [tuple(_JPEG_SIGNS[metric] * value - flat_kb for value in pair) for pair in pairs]
+            sign = _JPEG_SIGNS[metric]
+            payloads = [(sign * start - flat_kb, sign * end - flat_kb) for start, end in pairs]
             relative = mean_and_error([end / start - 1 for start, end in payloads])
             summary["payload_kb"] = {**start_end_change(payloads), "relative_change": relative, "flat_kb": flat_kb}
         if metric == _DETECTOR:
@@ -102,7 +113,8 @@ def _first_and_last(rows: Sequence[Row], metric: str, until_seconds: float) -> t
 def _rollouts(curves: Sequence[Sequence[Row]], until_seconds: float) -> dict[str, Any]:
     """Rewards on training prompts: means of the first and of the last `_WINDOW` iterations."""
     result = {}
-    for metric in (key for key in curves[0][0] if key.startswith("reward/")):
+    metrics = [key for key in curves[0][0] if key.startswith("reward/")]
+    for metric in metrics:
         pairs = []
         for rows in curves:
             values = [row[metric] for row in evaluated(rows, metric, until_seconds)]
@@ -112,7 +124,7 @@ def _rollouts(curves: Sequence[Sequence[Row]], until_seconds: float) -> dict[str
     return result
 
 
-def start_end_change(pairs: Sequence[tuple[float, ...]]) -> dict[str, Any]:
+def start_end_change(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
     return {
         "start": mean_and_error([start for start, _ in pairs]),
         "end": mean_and_error([end for _, end in pairs]),
@@ -130,12 +142,14 @@ def flat_image_kilobytes(size: int, quality: int) -> float:
 
 
 def _jpeg_quality(run_dir: Path) -> int:
-    """Of the run's JPEG reward; its default where the config gives none."""
+    """The quality of the run's JPEG reward; its default where the config gives none."""
     import yaml
 
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
-    rewards = [*config["rewards"], *config["evaluation"]["rewards"]]
-    return next((r["arguments"].get("quality", 95) for r in rewards if r["name"].startswith("jpeg_")), 95)
+    for reward in [*config["rewards"], *config["evaluation"]["rewards"]]:
+        if reward["name"].startswith("jpeg_"):
+            return reward["arguments"].get("quality", 95)
+    return 95
 
 
 def plot(curves: Sequence[Sequence[Row]], path: Path, title: str) -> None:
@@ -153,25 +167,6 @@ def plot(curves: Sequence[Sequence[Row]], path: Path, title: str) -> None:
             axes[row][column].set(xlabel=label, ylabel=metric.removeprefix("eval/").removesuffix("/mean"))
     figure.suptitle(f"{title}: held-out prompts, mean and standard deviation of {len(curves)} seeds")
     save_figure(figure, path)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes a picture of pyplot and lets go of it."""
-    from matplotlib import pyplot
-
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def draw_curve(axis: Any, curves: Sequence[Sequence[Row]], metric: str, x: str, label: str | None = None) -> None:
-    """The mean over seeds as a line, one standard deviation to either side as a band."""
-    xs, means, spreads = mean_and_spread(curves, metric, x)
-    (line,) = axis.plot(xs, means, marker=".", label=label)
-    lower, upper = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-    axis.fill_between(xs, lower, upper, alpha=0.2, color=line.get_color(), linewidth=0)
-    axis.grid(alpha=0.3)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from rlcm_fast import parallel
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import EvaluationConfig, ModelConfig, PolicyConfig
 from rlcm_fast.pairs import PairStream
-from rlcm_fast.policies import GaussianPolicy, build_policy
+from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.policies.consistency import guidance_embedding
 from rlcm_fast.stages.evaluation import build_evaluator
 from rlcm_fast.stages.images import TextToImage
@@ -171,7 +171,7 @@ class Trial:
         cpu = torch.device("cpu")
         self.backbone = Backbone.load(ModelConfig(), cpu, torch.float32, is_consistency=True)
         unet, config = self.backbone.unet, PolicyConfig(guidance_scale=GUIDANCE)
-        self.policy = build_policy(config, unet, unet.config, self.backbone.scheduler_config, torch.float32, cpu)
+        self.policy = build_policy(config, Network(unet, unet.config), self.backbone.scheduler_config)
         self.start = self.backbone.frozen_start()
         self.pairs = PairStream("shapes:all", 64, BATCH_SIZE, seed)
 

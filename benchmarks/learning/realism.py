@@ -13,15 +13,17 @@ compressibility.yaml, L_pre one at which its first gradient (norm 0.21) is about
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.learning.arms import Arm, Curves, run_figure, run_folder, train_arms, tuned
-from benchmarks.learning.exports import save_pictures
-from benchmarks.learning.learning_curves import save_figure
-from benchmarks.learning.summaries import markdown, reaches, short_name, shown, summarise, table, write_curves
+from benchmarks.learning.arms import Arm, Curves, chosen_lrs, run_figure, train_arms, tuned
+from benchmarks.learning.exports import picture_arms
+from benchmarks.learning.summaries import markdown, named, reaches, short_name, summarise, table, write_curves
+from benchmarks.shared.figures import save_figure
 from benchmarks.shared.reporting import mean_and_error
-from benchmarks.shared.training_runs import at, evaluated
+from benchmarks.shared.training_runs import Row, at, evaluated
 
 _REWARD = "eval/jpeg_compressibility/mean"
 _WATCHED = ("rlcm_fast.shapes.realism:DetectorConfidence", "rlcm_fast.shapes.realism:RenderDistance")
@@ -43,39 +45,50 @@ def arms() -> list[Arm]:
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
+    # Train the arms, each at its best rate.
     chosen = tuned(arms(), _LRS, _TUNING_SHARE, arguments)
-    curves = train_arms(list(chosen.values()), arguments)
+    trained = list(chosen.values())
+    curves = train_arms(trained, arguments)
+
+    # Draw curves, what is watched against the reward, and what each arm paints.
     write_curves(curves, arguments.out, "what keeps pictures real")
     plot_against_reward(curves, arguments)
-    first = arguments.seeds[0]
-    models = {name: str(run_folder(arguments.runs, arm, first) / "export") for name, arm in chosen.items()}
-    pictures = arguments.out.with_name(f"{arguments.out.name}_pictures.png")
-    save_pictures({"start": "shapes/lcm", **models}, "shapes:one:held_out", 8, pictures)
+    picture_arms(trained, arguments, "shapes:one:held_out", 8)
+
+    # Compare the arms where all have come equally far.
     print(table(curves, [_REWARD, *_REAL]))
     level = common_level(curves)
     there = at_equal_reward(curves, level)
-    lines = [[name, *(shown(value) for value in found.values())] for name, found in there.items()]
-    head = ["arm", *(short_name(metric) for metric in _REAL)]
-    print(markdown([head, ["---"] * len(head), *lines]))
-    lrs = {name: arm.overrides[-1] for name, arm in chosen.items()}
+    lines = [named(name, found) for name, found in there.items()]
+    print(markdown(["arm", *map(short_name, _REAL)], lines))
+    lrs = chosen_lrs(chosen)
     return {"lr": lrs, "arms": summarise(curves), "level": level, "where_the_reward_is_at_the_level": there}
 
 
 def common_level(curves: Curves) -> float:
     """The highest reward that every seed of every arm attains."""
-    return min(max(row[_REWARD] for row in evaluated(rows, _REWARD)) for seeds in curves.values() for rows in seeds)
+    highest = []
+    for rows in itertools.chain(*curves.values()):
+        highest.append(max(row[_REWARD] for row in evaluated(rows, _REWARD)))
+    return min(highest)
 
 
 def at_equal_reward(curves: Curves, level: float) -> dict[str, dict[str, Any]]:
     """arm -> what is watched where the reward first attains `level`, as every seed does."""
     result = {}
     for name, seeds in curves.items():
-        places = [(rows, reaches(rows, _REWARD, level, "queries")) for rows in seeds]
-        result[name] = {
-            metric: mean_and_error([at(rows, metric, "queries", place) for rows, place in places if place is not None])
-            for metric in _REAL
-        }
+        result[name] = {metric: mean_and_error(_at_level(seeds, metric, level)) for metric in _REAL}
     return result
+
+
+def _at_level(seeds: Sequence[Sequence[Row]], metric: str, level: float) -> list[float]:
+    """The metric of each seed where its reward first attains `level`."""
+    found = []
+    for rows in seeds:
+        place = reaches(rows, _REWARD, level, "queries")
+        if place is not None:
+            found.append(at(rows, metric, "queries", place))
+    return found
 
 
 def plot_against_reward(curves: Curves, arguments: argparse.Namespace) -> None:
@@ -85,17 +98,20 @@ def plot_against_reward(curves: Curves, arguments: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # A column for each metric; an arm has one colour.
     figure, axes = pyplot.subplots(1, len(_REAL), figsize=(4.5 * len(_REAL), 4))
     for axis, metric in zip(axes, _REAL, strict=True):
         for number, (name, seeds) in enumerate(curves.items()):
             for rows in seeds:
                 points = evaluated(rows, metric)
+                xs = [point[_REWARD] for point in points]
+                ys = [point[metric] for point in points]
                 label = name if rows is seeds[0] else None
-                axis.plot(
-                    [p[_REWARD] for p in points], [p[metric] for p in points], ".-", color=f"C{number}", label=label
-                )
+                axis.plot(xs, ys, ".-", color=f"C{number}", label=label)
         axis.set(xlabel="minus kB", ylabel=short_name(metric))
         axis.grid(alpha=0.3)
+
+    # The legend; a picture beside the curves'.
     axes[0].legend(fontsize="small")
     save_figure(figure, arguments.out.with_name(f"{arguments.out.name}_against_reward.png"))
 

@@ -28,14 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning.arms import TOTAL, Arm, Curves, run_figure, train_arms, tuned
+from benchmarks.learning.arms import TOTAL, Arm, Curves, chosen_lrs, run_figure, train_arms, tuned
 from benchmarks.learning.summaries import (
     AXES,
     gains,
     markdown,
+    named,
     pass_factor,
     shared_metrics,
-    shown,
     summarise,
     table,
     write_curves,
@@ -72,25 +72,30 @@ def arms(reward: str) -> list[Arm]:
     batch = ("prompts.num_prompts", scale.num_prompts, "prompts.images_per_prompt", "4")
     own = ("update.micro_batch_size", scale.micro_batch_size, "update.kl_weight", "0")
     rlcm = Arm("rlcm", reward, (*batch, *own, "optimizer.final_lr_fraction", "1"))
-    ddpo = [Arm(f"ddpo_{n}", f"ddpo_{reward}", (*batch, "policy.num_steps", str(n))) for n in (50, 10)]
-    ddpo[0] = ddpo[0].but("update.num_timesteps", "10")
+    steps_50 = (*batch, "policy.num_steps", "50", "update.num_timesteps", "10")
+    steps_10 = (*batch, "policy.num_steps", "10")
+    trying = [rlcm, Arm("ddpo_50", f"ddpo_{reward}", steps_50), Arm("ddpo_10", f"ddpo_{reward}", steps_10)]
     if reward == "compressibility":
-        ddpo.append(Arm(_IN_SWEEP_ONLY, ddpo[1].config, (*ddpo[1].overrides, "update.step_weights", "equal")))
-    return [_timed(arm, scale) for arm in (rlcm, *ddpo)]
+        trying.append(Arm(_IN_SWEEP_ONLY, f"ddpo_{reward}", (*steps_10, "update.step_weights", "equal")))
+    return [_timed(arm, scale) for arm in trying]
 
 
 def _timed(arm: Arm, scale: Scale) -> Arm:
+    """The arm with its iterations, and what goes by their number: warm-up, evaluations, checkpoints."""
     count = _ITERATIONS[arm.name]
-    every = str(math.ceil(count / (scale.evaluations_of_50_steps if arm.name == "ddpo_50" else _EVALUATIONS)))
+    evaluations = scale.evaluations_of_50_steps if arm.name == "ddpo_50" else _EVALUATIONS
+    every = str(math.ceil(count / evaluations))
+    training = ("num_iterations", str(count), "optimizer.warmup_updates", str(round(count / 12)))
     evaluation = ("evaluation.every", every, "evaluation.num_images", scale.num_images, "checkpoint.every", every)
-    return arm.but("num_iterations", str(count), "optimizer.warmup_updates", str(round(count / 12)), *evaluation)
+    return arm.but(*training, *evaluation)
 
 
 def _with_rates(trying: list[Arm], arguments: argparse.Namespace) -> dict[str, Arm]:
     """By name, at the rates of the sweep; without the arm that is in the sweep only."""
     scale = SCALE[arguments.reward]
     chosen = tuned(trying, scale.lrs, scale.tuning_share, arguments)
-    return {name: arm for name, arm in chosen.items() if name != _IN_SWEEP_ONLY}
+    chosen.pop(_IN_SWEEP_ONLY, None)
+    return chosen
 
 
 def add_reward(parser: argparse.ArgumentParser) -> None:
@@ -106,31 +111,39 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     arguments.runs /= arguments.reward
     arguments.out = Path(f"{arguments.out}_{arguments.reward}")
-    chosen = _with_rates([arm for arm in arms(arguments.reward) if arm.name not in arguments.without], arguments)
+
+    # Train the arms, each at its best rate.
+    trying = [arm for arm in arms(arguments.reward) if arm.name not in arguments.without]
+    chosen = _with_rates(trying, arguments)
     curves = train_arms(list(chosen.values()), arguments)
     write_curves(curves, arguments.out, f"RLCM and DDPO, {arguments.reward}")
-    print(table(curves, [TOTAL, *(metric for metric in shared_metrics(curves) if metric != TOTAL)]))
+
+    # Print their numbers, what is optimised first, and the factors between RLCM and DDPO.
+    others = [metric for metric in shared_metrics(curves) if metric != TOTAL]
+    print(table(curves, [TOTAL, *others]))
     relative = {name: gains(seeds, TOTAL) for name, seeds in curves.items()}
     passes, gains_as_much = _factors(curves), _factors(relative)
     _print_factors("RLCM passes the end of", passes, arguments)
     _print_factors("RLCM gains as much as", gains_as_much, arguments)
-    lrs = {name: arm.overrides[-1] for name, arm in chosen.items()}
     factors = {"factor_to_pass": passes, "factor_to_gain_as_much": gains_as_much}
-    return {"reward": arguments.reward, "lr": lrs, "arms": summarise(curves), **factors}
+    return {"reward": arguments.reward, "lr": chosen_lrs(chosen), "arms": summarise(curves), **factors}
 
 
 def _factors(curves: Curves) -> dict[str, dict[str, Any]]:
     """arm of DDPO -> axis -> how many times less of it RLCM took."""
-    slow = {name: seeds for name, seeds in curves.items() if name != "rlcm"}
-    return {name: {x: pass_factor(curves["rlcm"], seeds, TOTAL, x) for x in AXES} for name, seeds in slow.items()}
+    factors = {}
+    for name, seeds in curves.items():
+        if name != "rlcm":
+            factors[name] = {x: pass_factor(curves["rlcm"], seeds, TOTAL, x) for x in AXES}
+    return factors
 
 
 def _print_factors(head: str, factors: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
-    lines = [
-        [name, *(shown(found[x], 1) for x in AXES), f"{found['queries']['seeds_that_pass']} of {len(arguments.seeds)}"]
-        for name, found in factors.items()
-    ]
-    print("\n" + markdown([[head, *AXES, "in seeds"], ["---"] * 5, *lines]))
+    lines = []
+    for name, found in factors.items():
+        seeds = f"{found['queries']['seeds_that_pass']} of {len(arguments.seeds)}"
+        lines.append([*named(name, found, digits=1), seeds])
+    print("\n" + markdown([head, *AXES, "in seeds"], lines))
 
 
 def trained_arms(

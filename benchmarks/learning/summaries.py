@@ -1,4 +1,4 @@
-"""What the study says of its curves: numbers over seeds, and the tables that the README quotes."""
+"""What the study says of its curves: numbers over seeds, and the tables that the pages of docs/ quote."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learning.arms import Curves
-from benchmarks.learning.learning_curves import draw_curve, save_figure, start_end_change
+from benchmarks.learning.learning_curves import start_end_change
+from benchmarks.shared.figures import draw_curve, save_figure
 from benchmarks.shared.reporting import mean_and_error, write_csv
 from benchmarks.shared.training_runs import Row, eval_metrics, evaluated
 
@@ -18,8 +19,11 @@ Statistics = Mapping[str, float | None]  # mean, standard_error
 
 def write_curves(curves: Curves, out: Path, title: str) -> None:
     """OUT.csv, a row an arm, seed and iteration; OUT.png, each metric against queries, seconds and forwards."""
-    rows = [{"arm": arm, **row} for arm, seeds in curves.items() for seed in seeds for row in seed]
-    write_csv(out.with_suffix(".csv"), rows)
+    lines = []
+    for arm, seeds in curves.items():
+        for rows in seeds:
+            lines += [{"arm": arm, **row} for row in rows]
+    write_csv(out.with_suffix(".csv"), lines)
     plot(curves, out.with_suffix(".png"), title)
 
 
@@ -52,9 +56,14 @@ def plot_bars(values: Mapping[str, Mapping[str, Sequence[float]]], path: Path, x
 
     figure, axes = pyplot.subplots(1, len(values), figsize=(4 * len(values), 3.5), squeeze=False)
     for axis, (panel, bars) in zip(axes[0], values.items(), strict=True):
-        found = [mean_and_error(own) for own in bars.values()]
-        errors = [one["standard_error"] or 0.0 for one in found]
-        axis.barh(list(bars), [one["mean"] for one in found], xerr=errors, alpha=0.7, capsize=3)
+        # A bar for each group of seeds.
+        means, errors = [], []
+        for of_seeds in bars.values():
+            found = mean_and_error(of_seeds)
+            means.append(found["mean"])
+            errors.append(found["standard_error"] or 0.0)
+        axis.barh(list(bars), means, xerr=errors, alpha=0.7, capsize=3)
+        # Lines, names and numbers around them.
         axis.axvline(0.0, color="black", linewidth=0.8)
         axis.invert_yaxis()
         axis.set(title=panel, xlabel=xlabel)
@@ -65,8 +74,9 @@ def plot_bars(values: Mapping[str, Mapping[str, Sequence[float]]], path: Path, x
 
 def shared_metrics(curves: Curves) -> list[str]:
     """The evaluated metrics that every arm has."""
-    known = [set(eval_metrics(seeds[0])) for seeds in curves.values()]
-    return [metric for metric in eval_metrics(next(iter(curves.values()))[0]) if all(metric in own for own in known)]
+    of_arms = [eval_metrics(seeds[0]) for seeds in curves.values()]
+    shared = set.intersection(*map(set, of_arms))
+    return [metric for metric in of_arms[0] if metric in shared]
 
 
 def short_name(metric: str) -> str:
@@ -80,32 +90,47 @@ def summarise(curves: Curves) -> dict[str, Any]:
 
 
 def _of_arm(seeds: Sequence[Sequence[Row]]) -> dict[str, Any]:
-    took = {x: mean_and_error([rows[-1][x] for rows in seeds]) for x in AXES}
-    metrics = {
-        metric: start_end_change([(evaluated(rows, metric)[0][metric], final(rows, metric)) for rows in seeds])
-        for metric in eval_metrics(seeds[0])
-    }
-    return {"num_seeds": len(seeds), **took, "held_out": metrics}
+    found: dict[str, Any] = {"num_seeds": len(seeds)}
+    for x in AXES:
+        found[x] = mean_and_error([rows[-1][x] for rows in seeds])
+    found["held_out"] = {}
+    for metric in eval_metrics(seeds[0]):
+        pairs = [(first(rows, metric), final(rows, metric)) for rows in seeds]
+        found["held_out"][metric] = start_end_change(pairs)
+    return found
+
+
+def first(rows: Sequence[Row], metric: str) -> float:
+    """The metric at the first evaluation."""
+    return evaluated(rows, metric)[0][metric]
 
 
 def final(rows: Sequence[Row], metric: str) -> float:
-    """The last evaluation's."""
+    """The metric at the last evaluation."""
     return evaluated(rows, metric)[-1][metric]
 
 
 def change(rows: Sequence[Row], metric: str) -> float:
     """Last minus first evaluation."""
-    return final(rows, metric) - evaluated(rows, metric)[0][metric]
+    return final(rows, metric) - first(rows, metric)
 
 
-def ahead_of(curves: Curves, first: str, metric: str) -> dict[str, Statistics]:
-    """How much further than `first` each other arm's metric has come, paired by seed."""
-    base = [change(rows, metric) for rows in curves[first]]
-    return {
-        arm: mean_and_error([change(rows, metric) - b for rows, b in zip(seeds, base, strict=True)])
-        for arm, seeds in curves.items()
-        if arm != first
-    }
+def ahead_of(curves: Curves, base: str, metric: str) -> dict[str, Statistics]:
+    """How much further than the arm `base` each other arm's metric has come, paired by seed."""
+    result = {}
+    for arm, seeds in curves.items():
+        if arm != base:
+            pairs = zip(seeds, curves[base], strict=True)
+            result[arm] = mean_and_error([change(rows, metric) - change(of_base, metric) for rows, of_base in pairs])
+    return result
+
+
+def over_seeds(seeds: Sequence[Mapping[str, float]]) -> dict[str, Statistics]:
+    """Mean and standard error of each number that the seeds have."""
+    result = {}
+    for key in seeds[0]:
+        result[key] = mean_and_error([found[key] for found in seeds])
+    return result
 
 
 def reaches(rows: Sequence[Row], metric: str, value: float, x: str) -> float | None:
@@ -126,27 +151,33 @@ def pass_factor(fast: Sequence[Sequence[Row]], slow: Sequence[Sequence[Row]], me
     counted: those where the fast arm never does, where it does from the start, as it had nothing to learn for it, and
     where the slow arm does, which has ended no higher than it began.
     """
-    factors, never, from_start, not_risen = [], 0, 0, 0
+    # A factor a seed, or the reason why there is none.
+    factors: list[float] = []
+    counts = {"never": 0, "from_the_start": 0, "slow_has_not_risen": 0}
     for quick, long in zip(fast, slow, strict=True):
         end = final(long, metric)
         place, slow_place = reaches(quick, metric, end, x), reaches(long, metric, end, x)
         if not slow_place:
-            not_risen += 1
+            counts["slow_has_not_risen"] += 1
         elif place is None:
-            never += 1
+            counts["never"] += 1
         elif place == 0:
-            from_start += 1
+            counts["from_the_start"] += 1
         else:
             factors.append(slow_place / place)
+
+    # Mean and error of the seeds that have one.
     found = mean_and_error(factors) if factors else {"mean": None, "standard_error": None}
-    counts = {"never": never, "from_the_start": from_start, "slow_has_not_risen": not_risen}
     return {**found, "seeds_that_pass": len(factors), **counts}
 
 
 def gains(seeds: Sequence[Sequence[Row]], metric: str) -> list[list[Row]]:
     """The evaluations of `metric`, less the first of each seed."""
-    found = [evaluated(rows, metric) for rows in seeds]
-    return [[{**row, metric: row[metric] - rows[0][metric]} for row in rows] for rows in found]
+    result = []
+    for rows in seeds:
+        start = first(rows, metric)
+        result.append([{**row, metric: row[metric] - start} for row in evaluated(rows, metric)])
+    return result
 
 
 def share(parts: Sequence[float], wholes: Sequence[float]) -> dict[str, float | None]:
@@ -164,17 +195,30 @@ def share(parts: Sequence[float], wholes: Sequence[float]) -> dict[str, float | 
 
 def table(curves: Curves, metrics: Sequence[str]) -> str:
     """Markdown: an arm a line, what it took, and for each metric where it started and ended."""
-    head = ["arm", *AXES, *(name for m in metrics for name in (f"{short_name(m)}, start", "end"))]
-    lines = [head, ["---"] * len(head)]
+    head = ["arm", *AXES]
+    for metric in metrics:
+        head += [f"{short_name(metric)}, start", "end"]
+    lines = []
     for arm, found in summarise(curves).items():
-        took = [f"{found[x]['mean']:,.0f}" for x in AXES]
-        ends = [found["held_out"][metric] for metric in metrics]
-        lines.append([arm, *took, *(shown(end[key]) for end in ends for key in ("start", "end"))])
-    return markdown(lines)
+        cells = [arm]
+        for x in AXES:
+            cells.append(f"{found[x]['mean']:,.0f}")
+        for metric in metrics:
+            held_out = found["held_out"][metric]
+            cells += [shown(held_out["start"]), shown(held_out["end"])]
+        lines.append(cells)
+    return markdown(head, lines)
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table with these cells."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def named(name: str, found: Mapping[str, Statistics], digits: int = 3) -> list[str]:
+    """The cells of a line: a name, and each of its numbers as `shown` writes it."""
+    return [name, *(shown(one, digits) for one in found.values())]
 
 
 def shown(statistics: Statistics, digits: int = 3) -> str:

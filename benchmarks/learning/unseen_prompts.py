@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learning.arms import Arm, run_figure
-from benchmarks.learning.exports import scores_by_arm, start_score
+from benchmarks.learning.exports import START, Exam, scores_by_arm, start_score
 from benchmarks.learning.rlcm_against_ddpo import add_reward, trained_arms
 from benchmarks.learning.summaries import markdown, plot_bars, share, shown
 from benchmarks.shared.reporting import mean_and_error, write_csv
@@ -32,26 +32,28 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen, runs = trained_arms(reward, arguments, ["rlcm"])
     arguments.out = Path(f"{arguments.out}_{reward}")
     gains = {split: _gains(reward, split, chosen["rlcm"], runs) for split in ("training", "held_out")}
-    rows = [
-        {"split": split, "seed": seed, "gain": gain}
-        for split, values in gains.items()
-        for seed, gain in zip(arguments.seeds, values, strict=True)
-    ]
+    rows = []
+    for split, values in gains.items():
+        for seed, gain in zip(arguments.seeds, values, strict=True):
+            rows.append({"split": split, "seed": seed, "gain": gain})
     write_csv(arguments.out.with_suffix(".csv"), rows)
     plot_bars({reward: gains}, arguments.out.with_suffix(".png"), "gain over the start model")
     means = {split: mean_and_error(values) for split, values in gains.items()}
     found = {**means, "generalisation": share(gains["held_out"], gains["training"])}
     head = ["gain on training captions", "on held-out captions", "share"]
-    print(markdown([head, ["---"] * 3, [shown(value) for value in found.values()]]))
+    print(markdown(head, [[shown(value) for value in found.values()]]))
     return {"reward": reward, **found, "num_images": _NUM_IMAGES}
 
 
 def _gains(reward: str, split: str, arm: Arm, runs: argparse.Namespace) -> list[float]:
-    """Of each seed over the start model."""
+    """The gain of each seed over the start model."""
     source, metric = MEASURED[reward]
-    measured = (source + (":held_out" if split == "held_out" else ""), [metric], 4, _NUM_IMAGES)
-    start = start_score("shapes/lcm", runs, *measured)[metric]
-    return [found[metric] - start for found in scores_by_arm([arm], runs, *measured, runs.jobs)[arm.name]]
+    if split == "held_out":
+        source += ":held_out"
+    exam = Exam(source, [metric], num_steps=4, num_images=_NUM_IMAGES)
+    start = start_score(START, runs, exam)[metric]
+    of_seeds = scores_by_arm([arm], runs, exam, runs.jobs)[arm.name]
+    return [found[metric] - start for found in of_seeds]
 
 
 if __name__ == "__main__":

@@ -47,9 +47,8 @@ _WITHIN = 0.05
 
 def main() -> int:
     arguments = _parser().parse_args()
-    if arguments.plan or arguments.measure:
-        case = next(case for case in CASES[arguments.cases] if case.name == (arguments.plan or arguments.measure))
-        print(json.dumps(planned(case) if arguments.plan else measured(case, arguments.cap_gib)), flush=True)
+    if arguments.plan or arguments.measure:  # a process that `run_cases` started
+        print(json.dumps(_answer(arguments)), flush=True)
         return 0
     try:
         rows, left_out = run_cases(arguments)
@@ -60,6 +59,14 @@ def main() -> int:
     summary = {"cases": arguments.cases, "cap_gib": arguments.cap_gib, **summarise(rows), "left_out": left_out}
     print_summary(summary, arguments.out / "memory.json")
     return 0 if not summary["failed"] else 1
+
+
+def _answer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is planned or measured of the one case."""
+    cases = {case.name: case for case in CASES[arguments.cases]}
+    if arguments.plan:
+        return planned(cases[arguments.plan])
+    return measured(cases[arguments.measure], arguments.cap_gib)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,28 +85,32 @@ def run_cases(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list
     """Rows of all cases, written as they come, and the names of those that there was no time for."""
     import torch
 
-    known = [case.name for case in CASES[arguments.cases]]
-    names = arguments.only or known
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"only={unknown[0]} is no case; give some of {', '.join(known)}")
+    # Share out the machine: as many processes as caps fit into the GPU, and half of the cores to plan.
+    names = _chosen_names(arguments)
     deadline = time.monotonic() + arguments.seconds
     has_gpu = torch.cuda.is_available()
-    slots = max(1, int(torch.cuda.mem_get_info()[1] / _GIB / arguments.cap_gib)) if has_gpu else 1
+    num_measuring, num_planning = 1, 1
+    if has_gpu:
+        num_measuring = max(1, int(torch.cuda.mem_get_info()[1] / _GIB / arguments.cap_gib))
+        num_planning = max(1, (os.cpu_count() or 1) // 2)
     command = [sys.executable, __file__, "--cases", arguments.cases, "--cap-gib", str(arguments.cap_gib)]
 
     def child(kind: str, name: str) -> dict[str, Any] | None:
         return None if time.monotonic() > deadline else _child([*command, kind, name])
 
-    num_planning = max(1, (os.cpu_count() or 1) // 2) if has_gpu else 1
-    with ThreadPoolExecutor(num_planning) as planning, ThreadPoolExecutor(slots) as measuring:
+    with ThreadPoolExecutor(num_planning) as planning, ThreadPoolExecutor(num_measuring) as measuring:
+        # Start all plans; measure the first case alone on the device, then the others beside each other.
         plans = {name: planning.submit(child, "--plan", name) for name in names}
         before = _used_bytes() if has_gpu else 0
         alone = child("--measure", names[0])
         found = {name: measuring.submit(child, "--measure", name) for name in names[1:]}
+
+        # Write rows as they come, in the order of the cases.
         rows: list[dict[str, Any]] = []
         left_out = []
         for name in names:
-            plan, real = plans[name].result(), found[name].result() if name in found else alone
+            plan = plans[name].result()
+            real = found[name].result() if name in found else alone
             if plan is None or real is None:
                 left_out.append(name)
                 continue
@@ -110,8 +121,17 @@ def run_cases(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list
     return rows, left_out
 
 
+def _chosen_names(arguments: argparse.Namespace) -> list[str]:
+    """The names of the cases to run; ValueError where one is unknown."""
+    known = [case.name for case in CASES[arguments.cases]]
+    for name in arguments.only or ():
+        if name not in known:
+            raise ValueError(f"only={name} is no case; give some of {', '.join(known)}")
+    return arguments.only or known
+
+
 def _used_bytes() -> int:
-    """Of the GPU, by this process' own context and by others."""
+    """Bytes of the GPU that this process' own context and other processes use."""
     import torch
 
     free, total = torch.cuda.mem_get_info()
@@ -124,7 +144,8 @@ def _child(command: Sequence[str]) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        return {"failed": next((line for line in reversed(lines) if "Error" in line), lines[-1])[:300]}
+        errors = [line for line in lines if "Error" in line]
+        return {"failed": (errors or lines)[-1][:300]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -148,17 +169,27 @@ def rows_of(name: str, plan: dict[str, Any], real: dict[str, Any], cap_gib: floa
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the peaks of the cases that ran."""
-    peaks = [row for row in rows if row["stage"] == "peak"]
-    misses = {row["case"]: round(row["error"], 4) for row in peaks if abs(row["error"]) > _WITHIN}
-    notes = {row["case"]: row["note"] for row in rows if "note" in row}
+    """Counts the cases whose peak was planned within 5 %, and names those that were not measured."""
+    # Sort the cases by how they went.
+    errors: dict[str, float] = {}
+    out_of_memory, failed = {}, {}
+    for row in rows:
+        if row["stage"] == "peak":
+            errors[row["case"]] = row["error"]
+        elif row.get("note", "").startswith("out of memory"):
+            out_of_memory[row["case"]] = row["note"]
+        elif "note" in row:
+            failed[row["case"]] = row["note"]
+
+    # Count those that were planned well.
+    misses = {name: round(error, 4) for name, error in errors.items() if abs(error) > _WITHIN}
     return {
-        "measured": len(peaks),
-        "within_5_percent": len(peaks) - len(misses),
+        "measured": len(errors),
+        "within_5_percent": len(errors) - len(misses),
         "misses": misses,
-        "largest_error": max((abs(row["error"]) for row in peaks), default=None),
-        "out_of_memory": {name: note for name, note in notes.items() if note.startswith("out of memory")},
-        "failed": {name: note for name, note in notes.items() if not note.startswith("out of memory")},
+        "largest_error": max(map(abs, errors.values()), default=None),
+        "out_of_memory": out_of_memory,
+        "failed": failed,
     }
 
 
@@ -177,10 +208,16 @@ def config_of(case: Case, run_dir: str) -> Config:
 
 
 def _short(run_dir: str) -> list[str]:
-    off = {"evaluation.every": 0, "tracking.grid_every": 0, "tracking.tensorboard": "false", "checkpoint.every": 0}
-    off |= {"tracking.plan": "false"}
-    settings = {**off, "num_iterations": 2, "run_dir": run_dir}
-    return [f"--{field}={value}" for field, value in settings.items()]
+    """The options for two iterations without evaluations, grids, checkpoints and plan."""
+    return [
+        "--evaluation.every=0",
+        "--tracking.grid_every=0",
+        "--tracking.tensorboard=false",
+        "--tracking.plan=false",
+        "--checkpoint.every=0",
+        "--num_iterations=2",
+        f"--run_dir={run_dir}",
+    ]
 
 
 def planned(case: Case) -> dict[str, Any]:
@@ -188,6 +225,7 @@ def planned(case: Case) -> dict[str, Any]:
     import torch
 
     from rlcm_fast.backbones.loading import resolve_model_path
+    from rlcm_fast.config.resolved import resolve
     from rlcm_fast.planner.architecture import load_architecture
     from rlcm_fast.planner.estimate import estimate_memory, measure, strategy_of
     from rlcm_fast.planner.workload import Workload
@@ -198,7 +236,7 @@ def planned(case: Case) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         strategy = replace(strategy, moves_idle=False)  # idle parts have nowhere to go
-    profiles, workload = measure(architecture, strategy, device), Workload.of(config, 1)
+    profiles, workload = measure(architecture, strategy, device), Workload.of(resolve(config, 1))
     memory = estimate_memory(strategy, profiles, workload, device=device)
     return {"stages": {stage: size - memory.overhead for stage, size in memory.stages.items()}}
 
@@ -209,10 +247,13 @@ def measured(case: Case, cap_gib: float) -> dict[str, Any]:
 
     from rlcm_fast.train import set_process_environment
 
+    # Cap the process.
     set_process_environment()
     is_cuda = torch.cuda.is_available()
     if is_cuda:
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * _GIB / torch.cuda.mem_get_info()[1]))
+
+    # Train with a meter on each stage.
     from benchmarks.shared.random_models import random_weights
     from rlcm_fast.trainer import Trainer
 

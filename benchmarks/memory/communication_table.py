@@ -10,6 +10,7 @@ efficiency is above --least. Prints the table too.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,37 @@ def main() -> int:
 
 def table(samples: int, least: float) -> list[dict[str, Any]]:
     """A row for each network, ZeRO stage and number of GPUs; times and batches without overlap and with half of it."""
-    return [
-        _row(network, stage, num_gpus, samples, least)
-        for network in NETWORKS
-        for stage in (0, 1, 2, 3)
-        for num_gpus in NUM_GPUS
-    ]
+    rows = []
+    for network, stage, num_gpus in itertools.product(NETWORKS, (0, 1, 2, 3), NUM_GPUS):
+        rows.append(_row(network, stage, num_gpus, samples, least))
+    return rows
 
 
 def _row(network: str, stage: int, num_gpus: int, samples: int, least: float) -> dict[str, Any]:
-    of_network = NETWORKS[network]
-    case = TrafficCase(
-        of_network,
+    # What a process sends in an update.
+    case = _case(NETWORKS[network], stage, num_gpus)
+    forwards = -(-samples // case.rollout_micro_batch_size) * case.rollout_steps
+    sent = bytes_sent(stage, num_gpus, case.num_weights * case.bytes_per_weight, samples, forwards)
+    row = {
+        "network": network,
+        "zero_stage": stage,
+        "gpus": num_gpus,
+        "samples_per_gpu": samples,
+        "gigabytes_sent_per_update": round(sent / 1e9, 3),
+        "milliseconds": round(1e3 * sent / case.network.bandwidth(num_gpus), 2),
+        "efficiency_without_overlap": round(efficiency(case, samples), 4),
+    }
+
+    # The smallest batch with which that costs little.
+    for overlap in (0.0, 0.5):
+        batch = smallest_global_batch(case, least, overlap)
+        row[f"batch_{least:g}_overlap_{overlap:g}"] = "never" if batch is None else batch
+    return row
+
+
+def _case(network: Network, stage: int, num_gpus: int) -> TrafficCase:
+    return TrafficCase(
+        network,
         stage,
         num_gpus,
         NUM_WEIGHTS,
@@ -60,21 +80,6 @@ def _row(network: str, stage: int, num_gpus: int, samples: int, least: float) ->
         rollout_steps=8,
         rollout_micro_batch_size=8,
     )
-    forwards = -(-samples // case.rollout_micro_batch_size) * case.rollout_steps
-    sent = bytes_sent(stage, num_gpus, case.num_weights * case.bytes_per_weight, samples, forwards)
-    batches = {
-        f"batch_{least:g}_overlap_{overlap:g}": smallest_global_batch(case, least, overlap) for overlap in (0.0, 0.5)
-    }
-    return {
-        "network": network,
-        "zero_stage": stage,
-        "gpus": num_gpus,
-        "samples_per_gpu": samples,
-        "gigabytes_sent_per_update": round(sent / 1e9, 3),
-        "milliseconds": round(1e3 * sent / of_network.bandwidth(num_gpus), 2),
-        "efficiency_without_overlap": round(efficiency(case, samples), 4),
-        **{name: "never" if batch is None else batch for name, batch in batches.items()},
-    }
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

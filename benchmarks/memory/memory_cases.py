@@ -22,9 +22,10 @@ class Case:
 
 def _cases(prefix: str, config: str, sizes: str, strategies: dict[str, str]) -> list[Case]:
     """Space-separated overrides; a strategy's come after those of the sizes and may replace them."""
-    return [
-        Case(f"{prefix} {name}", config, (*sizes.split(), *overrides.split())) for name, overrides in strategies.items()
-    ]
+    cases = []
+    for name, overrides in strategies.items():
+        cases.append(Case(f"{prefix} {name}", config, (*sizes.split(), *overrides.split())))
+    return cases
 
 
 def _sizes(micro_batch_size: int) -> str:

@@ -9,6 +9,7 @@ clipping.
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,9 +49,14 @@ class BarePasses:
 
         config, backbone = trainer.config, trainer.images.backbone
         unet = _copy(backbone.unet, config)
-        prompts = load_prompts(config.prompts.source)
-        prompts = [prompts[i % len(prompts)] for i in range(config.prompts.num_prompts)]
-        prompts = [prompt for prompt in prompts for _ in range(config.prompts.images_per_prompt)]
+
+        # As many prompts as an iteration has, neighbours alike.
+        known = itertools.cycle(load_prompts(config.prompts.source))
+        prompts = []
+        for prompt in itertools.islice(known, config.prompts.num_prompts):
+            prompts += [prompt] * config.prompts.images_per_prompt
+
+        # What the trainer has, made again; only what is frozen is shared.
         policy = policy_of(trainer, unet)
         return cls(
             policy=policy,
@@ -122,11 +128,12 @@ def _copy(unet: Any, config: Config) -> Any:
 
 def policy_of(trainer: Trainer, unet: Any, num_steps: int | None = None) -> Any:
     """The trainer's policy around another network, or with another number of steps."""
-    from rlcm_fast.policies import build_policy
+    from rlcm_fast.policies import Network, build_policy
 
     backbone = trainer.images.backbone
     config = replace(trainer.config.policy, num_steps=num_steps or trainer.config.policy.num_steps)
-    return build_policy(config, unet, backbone.unet.config, backbone.scheduler_config, backbone.dtype, backbone.device)
+    network = Network(unet, backbone.unet.config, backbone.dtype, backbone.device)
+    return build_policy(config, network, backbone.scheduler_config)
 
 
 def finish_device_work() -> None:
@@ -134,3 +141,15 @@ def finish_device_work() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def seconds_of_calls(call: Callable[[], Any], number: int) -> list[float]:
+    """Seconds of each of `number` calls, with the work that they leave on the device."""
+    seconds = []
+    for _ in range(number):
+        finish_device_work()
+        start = time.perf_counter()
+        call()
+        finish_device_work()
+        seconds.append(time.perf_counter() - start)
+    return seconds

@@ -44,6 +44,7 @@ def random_pipeline(architecture: Architecture, dtype: torch.dtype, device: str)
 
     Its tokenizer is the shipped models', which knows few words, but gives as many tokens as the text encoders take.
     """
+    # Make the networks.
     torch.set_default_dtype(dtype)
     try:
         unet = architecture.build_unet(device)
@@ -51,6 +52,8 @@ def random_pipeline(architecture: Architecture, dtype: torch.dtype, device: str)
         torch.set_default_dtype(torch.float32)
     vae: Any = architecture.build_vae(device).to("cpu")  # as loaded ones are, until the backbone wants them elsewhere
     text_encoders: list[Any] = [encoder.to("cpu") for encoder in architecture.build_text_encoders(device)]
+
+    # Put them together as the kind of pipeline that has so many text encoders.
     folder = SHIPPED["shapes/lcm"] / "tokenizer"
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=architecture.num_tokens)
     parts: dict[str, Any] = {"vae": vae, "unet": unet, "tokenizer": tokenizer, "scheduler": LCMScheduler()}

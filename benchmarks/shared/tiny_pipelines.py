@@ -100,6 +100,7 @@ def unet(time_cond_proj_dim: int | None = None, is_sdxl: bool = False, seed: int
 
 def _parts() -> dict[str, Any]:
     """What every pipeline takes besides UNet and scheduler; the tokenizer spells words out letter by letter."""
+    # A decoder of 16 x 16 pixels.
     torch.manual_seed(1)
     vae = AutoencoderKL(
         block_out_channels=(8, 16),
@@ -109,8 +110,11 @@ def _parts() -> dict[str, Any]:
         norm_num_groups=4,
         sample_size=16,
     )
-    letters = [letter + ending for ending in ("", "</w>") for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
-    vocabulary = {token: i for i, token in enumerate([*letters, *SPECIAL])}
+
+    # A tokenizer that knows letters, alone and at the end of a word.
+    letters = list("abcdefghijklmnopqrstuvwxyz0123456789")
+    last_letters = [f"{letter}</w>" for letter in letters]
+    vocabulary = {token: i for i, token in enumerate([*letters, *last_letters, *SPECIAL])}
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=32)
     return {
         "vae": vae,

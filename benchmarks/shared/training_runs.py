@@ -79,9 +79,9 @@ def add_seed_arguments(parser: argparse.ArgumentParser) -> None:
 def train_arguments(config: str, overrides: Sequence[str], seed: int, run_dir: Path) -> list[str]:
     """The arguments of train.py; `overrides` are pairs of field and value."""
     options = override_options(overrides)
-    taken = [field for field in overrides[::2] if field in _OWN]
-    if taken:
-        raise ValueError(f"override={taken[0]} is set by the benchmark; use --seeds and --runs")
+    for field in overrides[::2]:
+        if field in _OWN:
+            raise ValueError(f"override={field} is set by the benchmark; use --seeds and --runs")
     return ["--config", config, *options, "--seed", str(seed), "--run_dir", str(run_dir)]
 
 
@@ -89,8 +89,10 @@ def override_options(overrides: Sequence[str]) -> list[str]:
     """Pairs of field and value as options of train.py."""
     if len(overrides) % 2:
         raise ValueError(f"override={' '.join(overrides)} must be pairs of field and value")
-    pairs = zip(overrides[::2], overrides[1::2], strict=True)
-    return [text for field, value in pairs for text in (f"--{field}", value)]
+    options = []
+    for field, value in zip(overrides[::2], overrides[1::2], strict=True):
+        options += [f"--{field}", value]
+    return options
 
 
 @contextmanager
@@ -183,7 +185,8 @@ def evaluated(rows: Sequence[Row], metric: str, until_seconds: float = float("in
 
 def eval_metrics(rows: Sequence[Row]) -> list[str]:
     """The keys eval/... of all rows, in order of first appearance."""
-    return list(dict.fromkeys(key for row in rows for key in row if key.startswith("eval/")))
+    keys = dict.fromkeys(itertools.chain(*rows))
+    return [key for key in keys if key.startswith("eval/")]
 
 
 def mean_and_spread(
@@ -193,17 +196,23 @@ def mean_and_spread(
 
     x ("seconds" or "queries") is the mean over seeds at that iteration.
     """
-    by_seed = [{row["iteration"]: row for row in evaluated(rows, metric)} for rows in curves]
-    shared = sorted(set.intersection(*(set(rows) for rows in by_seed)))
+    rows_at: dict[int, list[Row]] = {}  # iteration -> its row in each seed that evaluated it
+    for row in itertools.chain(*(evaluated(rows, metric) for rows in curves)):
+        rows_at.setdefault(row["iteration"], []).append(row)
     xs, means, spreads = [], [], []
-    for iteration in shared:
-        values = [rows[iteration][metric] for rows in by_seed]
-        mean = sum(values) / len(values)
-        xs.append(sum(rows[iteration][x] for rows in by_seed) / len(by_seed))
-        means.append(mean)
-        variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
-        spreads.append(variance**0.5)
+    for _, rows in sorted(rows_at.items()):
+        if len(rows) == len(curves):
+            xs.append(sum(row[x] for row in rows) / len(rows))
+            mean, spread = _mean_and_deviation([row[metric] for row in rows])
+            means.append(mean)
+            spreads.append(spread)
     return xs, means, spreads
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return mean, variance**0.5
 
 
 def at(rows: Sequence[Row], metric: str, x: str, place: float) -> float:
@@ -220,7 +229,7 @@ def _is_curve(key: str) -> bool:
 
 
 def _refuse_other_settings(arguments: Sequence[str], run_dir: Path) -> None:
-    """Where there is a run in `run_dir` already."""
+    """Raises ValueError where `run_dir` already holds a run of other settings."""
     if not (run_dir / "config.yaml").exists():
         return
     import yaml
@@ -228,10 +237,9 @@ def _refuse_other_settings(arguments: Sequence[str], run_dir: Path) -> None:
     from rlcm_fast.config import parse_config, to_dict
 
     wanted, found = to_dict(parse_config(arguments)), yaml.safe_load((run_dir / "config.yaml").read_text())
-    differing = [key for key in wanted if key not in ("resume", "dry_run") and wanted[key] != found.get(key)]
-    if differing:
-        key = differing[0]
-        raise ValueError(
-            f"{run_dir} holds a run with {key}={found.get(key)}, but {key}={wanted[key]} was asked for; "
-            "delete that folder, or give another --runs"
-        )
+    for key, value in wanted.items():
+        if key not in ("resume", "dry_run") and value != found.get(key):
+            raise ValueError(
+                f"{run_dir} holds a run with {key}={found.get(key)}, but {key}={value} was asked for; "
+                "delete that folder, or give another --runs"
+            )

@@ -29,15 +29,23 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.shared.bare_passes import BarePasses, finish_device_work, policy_of
+from benchmarks.shared.bare_passes import BarePasses, policy_of, seconds_of_calls
 from benchmarks.shared.reporting import percentile, print_summary, write_csv
 from benchmarks.shared.training_runs import add_config_arguments, read_config, temporary_trainer
-from benchmarks.speed.bench_iteration import pair, run_with_hook, throughput, with_micro_batches
+from benchmarks.speed.bench_iteration import (
+    NOTHING_BESIDES,
+    median_of,
+    pair,
+    run_with_hook,
+    throughput,
+    with_micro_batches,
+)
+from benchmarks.speed.model_flops import flops_of, matmul_tflops
 
 if TYPE_CHECKING:
     from rlcm_fast.config import Config
@@ -48,10 +56,13 @@ _MODES = ("off", "regional", "whole")
 
 
 def main() -> int:
+    # One process, which DeepSpeed need not look for.
     arguments = _parser().parse_args()
     from rlcm_fast.train import set_process_environment
 
     set_process_environment()
+
+    # Write anew after each mode and size: a run that is cut off leaves those that had ended.
     try:
         config = _config(arguments)
         import torch
@@ -82,9 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    off = {"evaluation.every": 0, "tracking.grid_every": 0, "checkpoint.every": 0, "tracking.plan": "false"}
-    off |= {"tracking.tensorboard": "false"}
-    config = read_config(arguments, *(f"--{field}={value}" for field, value in off.items()))
+    config = read_config(arguments, *NOTHING_BESIDES, "--tracking.tensorboard=false")
     per_prompt = config.prompts.images_per_prompt
     if arguments.pairs < 1 or arguments.samples % per_prompt:
         raise ValueError(
@@ -98,16 +107,19 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 def measure(config: Config, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The summary, again and again as it grows, in the order of what matters most."""
+    # What is to come, and what it is compared with.
     deadline = time.monotonic() + arguments.seconds
     samples, rate, flops = _scaled(config, arguments.samples), matmul_tflops(config), flops_of(config)
     images = config.prompts.num_prompts * config.prompts.images_per_prompt
-    modes = [f"engine.compile={mode}" for mode in arguments.modes]
-    left_out = [*modes, *(f"micro-batches of {size}" for size in arguments.micro_batch_sizes)]
+    left_out = [f"engine.compile={mode}" for mode in arguments.modes]
+    left_out += [f"micro-batches of {size}" for size in arguments.micro_batch_sizes]
     summary: dict[str, Any] = {"config": arguments.config, "samples": arguments.samples, "matmul_tflops": rate}
     summary |= {"modes": [], "inference": [], "micro_batches": [], "left_out": left_out}
     eager = replace(samples, engine=replace(samples.engine, compile="off"))
     for size in arguments.micro_batch_sizes:
         with_micro_batches(eager, size)  # a size that does not divide is found before minutes are spent
+
+    # Iterations and inference in each mode.
     for mode in arguments.modes:
         if time.monotonic() > deadline:
             break
@@ -118,6 +130,8 @@ def measure(config: Config, arguments: argparse.Namespace) -> Iterator[dict[str,
         summary["inference"] += inference
         left_out.pop(0)
         yield summary
+
+    # Speed and memory at each micro-batch size.
     for size in arguments.micro_batch_sizes:
         if time.monotonic() > deadline:
             break
@@ -141,8 +155,9 @@ def _mode(
     config: Config, num_pairs: int, rate: float, flops: dict[str, float]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A row of the iteration, and rows of inference."""
-    from rlcm_fast.config.checks import derived
+    from rlcm_fast.config.resolved import resolve
 
+    # Measure everything on one trainer.
     _forget_peak()
     start = time.perf_counter()
     with temporary_trainer(config, num_pairs + 2) as trainer:
@@ -150,21 +165,24 @@ def _mode(
         noise = noise_of_ratio(trainer)
         first = time.perf_counter() - built
         inference = [inference_ms(trainer, steps) for steps in _INFERENCE_STEPS]
-        passes, bare = BarePasses.beside(trainer), []
+        passes = BarePasses.beside(trainer)
+        bare: list[dict[str, float]] = []
         full = run_with_hook(trainer, lambda: bare.append(passes()))[1:]
         update = _median_of_log(Path(trainer.config.run_dir), "seconds/update")
         rollout = _median_of_log(Path(trainer.config.run_dir), "seconds/rollout")
     rows = [pair(*both) for both in zip(full, bare[1:-1], strict=True)]
-    numbers = derived(config, 1)
-    images = numbers["samples_per_iteration"]
-    transitions = images * numbers["actions_per_sample"] * config.update.num_passes
+
+    # Put the numbers side by side: seconds, and what they make of the device's rate.
+    sizes = resolve(config, 1).sizes
+    images = sizes.samples_per_iteration
+    transitions = images * sizes.actions_per_sample * config.update.num_passes
     of_update = transitions / update / rate / 1e12
     row = {
         "compile": config.engine.compile,
         "micro_batch_size": config.update.micro_batch_size,
-        "images_per_second": images / statistics.median(row["full"] for row in rows),
-        **{f"{key}_seconds": statistics.median(row[key] for row in rows) for key in rows[0] if "overhead" not in key},
-        "overhead": statistics.median(row["overhead"] for row in rows),
+        "images_per_second": images / median_of(rows, "full"),
+        **_seconds_of(rows),
+        "overhead": median_of(rows, "overhead"),
         "rollout_seconds": rollout,
         "update_seconds": update,
         "update_mfu": flops["model"] * of_update,
@@ -178,49 +196,24 @@ def _mode(
     return row, [{"compile": config.engine.compile, **each} for each in inference]
 
 
-def flops_of(config: Config) -> dict[str, float]:
-    """Of a transition: forward; model (forward, backward); executed (recomputation and the reference's pass too)."""
-    from rlcm_fast.backbones.loading import resolve_model_path
-    from rlcm_fast.planner.architecture import load_architecture
-    from rlcm_fast.planner.estimate import DTYPES, strategy_of
-    from rlcm_fast.planner.tracing import Setup, prepare_unet, trace_unet
-
-    architecture = load_architecture(resolve_model_path(config.model.path))
-    strategy = strategy_of(config, config.model.image_size or None, architecture.embeds_guidance)
-    rows = strategy.rows_per_sample
-
-    def total(recompute: Any) -> tuple[float, float]:
-        setup = Setup(DTYPES[strategy.dtype], recompute, strategy.lora_rank, strategy.image_size)
-        traced = trace_unet(prepare_unet(architecture.build_unet(), setup), architecture, setup, rows, trains=True)
-        return traced.forward_flops.total, traced.flops.total
-
-    forward, model = total("none")
-    executed = model if strategy.recompute == "none" else total(strategy.recompute)[1]
-    return {"forward": forward, "model": model, "executed": executed + (forward if strategy.has_start_model else 0.0)}
-
-
-def matmul_tflops(config: Config) -> float:
-    """The rate of a large square product in the network's precision: the median of ten, after two."""
-    import torch
-
-    is_cuda = torch.cuda.is_available()
-    dtype = torch.float32 if config.engine.dtype == "fp32" else torch.bfloat16
-    size = 8192 if is_cuda else 1024
-    matrix = torch.randn(size, size, dtype=dtype, device="cuda" if is_cuda else "cpu")
-    times = _times(lambda: matrix @ matrix, 12)[2:]
-    return 2 * size**3 / statistics.median(times) / 1e12
+def _seconds_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The medians of all columns that are seconds."""
+    return {f"{key}_seconds": median_of(rows, key) for key in rows[0] if "overhead" not in key}
 
 
 def noise_of_ratio(trainer: Trainer) -> dict[str, float]:
-    """Of the transitions of one rollout micro-batch; passes with gradients, as training runs them."""
+    """abs(ratio - 1) of one rollout micro-batch's transitions; passes with gradients, as training runs them."""
     import torch
 
     from rlcm_fast.prompts import load_prompts
 
+    # Sample one micro-batch.
     size = trainer.config.rollout.micro_batch_size
     prompts = list(itertools.islice(itertools.cycle(load_prompts(trainer.config.prompts.source)), size))
     generator = torch.Generator().manual_seed(0)
     trajectory, _ = trainer.images.policy.sample(trainer.images.encode(prompts), generator)
+
+    # Its transitions in the update's micro-batches, shuffled; a rest that would need another graph is left out.
     order = torch.randperm(trajectory.num_transitions, generator=generator)
     step = trainer.config.update.micro_batch_size
     deviations: list[float] = []
@@ -228,8 +221,11 @@ def noise_of_ratio(trainer: Trainer) -> dict[str, float]:
         transitions = trajectory.transitions(rows)
         log_prob = trainer.images.policy.log_prob(transitions).detach()
         deviations += torch.expm1(log_prob - transitions.log_prob_old).abs().tolist()
-    median, high = (percentile(deviations, share) for share in (0.5, 0.9))
-    return {"ratio_noise_median": median, "ratio_noise_p90": high, "ratio_noise_max": max(deviations)}
+    return {
+        "ratio_noise_median": percentile(deviations, 0.5),
+        "ratio_noise_p90": percentile(deviations, 0.9),
+        "ratio_noise_max": max(deviations),
+    }
 
 
 def inference_ms(trainer: Trainer, num_steps: int) -> dict[str, Any]:
@@ -243,8 +239,8 @@ def inference_ms(trainer: Trainer, num_steps: int) -> dict[str, Any]:
     conditioning = trainer.images.encode([load_prompts(trainer.config.prompts.source)[0]] * size)
     generator = torch.Generator().manual_seed(0)
     decode = trainer.images.backbone.decode
-    sampling = statistics.median(_times(lambda: policy.sample(conditioning, generator), 4)[1:])
-    both = statistics.median(_times(lambda: decode(policy.sample(conditioning, generator)[1]), 4)[1:])
+    sampling = statistics.median(seconds_of_calls(lambda: policy.sample(conditioning, generator), 4)[1:])
+    both = statistics.median(seconds_of_calls(lambda: decode(policy.sample(conditioning, generator)[1]), 4)[1:])
     ms = {"sampling_ms": 1e3 * sampling / size, "image_ms": 1e3 * both / size}
     return {"num_steps": num_steps, "batch_size": size, **ms}
 
@@ -277,20 +273,8 @@ def peak_gib() -> dict[str, float]:
     return {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}
 
 
-def _times(call: Callable[[], Any], number: int) -> list[float]:
-    """Seconds of each call."""
-    seconds = []
-    for _ in range(number):
-        finish_device_work()
-        start = time.perf_counter()
-        call()
-        finish_device_work()
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
 def _median_of_log(run_dir: Path, key: str) -> float:
-    """Of all iterations but the first, which warms up."""
+    """The median over all iterations but the first, which warms up."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return statistics.median(line[key] for line in lines[1:])
 

@@ -33,11 +33,22 @@ if TYPE_CHECKING:
     from rlcm_fast.trainer import Trainer
 
 
+# Options that switch off what is not part of every iteration.
+NOTHING_BESIDES = (
+    "--evaluation.every=0",
+    "--evaluation.rewards=[]",
+    "--tracking.grid_every=0",
+    "--checkpoint.every=0",
+    "--tracking.plan=false",
+)
+
+
 def main() -> int:
     arguments = _parser().parse_args()
     from rlcm_fast.train import set_process_environment
 
     set_process_environment()
+    # Measure.
     try:
         config = _config(arguments)
         pairs = measure_pairs(config, arguments.pairs, arguments.warm_up)
@@ -45,6 +56,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    # Write.
     stem = arguments.out.with_suffix("")
     write_csv(stem.with_suffix(".csv"), pairs)
     write_csv(stem.with_name(f"{stem.name}_stages.csv"), stage_shares(pairs))
@@ -71,8 +83,7 @@ def _config(arguments: argparse.Namespace) -> Config:
     """The config without what is not part of every iteration."""
     if arguments.pairs < 2 or arguments.warm_up < 1:
         raise ValueError(f"pairs={arguments.pairs}, warm_up={arguments.warm_up}: give 2 or more, and 1 or more")
-    off = {"evaluation.every": 0, "tracking.grid_every": 0, "checkpoint.every": 0, "tracking.plan": "false"}
-    config = read_config(arguments, *(f"--{field}={value}" for field, value in off.items()))
+    config = read_config(arguments, *NOTHING_BESIDES)
     if config.engine.zero_stage > 0:
         raise ValueError(
             f"engine.zero_stage={config.engine.zero_stage} keeps master weights, which the bare passes do not; use 0"
@@ -92,10 +103,11 @@ def measure_pairs(config: Config, num_pairs: int, num_warm_up: int) -> list[Seco
 
 def pair(full: Seconds, bare: Seconds) -> Seconds:
     """A row from wall and cpu seconds of an iteration and the seconds of the bare stages, with the bare cpu seconds."""
-    total = sum(bare[stage] for stage in STAGES)
+    stages = {stage: bare[stage] for stage in STAGES}
+    total = sum(stages.values())
     row = {"full": full["wall"], "bare": total, "overhead": full["wall"] / total}
     cpu = {"full_cpu": full["cpu"], "bare_cpu": bare["cpu"], "overhead_cpu": full["cpu"] / bare["cpu"]}
-    return {**row, **cpu, **{stage: bare[stage] for stage in STAGES}}
+    return {**row, **cpu, **stages}
 
 
 def run_with_hook(trainer: Trainer, between: Callable[[], Any]) -> list[Seconds]:
@@ -106,6 +118,7 @@ def run_with_hook(trainer: Trainer, between: Callable[[], Any]) -> list[Seconds]
     seconds: list[Seconds] = []
     start, cpu_start = 0.0, 0.0
 
+    # In the place of an evaluation: stop the clock, do what is asked for, start it again.
     def evaluate(iteration: int) -> dict[str, float]:
         nonlocal start, cpu_start
         finish_device_work()
@@ -116,6 +129,7 @@ def run_with_hook(trainer: Trainer, between: Callable[[], Any]) -> list[Seconds]
         start, cpu_start = time.perf_counter(), time.process_time()
         return {}
 
+    # Run, and write nothing at the end.
     trainer.evaluate = evaluate
     trainer.save = trainer.finish = lambda: None
     trainer.run()
@@ -129,25 +143,33 @@ def summarise(pairs: list[Seconds]) -> dict[str, Any]:
         "overhead_median": statistics.median(overheads),
         "overhead_p90": percentile(overheads, 0.9),
         "overhead_quartiles": [percentile(overheads, 0.25), percentile(overheads, 0.75)],
-        "full_seconds_median": statistics.median(row["full"] for row in pairs),
-        "bare_seconds_median": statistics.median(row["bare"] for row in pairs),
-        "overhead_cpu_median": statistics.median(row["overhead_cpu"] for row in pairs),
+        "full_seconds_median": median_of(pairs, "full"),
+        "bare_seconds_median": median_of(pairs, "bare"),
+        "overhead_cpu_median": median_of(pairs, "overhead_cpu"),
         "pairs": len(pairs),
     }
+
+
+def median_of(rows: list[Seconds], column: str) -> float:
+    """The median of one column."""
+    return statistics.median(row[column] for row in rows)
 
 
 def stage_shares(pairs: list[Seconds]) -> list[dict[str, Any]]:
     """One row a stage: medians over the pairs of its seconds and its share of the full iteration."""
     rows = []
     for stage in (*STAGES, "other"):
-        seconds = [row["full"] - row["bare"] if stage == "other" else row[stage] for row in pairs]
-        shares = [part / row["full"] for part, row in zip(seconds, pairs, strict=True)]
+        seconds, shares = [], []
+        for row in pairs:
+            part = row["full"] - row["bare"] if stage == "other" else row[stage]
+            seconds.append(part)
+            shares.append(part / row["full"])
         rows.append({"stage": stage, "seconds": statistics.median(seconds), "share": statistics.median(shares)})
     return rows
 
 
 def with_micro_batches(config: Config, size: int) -> Config:
-    """Of `size` samples and transitions. Raises ValueError: they do not divide."""
+    """The config with micro-batches of `size` samples and transitions; ValueError where they do not divide."""
     from rlcm_fast.config.checks import validate
 
     sized = replace(
@@ -161,13 +183,13 @@ def with_micro_batches(config: Config, size: int) -> Config:
 
 def throughput(config: Config, size: int, num_iterations: int) -> dict[str, Any]:
     """Images/s of full iterations at one micro-batch size, sampling and training alike; the first is a warm-up."""
-    from rlcm_fast.config.checks import derived
+    from rlcm_fast.config.resolved import resolve
 
     sized = with_micro_batches(config, size)
     with temporary_trainer(sized, num_iterations + 2) as trainer:
         times = run_with_hook(trainer, lambda: None)[1:]
-    median = statistics.median(row["wall"] for row in times)
-    images = derived(sized, 1)["samples_per_iteration"]
+    median = median_of(times, "wall")
+    images = resolve(sized, 1).sizes.samples_per_iteration
     return {"micro_batch_size": size, "images_per_second": images / median, "seconds_per_iteration": median}
 
 

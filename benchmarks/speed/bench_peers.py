@@ -68,8 +68,11 @@ class Measured:
         return statistics.median(self.cpu_seconds)
 
     def stage_median(self, prefix: str) -> float:
-        """Of all stages whose names begin so."""
-        return statistics.median(sum(s for name, s in row.items() if name.startswith(prefix)) for row in self.stages)
+        """The median seconds of all stages whose names begin so."""
+        seconds = []
+        for stages in self.stages:
+            seconds.append(sum(spent for name, spent in stages.items() if name.startswith(prefix)))
+        return statistics.median(seconds)
 
 
 def main() -> int:
@@ -78,6 +81,7 @@ def main() -> int:
     from rlcm_fast.train import set_process_environment
 
     set_process_environment()
+    # Measure the loops in turn, then trl.
     try:
         config = _config(arguments)
         load = os.getloadavg()[0]
@@ -89,6 +93,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    # Sum up.
     about = {"traces": traces, "load_averages": [load, os.getloadavg()[0]], "config": arguments.config}
     print_summary({**summarise(loops, trl, config), **about}, stem.with_suffix(".json"))
     return 0
@@ -115,19 +120,14 @@ def _config(arguments: argparse.Namespace) -> Config:
     Raises:
         ValueError: the paper's loop cannot do the same work.
     """
+    # Switch off what the paper's loop has not.
     if arguments.repeats < 1:
         raise ValueError(f"repeats={arguments.repeats}: give 1 or more, 5 for a claim")
-    off = [
-        "--evaluation.every",
-        "0",
-        "--tracking.grid_every",
-        "0",
-        "--checkpoint.every",
-        "0",
-        "--update.kl_weight",
-        "0",
-    ]
+    off = ("--evaluation.every=0", "--evaluation.rewards=[]", "--tracking.grid_every=0", "--checkpoint.every=0")
+    off += ("--update.kl_weight=0",)
     config = read_config(arguments, *off)
+
+    # Refuse what it does otherwise.
     required = {
         "policy.kind": (config.policy.kind, "consistency"),
         "engine.dtype": (config.engine.dtype, "fp32"),
@@ -144,11 +144,13 @@ def measure(config: Config, num_repeats: int, folder: Path | None) -> tuple[dict
     """The rounds of the ladder and ours; and what the traces in `folder` hold."""
     from benchmarks.speed.peer_loops import export, ladder, new_profiler, watched
 
+    # The loops, and a profiler for two of them.
     rungs = ladder(config)
     found = {name: Measured() for name in [*rungs, OURS]}
     reads: list[Any] = []  # of the clock, before each iteration of ours
     tracers = {name: new_profiler() for name in (PAPER, OURS)} if folder else {}
 
+    # Between two iterations of ours: one of each other loop, and at the end the traces.
     def between() -> None:
         number = len(reads)
         reads.append(clock.read())
@@ -168,14 +170,20 @@ def measure(config: Config, num_repeats: int, folder: Path | None) -> tuple[dict
         seconds = run_with_hook(trainer, between)
     for row, read in zip(seconds, reads[1:], strict=False):
         found[OURS].add(row, *read)
-    traces = {name: export(tracer, folder / f"{name}.json.gz") for name, tracer in tracers.items()} if folder else {}
-    return {name: measured.rounds(num_repeats) for name, measured in found.items()}, traces
+
+    # Without the warm-up.
+    rounds = {name: measured.rounds(num_repeats) for name, measured in found.items()}
+    traces = {}
+    if folder:
+        for name, tracer in tracers.items():
+            traces[name] = export(tracer, folder / f"{name}.json.gz")
+    return rounds, traces
 
 
 def measure_trl(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     """One row for each batch size; trl is null where it cannot be imported, with the reason."""
     from benchmarks.speed.peer_loops import rewards_of, some_prompts
-    from benchmarks.speed.trl_ddpo import ddpo_epoch, reason_missing
+    from benchmarks.speed.trl_ddpo import Batches, ddpo_epoch, reason_missing
 
     reason = reason_missing() if arguments.trl_batch_sizes else "not asked for"
     if reason:
@@ -183,10 +191,11 @@ def measure_trl(config: Config, arguments: argparse.Namespace) -> dict[str, Any]
     rows = []
     for size in arguments.trl_batch_sizes:
         num_samples = max(size, arguments.trl_samples or _num_samples(config))
-        settings = (num_samples, size, arguments.trl_steps)
-        epoch = ddpo_epoch(arguments.trl_model, some_prompts(config), rewards_of(config), *settings)
-        seconds = [_seconds(epoch)["wall"] for _ in range(1 + (arguments.trl_repeats or arguments.repeats))][1:]
-        spread = _spread(seconds)
+        batches = Batches(num_samples, size, arguments.trl_steps)
+        epoch = ddpo_epoch(arguments.trl_model, some_prompts(config), rewards_of(config), batches)
+        num_epochs = 1 + (arguments.trl_repeats or arguments.repeats)
+        seconds = [_seconds(epoch)["wall"] for _ in range(num_epochs)]
+        spread = _spread(seconds[1:])
         rates = {"samples": num_samples, "samples_per_second": num_samples / spread["median"]}
         rows.append({"batch_size": size, "num_steps": arguments.trl_steps, **rates, "seconds": spread})
     return {"trl": rows, "trl_reason": None}
@@ -201,13 +210,15 @@ def _seconds(function: Callable[[], None]) -> Seconds:
 
 def summarise(found: dict[str, Measured], trl: dict[str, Any], config: Config) -> dict[str, Any]:
     """Medians over the rounds, and ratios of medians."""
+    # Rates, and how much faster ours is, as a whole and stage by stage.
     num_samples, ours, paper = _num_samples(config), found[OURS], found[PAPER]
     rate = num_samples / ours.median
-    rates = {OURS: rate, PAPER: num_samples / paper.median, "trl": [r["samples_per_second"] for r in trl["trl"] or []]}
-    by_stage = {
-        stage: _ratio(paper.stage_median(stage), ours.stage_median(stage))
-        for stage in ("sampling", "decode", "reward", "training")
-    }
+    trl_rates = [row["samples_per_second"] for row in trl["trl"] or []]
+    by_stage = {}
+    for stage in ("sampling", "decode", "reward", "training"):
+        by_stage[stage] = _ratio(paper.stage_median(stage), ours.stage_median(stage))
+
+    # What was measured.
     settings = {
         "model": config.model.path,
         "num_steps": config.policy.num_steps,
@@ -218,9 +229,9 @@ def summarise(found: dict[str, Measured], trl: dict[str, Any], config: Config) -
     return {
         "speedup_over_paper_loop": paper.median / ours.median,
         "speedup_over_paper_loop_cpu": paper.cpu_median / ours.cpu_median,
-        "speedup_over_trl": [_ratio(rate, other) for other in rates["trl"]] or None,
+        "speedup_over_trl": [_ratio(rate, other) for other in trl_rates] or None,
         "speedup_over_paper_loop_by_stage": by_stage,
-        "samples_per_second": rates,
+        "samples_per_second": {OURS: rate, PAPER: num_samples / paper.median, "trl": trl_rates},
         "seconds": {name: _spread(measured.seconds) for name, measured in found.items()},
         "ladder": ladder_rows(found, num_samples),
         **trl,
@@ -245,10 +256,12 @@ def stage_rows(found: dict[str, Measured]) -> list[dict[str, Any]]:
     rows = []
     for loop, measured in found.items():
         for stage in measured.stages[0]:
-            ms, calls = 1000 * measured.stage_median(stage), measured.calls.get(stage, [])
+            ms = 1000 * measured.stage_median(stage)
             share = ms / (1000 * measured.median)
+            calls = measured.calls.get(stage, [])
             row = {"loop": loop, "stage": stage, "ms": round(ms, 2), "share": round(share, 4)}
-            rows.append({**row, "network_calls": len(calls), "mean_batch": statistics.fmean(calls) if calls else None})
+            mean_batch = statistics.fmean(calls) if calls else None
+            rows.append({**row, "network_calls": len(calls), "mean_batch": mean_batch})
     return rows
 
 

@@ -84,7 +84,7 @@ def steps_of(scheduler_config: Mapping[str, Any], num_steps: int) -> list[Step]:
     steps = []
     for t, s in zip(timesteps, [*timesteps[1:], timesteps[-1]], strict=True):
         c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(t)
-        alpha_bar_t, alpha_bar_s = (scheduler.alphas_cumprod[u].item() for u in (t, s))
+        alpha_bar_t, alpha_bar_s = scheduler.alphas_cumprod[[t, s]].tolist()
         steps.append(Step(t, alpha_bar_t, alpha_bar_s, float(c_skip), float(c_out)))
     return steps
 
@@ -141,7 +141,7 @@ class PaperLoop:
         rows = torch.arange(len(conditioning.index), device=conditioning.index.device)
         with self.clock.stage("sampling: rest"):
             parts = [self._sample_batch(conditioning.take(part)) for part in rows.split(self.sampling_batch_size)]
-            states, log_probs, x_0 = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            states, log_probs, x_0 = map(torch.cat, zip(*parts, strict=True))
         return Samples(states, log_probs, x_0, conditioning)
 
     def _sample_batch(self, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,11 +188,12 @@ class PaperLoop:
         step = self.steps[k]
         if not self.habits.steps_one_by_one:
             return consistency_step(step, eps, x_t, **given)
-        rows = [
-            consistency_step(step, eps[i : i + 1], x_t[i : i + 1], **{name: t[i : i + 1] for name, t in given.items()})
-            for i in range(len(x_t))
-        ]
-        x_s, f, log_prob = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        rows = []
+        for i in range(len(x_t)):
+            row = slice(i, i + 1)
+            given_here = {name: tensor[row] for name, tensor in given.items()}
+            rows.append(consistency_step(step, eps[row], x_t[row], **given_here))
+        x_s, f, log_prob = map(torch.cat, zip(*rows, strict=True))
         return x_s, f, log_prob
 
     def _noise(self, embeds: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from rlcm_fast.algorithms import build_advantages
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import Config
 from rlcm_fast.engine.optimizers import build_optimizer
-from rlcm_fast.policies import build_policy
+from rlcm_fast.policies import Network
 from rlcm_fast.policies.consistency import guidance_embedding
 from rlcm_fast.prompts import PromptSampler, Share, load_prompts
 from rlcm_fast.rewards import Reward, build_reward
@@ -43,15 +43,17 @@ def ladder(config: Config) -> dict[str, PaperLoop]:
 
 
 def _loop(config: Config, backbone: Backbone, habits: Habits) -> PaperLoop:
-    """With weights of its own, and as much of the config as the paper's loop knows."""
+    """The paper's loop with weights of its own, and as much of the config as it knows."""
+    # The network again, and what describes its sampler.
     unet, device = copy.deepcopy(backbone.unet), backbone.device
-    schedule = (unet.config, backbone.scheduler_config, torch.float32, device)
     advantages = config.advantages
+
+    # The loop around it, watched by its clock.
     loop = PaperLoop(
         unet=unet,
         steps=steps_of(backbone.scheduler_config, config.policy.num_steps),
         guidance=guidance_embedding(config.policy.guidance_scale, unet.config["time_cond_proj_dim"]).to(device),
-        latent_shape=build_policy(config.policy, unet, *schedule).latent_shape,
+        latent_shape=Network(unet, unet.config).latent_shape,
         prompts=PromptSampler(
             load_prompts(config.prompts.source),
             Share(config.prompts.num_prompts, config.prompts.images_per_prompt, config.seed),
@@ -89,7 +91,7 @@ def watched(trainer: Trainer) -> StageClock:
     clock.wrap(trainer.tasks.rewards, "gather", "reward")
     clock.wrap(trainer.engine, "backward", "training: backward")
     clock.wrap(trainer.engine, "step", "training: optimizer")
-    clock.wrap(trainer, "update", "training: rest")
+    clock.wrap(trainer.updater, "update", "training: rest")
     return clock
 
 

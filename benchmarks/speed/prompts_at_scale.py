@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _row(kind: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Of one source, which is written into `folder`."""
+    """The row of one source, which is written into `folder`."""
     if kind.startswith("."):
         path = folder / f"prompts{kind}"
         write_prompts(path, arguments.lines)
@@ -70,7 +70,10 @@ def _row(kind: str, folder: Path, arguments: argparse.Namespace) -> dict[str, An
     data = folder / "data"
     write_folder(data, kind, arguments.lines, arguments.shards)
     num_prompts, iterations = arguments.num_prompts, arguments.lines // 2 // arguments.num_prompts
-    starts = [_in_a_process(measure_stream, data, num_prompts, 2)[0]["start_seconds"] for _ in range(_STARTS - 1)]
+    starts = []
+    for _ in range(_STARTS - 1):
+        short, _, _ = _in_a_process(measure_stream, data, num_prompts, 2)
+        starts.append(short["start_seconds"])
     row, state, expected = _in_a_process(measure_stream, data, num_prompts, iterations)
     starts.append(row["start_seconds"])
     resumed = _in_a_process(resume_stream, data, num_prompts, state, expected)
@@ -106,7 +109,8 @@ def write_prompts(path: Path, lines: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for number in range(lines):
             text = " ".join([*generator.choices(_WORDS, k=5 + number % 15), str(number)])
-            file.write((text if path.suffix == ".txt" else json.dumps({"text": text})) + "\n")
+            line = text if path.suffix == ".txt" else json.dumps({"text": text})
+            file.write(f"{line}\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -116,12 +120,14 @@ def measure(path: Path, num_prompts: int, iterations: int) -> dict[str, Any]:
     from rlcm_fast.prompts import Share, build_sampler
 
     _drop_from_page_cache(path)
+    # A run's start: its sampler and the first batch.
     before, start = _memory_mb("VmRSS"), time.perf_counter()
     sampler = build_sampler(str(path), Share(num_prompts, 1, seed=0))
     sampler.next_batch()
     start_seconds, held, peak = time.perf_counter() - start, _memory_mb("VmRSS"), _memory_mb("VmHWM")
     batches = list(_seconds_of_batches(sampler.next_batch, 100))
 
+    # A second sampler, which goes on where a long run was.
     start = time.perf_counter()
     state = {**sampler.state_dict(), "num_batches": iterations}
     resumed = build_sampler(str(path), Share(num_prompts, 1, seed=0))
@@ -146,6 +152,8 @@ def measure_stream(folder: Path, num_prompts: int, iterations: int) -> tuple[dic
     files, load = sorted(folder.iterdir()), os.getloadavg()[0]
     for path in files:
         _drop_from_page_cache(path)
+
+    # A run's start: the import of datasets, the sampler and the first batch.
     before, start, start_cpu = _memory_mb("VmRSS"), time.perf_counter(), time.process_time()
     importlib.import_module("datasets")
     import_seconds, import_mb = time.perf_counter() - start, _memory_mb("VmRSS") - before
@@ -162,6 +170,8 @@ def measure_stream(folder: Path, num_prompts: int, iterations: int) -> tuple[dic
         "memory_growth_mb": _memory_mb("VmRSS") - before,
         "memory_growth_at_first_peak_mb": _memory_mb("VmHWM") - before,
     }
+
+    # Batches until the cursor is where the next process goes on.
     batches = list(_seconds_of_batches(sampler.next_batch, iterations - 1))
     row |= {
         "iterations": iterations,
@@ -202,9 +212,12 @@ def _seconds_of_batches(next_batch: Any, count: int) -> Iterator[float]:
 
 
 def _memory_mb(field: str) -> float:
-    """Of this process: VmRSS what is resident, VmHWM the most that ever was."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith(f"{field}:"))
+    """Megabytes of this process: VmRSS what is resident, VmHWM the most that ever was."""
+    status = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        status[name] = value
+    return int(status[field].split()[0]) * 1024 / 1e6
 
 
 def _drop_from_page_cache(path: Path) -> None:
@@ -214,8 +227,10 @@ def _drop_from_page_cache(path: Path) -> None:
 
 def summarise(rows: list[dict[str, Any]], lines: int) -> dict[str, Any]:
     """With the targets, and whether every source meets them, a folder also when it is resumed."""
-    peaks = [max(row["memory_growth_at_peak_mb"], row.get("memory_growth_at_resume_peak_mb", 0.0)) for row in rows]
-    met = all(row["start_seconds"] < _START_SECONDS for row in rows) and max(peaks) < _MEMORY_MB
+    met = True
+    for row in rows:
+        peak = max(row["memory_growth_at_peak_mb"], row.get("memory_growth_at_resume_peak_mb", 0.0))
+        met = met and row["start_seconds"] < _START_SECONDS and peak < _MEMORY_MB
     targets = {"start_seconds": _START_SECONDS, "memory_growth_at_peak_mb": _MEMORY_MB}
     return {"lines": lines, "targets": targets, "targets_met": met, "files": rows}
 

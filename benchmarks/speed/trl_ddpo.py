@@ -12,13 +12,24 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlcm_fast.backbones.loading import resolve_model_path
 from rlcm_fast.rewards import Reward
 from rlcm_fast.trajectory import Prompt
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How much an epoch does."""
+
+    num_samples: int
+    batch_size: int
+    num_steps: int  # of the sampler
 
 
 def reason_missing() -> str | None:
@@ -31,30 +42,26 @@ def reason_missing() -> str | None:
 
 
 def ddpo_epoch(
-    model: str,
-    prompts: Sequence[Prompt],
-    rewards: Sequence[tuple[Reward, float]],
-    num_samples: int,
-    batch_size: int,
-    num_steps: int,
+    model: str, prompts: Sequence[Prompt], rewards: Sequence[tuple[Reward, float]], batches: Batches
 ) -> Callable[[], None]:
-    """A function that runs one epoch of `num_samples`: sampling, rewards, updates.
+    """A function that runs one epoch: sampling, rewards, updates.
 
     Raises:
         ValueError: the batch size does not divide the samples.
     """
-    if num_samples % batch_size:
-        raise ValueError(f"trl_samples={num_samples} must divide by trl_batch_sizes={batch_size}")
+    if batches.num_samples % batches.batch_size:
+        raise ValueError(f"trl_samples={batches.num_samples} must divide by trl_batch_sizes={batches.batch_size}")
     from accelerate import PartialState
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # pyright: ignore[reportMissingImports]
 
+    # Make trl's trainer, silently.
     PartialState()  # DDPOTrainer logs before it makes an accelerator, which accelerate's logger refuses
     config = DDPOConfig(
         mixed_precision="no",
-        sample_num_steps=num_steps,
-        sample_batch_size=batch_size,
-        sample_num_batches_per_epoch=num_samples // batch_size,
-        train_batch_size=batch_size,
+        sample_num_steps=batches.num_steps,
+        sample_batch_size=batches.batch_size,
+        sample_num_batches_per_epoch=batches.num_samples // batches.batch_size,
+        train_batch_size=batches.batch_size,
     )
     texts = itertools.cycle(prompt.text for prompt in prompts)
     with warnings.catch_warnings():
@@ -63,6 +70,7 @@ def ddpo_epoch(
         trainer = DDPOTrainer(config, _scored_by(rewards), lambda: (next(texts), {}), pipeline)
     pipeline.sd_pipeline.set_progress_bar_config(disable=True)
 
+    # An epoch of it.
     def epoch() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -74,6 +82,7 @@ def ddpo_epoch(
 def _scored_by(rewards: Sequence[tuple[Reward, float]]) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     def score(images: Tensor, texts: Sequence[str], _: Any) -> tuple[Tensor, dict[str, Any]]:
         prompts = [Prompt(text) for text in texts]
-        return sum(weight * reward(images.float(), prompts) for reward, weight in rewards), {}  # pyright: ignore
+        total = torch.stack([weight * reward(images.float(), prompts) for reward, weight in rewards]).sum(dim=0)
+        return total, {}
 
     return score

@@ -1,15 +1,15 @@
-"""AdamW with moments of 8 bits, for many tensors in one launch; bfloat16 weights are rounded stochastically.
+"""AdamW with 8-bit moments, for many tensors in one launch; bfloat16 weights are rounded stochastically.
 
-A program takes 4 blocks of 256 neighbouring elements of one tensor, in memory order, so that nothing is copied whatever
-the memory format: it dequantises both moments, updates them and the weights (reference.adamw_step), and quantises the
-moments by their block's new largest value. Which tensor it is and where that lies is read from a table on the device:
-the addresses go there in one copy from pinned memory, which nobody waits for.
+A program updates 4 blocks of 256 elements of one tensor that are neighbours in memory, so no memory format needs a
+copy. It dequantises both moments, updates them and the weights (reference_adamw.adamw_step), and quantises the moments
+by the new largest value of their block. A table on the device tells which tensor a program updates and where it lies;
+the addresses get there in one copy from pinned memory, for which nothing waits.
 """
 
-# T tensors, M blocks of 256 elements of one
+# T tensors, M blocks of 256 elements per tensor
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-# A launch gives numbers where the annotations, which are the kernel's, say constexpr; and triton's say NoReturn.
+# The annotations belong to the kernel: a launch passes numbers for its constexpr, and triton declares NoReturn.
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from torch import Tensor
 from rlcm_fast.kernels.quantization import BLOCK, codebook, edges_between
 from rlcm_fast.kernels.triton_ops.gaussian import EXACT
 
-_BLOCKS = 4  # of a program: 8 elements a thread, which is one counter of Philox
-_COLUMNS = tl.constexpr(8)  # of the table: six addresses, elements, index
+_BLOCKS = 4  # per program: 8 elements per thread, as many as one counter of Philox serves
+_COLUMNS = tl.constexpr(8)  # of the table: six addresses, number of elements, index
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
@@ -39,7 +39,7 @@ def _address(row, column: tl.constexpr, dtype: tl.constexpr, is_aligned: tl.cons
 
 @triton.jit
 def _code(scaled, edges):
-    """The number of edges below, by bisection: the nearest code."""
+    """The nearest code: the number of edges below each value, by bisection."""
     code = tl.zeros(scaled.shape, dtype=tl.int32)
     for bit in tl.static_range(8):
         code += tl.where(scaled > tl.load(edges + code + ((128 >> bit) - 1)), 128 >> bit, 0)
@@ -48,7 +48,7 @@ def _code(scaled, edges):
 
 @triton.jit
 def _store_quantized(codes, absmax, place, block, inside, num_blocks, values, edges, is_signed: tl.constexpr):
-    """As quantization.quantize."""
+    """Quantise the values as quantization.quantize does, and store them."""
     largest = tl.max(tl.where(inside, tl.abs(values), 0.0), axis=1, keep_dims=True)
     scaled = tl.div_rn(values, tl.zeros_like(values) + tl.where(largest > 0, largest, 1.0))
     code = _code(scaled, edges)
@@ -70,7 +70,7 @@ def _word(numbers):
 
 @triton.jit
 def _random_halves(seed, step, index, first_block, blocks: tl.constexpr):
-    """(blocks, 256) int32 in [0, 2^16), as reference.philox_halves."""
+    """Random numbers (blocks, 256) int32 in [0, 2^16), the same as those of reference_adamw.philox_halves."""
     eights = (first_block + tl.arange(0, blocks)[:, None]) * 32 + tl.arange(0, 32)[None, :]
     zero = tl.zeros((blocks, 32), dtype=tl.int32)
     words = tl.philox(seed, _word(eights), _word(zero + step), _word(zero + index), _word(zero))
@@ -94,6 +94,7 @@ def _adamw_kernel(
     param_dtype: tl.constexpr, grad_dtype: tl.constexpr, is_quantized: tl.constexpr, rounds: tl.constexpr,
     scales: tl.constexpr, counts: tl.constexpr, is_aligned: tl.constexpr, blocks: tl.constexpr,
 ):  # fmt: skip
+    # Look up the tensor of this program, its addresses and its size.
     tensor = tl.load(tensor_of_program + tl.program_id(0))
     row = table + tensor * _COLUMNS
     state_dtype: tl.constexpr = tl.uint8 if is_quantized else tl.float32
@@ -103,12 +104,15 @@ def _adamw_kernel(
     size, index = tl.load(row + 6), tl.load(row + 7)
     if is_aligned:
         size = tl.multiple_of(size, 16)
+
+    # Find the blocks of this program.
     first_block = (tl.program_id(0) - tl.load(first_program + tensor)) * blocks
     block = first_block + tl.arange(0, blocks)[:, None]
     place = block.to(tl.int64) * 256 + tl.arange(0, 256)[None, :]
     inside = place < size
     num_blocks = (size + 255) // 256
 
+    # Load the gradient and the moments.
     g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     if scales:
         g = g * tl.load(grad_scale)
@@ -117,6 +121,8 @@ def _adamw_kernel(
     if is_quantized:
         m = tl.load(codes_1 + m.to(tl.int32)) * tl.load(absmax_1 + block, mask=block < num_blocks, other=0.0)
         v = tl.load(codes_2 + v.to(tl.int32)) * tl.load(absmax_2 + block, mask=block < num_blocks, other=0.0)
+
+    # Update the moments and the weights.
     m = beta_1 * m + one_less_beta_1 * g
     v = beta_2 * v + one_less_beta_2 * (g * g)
     change = tl.div_rn(m, tl.sqrt_rn(v) * inverse_root + eps)
@@ -127,6 +133,8 @@ def _adamw_kernel(
     else:
         after = exact.to(param_dtype)
     tl.store(param + place, after, mask=inside)
+
+    # Count the updates that rounding loses, and store the moments.
     if counts:
         is_wanted = inside & (exact != before.to(tl.float32))
         tl.store(counted + 2 * tl.program_id(0), _sum(is_wanted))
@@ -148,22 +156,27 @@ def adamw_8bit_(
     absmax_1: Sequence[Tensor], absmax_2: Sequence[Tensor], indices: Sequence[int], scalars: Sequence[float],
     step: int, seed: int, rounds: bool, grad_scale: Tensor | None, counts: Tensor | None,
 ) -> None:  # fmt: skip
-    """One step of T tensors of one dtype, their gradients of one dtype, states all uint8 or all float32: one launch.
+    """Step T tensors in one launch; they share a dtype, their gradients too, and their states are uint8 or float32.
 
-    All tensors of an index have the same dense strides; absmax lists are empty for float32 states; scalars are the
-    fields of reference.AdamWScalars.
+    All tensors of one index have the same dense strides. The absmax lists are empty for float32 states. scalars holds
+    the fields of reference_adamw.AdamWScalars.
     """
+    # Copy the table of addresses to the device.
     is_quantized = states_1[0].dtype == torch.uint8
     device = params[0].device
     lists = [params, grads, states_1, states_2, *((absmax_1, absmax_2) if is_quantized else (states_1, states_2))]
     addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
     sizes = [param.numel() for param in params]
     table = _on(device, [*map(list, zip(*addresses, sizes, indices, strict=True))])
+
+    # Assign programs to tensors.
     num_programs = [triton.cdiv(size, _BLOCKS * BLOCK) for size in sizes]
     first_program = [0, *accumulate(num_programs)][:-1]
     tensors = torch.arange(len(sizes), dtype=torch.int32, device=device)
     tensor_of_program = tensors.repeat_interleave(_on(device, num_programs), output_size=sum(num_programs))
     counted = None if counts is None else torch.empty(sum(num_programs), 2, dtype=torch.int32, device=device)
+
+    # Launch, and add up what the programs counted.
     _adamw_kernel[(sum(num_programs),)](
         table, tensor_of_program, _on(device, first_program),
         codebook(True, device), codebook(False, device), edges_between(True, device), edges_between(False, device),
@@ -178,6 +191,6 @@ def adamw_8bit_(
 
 
 def _on(device: torch.device, numbers: list) -> Tensor:
-    """int64 numbers, copied without waiting for the device."""
+    """Tensor of int64 numbers, copied to the device without waiting for it."""
     tensor = torch.tensor(numbers, dtype=torch.int64)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

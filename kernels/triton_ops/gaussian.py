@@ -1,17 +1,18 @@
-"""Log-probability and sampling step of x_s = A x_t + B m + sigma z, rows summed in a fixed order.
+"""Log-probability and sampling step of x_s = A x_t + B m + sigma z; each row is summed in a fixed order.
 
     r      = (x_next - A x - B m) / sigma,          m = m_u + w (m_c - m_u) with guidance
     log p  = -mean(r^2) / 2 - log sigma - log(2 pi) / 2
     d log p / d m = B r / (sigma D),   / d x = A r / (sigma D),   / d x_next = -r / (sigma D)
 
-The first launch sums r^2 chunk by chunk and, with gradients on, writes r / (sigma D); the second adds the chunks of a
-row and ends the formula. The backward pass is one launch for each input that wants a gradient.
+The first launch sums r^2 chunk by chunk and, if an input requires a gradient, writes r / (sigma D). The second launch
+adds the chunks of each row and finishes the formula. The backward pass launches once for each input that requires a
+gradient.
 """
 
 # N rows, D = C H W elements of a row, K chunks of a row; coef rows are A, B, sigma
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# A launch gives numbers where the annotations, which are the kernel's, say constexpr; and triton's say NoReturn.
+# The annotations belong to the kernel: a launch passes numbers for its constexpr, and triton declares NoReturn.
 
 from __future__ import annotations
 
@@ -24,14 +25,14 @@ from rlcm_fast.kernels.triton_ops.noise import normal
 from rlcm_fast.kernels.triton_ops.rows import Walk, walk_over
 
 _HALF_LOG_TWO_PI = tl.constexpr(0.9189385332046727)
-_ROWS = 128  # of a program that ends rows
-# Fused multiply-adds would round otherwise than the reference, and otherwise from one version of triton to the next.
+_ROWS = 128  # per program that finishes rows
+# Fused multiply-adds would round differently from the reference, and differently in each version of triton.
 EXACT = {"enable_fp_fusion": False, "num_warps": 4}
 
 
 @triton.jit
 def mean_of_tile(x, m, m_uncond, guidance, a, b, x_at, m_at, u_at, inside, guided: tl.constexpr):
-    """A x + B m of a tile, float32."""
+    """The mean A x + B m of a tile, float32."""
     x_t = tl.load(x + x_at, mask=inside, other=0.0).to(tl.float32)
     out = tl.load(m + m_at, mask=inside, other=0.0).to(tl.float32)
     if guided:
@@ -56,9 +57,11 @@ def _residual_kernel(
     tile_c: tl.constexpr, tile_p: tl.constexpr, chunk_p: tl.constexpr,
     guided: tl.constexpr, writes_residual: tl.constexpr,
 ):  # fmt: skip
-    """partial[n, k] = sum of r^2 over chunk k; residual = r / (sigma D)."""
+    """Store partial[n, k], the sum of r^2 over chunk k, and residual = r / (sigma D)."""
     n, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     a, b, sigma = tl.load(coef + 3 * n), tl.load(coef + 3 * n + 1), tl.load(coef + 3 * n + 2)
+
+    # Walk over the tiles of the chunk and sum r^2.
     total = tl.zeros((tile_c, tile_p), dtype=tl.float32)
     for first in range(0, chunk_p, tile_p):
         c, p = tile_of(k * chunk_p + first, tile_c, tile_p)
@@ -86,10 +89,12 @@ def _step_kernel(
     tile_c: tl.constexpr, tile_p: tl.constexpr, chunk_p: tl.constexpr,
     guided: tl.constexpr, draws: tl.constexpr, interleaved: tl.constexpr,
 ):  # fmt: skip
-    """x_next = A x + B m + sigma z, z given or drawn, and the partial sums of its rounded r^2."""
+    """Store x_next = A x + B m + sigma z, with z given or drawn, and the partial sums of r^2 of the rounded x_next."""
     n, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     a, b, sigma = tl.load(coef + 3 * n), tl.load(coef + 3 * n + 1), tl.load(coef + 3 * n + 2)
     divisor = tl.where(sigma > 0, sigma, 1.0)
+
+    # Walk over the tiles of the chunk, make the next state and sum its r^2.
     total = tl.zeros((tile_c, tile_p), dtype=tl.float32)
     for first in range(0, chunk_p, tile_p):
         c, p = tile_of(k * chunk_p + first, tile_c, tile_p)
@@ -112,7 +117,7 @@ def _step_kernel(
 
 @triton.jit
 def log_prob_of_rows(partial, coef, rows, inside, num_chunks, size):
-    """log p of some rows from their partial sums, added in order; 0 where sigma is 0."""
+    """log p of some rows from their partial sums, which are added in order; 0 where sigma is 0."""
     total = tl.zeros(rows.shape, dtype=tl.float32)
     for k in range(num_chunks):
         total += tl.load(partial + rows.to(tl.int64) * num_chunks + k, mask=inside, other=0.0)
@@ -137,7 +142,7 @@ def _scale_rows_kernel(
     r_c: tl.constexpr, r_p: tl.constexpr, o_c: tl.constexpr, o_p: tl.constexpr,
     tile_c: tl.constexpr, tile_p: tl.constexpr, chunk_p: tl.constexpr,
 ):  # fmt: skip
-    """out = residual * grad[n] * upstream * coef[n, column] * factor; column 3 is 1."""
+    """Store out = residual * grad[n] * upstream * coef[n, column] * factor; column 3 stands for 1."""
     n, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     scale = tl.load(grad + n) * factor
     if has_upstream:
@@ -160,7 +165,8 @@ def launch_residual(
     guidance: float,
     residual: Tensor | None,
 ) -> tuple[Tensor, Walk]:
-    """The partial sums (N, K) and their walk; fills `residual` (N, C, H, W) float32 where there is one."""
+    """The partial sums (N, K) and their walk; fills `residual` (N, C, H, W) float32 if you give it."""
+    # Let m stand in for absent tensors; the kernel does not access them.
     tensors = [x, m, m if m_uncond is None else m_uncond, x_next, m if residual is None else residual]
     walk, strides = walk_over(tensors)
     partial = torch.empty(len(x), walk.num_chunks, dtype=torch.float32, device=x.device)
@@ -187,9 +193,9 @@ def end_rows(partial: Tensor, coef: Tensor, walk: Walk) -> Tensor:
 def row_gradient(
     residual: Tensor, grad: Tensor, upstream: Tensor | None, coef: Tensor, column: int, factor: float, like: Tensor
 ) -> Tensor:
-    """residual (N, C, H, W) times grad (N,), upstream (), coef[:, column] (1 for column 3) and factor, as `like` is.
+    """Product of residual (N, C, H, W), grad (N,), upstream (), coef[:, column] (1 for column 3) and factor.
 
-    An operator of its own, so that a compiled backward pass sees it.
+    The result has the dtype and layout of `like`. It is a separate operator, so that a compiled backward pass sees it.
     """
     out = torch.empty_like(like)
     walk, (of_residual, of_out) = walk_over([residual, out])
@@ -210,13 +216,13 @@ def _(residual, grad, upstream, coef, column, factor, like):
 def input_gradients(
     ctx, residual: Tensor, grad: Tensor, upstream: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Of x, m, m_uncond and x_next, the first four inputs of an operator; None where none is wanted."""
+    """Gradients of x, m, m_uncond and x_next, the first four inputs of an operator; None for those not needed."""
     x, m, m_uncond, x_next, coef = ctx.saved_tensors[:5]
     w = ctx.guidance if m_uncond is not None else 1.0
     factors = ((x, 0, 1.0), (m, 1, w), (m_uncond, 1, 1.0 - w), (x_next, 3, -1.0))
     x_grad, m_grad, u_grad, s_grad = (
-        row_gradient(residual, grad, upstream, coef, column, factor, like) if wanted and like is not None else None
-        for (like, column, factor), wanted in zip(factors, ctx.needs_input_grad[:4], strict=True)
+        row_gradient(residual, grad, upstream, coef, column, factor, like) if is_needed and like is not None else None
+        for (like, column, factor), is_needed in zip(factors, ctx.needs_input_grad[:4], strict=True)
     )
     return x_grad, m_grad, u_grad, s_grad
 
@@ -225,7 +231,7 @@ def input_gradients(
 def gaussian_log_prob(
     x: Tensor, m: Tensor, m_uncond: Tensor | None, x_next: Tensor, coef: Tensor, guidance: float, keeps_residual: bool
 ) -> tuple[Tensor, Tensor]:
-    """(N,) and, if it keeps it for a backward pass, r / (sigma D) as m is laid out, float32 (else empty)."""
+    """Log-probability (N,), and r / (sigma D) float32 in the layout of m, empty unless keeps_residual is set."""
     residual = torch.empty_like(m, dtype=torch.float32) if keeps_residual else None
     partial, walk = launch_residual(x, m, m_uncond, x_next, coef, guidance, residual)
     return end_rows(partial, coef, walk), coef.new_empty(0) if residual is None else residual
@@ -241,13 +247,13 @@ def _keep_log_prob(ctx, inputs, output):
     x, m, m_uncond, x_next, coef, ctx.guidance, ctx.keeps_residual = inputs
     ctx.save_for_backward(x, m, m_uncond, x_next, coef, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or a backward pass fills zeros of the residual's size, in a launch of its own
+    ctx.set_materialize_grads(False)  # otherwise autograd launches a kernel that fills zeros of the residual's size
 
 
 def _log_prob_backward(ctx, grad, _):
     if grad is None:
         return (None,) * 7
-    assert ctx.keeps_residual, "a gradient is wanted of a call without keeps_residual"
+    assert ctx.keeps_residual, "a call without keeps_residual has no gradient"
     return *input_gradients(ctx, ctx.saved_tensors[5], grad, None), None, None, None
 
 
@@ -259,7 +265,7 @@ def gaussian_step(
     x: Tensor, m: Tensor, m_uncond: Tensor | None, coef: Tensor, noise: Tensor | None, seeds: Tensor | None,
     guidance: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(x_next, log_prob); one of noise (N, C, H, W) and seeds (N,) int64 is given. No gradient."""
+    """x_next and log_prob from either noise (N, C, H, W) or seeds (N,) int64; not differentiable."""
     x_next = torch.empty_like(x, dtype=torch.float32)
     tensors = [x, m, m if m_uncond is None else m_uncond, x if noise is None else noise, x_next]
     walk, strides = walk_over(tensors)

@@ -1,21 +1,22 @@
-"""The kernels of y = silu(GroupNorm(x)) and of its gradients; group_norm.py launches them.
+"""Kernels of y = silu(GroupNorm(x)) and of its gradients; group_norm.py launches them.
 
     x_hat = (x - mean) rstd,   z = x_hat w + b,   y = z sigmoid(z);   mean and rstd of a group of one row, D elements
     dz = dy silu'(z),          silu'(z) = s (1 + z (1 - s)) with s = sigmoid(z)
     dw = sum dz x_hat,         db = sum dz                                                      over N, H, W
     dx = rstd (dz w - c_1 - x_hat c_2),   c_1 = sum dz w / D,   c_2 = sum dz w x_hat / D        over the group
 
-A row is cut into chunks of some channels times some positions. The first launch leaves a mean and a sum of squared
-deviations for each channel of each chunk (two passes over registers, so that a large mean costs no digits); the second
-merges those of a group as Chan, Golub and LeVeque 1979 do; the third normalises. The backward pass has the same three
-steps and computes x_hat and z anew. Nothing is added atomically, and how a row is cut depends on its size and memory
-format alone: its result is the same bits in every run, in any batch and at any place of it.
+A row is cut into chunks of some channels times some positions. The first launch writes a mean and a sum of squared
+deviations for each channel of each chunk, in two passes over registers, so that a large mean costs no digits. The
+second launch merges these numbers for each group by the formula of Chan, Golub and LeVeque 1979; the third normalises.
+The backward pass takes the same three steps and recomputes x_hat and z. No launch adds atomically, and only the size
+and the memory format of a row decide how it is cut. So the result of a row has the same bits in every run, in every
+batch and at every place in the batch.
 """
 
-# N rows, C channels, P = H W positions, G groups of D = C P / G elements, K chunks of a channel
+# N rows, C channels, P = H W positions, G groups of D = C P / G elements, K chunks per channel
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# A launch gives numbers where the annotations, which are the kernel's, say constexpr; and triton's say NoReturn.
+# The annotations belong to the kernel: a launch passes numbers for its constexpr, and triton declares NoReturn.
 
 from __future__ import annotations
 
@@ -27,21 +28,21 @@ from torch import Tensor
 
 from rlcm_fast.kernels.triton_ops.rows import strides_of
 
-_TILE = 1024  # elements of x, and as many of dy, in registers at a time: 8 a thread with 4 warps
-_TILES = 4  # of a chunk; the statistics take a whole chunk at a time
-_RUN = 256  # positions of a contiguous row, neighbours in memory
-_CHANNELS = 32  # of a channels_last row, neighbours in memory: 64 bytes or more
-_MAX_ROW = 2**31  # elements: places in a row are int32
+_TILE = 1024  # elements of x, and as many of dy, in registers at a time: 8 per thread with 4 warps
+_TILES = 4  # per chunk; the statistics load a whole chunk at a time
+_RUN = 256  # neighbouring positions of a contiguous row
+_CHANNELS = 32  # neighbouring channels of a channels_last row: 64 bytes or more
+_MAX_ROW = 2**31  # elements, because a place in a row is an int32
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """How a row is cut: a program takes tile_c channels times chunk_p positions, tile_p at a time."""
+    """How a row is cut: a program works on tile_c channels times chunk_p positions, tile_p positions at a time."""
 
     rows: int
     channels: int
     positions: int
-    tile_c: int  # these three are powers of two
+    tile_c: int  # a power of two, as are the next two
     tile_p: int
     chunk_p: int
 
@@ -55,12 +56,12 @@ class Chunks:
 
 
 def power_of_two(size: int) -> int:
-    """The smallest that is `size` or more."""
+    """The smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()
 
 
 def chunks_of(x: Tensor) -> Chunks:
-    """By the size and the memory format of a row of x (N, C, H, W)."""
+    """Choose the chunks from the size and the memory format of a row of x (N, C, H, W)."""
     rows, channels, height, width = x.shape
     positions = height * width
     if channels * positions >= _MAX_ROW:
@@ -77,7 +78,7 @@ def chunks_of(x: Tensor) -> Chunks:
 
 @triton.jit
 def _chunk(C, P, tile_c: tl.constexpr, chunk_p: tl.constexpr):
-    """Row, channels (tile_c,), number of the chunk in its channels, and number of chunks of a channel."""
+    """Row, channels (tile_c,), index of the chunk within its channels, and number of chunks per channel."""
     program = tl.program_id(0)
     K = tl.cdiv(P, chunk_p)
     per_row = tl.cdiv(C, tile_c) * K
@@ -87,7 +88,7 @@ def _chunk(C, P, tile_c: tl.constexpr, chunk_p: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(x, means, squares, C, P, x_n, x_c, x_p, tile_c: tl.constexpr, chunk_p: tl.constexpr):
-    """The mean (N, C, K) of each chunk of a channel and the sum of squared deviations from it."""
+    """Store the mean (N, C, K) of each chunk of a channel and the sum of squared deviations from it."""
     n, c, k, K = _chunk(C, P, tile_c, chunk_p)
     p = k * chunk_p + tl.arange(0, chunk_p)[None, :]
     inside = (c[:, None] < C) & (p < P)
@@ -102,7 +103,7 @@ def statistics_kernel(x, means, squares, C, P, x_n, x_c, x_p, tile_c: tl.constex
 
 @triton.jit
 def _groups(G, tile_g: tl.constexpr):
-    """Row and groups (tile_g, 1) of a program that merges."""
+    """Row and groups (tile_g, 1) of a merging program."""
     program = tl.program_id(0)
     per_row = tl.cdiv(G, tile_g)
     return (program // per_row).to(tl.int64), program % per_row * tile_g + tl.arange(0, tile_g)[:, None]
@@ -112,10 +113,12 @@ def _groups(G, tile_g: tl.constexpr):
 def merge_kernel(
     means, squares, mean, rstd, eps, G, P, K, run, chunk_p: tl.constexpr, tile_g: tl.constexpr, tile_i: tl.constexpr
 ):  # fmt: skip
-    """mean, rstd (N, G); the chunks of a group are a run of numbers in memory, K for each channel."""
+    """Store mean and rstd (N, G). The chunks of a group are `run` neighbouring numbers in memory, K per channel."""
     n, g = _groups(G, tile_g)
     first = (n * G + g) * run
-    anchor = tl.load(means + first, mask=g < G, other=0.0)  # sums of small differences round less
+
+    # Merge the means, as differences from the first one: sums of small numbers round less.
+    anchor = tl.load(means + first, mask=g < G, other=0.0)
     total = tl.zeros((tile_g, tile_i), dtype=tl.float32)
     for start in range(0, run, tile_i):
         i = start + tl.arange(0, tile_i)[None, :]
@@ -125,6 +128,8 @@ def merge_kernel(
         total += tl.where(inside, count * difference, 0.0)
     size = tl.cast(run // K * P, tl.float32)
     center = anchor + (tl.sum(total, axis=1) / size)[:, None]
+
+    # Merge the squared deviations: those within each chunk, and those of its mean.
     total = tl.zeros((tile_g, tile_i), dtype=tl.float32)
     for start in range(0, run, tile_i):
         i = start + tl.arange(0, tile_i)[None, :]
@@ -134,22 +139,25 @@ def merge_kernel(
         within = tl.load(squares + first + i, mask=inside, other=0.0)
         total += tl.where(inside, within + count * difference * difference, 0.0)
     variance = (tl.sum(total, axis=1) / size)[:, None]
+
+    # Store mean and 1 / sqrt(variance + eps).
     tl.store(mean + n * G + g, center, mask=g < G)
     root = tl.sqrt_rn(variance + eps)
     tl.store(rstd + n * G + g, tl.div_rn(tl.zeros_like(root) + 1.0, root), mask=g < G)
 
 
 @triton.jit
-def _of_channels(numbers, at, inside):
-    """Some of `numbers` as a column (tile_c, 1) float32. Loaded as one, each would be loaded once a position."""
+def _column_of(numbers, at, inside):
+    """Some of `numbers` as a column (tile_c, 1) float32; a load of the column would load each once per position."""
     return tl.load(numbers + at, mask=inside, other=0.0).to(tl.float32)[:, None]
 
 
 @triton.jit
 def _sigmoid(z):
-    """Within 2 units in the last place, as tl.exp is: a division rounded to nearest took 25 more registers and spilled.
+    """Sigmoid of z within 2 units in the last place, the precision of tl.exp.
 
-    exp(-z) may be infinite: 1 / inf is the 0 that it should be.
+    A division rounded to nearest took 25 more registers and spilled. exp(-z) may be infinite; 1 / inf is then 0, which
+    is right.
     """
     return 1.0 / (1.0 + tl.exp(-z))
 
@@ -162,8 +170,8 @@ def normalise_kernel(
 ):  # fmt: skip
     n, c, k, _ = _chunk(C, P, tile_c, chunk_p)
     g, is_channel = n * G + c // (C // G), c < C
-    m, r = _of_channels(mean, g, is_channel), _of_channels(rstd, g, is_channel)
-    w, b = _of_channels(weight, c, is_channel), _of_channels(bias, c, is_channel)
+    m, r = _column_of(mean, g, is_channel), _column_of(rstd, g, is_channel)
+    w, b = _column_of(weight, c, is_channel), _column_of(bias, c, is_channel)
     c = c[:, None]
     for first in range(0, chunk_p, tile_p):
         p = k * chunk_p + first + tl.arange(0, tile_p)[None, :]
@@ -177,7 +185,7 @@ def normalise_kernel(
 
 @triton.jit
 def _gradient_of_tile(x, dy, x_at, dy_at, inside, m, r, w, b, silu: tl.constexpr):
-    """x_hat and dz of a tile; dz is 0 outside the row."""
+    """x_hat and dz of a tile; dz is 0 outside of the row."""
     x_hat = (tl.load(x + x_at, mask=inside, other=0.0).to(tl.float32) - m) * r
     dz = tl.load(dy + dy_at, mask=inside, other=0.0).to(tl.float32)
     if silu:
@@ -189,17 +197,20 @@ def _gradient_of_tile(x, dy, x_at, dy_at, inside, m, r, w, b, silu: tl.constexpr
 
 @triton.jit
 def sums_kernel(
-    x, dy, mean, rstd, weight, bias, of_dz, of_product, C, P, G,
+    x, dy, mean, rstd, weight, bias, dz_sums, product_sums, C, P, G,
     x_n, x_c, x_p, dy_n, dy_c, dy_p,
     silu: tl.constexpr, tile_c: tl.constexpr, tile_p: tl.constexpr, chunk_p: tl.constexpr,
 ):  # fmt: skip
-    """Sums (N, C, K) of dz and of dz x_hat over each chunk of a channel."""
+    """Store the sums (N, C, K) of dz and of dz x_hat over each chunk of a channel."""
+    # Load what all positions of a channel share.
     n, c, k, K = _chunk(C, P, tile_c, chunk_p)
     at = (n * C + c) * K + k
     g, is_channel = n * G + c // (C // G), c < C
-    m, r = _of_channels(mean, g, is_channel), _of_channels(rstd, g, is_channel)
-    w, b = _of_channels(weight, c, is_channel), _of_channels(bias, c, is_channel)
+    m, r = _column_of(mean, g, is_channel), _column_of(rstd, g, is_channel)
+    w, b = _column_of(weight, c, is_channel), _column_of(bias, c, is_channel)
     c = c[:, None]
+
+    # Walk over the tiles of the chunk and sum.
     sum_1 = tl.zeros((tile_c, tile_p), dtype=tl.float32)
     sum_2 = tl.zeros((tile_c, tile_p), dtype=tl.float32)
     for first in range(0, chunk_p, tile_p):
@@ -209,15 +220,15 @@ def sums_kernel(
         x_hat, dz = _gradient_of_tile(x, dy, x_at, dy_at, inside, m, r, w, b, silu)
         sum_1 += dz
         sum_2 += dz * x_hat
-    tl.store(of_dz + at, tl.sum(sum_1, axis=1), mask=is_channel)
-    tl.store(of_product + at, tl.sum(sum_2, axis=1), mask=is_channel)
+    tl.store(dz_sums + at, tl.sum(sum_1, axis=1), mask=is_channel)
+    tl.store(product_sums + at, tl.sum(sum_2, axis=1), mask=is_channel)
 
 
 @triton.jit
 def merge_sums_kernel(
-    of_dz, of_product, weight, c_1, c_2, G, P, K, run, tile_g: tl.constexpr, tile_i: tl.constexpr
+    dz_sums, product_sums, weight, c_1, c_2, G, P, K, run, tile_g: tl.constexpr, tile_i: tl.constexpr
 ):  # fmt: skip
-    """c_1 and c_2 (N, G)."""
+    """Store c_1 and c_2 (N, G)."""
     n, g = _groups(G, tile_g)
     sum_1 = tl.zeros((tile_g, tile_i), dtype=tl.float32)
     sum_2 = tl.zeros((tile_g, tile_i), dtype=tl.float32)
@@ -226,8 +237,8 @@ def merge_sums_kernel(
         inside = (g < G) & (i < run)
         w = tl.load(weight + g * (run // K) + i // K, mask=inside, other=0.0).to(tl.float32)
         at = (n * G + g) * run + i
-        sum_1 += w * tl.load(of_dz + at, mask=inside, other=0.0)
-        sum_2 += w * tl.load(of_product + at, mask=inside, other=0.0)
+        sum_1 += w * tl.load(dz_sums + at, mask=inside, other=0.0)
+        sum_2 += w * tl.load(product_sums + at, mask=inside, other=0.0)
     size = tl.cast(run // K * P, tl.float32)
     tl.store(c_1 + n * G + g, (tl.sum(sum_1, axis=1) / size)[:, None], mask=g < G)
     tl.store(c_2 + n * G + g, (tl.sum(sum_2, axis=1) / size)[:, None], mask=g < G)
@@ -241,9 +252,9 @@ def input_gradient_kernel(
 ):  # fmt: skip
     n, c, k, _ = _chunk(C, P, tile_c, chunk_p)
     g, is_channel = n * G + c // (C // G), c < C
-    m, r = _of_channels(mean, g, is_channel), _of_channels(rstd, g, is_channel)
-    w, b = _of_channels(weight, c, is_channel), _of_channels(bias, c, is_channel)
-    center_1, center_2 = _of_channels(c_1, g, is_channel), _of_channels(c_2, g, is_channel)
+    m, r = _column_of(mean, g, is_channel), _column_of(rstd, g, is_channel)
+    w, b = _column_of(weight, c, is_channel), _column_of(bias, c, is_channel)
+    center_1, center_2 = _column_of(c_1, g, is_channel), _column_of(c_2, g, is_channel)
     c = c[:, None]
     for first in range(0, chunk_p, tile_p):
         p = k * chunk_p + first + tl.arange(0, tile_p)[None, :]

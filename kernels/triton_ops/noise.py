@@ -1,7 +1,7 @@
-"""Standard normal numbers drawn inside a kernel, by a seed and a place: the same in any batch and block."""
+"""Standard normal numbers that a kernel draws from a seed and a place, the same in every batch and block."""
 
 # pyright: reportGeneralTypeIssues=false
-# triton annotates what a kernel calls with NoReturn.
+# triton declares the functions that a kernel calls as NoReturn.
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triton.language.random import uint_to_uniform_float
 
 @triton.jit
 def normal(seed, place):
-    """As triton.language.randn: Philox, then Box-Muller."""
+    """Standard normal numbers by Philox and Box-Muller, as in triton.language.randn."""
     word_1, word_2, _, _ = tl.randint4x(seed, place)
     u_1, u_2 = uint_to_uniform_float(word_1), uint_to_uniform_float(word_2)
     return tl.sqrt(-2.0 * tl.log(tl.maximum(u_1, 1e-7))) * _cos_of_turns(u_2)
@@ -20,9 +20,9 @@ def normal(seed, place):
 
 @triton.jit
 def _cos_of_turns(u):
-    """cos(2 pi u) for u in [0, 1), folded to an eighth of a turn, where the series end below 1e-8.
+    """cos(2 pi u) for u in [0, 1), folded to an eighth of a turn, where the error of the series is below 1e-8.
 
-    tl.cos is for any angle and keeps 32 bytes of each thread in memory for the large ones.
+    tl.cos accepts any angle, and for large angles it keeps 32 bytes per thread in memory.
     """
     t = tl.abs(u - 0.5)
     is_far = t > 0.25

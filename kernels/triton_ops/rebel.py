@@ -1,13 +1,13 @@
-"""REBEL's residual of pairs of trajectories and its gradient, in one launch.
+"""The residual of REBEL for pairs of trajectories, and its gradient, in one launch.
 
 residual = (d(y) - d(y')) / eta - (r(y) - r(y')),    d = sum over the K actions of log_prob - log_prob_old
-gradient of mean(residual^2) in each log_prob of y: 2 residual / (P eta); of y' the negative
+gradient of mean(residual^2) in each log_prob of y: 2 residual / (P eta); in each log_prob of y': its negative
 """
 
 # P pairs in neighbouring rows, K actions
 
 # pyright: reportArgumentType=false, reportCallIssue=false
-# A launch gives numbers where the annotations, which are the kernel's, say constexpr.
+# The annotations belong to the kernel: a launch passes numbers for its constexpr.
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BLOCK = 128
 
 @triton.jit
 def _moved(log_prob, log_prob_old, rows, inside, num_actions):
-    """Sum over a trajectory's actions, in order."""
+    """Sum of log_prob - log_prob_old over the actions of a trajectory, in order."""
     total = tl.zeros(rows.shape, dtype=tl.float32)
     for k in range(num_actions):
         new = tl.load(log_prob + rows * num_actions + k, mask=inside, other=0.0).to(tl.float32)
@@ -52,7 +52,7 @@ def _rebel_kernel(
 
 @torch.library.custom_op("rlcm_fast::rebel_residual", mutates_args=())
 def rebel_residual(log_prob: Tensor, log_prob_old: Tensor, rewards: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-    """residual (P,) and gradient (2 P,), float32."""
+    """Residual (P,) and gradient (2 P,), float32."""
     num_pairs, num_actions = len(log_prob) // 2, log_prob.shape[1]
     residual = log_prob.new_empty(num_pairs, dtype=torch.float32)
     gradient = log_prob.new_empty(2 * num_pairs, dtype=torch.float32)

@@ -1,9 +1,9 @@
-"""How a kernel walks over N rows of C x H x W: in tiles, in chunks, whatever the memory format, without a copy.
+"""How a kernel walks over N rows of C x H x W: in chunks and tiles, in every memory format, without a copy.
 
-A program takes one chunk of one row and sums it tile by tile; the chunks' sums are added by whoever reads them, in
-their order. Chunks and tiles depend on the size of a row alone, so a row's result is the same bits at any place of any
-batch. Where all tensors of a call have one memory format, a row is one run of D elements to the kernel; where they
-differ, a tile is a block of channels times positions, and each tensor has its own strides.
+A program sums one chunk of one row, tile by tile. Whoever reads the sums of the chunks adds them in their order. Chunks
+and tiles depend only on the size of a row, so the result of a row has the same bits at every place of every batch. If
+all tensors of a call have one memory format, the kernel sees a row as one run of D elements. If the formats differ, a
+tile is a block of channels times positions, and the kernel uses the strides of each tensor.
 """
 
 # N rows, C channels, P = H W positions, D = C P elements of a row
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-_TILE = 1024  # elements: 8 a thread with 4 warps; with 16, some architectures spill
-_CHUNK = 8192  # elements: 2 programs a row at 4 x 64 x 64, 8 at 4 x 128 x 128
+_TILE = 1024  # elements: 8 per thread with 4 warps; some architectures spill with 16
+_CHUNK = 8192  # elements: 2 programs per row at 4 x 64 x 64, 8 at 4 x 128 x 128
 _MAX_CHANNELS = 1024
 
 
@@ -26,10 +26,10 @@ class Walk:
 
     channels: int
     positions: int
-    tile_channels: int  # a power of two, channels or more
+    tile_channels: int  # a power of two, at least `channels`
     tile_positions: int
     chunk_positions: int
-    interleaved: int  # channels of a channels_last row that is walked as one run, else 1
+    interleaved: int  # the number of channels if a channels_last row is walked as one run; otherwise 1
 
     @property
     def num_chunks(self) -> int:
@@ -41,10 +41,10 @@ class Walk:
 
 
 def walk_over(tensors: Sequence[Tensor]) -> tuple[Walk, list[tuple[int, int, int]]]:
-    """The walk over tensors (N, C, H, W) of one shape, and each one's strides: row, channel, position.
+    """The walk over tensors (N, C, H, W) of one shape, and the strides of each: row, channel, position.
 
     Raises:
-        ValueError: a tensor is neither contiguous nor channels_last (a row's stride may be anything).
+        ValueError: a tensor is neither contiguous nor channels_last within its rows (rows may have any stride).
     """
     _, channels, height, width = tensors[0].shape
     positions = height * width

@@ -1,28 +1,29 @@
-"""From rewards to advantages: what an image is worth compared with others, a number per sample.
+"""Turns rewards into advantages: how much better each image is than others, one number per sample.
 
     prompt   A = (r - mean_c) / (std_c + epsilon)
-             over the last rewards of the same prompt c: DDPO (arXiv 2305.13301) and RLCM (arXiv 2404.03673)
+             with statistics of the last rewards of the same prompt c: DDPO (arXiv 2305.13301), RLCM (2404.03673)
     batch    A = (r - mean) / sqrt(var + epsilon)
-             over the whole batch: Zhang, Tzeng, Du, Kislyuk (arXiv 2401.12244)
+             with statistics of the whole batch: Zhang, Tzeng, Du, Kislyuk (arXiv 2401.12244)
     group    A = (r - mean_g) / (std(r - mean_g) + epsilon)
-             mean_g over the images of the same prompt in this batch: GRPO (arXiv 2402.03300), but see 2.
+             with mean_g over the images of the same prompt in this batch: GRPO (arXiv 2402.03300), but see 2.
     leave_one_out
-             A = (r - mean over the OTHER images of the prompt) / std: RLOO (arXiv 2402.14740), which has std = 1
-             (scale none). The baseline does not depend on the image's own reward, so the policy gradient stays
-             unbiased. n / (n - 1) times `group` for n images, which the batch's std takes back where all n are equal.
+             A = (r - mean over the OTHER images of the prompt) / std: RLOO (arXiv 2402.14740), where std = 1
+             (scale none). The baseline does not depend on the reward of the image itself, so the policy gradient stays
+             unbiased. For n images it is n / (n - 1) times `group`; the batch's std cancels this factor if n is the
+             same for all prompts.
 
-Groups whose images all score the same say nothing: they have A = 0 and are counted (`zero_variance_groups`, their
-share), and the update does not run the network for transitions with A = 0.
+A group whose images all score the same carries no signal: A = 0. The metric `zero_variance_groups` is the share of such
+groups, and the update does not run the network on transitions with A = 0.
 
-Means, variances and standard deviations are those of the numbers at hand (divided by n, not by n - 1), computed in
-float64. Call them with the rewards and prompts of ALL ranks, gathered in rank order, and slice after: then every rank
-holds the same statistics. They are exact functions of the calls so far: no randomness, and state_dict is JSON.
+Variances divide by n, not by n - 1; all statistics are computed in float64. Call an object of this module with the
+rewards and prompts of ALL ranks, gathered in rank order, and slice the result: then every rank holds the same
+statistics. They depend on the calls so far and on nothing random, and state_dict is JSON.
 
 Departures from the papers:
  1. prompt: the rewards of a call enter the buffers before any advantage is computed, as in DDPO's code.
- 2. group: GRPO divides by the group's own standard deviation, which makes much of the prompts on which all images
-    score nearly alike (arXiv 2503.20783); here by that of the centred rewards of the whole batch, unless
-    advantages.scale=group asks for the paper's.
+ 2. group: GRPO divides by the standard deviation of the group, which blows up prompts on which all images score nearly
+    alike (arXiv 2503.20783). Here the standard deviation of the centred rewards of the whole batch divides, unless you
+    set advantages.scale=group.
 """
 
 # B samples
@@ -45,14 +46,14 @@ MAX_PROMPTS = 65_536
 
 
 class Advantages(Protocol):
-    """Rewards and prompts of all ranks -> advantages."""
+    """Turns the rewards and prompts of all ranks into advantages."""
 
     def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """rewards (B,) float32, finite; one prompt each -> (B,) float32 on the rewards' device."""
+        """Returns (B,) float32 on the rewards' device, for finite rewards (B,) float32 with a prompt each."""
         ...
 
     def metrics(self) -> Mapping[str, Any]:
-        """Of the last call."""
+        """Returns the metrics of the last call."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -61,13 +62,13 @@ class Advantages(Protocol):
 
 
 class PromptAdvantages:
-    """Standardised by the last rewards of the same prompt; by the batch's until a prompt has `min_count` of them.
+    """Standardises by the last rewards of the same prompt; by the batch until a prompt has `min_count` rewards.
 
-    Of more than MAX_PROMPTS those that have not come for longest are forgotten: 1 kB each, on every process.
+    It keeps at most MAX_PROMPTS prompts and forgets those that it saw longest ago; each takes 1 kB on every process.
     """
 
     def __init__(self, buffer_size: int, min_count: int, epsilon: float = 1e-6) -> None:
-        """buffer_size: rewards kept per prompt; min_count: rewards from which on a prompt's own statistics are used."""
+        """buffer_size: how many rewards a prompt keeps; min_count: how many it needs for statistics of its own."""
         if not 1 <= min_count <= buffer_size:
             raise ValueError(
                 f"advantages.min_count={min_count} must lie between 1 and advantages.buffer_size={buffer_size}, or a"
@@ -83,7 +84,7 @@ class PromptAdvantages:
         for value, prompt in zip(values, prompts, strict=True):
             buffer = self._buffers.pop(prompt, deque(maxlen=self._buffer_size))
             buffer.append(value)
-            self._buffers[prompt] = buffer  # at the end: the last to be forgotten
+            self._buffers[prompt] = buffer  # at the end, so it is forgotten last
         of_batch = _mean_and_std(values)
         statistics = {prompt: self._statistics(prompt) or of_batch for prompt in dict.fromkeys(prompts)}
         advantages = [
@@ -95,7 +96,7 @@ class PromptAdvantages:
         return torch.tensor(advantages, dtype=torch.float32, device=rewards.device)
 
     def _statistics(self, prompt: Prompt) -> tuple[float, float] | None:
-        """Mean and standard deviation of the prompt's buffer, None while it holds fewer than min_count rewards."""
+        """Returns mean and standard deviation of the prompt's buffer; None below min_count rewards."""
         buffer = self._buffers[prompt]
         return _mean_and_std(buffer) if len(buffer) >= self._min_count else None
 
@@ -103,7 +104,7 @@ class PromptAdvantages:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON: every float survives the round trip exactly."""
+        """Returns the buffers as JSON, which keeps every float exactly."""
         return {
             "buffers": [
                 {"text": prompt.text, "task": prompt.task, "rewards": list(buffer)}
@@ -112,9 +113,9 @@ class PromptAdvantages:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the place of what was collected; of a longer buffer the last buffer_size rewards.
+        """Replaces the buffers; a longer buffer keeps its last buffer_size rewards.
 
-        A state of another kind of advantages has none, so every prompt begins anew with the batch's statistics.
+        The state of another kind of advantages has no buffers, so every prompt starts with the batch's statistics.
         """
         self._buffers = {
             Prompt(entry["text"], entry["task"]): deque(entry["rewards"], maxlen=self._buffer_size)
@@ -123,7 +124,7 @@ class PromptAdvantages:
 
 
 class BatchAdvantages:
-    """Standardised over the batch, whatever the prompts: the way for millions of prompts."""
+    """Standardises over the batch, whatever the prompts; use it for millions of prompts."""
 
     def __init__(self, epsilon: float = 1e-6) -> None:
         self._epsilon = epsilon
@@ -143,10 +144,10 @@ class BatchAdvantages:
 
 
 class GroupAdvantages:
-    """Compared with the other images of the same prompt in this batch; a group of equal rewards teaches nothing: 0."""
+    """Compares images of the same prompt in this batch; a group of equal rewards gets 0."""
 
     def __init__(self, scale: str = "batch", leaves_one_out: bool = False, epsilon: float = 1e-6) -> None:
-        """scale: whose standard deviation divides, "batch", "group", "none"; leaves_one_out: the kind of that name."""
+        """scale: whose standard deviation divides, "batch", "group" or "none"; leaves_one_out: kind leave_one_out."""
         self._scale = scale
         self._leaves_one_out = leaves_one_out
         self._epsilon = epsilon
@@ -178,7 +179,7 @@ class GroupAdvantages:
         return torch.tensor(advantages, dtype=torch.float32, device=rewards.device)
 
     def _factor(self, size: int) -> float:
-        """r - mean of the others = size / (size - 1) times r - mean of all."""
+        """Returns size / (size - 1) for leave_one_out: r - mean of the others is so many times r - mean of all."""
         return size / (size - 1) if self._leaves_one_out and size > 1 else 1.0
 
     def metrics(self) -> dict[str, float]:
@@ -192,13 +193,13 @@ class GroupAdvantages:
 
 
 class TaskAdvantages:
-    """Each task's images by statistics of their own."""
+    """Standardises the images of each task with the statistics of that task."""
 
     def __init__(self, by_task: Mapping[str, Advantages]) -> None:
         self._by_task = dict(by_task)
 
     def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """As of one task, of whichever tasks there are among the prompts."""
+        """Returns the advantages (B,) of images of any tasks."""
         advantages = torch.zeros_like(rewards)
         for task in dict.fromkeys(prompt.task for prompt in prompts):
             places = [i for i, prompt in enumerate(prompts) if prompt.task == task]
@@ -206,7 +207,7 @@ class TaskAdvantages:
         return advantages
 
     def metrics(self) -> dict[str, Mapping[str, float]]:
-        """By task."""
+        """Returns the metrics by task."""
         return {task: advantages.metrics() for task, advantages in self._by_task.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -218,7 +219,7 @@ class TaskAdvantages:
 
 
 def build_advantages(kind: str, config: AdvantagesConfig) -> Advantages:
-    """kind: as `config.kind`, which a task may overrule."""
+    """Builds the advantages of a kind; a task may choose another kind than `config.kind`."""
     if kind == "prompt":
         return PromptAdvantages(config.buffer_size, config.min_count)
     if kind == "batch":
@@ -229,7 +230,7 @@ def build_advantages(kind: str, config: AdvantagesConfig) -> Advantages:
 
 
 def _values(rewards: Tensor, prompts: Sequence[Prompt]) -> list[float]:
-    """The rewards as Python floats, which hold a float32 exactly."""
+    """Returns the rewards as Python floats, which hold a float32 exactly."""
     if tuple(rewards.shape) != (len(prompts),) or not prompts:
         raise ValueError(
             f"rewards of shape {tuple(rewards.shape)} for {len(prompts)} prompts; give one reward per prompt, of all"
@@ -239,7 +240,7 @@ def _values(rewards: Tensor, prompts: Sequence[Prompt]) -> list[float]:
 
 
 def _mean_and_std(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and standard deviation (divided by n); equal values give themselves and 0, exactly."""
+    """Returns mean and standard deviation (divided by n); equal values give exactly that value and 0."""
     values = list(values)
     if min(values) == max(values):  # a sum of n equal numbers divided by n may be off by a rounding
         return values[0], 0.0

@@ -1,8 +1,8 @@
 """All algorithms on one page: from advantages to a signal for each transition, and from signals to a loss.
 
-    weights = algorithm.weights(advantages)                   of all processes, once a rollout
-    signals = algorithm.signals(weights, change, K)           of an update's transitions, before its first backward pass
-    loss    = algorithm.loss_of_output(transitions, m, ...)   of a micro-batch
+    sample_weights = algorithm.sample_weights(advantages)     once per rollout, over all processes
+    signals = algorithm.signals(weights, change, K)           once per update, before its first backward pass
+    loss    = algorithm.loss_of_output(transitions, m, ...)   once per micro-batch
 
     reinforce   DDPO_SF, arXiv 2305.13301, equation 4       -A log_prob
     ppo         RLCM, arXiv 2404.03673; DDPO_IS             max(-A rho, -A clip(rho, 1 +- clip_range))
@@ -12,8 +12,8 @@
     rebel       arXiv 2404.16767, equation 5                ((1 / eta) (d - d') - (r - r'))^2 of two images
 
 rho = exp(log_prob - log_prob_old). Log-probs are means over C, H, W, so a clip range of 1e-4 is 1e-4 C H W on the true
-log-ratio. There is no value network and no entropy bonus. The KL divergence to the start model (update.kl_weight) is
-added by the update, whatever the algorithm.
+log-ratio. There is no value network and no entropy bonus. Whatever the algorithm, the update adds the KL divergence to
+the start model (update.kl_weight).
 """
 
 # A samples of all processes, P pairs of them, N transitions of an update or of a micro-batch, K actions, C H W latent
@@ -36,49 +36,49 @@ from rlcm_fast.trajectory import Transitions
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """The weighted log-likelihood of the actions; its subclasses say the rest.
+    """The weighted log-likelihood of the actions; subclasses define sample weights, signals or the loss.
 
         d loss = -mean over transitions of signal * d log_prob
 
-    with signals that are constants to autograd. advantage_clip: advantages are clamped to +- it.
+    where signals are constants to autograd. Advantages are clamped to [-advantage_clip, advantage_clip].
     """
 
     advantage_clip: float = 10.0
 
     samples_together: ClassVar[int] = 1
-    """Neighbouring samples that an update takes together, with all their actions; 1: transitions stand alone."""
+    """How many neighbouring samples an update takes together, with all actions; 1: it mixes transitions freely."""
     clips: ClassVar[bool] = False
-    """Whether a ratio beyond update.clip_range changes the loss."""
+    """Whether the loss changes if a ratio leaves update.clip_range."""
 
     def __post_init__(self) -> None:
         if not self.advantage_clip > 0:
             raise ValueError(f"update.advantage_clip={self.advantage_clip} must be above 0")
 
-    def weights(self, advantages: Tensor) -> Tensor:
-        """What each sample's actions are worth (A,), of advantages (A,) float32 of all processes."""
+    def sample_weights(self, advantages: Tensor) -> Tensor:
+        """Returns the weight of each sample's actions (A,) for advantages (A,) float32 of all processes."""
         return advantages.clamp(-self.advantage_clip, self.advantage_clip)
 
     def signals(self, weights: Tensor, change: Callable[[], Tensor], num_actions: int) -> Tensor:
-        """Signals (N,) of weights (N,), one a transition.
+        """Returns the signals (N,) of transitions whose samples have the weights (N,).
 
-        change() is how much each log-prob (N,) has grown since the rollout; it may run the network, so only algorithms
-        that need it call it. With samples_together above 1, transitions lie in the order of samples, those that belong
-        together side by side, and each sample's K actions in theirs.
+        change() returns how much each log-prob (N,) has grown since the rollout. It may run the network, so only
+        algorithms that need it call it. If samples_together is above 1, samples that belong together lie side by side,
+        and the K actions of each sample lie in order.
         """
         return weights
 
     def loss(self, log_prob: Tensor, log_prob_old: Tensor | None, signals: Tensor) -> tuple[Tensor, RatioStats]:
-        """The loss () with its gradient in log_prob, and the ratio's statistics; all arguments (N,) float32.
+        """Returns the loss (), differentiable in log_prob, and the ratio's statistics; arguments are (N,) float32.
 
-        log_prob_old None: the old policy is the present one, so the ratio is exactly 1. The value is -mean(signals): of
-        a loss without a clip only the gradient is of use.
+        If log_prob_old is None, the old policy is the present one and the ratio is exactly 1. Without a clip the value
+        of the loss is -mean(signals), and only its gradient is of use.
         """
         return functional.clipped_ratio_loss(log_prob, None, signals, 1.0, math.inf)
 
     def loss_of_output(
         self, transitions: Transitions, m: Tensor, coef: Tensor, log_prob_old: Tensor | None, signals: Tensor
     ) -> tuple[Tensor, RatioStats]:
-        """`loss` of the log-probs of the transitions, given a network's output m (N, C, H, W) and coef (N, 3)."""
+        """Returns `loss` of the transitions' log-probs for outputs m (N, C, H, W) and coef (N, 3) = A, B, sigma."""
         return functional.policy_loss(transitions.x_t, m, transitions.x_s, coef, None, signals, 1.0, math.inf)
 
 
@@ -88,7 +88,7 @@ class Reinforce(Algorithm):
 
         gradient = mean over transitions of A d log_prob,       A clamped to [-advantage_clip, advantage_clip]
 
-    Unbiased only for images of the present weights, so it has one update a rollout. There it is PPO without a clip.
+    It is unbiased only for images of the present weights, so it allows one update per rollout: PPO without a clip.
     """
 
 
@@ -147,22 +147,22 @@ class DPOK(PPO):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardWeightedRegression(Algorithm):
-    """Reward-weighted regression (Peters & Schaal, ICML 2007): imitate one's own samples, the better ones more.
+    """Reward-weighted regression (Peters & Schaal, ICML 2007): imitates its samples, better samples more.
 
         loss = -mean over transitions of w log_prob,    w = A exp(a / temperature) / sum over the A samples of exp(...)
 
-    with a the clamped advantages. The baseline of DDPO (arXiv 2305.13301, section 4.1) and of large-scale RL (arXiv
-    2401.12244). Departure: there the denoising loss of the finished image stands in the place of the log-prob, as a
-    bound of log p(x_0); here the sampled chain is imitated, whose log-prob is exact.
+    where a are the clamped advantages. It is the baseline of DDPO (arXiv 2305.13301, section 4.1) and of large-scale RL
+    (arXiv 2401.12244). Departure: they replace the log-prob by the denoising loss of the finished image, a bound of
+    log p(x_0); here the algorithm imitates the sampled chain, whose log-prob is exact.
 
-    Weights are never negative, so bad samples are imitated too, only less: it improves slowly, and may not diverge.
-    temperature: of advantages; the lower, the more only the best count.
+    Weights are never negative, so it imitates bad samples too, only less. It improves slowly and stays stable. At a low
+    temperature only the best samples count.
     """
 
     temperature: float = 1.0
 
-    def weights(self, advantages: Tensor) -> Tensor:
-        return len(advantages) * (super().weights(advantages) / self.temperature).softmax(dim=0)
+    def sample_weights(self, advantages: Tensor) -> Tensor:
+        return len(advantages) * (super().sample_weights(advantages) / self.temperature).softmax(dim=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,16 +172,17 @@ class Rebel(Algorithm):
         residual = (1 / eta) [d(y) - d(y')] - [r(y) - r(y')],    d = sum over the K actions of log_prob - log_prob_old
         loss     = mean over pairs of residual^2
 
-    y and y' are neighbouring images of one prompt. Two passes need the memory of one: all log-probs without gradients,
-    from which every action of y has the same d loss / d log_prob = 2 residual / (P eta), and of y' minus that; then
-    micro-batches with these as signals. In the first update of a rollout nothing has changed: there is no first pass.
+    y and y' are neighbouring images of one prompt. Two passes need the memory of one pass. The first computes all
+    log-probs without gradients. They give every action of y the same d loss / d log_prob = 2 residual / (P eta), and
+    the actions of y' minus that. The second pass trains on micro-batches with these values as signals. The first update
+    of a rollout needs no first pass, because nothing has changed yet.
 
     Departures:
-     1. log_prob is the mean over C, H, W, not the sum, so eta here is theirs over C H W: nats per dimension for one
-        unit of advantage; small ones move the policy less.
-     2. r is the advantage. Of statistics of the prompt, the group or the batch only the scale is left in a difference;
-        it makes one eta serve rewards of any unit.
-     3. The RLCM authors' code sums log-probs over the batch instead of over steps (right for a batch of one only).
+     1. log_prob is the mean over C, H, W, not the sum, so eta here is the paper's eta over C H W: nats per dimension
+        for one unit of advantage. A small eta moves the policy less.
+     2. r is the advantage. The mean of the prompt, group or batch cancels in the difference; the scale stays, and makes
+        one eta fit rewards of any unit.
+     3. The RLCM authors' code sums log-probs over the batch instead of over steps, which is right only for one pair.
     """
 
     eta: float = 1.0
@@ -195,7 +196,7 @@ class Rebel(Algorithm):
 
 
 def build_algorithm(config: AlgorithmConfig, update: UpdateConfig) -> Algorithm:
-    """The algorithm of `config.name`."""
+    """Builds the algorithm that `config.name` names."""
     clipped = {"ppo": PPO, "grpo": GRPO, "dpok": DPOK}
     if config.name in clipped:
         return clipped[config.name](advantage_clip=update.advantage_clip, clip_range=update.clip_range)

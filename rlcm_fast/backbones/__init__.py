@@ -1,1 +1,1 @@
-"""Models: where they are and how they are loaded."""
+"""Models: where their files are and how they are loaded."""

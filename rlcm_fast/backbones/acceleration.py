@@ -1,4 +1,4 @@
-"""How the network's passes run: memory format, attention, torch.compile. Weights and their names stay as they are."""
+"""How the passes of the network run: memory format, attention, torch.compile. Weights keep their values and names."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 
 from rlcm_fast.config import EngineConfig
 
-_MAX_GRAPHS = 128  # torch's 8 are of all blocks together, and SD 1.5 has blocks of four shapes
+_MAX_GRAPHS = 128  # torch's limit of 8 counts the graphs of all blocks together, and SD 1.5 has blocks of four shapes
 
 
 def check_device(engine: EngineConfig, device: torch.device) -> None:
-    """ValueError for what is known to go wrong on a device, before weights load."""
+    """Refuse what is known to go wrong on a device, before weights load; raises ValueError."""
     if engine.compile == "whole" and device.type == "cpu":
         raise ValueError(
-            "engine.compile=whole has wrong gradients on CPUs for some networks (seen with torch 2.13 and a UNet "
+            "engine.compile=whole gives wrong gradients on CPUs for some networks (seen with torch 2.13 and a UNet "
             "of 8 and 16 channels, whose outputs were right); set engine.compile=regional or off"
         )
 
 
 def accelerate(unet: Any, engine: EngineConfig, backend: str = "inductor") -> None:
-    """In place, before the engine takes the UNet.
+    """Accelerate the UNet in place; call it before the engine wraps the UNet.
 
-    torch.compile makes a graph for each shape and for passes with and without gradients, at their first use; graphs
-    are kept between runs in torch's cache on the disk. `backend` is for tests.
+    torch.compile makes one graph for each shape, with and without gradients, when it is first used. torch keeps the
+    graphs in its cache on disk for later runs. `backend` is for tests.
     """
     if engine.compile != "off":
         dynamo = torch._dynamo.config
@@ -36,5 +36,5 @@ def accelerate(unet: Any, engine: EngineConfig, backend: str = "inductor") -> No
     if engine.compile == "regional":
         unet.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
     elif engine.compile == "whole":
-        # not unet.compile(): that takes in the hooks of an engine around it, and DeepSpeed's read the clock
+        # unet.compile() would also compile the hooks of the engine, and those of DeepSpeed read the clock
         unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False, backend=backend)

@@ -1,7 +1,7 @@
-"""LoRA adapters (arXiv 2106.09685) in a UNet, by peft: y = W x + (alpha / rank) B A x, only A and B are trained.
+"""LoRA adapters (arXiv 2106.09685) in a UNet, by peft: y = W x + (alpha / rank) B A x; only A and B are trained.
 
-A and B are float32 whatever the UNet's dtype, and B starts at zero, so training starts at the model itself, exactly.
-The start model stays at hand: it is the same network with its adapters switched off.
+A and B are float32, whatever the dtype of the UNet. B starts at zero, so training starts exactly at the model itself.
+The start model stays available: it is the same network with its adapters switched off.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from rlcm_fast.config import LoraConfig
 
-_NAME = "default"  # peft's, of the one adapter
+_NAME = "default"  # peft's name for the only adapter
 
 
 def add_adapters(unet: UNet2DConditionModel, config: LoraConfig) -> None:
-    """Freezes the UNet and adds trainable float32 adapters; A is drawn from torch's global generator."""
+    """Freeze the UNet and add trainable float32 adapters; torch's global generator draws A."""
     for target in config.targets:
         layers = [m for name, m in unet.named_modules() if f".{name}".endswith(f".{target}")]
         if not layers or not all(isinstance(layer, nn.Linear | nn.Conv2d) for layer in layers):
             raise ValueError(
                 f"lora.targets names {target}, which is {'no layer' if layers else 'nothing'} of this UNet that can"
-                " have adapters; give the end of a linear or convolution layer's name, as to_q or to_out.0"
+                " have adapters; give the end of the name of a linear or convolution layer, such as to_q or to_out.0"
             )
     unet.requires_grad_(False)
     unet.add_adapter(_peft_config(config))
@@ -37,7 +37,7 @@ def add_adapters(unet: UNet2DConditionModel, config: LoraConfig) -> None:
 
 
 def merged(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
-    """A UNet of the same config with these weights, adapters (where there are any) added into the rest."""
+    """A UNet of the same config with these weights; adapters, if there are any, are merged into the other weights."""
     whole = UNet2DConditionModel.from_config(unet.config)
     assert isinstance(whole, UNet2DConditionModel)
     if has_adapters(unet):
@@ -50,7 +50,7 @@ def merged(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNet2DC
 
 
 def save_adapters(unet: UNet2DConditionModel, weights: Mapping[str, Tensor], pipeline: Any, folder: Path) -> None:
-    """The adapters among `weights` as a file for the pipeline's `load_lora_weights`."""
+    """Save the adapters among `weights` as a file that `load_lora_weights` of the pipeline reads."""
     layers = get_peft_model_state_dict(unet, state_dict=dict(weights), adapter_name=_NAME)
     metadata = unet.peft_config[_NAME].to_dict()
     pipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
@@ -61,7 +61,7 @@ def has_adapters(unet: UNet2DConditionModel) -> bool:
 
 
 class WithoutAdapters:
-    """The same network, called as if it had no adapters: the start model without a second copy of the weights."""
+    """Network that runs without its adapters: the start model, which needs no second copy of the weights."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self._unet = unet

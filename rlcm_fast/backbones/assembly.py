@@ -1,11 +1,11 @@
-"""A diffusers pipeline put together from what the config names: folder or hub id, UNet of its own, LoRA, scheduler.
+"""Assemble a diffusers pipeline from what the config names: folder or hub id, separate UNet, LoRA, scheduler.
 
-    path                a pipeline's folder                                             as it is
-    path, base          a UNet alone, as latent-consistency/lcm-sdxl, into the pipeline `base`
-    path, lora          an LCM-LoRA, as latent-consistency/lcm-lora-sdv1-5, fused into the weights of `path`
+    path          a folder with a pipeline, which stays as it is
+    path, base    a UNet alone, such as latent-consistency/lcm-sdxl, which goes into the pipeline `base`
+    path, lora    an LCM-LoRA, such as latent-consistency/lcm-lora-sdv1-5, which is fused into the weights of `path`
 
-The last two are latent consistency models whose folders name the scheduler of a diffusion model: where the policy is a
-consistency policy they get an LCMScheduler with the same noise levels, as their model cards say.
+The last two are latent consistency models whose folders name the scheduler of a diffusion model. If the policy is a
+consistency policy, they get an LCMScheduler with the same noise levels, as their model cards recommend.
 """
 
 from __future__ import annotations
@@ -26,25 +26,28 @@ from rlcm_fast import quiet
 from rlcm_fast.backbones.loading import resolve_model
 from rlcm_fast.config import ModelConfig
 
-# No such file, not a safetensors file, no such modules, other shapes.
+# Raised for a missing file, a file that is not safetensors, missing modules and other shapes.
 _MISFITS = (OSError, SafetensorError, ValueError, RuntimeError)
 
 
 def assemble(model: ModelConfig, dtype: torch.dtype, is_consistency: bool) -> Any:
-    """The pipeline on the CPU, its UNet in `dtype`, the rest in float32: the VAE of SDXL overflows in half precision.
+    """Load the pipeline on the CPU, its UNet in `dtype`, the rest in float32: SDXL's VAE overflows in half precision.
 
     Raises:
         ValueError: nothing loads from there, the parts do not fit each other, or the UNet is of another kind.
     """
+    # Load the parts and check that they fit each other.
     _silence_loading()
     paths = resolve_model(model)
-    own_unet = {} if paths.unet is None else {"unet": _load_unet(paths.unet, model, dtype)}
-    # A LoRA is added in float32, and rounded to `dtype` with the weights.
-    loaded = {"unet": torch.float32 if paths.lora else dtype, "default": torch.float32}
+    separate_unet = {} if paths.unet is None else {"unet": _load_unet(paths.unet, model, dtype)}
+    # A LoRA is added in float32 and then rounded to `dtype` together with the weights.
+    dtypes = {"unet": torch.float32 if paths.lora else dtype, "default": torch.float32}
     remedy = "check the name; a repository that holds a UNet alone needs model.base"
-    revision = None if own_unet else model.revision
-    pipeline = load_pipeline(paths.pipeline, revision, loaded, _field(model), remedy, **own_unet)
+    revision = None if separate_unet else model.revision
+    pipeline = load_pipeline(paths.pipeline, revision, dtypes, _field(model), remedy, **separate_unet)
     _check_parts(pipeline, model)
+
+    # Fuse the LoRA, and choose the scheduler.
     if paths.lora is not None:
         fuse_lora(pipeline, paths.lora, f"model.lora={model.lora}")
     if is_consistency and (paths.unet is not None or paths.lora is not None):
@@ -56,9 +59,9 @@ def assemble(model: ModelConfig, dtype: torch.dtype, is_consistency: bool) -> An
 def load_pipeline(
     path: str, revision: str | None, dtype: Any, named: str, remedy: str = "check the name", **parts: Any
 ) -> Any:
-    """`DiffusionPipeline.from_pretrained` without a safety checker, which would blank images.
+    """Load a pipeline by `DiffusionPipeline.from_pretrained`, without the safety checker, which would blank images.
 
-    named and remedy: first and last words of the error; parts: what is not to come from `path`.
+    named, remedy: the first and last words of an error. parts: modules that `path` should not provide.
     """
     with _one_line(named, remedy, OSError):
         index = DiffusionPipeline.load_config(path, revision=revision)
@@ -67,14 +70,14 @@ def load_pipeline(
 
 
 def fuse_lora(pipeline: Any, lora: str, named: str) -> None:
-    """Adds scale * B A to the weights that a LoRA file or hub id names, and leaves no adapter behind."""
+    """Add scale * B A to the weights that a LoRA (file or hub id) names, and leave no adapter behind."""
     attach_lora(pipeline, lora, named)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
 
 
 def attach_lora(pipeline: Any, lora: str, named: str) -> None:
-    """Loads a LoRA beside the weights; never unpickles."""
+    """Load a LoRA as adapters beside the weights; never unpickles."""
     with _one_line(named, "give a LoRA that was made for this model", *_MISFITS):
         pipeline.load_lora_weights(lora, use_safetensors=True)
         if "unet" not in pipeline.get_list_adapters():
@@ -87,13 +90,14 @@ def _load_unet(path: str, model: ModelConfig, dtype: torch.dtype) -> UNet2DCondi
         config = UNet2DConditionModel.load_config(path, revision=model.revision)
         assert isinstance(config, dict)
         if config.get("_class_name") != UNet2DConditionModel.__name__:
-            raise OSError(f"its config.json is that of a {config.get('_class_name')}")
+            raise OSError(f"its config.json belongs to class {config.get('_class_name')}")
         kept = torch.float32 if model.lora else dtype
         return UNet2DConditionModel.from_pretrained(path, revision=model.revision, dtype=kept)
 
 
 def _check_parts(pipeline: Any, model: ModelConfig) -> None:
-    """One line now instead of a mismatch of shapes in the first forward pass."""
+    """Refuse parts that do not fit with one line, before the first forward pass fails on their shapes."""
+    # Check that all parts are there.
     named, parts = _field(model), pipeline.components
     if not isinstance(parts.get("unet"), UNet2DConditionModel):
         raise ValueError(f"{named} has no UNet2DConditionModel; give a Stable Diffusion or LCM folder")
@@ -101,7 +105,9 @@ def _check_parts(pipeline: Any, model: ModelConfig) -> None:
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in parts]
     for name in ("vae", *encoders):
         if parts.get(name) is None:
-            raise ValueError(f"{named} has no {name}; give a text-to-image folder (a refiner is none)")
+            raise ValueError(f"{named} has no {name}; give a text-to-image folder (a refiner is not one)")
+
+    # Check that the UNet fits the text encoders.
     kind, wanted = unet_config.addition_embed_type, unet_config.cross_attention_dim
     if kind not in (None, "text_time"):
         raise ValueError(
@@ -121,7 +127,7 @@ def _field(model: ModelConfig) -> str:
 
 @contextmanager
 def _one_line(named: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
-    """What loading says of a wrong name, a broken file or other shapes, as one line of ours."""
+    """Turn the errors of loading (wrong name, broken file, other shapes) into a ValueError of one line."""
     try:
         yield
     except kinds as error:
@@ -130,7 +136,7 @@ def _one_line(named: str, remedy: str, *kinds: type[Exception]) -> Iterator[None
 
 
 def _silence_loading() -> None:
-    """diffusers and transformers tell much while loading that no user can act on; errors are still raised."""
+    """Silence diffusers and transformers, whose messages while loading help no user; errors are still raised."""
     if quiet.is_debug():
         return
     logging.getLogger(quiet.MISSING_WEIGHTS).setLevel("ERROR")

@@ -1,6 +1,6 @@
-"""Where a model's files are. Light at import: the doors resolve paths before they import torch.
+"""Find the files of a model. This module is light to import, because the doors resolve paths before they import torch.
 
-A model is a pipeline's folder, or a UNet's alone that goes into a base pipeline, and perhaps a LoRA for it.
+A model is the folder of a pipeline, or that of a UNet alone, which goes into a base pipeline. A LoRA may be added.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _UNET_CONFIG = "config.json"
 
 
 class ModelPaths(NamedTuple):
-    """What `from_pretrained` and `load_lora_weights` take."""
+    """Paths or hub ids for `from_pretrained` and `load_lora_weights`."""
 
     pipeline: str
-    unet: str | None  # None: the pipeline's own
+    unet: str | None  # None: the UNet of the pipeline
     lora: str | None
 
 
 def resolve_model(model: ModelConfig) -> ModelPaths:
-    """The paths of a model; raises ValueError for what cannot be there, or does not go together."""
+    """Find the paths of a model; raises ValueError if they cannot exist or do not go together."""
     lora = None if model.lora is None else resolve_lora_path(model.lora)
     if model.base is None:
         _refuse_unet_alone(model.path)
@@ -39,10 +39,9 @@ def resolve_model(model: ModelConfig) -> ModelPaths:
 
 
 def resolve_model_path(path: str, field: str = "model.path") -> str:
-    """What diffusers' `from_pretrained` takes: the folder of a shipped model, a folder that exists, or a hub id.
+    """Find the path for diffusers' `from_pretrained`: the folder of a shipped model, an existing folder, or a hub id.
 
-    Raises ValueError for what can be none of these; whether a hub id exists is known only when it is loaded.
-    Errors name `field`.
+    Raises ValueError, which names `field`, if `path` can be none of these. Only loading shows whether a hub id exists.
     """
     folder = SHIPPED.get(path, Path(path).expanduser())
     if (folder / _INDEX).is_file():
@@ -50,26 +49,28 @@ def resolve_model_path(path: str, field: str = "model.path") -> str:
     if path in SHIPPED:
         raise ValueError(f"{field}={path} did not come with this installation ({folder}); install rlcm_fast anew")
     if folder.is_dir():
-        raise ValueError(f"{field}={path} is no diffusers folder: it has no {_INDEX}; {_remedy(folder)}")
+        raise ValueError(f"{field}={path} is not a diffusers folder: it has no {_INDEX}; {_remedy(folder)}")
     if not _may_be_hub_id(path):
         shipped = " or ".join(SHIPPED)
-        raise ValueError(f"{field}={path} is not there; give a diffusers folder, a hub id, {shipped}")
+        raise ValueError(f"{field}={path} does not exist; give a diffusers folder, a hub id, {shipped}")
     return path
 
 
 def resolve_lora_path(path: str, field: str = "model.lora") -> str:
-    """The safetensors file of a LoRA, or a hub id; raises ValueError for what can be neither."""
+    """Find the safetensors file of a LoRA, or keep a hub id; raises ValueError if `path` can be neither."""
     place = Path(path).expanduser()
     if place.is_dir():
         files = [place / LORA_FILE] if (place / LORA_FILE).is_file() else sorted(place.glob("*.safetensors"))
         if len(files) != 1:
             found = f"{len(files)} safetensors files and none is {LORA_FILE}" if files else "no safetensors file"
-            raise ValueError(f"{field}={path} is no folder of a LoRA: it holds {found}; give the file itself")
+            raise ValueError(f"{field}={path} is not the folder of a LoRA: it holds {found}; give the file itself")
         return str(files[0])
     if place.is_file() and place.suffix == ".safetensors":
         return str(place)
     if place.exists() or not _may_be_hub_id(path) or place.suffix == ".safetensors":
-        raise ValueError(f"{field}={path} is no LoRA; give a folder with {LORA_FILE}, a .safetensors file or a hub id")
+        raise ValueError(
+            f"{field}={path} is not a LoRA; give a folder with {LORA_FILE}, a .safetensors file or a hub id"
+        )
     return path
 
 
@@ -78,26 +79,26 @@ def _refuse_unet_alone(path: str) -> None:
     if (folder / _UNET_CONFIG).is_file() and not (folder / _INDEX).is_file():
         raise ValueError(
             f"model.path={path} holds a network alone (no {_INDEX}); give the pipeline that it goes into as model.base,"
-            " as stabilityai/stable-diffusion-xl-base-1.0"
+            " such as stabilityai/stable-diffusion-xl-base-1.0"
         )
 
 
 def _resolve_unet_path(model: ModelConfig) -> str:
     folder = SHIPPED.get(model.path, Path(model.path).expanduser())
     if (folder / _INDEX).is_file():
-        raise ValueError(f"model.base={model.base} has no use: model.path={model.path} is a whole pipeline; drop it")
+        raise ValueError(f"model.base={model.base} has no use: model.path={model.path} is a whole pipeline; remove it")
     if folder.is_dir() and not (folder / _UNET_CONFIG).is_file():
         raise ValueError(
             f"model.path={model.path} holds no UNet to put into model.base: it has no {_UNET_CONFIG};"
-            " give the folder with the UNet's config and weights"
+            " give the folder that holds config and weights of the UNet"
         )
     if not folder.is_dir() and not _may_be_hub_id(model.path):
-        raise ValueError(f"model.path={model.path} is not there; give the folder of a UNet, or a hub id")
+        raise ValueError(f"model.path={model.path} does not exist; give the folder of a UNet, or a hub id")
     return str(folder) if folder.is_dir() else model.path
 
 
 def _may_be_hub_id(path: str) -> bool:
-    """By its form; runs/typo is none where runs/ is a folder."""
+    """Whether the form of `path` is that of a hub id; runs/typo is none if runs/ is a folder."""
     owner, slash, _ = path.partition("/")
     return bool(_HUB_ID.fullmatch(path)) and not (slash and Path(owner).is_dir())
 

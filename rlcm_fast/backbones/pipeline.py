@@ -1,6 +1,6 @@
-"""A diffusers pipeline as the parts that training needs: UNet, text encoding, image decoding, export.
+"""A diffusers pipeline, split into the parts that training needs: UNet, text encoding, image decoding, export.
 
-folder or hub id -> Backbone;   prompts -> Conditioning (encoded once each);   latents -> images;   weights -> folder
+folder or hub id -> Backbone;   prompts -> Conditioning (each encoded once);   latents -> images;   weights -> folder
 """
 
 # B images, D distinct prompts, L tokens, E embedding, P pooled embedding, C H W latent
@@ -24,19 +24,19 @@ from rlcm_fast.backbones.assembly import assemble
 from rlcm_fast.config import LoraConfig, ModelConfig
 from rlcm_fast.trajectory import Conditioning, Prompt
 
-_ENCODING_BYTES = 256 * 2**20  # of text encodings that are kept
+_ENCODING_BYTES = 256 * 2**20  # limit for the text encodings that are kept
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """One text, on the device."""
+    """Encoding of one text, on the device."""
 
-    embeds: Tensor  # (L, E); of SDXL's two encoders side by side
-    pooled: Tensor | None  # (P,), of SDXL's second encoder
+    embeds: Tensor  # (L, E); SDXL's two encoders side by side
+    pooled: Tensor | None  # (P,), only from SDXL's second encoder
 
 
 class Backbone:
-    """A loaded text-to-image pipeline; everything but the UNet is frozen and stays out of DeepSpeed's hands."""
+    """A loaded text-to-image pipeline; all parts but the UNet are frozen and never managed by DeepSpeed."""
 
     def __init__(
         self, pipeline: Any, device: torch.device, dtype: torch.dtype, offload_idle: bool, decode_batch_size: int
@@ -60,11 +60,12 @@ class Backbone:
         offload_idle: bool = False,
         decode_batch_size: int = 0,
     ) -> Backbone:
-        """From what `model` names; `dtype` is the UNet's, the rest is float32. Raises ValueError as `assemble` does.
+        """Load what `model` names, the UNet in `dtype` and the rest in float32; raises ValueError as `assemble` does.
 
-        is_consistency: it is sampled as a consistency model, so `model.base` and `model.lora` change the scheduler.
-        offload_idle: only the UNet stays on the device; decode_batch_size: images decoded at once, 0 is all.
+        is_consistency: the model is sampled as a consistency model; `model.base` and `model.lora` change the scheduler.
+        offload_idle: only the UNet stays on the device. decode_batch_size: images decoded at once; 0 means all.
         """
+        # Load the parts and move them to their devices; only the UNet is trained.
         backbone = cls(assemble(model, dtype, is_consistency), device, dtype, offload_idle, decode_batch_size)
         backbone._set_image_size(model.image_size)
         backbone._pipeline.unet.to(device)
@@ -73,11 +74,11 @@ class Backbone:
             if not backbone._moves_parts:
                 part.to(device)
         backbone.unet.requires_grad_(True)
-        backbone.unet.eval()  # dropout would make the ratio differ from 1
+        backbone.unet.eval()  # because dropout would make the ratio differ from 1
         return backbone
 
     def _set_image_size(self, pixels: int) -> None:
-        """In the UNet's config, from where policies, SDXL's time ids and an export take it; 0 leaves it."""
+        """Set the size in the config of the UNet, which policies, SDXL's time ids and exports read; 0 keeps it."""
         halvings = len(self.unet.config.block_out_channels) - 1  # pyright: ignore[reportAttributeAccessIssue]
         step = self._pipeline.vae_scale_factor * 2**halvings
         if pixels % step:
@@ -88,16 +89,16 @@ class Backbone:
             self.unet.register_to_config(sample_size=pixels // self._pipeline.vae_scale_factor)
 
     def add_adapters(self, config: LoraConfig) -> None:
-        """From here on only LoRA adapters are trained."""
+        """Add LoRA adapters to the UNet; from here on, only these are trained."""
         add_adapters(self.unet, config)
 
     @property
     def has_adapters(self) -> bool:
-        """Whether LoRA adapters are trained in the place of the UNet's weights."""
+        """Whether LoRA adapters are trained instead of the weights of the UNet."""
         return has_adapters(self.unet)
 
     def frozen_start(self) -> Callable[..., Any]:
-        """The network as it is now, to be called as the UNet is; with adapters it shares the UNet's weights."""
+        """Network as it is now, called like the UNet; if there are adapters, it shares the weights of the UNet."""
         if self.has_adapters:
             return WithoutAdapters(self.unet)
         return copy.deepcopy(self.unet).requires_grad_(False)
@@ -108,13 +109,13 @@ class Backbone:
 
     @property
     def text_encoders(self) -> list[torch.nn.Module]:
-        """One, or SDXL's two."""
+        """The text encoder, or SDXL's two text encoders."""
         names = ("text_encoder", "text_encoder_2") if self._is_sdxl else ("text_encoder",)
         return [self._pipeline.components[name] for name in names]
 
     @property
     def frozen_parts(self) -> list[torch.nn.Module]:
-        """What is never trained: the VAE and the text encoders."""
+        """Parts that are never trained: the VAE and the text encoders."""
         return [self._pipeline.vae, *self.text_encoders]
 
     @property
@@ -123,10 +124,11 @@ class Backbone:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt], with_negative: bool, remember: bool = True) -> Conditioning:
-        """The conditioning of B samples; each distinct text is encoded once, and kept while there is room.
+        """Conditioning of B samples; each distinct text is encoded once and kept while there is room.
 
-        remember: or else texts are encoded all together and forgotten, as captions of millions of images must be.
+        Without `remember`, the texts are encoded together and forgotten, which captions of millions of images need.
         """
+        # Encode the distinct texts, or look them up.
         distinct = list(dict.fromkeys(prompt.text for prompt in prompts))
         self._encode_missing(distinct if remember else [], with_negative)
         if remember:
@@ -135,6 +137,8 @@ class Backbone:
             with self._on_device(*self.text_encoders):
                 encodings, _ = self._encode_together(distinct, with_negative=False)
         self._forget_oldest()
+
+        # Bundle them for the samples.
         rows = {text: row for row, text in enumerate(distinct)}
         negative = self._negative if with_negative else None
         return Conditioning(
@@ -147,13 +151,13 @@ class Backbone:
         )
 
     def _forget_oldest(self) -> None:
-        """Of millions of prompts nearly none comes again, and each takes 0.2 MB of Stable Diffusion's."""
-        of_one = sum(encoding.embeds.nbytes for encoding in list(self._encodings.values())[:1])
-        while len(self._encodings) * of_one > _ENCODING_BYTES:
+        """Forget the oldest encodings (0.2 MB each for Stable Diffusion): few of millions of prompts ever return."""
+        bytes_each = sum(encoding.embeds.nbytes for encoding in list(self._encodings.values())[:1])
+        while len(self._encodings) * bytes_each > _ENCODING_BYTES:
             del self._encodings[next(iter(self._encodings))]
 
     def _encode_missing(self, texts: list[str], with_negative: bool) -> None:
-        """One by one: in a batch the last bits depend on the company, which a resumed run meets in another order."""
+        """Encode new texts one by one: the last bits depend on the batch, and a resumed run forms other batches."""
         missing = [text for text in texts if text not in self._encodings]
         lacks_negative = with_negative and self._negative is None
         if not (missing or lacks_negative):
@@ -165,14 +169,14 @@ class Backbone:
                 _, self._negative = self._encode_together([""], with_negative=True)
 
     def _encode_together(self, texts: list[str], with_negative: bool) -> tuple[list[Encoding], Encoding | None]:
-        """Texts, and what the pipeline guides away from: the empty text, or zeros where an SDXL folder says so."""
-        done = self._pipeline.encode_prompt(
+        """Encode texts, and what guidance leads away from: the empty text, or zeros if an SDXL folder asks for them."""
+        encoded = self._pipeline.encode_prompt(
             prompt=texts,
             device=self.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=with_negative,
         )
-        embeds, negative, pooled, negative_pooled = done if self._is_sdxl else (*done, None, None)
+        embeds, negative, pooled, negative_pooled = encoded if self._is_sdxl else (*encoded, None, None)
         encodings = [Encoding(row, None if pooled is None else pooled[i]) for i, row in enumerate(embeds)]
         if not with_negative:
             return encodings, None
@@ -180,19 +184,19 @@ class Backbone:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Pixels, height first."""
+        """Height and width in pixels."""
         size = self.unet.config.sample_size  # pyright: ignore[reportAttributeAccessIssue]
         height, width = (size, size) if isinstance(size, int) else size
         return height * self._pipeline.vae_scale_factor, width * self._pipeline.vae_scale_factor
 
     def _time_ids(self) -> Tensor:
-        """(1, 6) what SDXL is told of an image: its size before and after cropping, and no crop."""
+        """SDXL's size input (1, 6): the size of an image before cropping, no crop, and the size after cropping."""
         pixels = self.image_size
         return torch.tensor([[*pixels, 0, 0, *pixels]], dtype=torch.float32, device=self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float32 in [0, 1] of x_0 latents (B, C, H, W), as diffusers' pipelines decode them."""
+        """Decode latents x_0 (B, C, H, W) to images (B, 3, H, W) float32 in [0, 1], as diffusers' pipelines do."""
         vae = self._pipeline.vae
         with self._on_device(vae):
             slices = (latents / vae.config.scaling_factor).split(self._decode_batch_size or len(latents))
@@ -201,10 +205,10 @@ class Backbone:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latents x_0 (B, C, h, w) float32, as the UNet wants them, of images (B, 3, H, W) in [0, 1].
+        """Encode images (B, 3, H, W) in [0, 1] to latents x_0 (B, C, h, w) float32, scaled as the UNet expects them.
 
-        An AutoencoderKL's are sampled from its posterior, by `generator`: that is what UNets of Stable Diffusion's kind
-        were trained on, and a posterior's mode, if ever so near, is no image's typical latent. Others have one answer.
+        For an AutoencoderKL, `generator` samples them from the posterior. UNets like Stable Diffusion's were trained on
+        such samples; the mode of the posterior lies close by but is not a typical latent. Other VAEs need no sampling.
         """
         vae = self._pipeline.vae
         with self._on_device(vae):
@@ -214,7 +218,7 @@ class Backbone:
 
     @contextmanager
     def _on_device(self, *parts: torch.nn.Module) -> Iterator[None]:
-        """Inside, the parts are on the device; idle they are not, where that was asked for."""
+        """Move the parts to the device within the block; with offload_idle, they return to the CPU afterwards."""
         if not self._moves_parts:
             yield
             return
@@ -227,17 +231,17 @@ class Backbone:
                 part.to("cpu")
 
     def export(self, unet_weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Writes a diffusers folder with these UNet weights, which stock diffusers loads; adapters are merged in."""
+        """Write a diffusers folder with these UNet weights, which stock diffusers loads; adapters are merged in."""
         pipeline = copy.copy(self._pipeline)
         pipeline.register_modules(unet=merged(self.unet, unet_weights))
         pipeline.save_pretrained(folder)
 
     def export_adapters(self, unet_weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Writes the adapters alone, for `load_lora_weights` of a stock pipeline with the start model."""
+        """Write the adapters alone, for `load_lora_weights` of a stock pipeline with the start model."""
         save_adapters(self.unet, unet_weights, self._pipeline, folder)
 
 
 def _stack(rows: Sequence[Tensor | None]) -> Tensor | None:
-    """None where there is nothing to stack."""
-    there = [row for row in rows if row is not None]
-    return torch.stack(there) if there else None
+    """Stack the rows that are there; None if there are none."""
+    present = [row for row in rows if row is not None]
+    return torch.stack(present) if present else None

@@ -1,1 +1,1 @@
-"""The console script rlcm-fast: draw images (sample), score a model (evaluate), plan its training (plan)."""
+"""The console script rlcm-fast: draw images, score a model, find a config, plan a training; one file per command."""

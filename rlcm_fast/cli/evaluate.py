@@ -39,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from rlcm_fast.cli.pipelines import load_pipeline
-    from rlcm_fast.prompts import deal, load_prompts
+    from rlcm_fast.prompts import load_prompts, prompts_for_images
     from rlcm_fast.rewards import build_rewards
 
     built = build_rewards(reward_configs(arguments.rewards))
     rewards = {name: reward for name, (reward, _) in built.items()}
-    prompts = deal(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
+    prompts = prompts_for_images(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
     pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)
     settings = ("model", "lora", "prompts", "num_images", "guidance_scale", "seed")
     report = {name: getattr(arguments, name) for name in settings} | {
@@ -78,7 +78,7 @@ def measure(
     The time includes the drawing only.
     """
     from rlcm_fast.cli.pipelines import draw
-    from rlcm_fast.rewards import ask, check_answer, evaluate
+    from rlcm_fast.rewards import check_raw_scores, evaluate, score
 
     # Draw the images. The first call sets up the pipeline, so it is not timed.
     texts = [prompt.text for prompt in prompts]
@@ -89,8 +89,8 @@ def measure(
     # Score them.
     scores = {}
     for name, reward in rewards.items():
-        answers = check_answer(name, reward, ask(reward, images, prompts), prompts, iteration=0)
-        scores[name] = evaluate(name, reward, answers, prompts, iteration=0)
+        raw_scores = check_raw_scores(name, reward, score(reward, images, prompts), prompts, iteration=0)
+        scores[name] = evaluate(name, reward, raw_scores, prompts, iteration=0)
     return {
         "num_steps": num_steps,
         "seconds_per_image": seconds / len(images),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rlcm_fast import quiet
-from rlcm_fast.cli import evaluate, plan, sample
+from rlcm_fast.cli import configs, evaluate, plan, sample
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,10 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="rlcm-fast", description="Draw images, score a model, plan its training. Train with rlcm_fast/train.py."
+        prog="rlcm-fast",
+        description="Draw images, score a model, find a config, plan its training. Train with rlcm_fast/train.py.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module, name in ((sample, "sample"), (evaluate, "evaluate"), (plan, "plan")):
+    for module, name in ((sample, "sample"), (evaluate, "evaluate"), (configs, "configs"), (plan, "plan")):
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
         module.add_arguments(command)

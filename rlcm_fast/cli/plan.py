@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "rlcm-fast plan --config FILE.yaml [--gpu NAME] [--section.field VALUE ...]"
-    parser.add_argument(
-        "--config", action="append", metavar="FILE", help="as for train.py, whose --help lists the fields"
-    )
+    parser.usage = "rlcm-fast plan --config FILE [--gpu NAME] [--section.field VALUE ...]"
+    config = "a YAML file or a name of `rlcm-fast configs`, as for train.py, whose --help lists the fields"
+    parser.add_argument("--config", action="append", metavar="FILE", help=config)
     parser.add_argument("--gpu", metavar="NAME", help="rtx4090, h100, ... (a wrong name lists all); default: all")
     parser.add_argument("--processes", type=positive_int, default=1, help="GPUs of the run")
     size = "pixels per side; default: the size of the model's UNet, which train.py draws"
@@ -43,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     files = [part for file in arguments.config or [] for part in ("--config", file)]
     config = parse_config([*files, *arguments.overrides])
-    validate(config, arguments.processes)
+    resolved = validate(config, arguments.processes)
     if not arguments.reward_gib >= 0:
         raise ValueError(f"reward-gib={arguments.reward_gib} is no size; give 0 or more")
     gpus = [find_gpu(arguments.gpu)] if arguments.gpu is not None else list(GPUS.values())
@@ -57,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     architecture = load_architecture(path)
     image_size = arguments.image_size or config.model.image_size or None
     _check_image_size(image_size, architecture.pixels_per_latent)
-    planner = Planner(architecture, Workload.of(config, arguments.processes), round(arguments.reward_gib * GIB))
+    planner = Planner(architecture, Workload.of(resolved), round(arguments.reward_gib * GIB))
     strategy = strategy_of(config, image_size or architecture.image_size, architecture.embeds_guidance)
 
     # Print the plan, for programs or for people.

@@ -1,8 +1,11 @@
-"""The configuration: typed sections, read from defaults < YAML file < command line.
+"""The configuration: typed sections, read from defaults < YAML files < command line, and what follows from them.
 
-Light on purpose: this module imports neither torch nor diffusers, so that a mistake is reported in under a second,
-before any weights load. `parser.py` reads files and command lines, `mistakes.py` words what is wrong with them;
-what one field cannot know alone is checked in `checks.py`.
+    parse_config(argv)            -> Config        parser.py reads, mistakes.py words errors, files.py finds files
+    validate(config, world_size)  -> ResolvedRun   checks.py: ranges first, then what fields ask of each other
+    resolve(config, world_size)   -> ResolvedRun   resolved.py: tasks, rounds and sizes, without the checks
+
+A new field is a line of sections.py, with its type, choices, range, default and docstring. Light on purpose: this room
+imports neither torch nor diffusers, so that a mistake is reported in under a second, before any weights load.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser
 
+from rlcm_fast.config.files import RESOLVED
 from rlcm_fast.config.parser import parse, parser_of
+from rlcm_fast.config.ranges import NonNegativeInt, PositiveInt
 from rlcm_fast.config.sections import (
     AdvantagesConfig,
     AlgorithmConfig,
@@ -72,15 +77,15 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """the sampler that is trained"""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    """where they come from, and how many an iteration takes"""
+    """where prompts come from, and how many an iteration draws"""
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig("jpeg_compressibility")])
     """The rewards: a YAML list of {name: NAME, weight: 1.0, arguments: {}, group_size: 0, credit: group}."""
     tasks: list[TaskConfig] = field(default_factory=list)
-    """Several tasks in the place of prompts.source and rewards, as {name: NAME, source: SOURCE, rewards: [...]}."""
+    """Tasks that replace prompts.source and rewards: a list of {name: NAME, source: SOURCE, rewards: [...]}."""
     task_schedule: Literal["mixed", "by_task"] = "mixed"
     """mixed: one rollout and its updates for all tasks; by_task: a rollout and updates for one task after another."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """sampling and rewarding"""
+    """how images are drawn and scored"""
     advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
     """how rewards become advantages"""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -90,7 +95,7 @@ class Config:
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     """a loss on real images beside the rewards"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Adam and its learning rate"""
+    """the optimizer and its learning rate"""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """where weights, gradients and states live, and how the network runs"""
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -100,15 +105,15 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """what a run resumes from"""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """what is written for people to look at"""
+    """what the run writes for people to look at"""
     run_dir: str = "runs/default"
     """Folder of the run: config, metrics, grids, checkpoints, export."""
-    num_iterations: int = 100
-    """Iterations: one rollout and the updates on it, each."""
-    seed: int = 0
-    """Seed of everything random; processes derive their own from it."""
+    num_iterations: PositiveInt = 100
+    """Number of iterations; each is one rollout and the updates on it."""
+    seed: NonNegativeInt = 0
+    """Seed of everything random; each process derives its random numbers from it."""
     resume: str | None = None
-    """latest (of run_dir) or a checkpoint folder to continue from; null starts anew."""
+    """Continue from a checkpoint: latest (the newest in run_dir) or its folder; null starts a new run."""
     dry_run: bool = False
     """Print the resolved config and the derived numbers, and stop."""
     debug: bool = False
@@ -122,7 +127,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The config as a YAML file that `--config` reads back to an equal one."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return f"{RESOLVED}\n{yaml.safe_dump(to_dict(config), sort_keys=False)}"
 
 
 def _plain(value: Any) -> Any:

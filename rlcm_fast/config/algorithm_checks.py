@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rlcm_fast.config import Config
-from rlcm_fast.config.tasks import tasks_of
+from rlcm_fast.config.resolved import ResolvedRun
 
 
-def check_algorithm(config: Config, num_actions: int) -> None:
+def check_algorithm(run: ResolvedRun) -> None:
     """Raise ValueError "field=value ...; remedy" where the algorithm, or which steps are trained, cannot work."""
-    name, update = config.algorithm.name, config.update
+    config, update = run.config, run.config.update
+    name = config.algorithm.name
     if name == "reinforce" and not update.is_on_policy:
         num_updates = update.num_passes * update.num_updates
         raise ValueError(
@@ -22,10 +22,10 @@ def check_algorithm(config: Config, num_actions: int) -> None:
             " or algorithm.name=ppo"
         )
     if name == "grpo":
-        _check_groups(config)
+        _check_groups(run)
     if name == "rebel":
-        _check_pairs(config)
-    _check_timesteps(config, num_actions)
+        _check_pairs(run)
+    _check_timesteps(run)
     if update.kl_reference == "offload" and config.engine.zero_stage == 3:
         raise ValueError(
             "update.kl_reference=offload swaps whole weights, and engine.zero_stage=3 shares them out; set "
@@ -38,8 +38,8 @@ def check_algorithm(config: Config, num_actions: int) -> None:
         )
 
 
-def _check_groups(config: Config) -> None:
-    for task in tasks_of(config):
+def _check_groups(run: ResolvedRun) -> None:
+    for task in run.tasks:
         if task.advantages not in ("group", "leave_one_out"):
             raise ValueError(
                 f"algorithm.name=grpo compares the images of one prompt, and {task.advantages_field}={task.advantages} "
@@ -47,9 +47,9 @@ def _check_groups(config: Config) -> None:
             )
 
 
-def _check_pairs(config: Config) -> None:
-    update = config.update
-    for task in tasks_of(config):
+def _check_pairs(run: ResolvedRun) -> None:
+    update = run.config.update
+    for task in run.tasks:
         if task.images_per_prompt % 2:
             raise ValueError(
                 f"{task.images_field}={task.images_per_prompt} leaves an image without another of its prompt, "
@@ -67,14 +67,14 @@ def _check_pairs(config: Config) -> None:
         )
 
 
-def _check_timesteps(config: Config, num_actions: int) -> None:
-    update = config.update
+def _check_timesteps(run: ResolvedRun) -> None:
+    update, num_actions = run.config.update, run.sizes.actions_per_sample
     if update.num_timesteps > num_actions:
         raise ValueError(
             f"update.num_timesteps={update.num_timesteps} exceeds the {num_actions} actions of "
-            f"policy.num_steps={config.policy.num_steps}; give fewer, or 0 for all"
+            f"policy.num_steps={run.config.policy.num_steps}; give fewer, or 0 for all"
         )
-    trained = update.num_timesteps or num_actions
+    trained = run.sizes.trained_actions_per_sample
     if update.order == "by_step" and trained % update.num_updates:
         raise ValueError(
             f"update.num_updates={update.num_updates} does not divide the {trained} trained actions of a sample, which "

@@ -1,17 +1,21 @@
-"""What one field of the config cannot know alone: checked before any weights load, with the way out in the message."""
+"""Whether a config can work, checked before any weights load; every message has the field, its value and the way out.
+
+`validate` is the one place: first each number by itself (ranges.py), then what fields ask of each other, by subject.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
-from rlcm_fast.config import Config, RewardConfig
+from rlcm_fast.config import Config
 from rlcm_fast.config.algorithm_checks import check_algorithm
 from rlcm_fast.config.engine_checks import check_engine
-from rlcm_fast.config.sizes import check_sizes, num_actions, num_trained
-from rlcm_fast.config.tasks import check_task_names, check_tasks, rounds_of, tasks_of
+from rlcm_fast.config.ranges import check_ranges
+from rlcm_fast.config.resolved import ResolvedRun, resolve
+from rlcm_fast.config.reward_checks import check_rewards
+from rlcm_fast.config.sizes import check_sizes
+from rlcm_fast.config.tasks import check_tasks
 
 _ONE_STEP = (
     "policy.num_steps=1 leaves nothing to train: the last step is deterministic (sigma = 0), it makes the image and is "
@@ -23,123 +27,28 @@ _BESIDE_TASKS = (
 )
 
 
-class _Bound(NamedTuple):
-    field: str
-    value: float
-    allowed: bool
-    remedy: str
+def validate(config: Config, world_size: int) -> ResolvedRun:
+    """The run that a config asks for, if it can work on that many processes.
 
-
-def validate(config: Config, world_size: int) -> None:
-    """Raise ValueError "field=value ...; remedy" for the first value or combination that cannot work."""
-    for field, value, allowed, remedy in _bounds(config):
-        if not (allowed and math.isfinite(value)):
-            raise ValueError(f"{field}={value} is out of range; give {remedy}")
+    Raises ValueError "field=value ...; remedy" for the first value or combination that cannot.
+    """
+    check_ranges(config)
+    run = resolve(config, world_size)
     _check_use(config)
-    _check_policy(config)
-    check_task_names(config)
-    _check_rewards(config)
-    check_tasks(config, world_size)
-    check_algorithm(config, num_actions(config))
-    check_sizes(config, world_size)
-    check_engine(config, derived(config, world_size))
+    _check_policy(run)
+    check_tasks(run)
+    check_rewards(run)
+    check_algorithm(run)
+    check_sizes(run)
+    check_engine(run)
     _check_lora(config)
     _check_resume(config)
+    return run
 
 
 def derived(config: Config, world_size: int) -> dict[str, int]:
-    """The numbers that follow from the config; counts are over all processes unless the name says otherwise.
-
-    Of updates of different sizes (tasks one by one) the largest is meant.
-    """
-    rounds = rounds_of(config)
-    samples = [sum(task.num_samples for task in tasks) for tasks in rounds]
-    trained = num_trained(config)
-    transitions_per_update = max(samples) * trained // config.update.num_updates
-    updates = config.update.num_passes * config.update.num_updates * len(rounds)
-    return {
-        "num_processes": world_size,
-        "samples_per_iteration": sum(samples),
-        "samples_per_process": sum(samples) // world_size,
-        "actions_per_sample": num_actions(config),
-        "transitions_per_iteration": sum(samples) * trained,
-        "transitions_per_update": transitions_per_update,
-        "micro_batches_per_update_and_process": transitions_per_update // world_size // config.update.micro_batch_size,
-        "updates_per_iteration": updates,
-        "total_updates": updates * config.num_iterations,
-        "total_queries": sum(samples) * config.num_iterations,
-    }
-
-
-def _bounds(config: Config) -> Iterator[_Bound]:
-    """Every field that has a range of its own."""
-    yield from _counts(config)
-    policy, update, optimizer = config.policy, config.update, config.optimizer
-    scale = policy.guidance_scale
-    yield _Bound("policy.guidance_scale", scale, scale >= 1, "1 (no guidance) or more")
-    yield _Bound("policy.eta", policy.eta, 0 < policy.eta <= 1, "a number in (0, 1]: without noise there is no action")
-    algorithm = config.algorithm
-    yield _Bound("algorithm.eta", algorithm.eta, algorithm.eta > 0, "a positive number, as 1")
-    yield _Bound("algorithm.temperature", algorithm.temperature, algorithm.temperature > 0, "a positive number, as 1")
-    last = policy.last_sigma
-    yield _Bound(
-        "policy.last_sigma", last, last > 0, "a positive number, as 0.1; the latent's own deviation is about 1"
-    )
-    yield _Bound("lora.alpha", config.lora.alpha, config.lora.alpha > 0, "a positive number, as 16")
-    yield _Bound("update.clip_range", update.clip_range, 0 < update.clip_range < 1, "a number in (0, 1), as 1e-4")
-    yield _Bound("update.advantage_clip", update.advantage_clip, update.advantage_clip > 0, "a positive number, as 10")
-    yield _Bound("update.max_grad_norm", update.max_grad_norm, update.max_grad_norm >= 0, "0 (off) or more")
-    yield _Bound("update.kl_weight", update.kl_weight, update.kl_weight >= 0, "0 (off) or more")
-    beta, dropout = config.pretraining.weight, config.pretraining.caption_dropout
-    yield _Bound("pretraining.weight", beta, beta >= 0, "0 (off) or more")
-    yield _Bound("pretraining.caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1], as 0.1")
-    yield _Bound("ema.decay", config.ema.decay, 0 <= config.ema.decay < 1, "a number in [0, 1), as 0.99; 0 is off")
-    yield _Bound("optimizer.lr", optimizer.lr, optimizer.lr > 0, "a positive number, as 1e-4")
-    yield _Bound("optimizer.eps", optimizer.eps, optimizer.eps > 0, "a positive number, as 1e-8")
-    yield _Bound("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "0 (off) or more")
-    fraction = optimizer.final_lr_fraction
-    yield _Bound("optimizer.final_lr_fraction", fraction, 0 <= fraction <= 1, "a number in [0, 1]; 1 is constant")
-    for index, beta in enumerate(optimizer.betas):
-        yield _Bound(f"optimizer.betas[{index}]", beta, 0 <= beta < 1, "a number in [0, 1)")
-
-
-def _counts(config: Config) -> Iterator[_Bound]:
-    at_least_one = {
-        "num_iterations": config.num_iterations,
-        "policy.num_steps": config.policy.num_steps,
-        "prompts.num_prompts": config.prompts.num_prompts,
-        "prompts.images_per_prompt": config.prompts.images_per_prompt,
-        "rollout.micro_batch_size": config.rollout.micro_batch_size,
-        "rollout.reward_workers": config.rollout.reward_workers,
-        "advantages.buffer_size": config.advantages.buffer_size,
-        "update.num_passes": config.update.num_passes,
-        "update.num_updates": config.update.num_updates,
-        "update.micro_batch_size": config.update.micro_batch_size,
-        "pretraining.batch_size": config.pretraining.batch_size,
-        "pretraining.micro_batch_size": config.pretraining.micro_batch_size,
-        "evaluation.num_images": config.evaluation.num_images,
-        "evaluation.micro_batch_size": config.evaluation.micro_batch_size,
-        "checkpoint.keep": config.checkpoint.keep,
-        "tracking.grid_images": config.tracking.grid_images,
-    }
-    at_least_zero = {
-        "seed": config.seed,
-        "model.image_size": config.model.image_size,
-        "lora.rank": config.lora.rank,
-        "update.num_timesteps": config.update.num_timesteps,
-        "tracking.task_gradients_every": config.tracking.task_gradients_every,
-        "rollout.decode_batch_size": config.rollout.decode_batch_size,
-        "pretraining.workers": config.pretraining.workers,
-        "evaluation.seed": config.evaluation.seed,
-        "evaluation.every": config.evaluation.every,
-        "checkpoint.every": config.checkpoint.every,
-        "tracking.grid_every": config.tracking.grid_every,
-        "optimizer.warmup_updates": config.optimizer.warmup_updates,
-    }
-    for field, value in at_least_one.items():
-        yield _Bound(field, value, value >= 1, "1 or more")
-    for field, value in at_least_zero.items():
-        yield _Bound(field, value, value >= 0, "0 or more")
+    """The numbers that follow from the config, as `resolved.Sizes` has them."""
+    return asdict(resolve(config, world_size).sizes)
 
 
 def _check_use(config: Config) -> None:
@@ -174,55 +83,13 @@ def _check_beside_tasks(config: Config) -> None:
             raise ValueError(f"{field}={value} {_BESIDE_TASKS}")
 
 
-def _check_policy(config: Config) -> None:
-    policy = config.policy
+def _check_policy(run: ResolvedRun) -> None:
+    policy = run.config.policy
     most = 50 if policy.kind == "consistency" else 1000
     if policy.num_steps > most:
         raise ValueError(f"policy.num_steps={policy.num_steps} exceeds the {most} steps of {policy.kind}; give fewer")
-    if num_actions(config) == 0:
+    if run.sizes.actions_per_sample == 0:
         raise ValueError(_ONE_STEP)
-
-
-def _check_rewards(config: Config) -> None:
-    trained = {task.rewards_field: list(task.rewards) for task in tasks_of(config)}
-    for field, rewards in trained.items():
-        if not rewards:
-            raise ValueError(f"{field}=[] leaves nothing to optimise; name one, as {{name: jpeg_compressibility}}")
-        for index, reward in enumerate(rewards):
-            if not math.isfinite(reward.weight) or reward.weight == 0:
-                remedy = "give another, or move the reward to evaluation.rewards to only measure it"
-                raise ValueError(f"{field}[{index}].weight={reward.weight} of {reward.name} has no use; {remedy}")
-        _check_names(field, rewards)
-    _check_names("evaluation.rewards", config.evaluation.rewards)
-    for index, reward in enumerate(config.evaluation.rewards):
-        _check_watched(f"evaluation.rewards[{index}]", reward, trained)
-
-
-def _check_names(field: str, rewards: list[RewardConfig]) -> None:
-    names = [reward.name for reward in rewards]
-    for index, name in enumerate(names):
-        if not name.strip():
-            raise ValueError(f"{field}[{index}].name='{name}' is empty; name a reward or package.module:Class")
-        if names.index(name) < index:
-            raise ValueError(f"{field}[{index}].name={name} is already in {field}; drop one")
-
-
-def _check_watched(field: str, reward: RewardConfig, trained: dict[str, list[RewardConfig]]) -> None:
-    """A task lacks it; where others have it they measure the same, as a name is a key of the metrics."""
-    placed = [(f"{at}[{index}]", one) for at, own in trained.items() for index, one in enumerate(own)]
-    same = [(at, one) for at, one in placed if one.name == reward.name]
-    if len(same) == len(trained):
-        of = "rewards" if len(trained) == 1 else "the rewards of every task"
-        raise ValueError(
-            f"{field}.name={reward.name} is already in {of}, and what is trained is always evaluated; drop one"
-        )
-    for other, one in same:
-        if (one.arguments, one.group_size) != (reward.arguments, reward.group_size):
-            raise ValueError(
-                f"{field} has arguments={reward.arguments} and group_size={reward.group_size}, and {other} of the same "
-                f"name {reward.name} arguments={one.arguments} and group_size={one.group_size}; give it those, or drop "
-                "it"
-            )
 
 
 def _check_lora(config: Config) -> None:

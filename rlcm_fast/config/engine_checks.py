@@ -5,16 +5,18 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from rlcm_fast.config import Config
+from rlcm_fast.config.resolved import ResolvedRun
 
 _8BIT = ("adamw_8bit", "bnb_adamw_8bit", "bnb_paged_adamw_8bit")
 
 
-def check_engine(config: Config, numbers: dict[str, int]) -> None:
-    """Raise ValueError "field=value ...; remedy"; numbers are `config.checks.derived`."""
+def check_engine(run: ResolvedRun) -> None:
+    """Raise ValueError "field=value ...; remedy" for the first two settings that exclude each other."""
+    config = run.config
     _check_dtype(config)
     _check_optimizer(config)
     _check_offload(config)
-    _check_in_backward(config, numbers)
+    _check_in_backward(run)
     _check_network(config)
     if config.ema.decay > 0 and config.engine.zero_stage == 3:
         raise ValueError(
@@ -68,7 +70,8 @@ def _check_offload(config: Config) -> None:
         )
 
 
-def _check_in_backward(config: Config, numbers: dict[str, int]) -> None:
+def _check_in_backward(run: ResolvedRun) -> None:
+    config, sizes = run.config, run.sizes
     engine, optimizer, update = config.engine, config.optimizer, config.update
     if not engine.optimizer_in_backward:
         return
@@ -87,9 +90,9 @@ def _check_in_backward(config: Config, numbers: dict[str, int]) -> None:
             "engine.optimizer_in_backward=true moves weights in the backward pass, so an update must be one, and "
             f"pretraining.weight={config.pretraining.weight} adds another; set one of the two to 0 or false"
         )
-    if numbers["micro_batches_per_update_and_process"] > 1:
-        rows = numbers["transitions_per_update"] // numbers["num_processes"]
-        fewer = update.num_updates * numbers["micro_batches_per_update_and_process"]
+    if sizes.micro_batches_per_update_and_process > 1:
+        rows = sizes.transitions_per_update // sizes.num_processes
+        fewer = update.num_updates * sizes.micro_batches_per_update_and_process
         raise ValueError(
             f"engine.optimizer_in_backward=true moves weights in the backward pass, so an update must be one: its "
             f"{rows} transitions a process do not fit update.micro_batch_size={update.micro_batch_size}; set "

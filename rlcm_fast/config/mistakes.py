@@ -2,9 +2,9 @@
 
 jsonargparse checks types and merges; this file finds unknown keys first, so that the message can name the closest
 known one, and turns jsonargparse's messages into one line. It knows nothing of the config but its dataclass. What it
-corrects on the way in: the launcher's option and bare switches (`split_arguments`), and lists of rewards, whose items
-get every field spelt out (`read_file`, `complete_items`), since jsonargparse would take what an item leaves out from
-the item that an earlier file has in its place.
+corrects on the way in: the launcher's option and bare switches (`split_arguments`); lists of rewards, whose items get
+every field spelt out (`read_file`, `complete_items`), since jsonargparse would take what an item leaves out from the
+item that an earlier file has in its place; and files that a YAML file names by their place beside it (`read_file`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from rlcm_fast.config.files import RESOLVED, MayBeFile, beside, find_config
+from rlcm_fast.config.marks import marks_of, types_of
+
 _HELP = "--help lists every field"
 _OUTSIDE_CONFIG = {"--config", "--help", "-h"}
 
@@ -38,7 +41,7 @@ def split_arguments(argv: Sequence[str], config_class: type) -> tuple[list[str],
                 rest.pop(0)
         elif name == "--config":
             if not has_value and not follows:
-                raise ValueError("--config needs a YAML file, for example --config configs/shapes/compressibility.yaml")
+                raise ValueError("--config needs a YAML file, or a name, for example --config shapes/compressibility")
             files.append(value if has_value else rest.pop(0))
         elif name in switches and not has_value and not follows:
             arguments.append(f"{name}=true")
@@ -48,20 +51,20 @@ def split_arguments(argv: Sequence[str], config_class: type) -> tuple[list[str],
 
 
 def read_file(file: str, config_class: type) -> str:
-    """The content of a YAML file as JSON, items of lists complete.
+    """The content of a YAML file as JSON, items of lists complete and paths from the current folder.
 
     Raises ValueError unless it is a mapping with known keys only.
     """
-    if not Path(file).is_file():
-        raise ValueError(f"config={file} is not a file; give the path of a YAML file, as in configs/")
+    path = find_config(file)
+    text = path.read_text(encoding="utf-8")
     try:
-        content = _load(Path(file).read_text(encoding="utf-8"))
+        content = _load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"config={file} is not YAML: {_one_line(str(error))}; correct that line") from error
     if not isinstance(content, dict):
         raise ValueError(f"config={file} holds no fields; write lines like 'seed: 0', or leave --config out")
     _check_keys(content, config_class, "", f" in {file}")
-    return _to_json(_complete_sections(content, config_class))
+    return _to_json(_complete_fields(content, config_class, None if text.startswith(RESOLVED) else path.parent))
 
 
 def check_arguments(arguments: Sequence[str], config_class: type) -> None:
@@ -94,24 +97,27 @@ def complete_items(arguments: Sequence[str], config_class: type) -> list[str]:
         option = head.removeprefix("--") or option
         item_class = _item_class(known.get(option))  # not of --rewards+, which adds items
         if item_class and text:
-            text = _to_json(_complete(_load(text), item_class))
+            text = _to_json(_complete(_load(text), item_class, None))
         completed.append(head + equals + text)
     return completed
 
 
-def _complete_sections(node: dict[str, Any], config_class: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(config_class)
+def _complete_fields(node: dict[str, Any], config_class: type, folder: Path | None) -> dict[str, Any]:
+    """The fields of a section, items of lists complete; files that lie in `folder` by their path."""
+    hints, sources = types_of(config_class), marks_of(config_class, MayBeFile)
     completed = dict(node)
     for key, value in node.items():
         item_class = _item_class(hints[key])
         if item_class:
-            completed[key] = _complete(value, item_class)
+            completed[key] = _complete(value, item_class, folder)
         elif dataclasses.is_dataclass(hints[key]):
-            completed[key] = _complete_sections(value, hints[key])
+            completed[key] = _complete_fields(value, hints[key], folder)
+        elif key in sources and folder is not None and isinstance(value, str):
+            completed[key] = beside(folder, value)
     return completed
 
 
-def _complete(items: list[dict[str, Any]], item_class: type) -> list[dict[str, Any]]:
+def _complete(items: list[dict[str, Any]], item_class: type, folder: Path | None) -> list[dict[str, Any]]:
     """Every field of every item, the default where it leaves one out."""
     defaults: dict[str, Any] = {}
     for item in dataclasses.fields(item_class):
@@ -119,7 +125,7 @@ def _complete(items: list[dict[str, Any]], item_class: type) -> list[dict[str, A
             defaults[item.name] = item.default
         elif item.default_factory is not dataclasses.MISSING:
             defaults[item.name] = item.default_factory()
-    return [{**defaults, **_complete_sections(item, item_class)} for item in items]
+    return [{**defaults, **_complete_fields(item, item_class, folder)} for item in items]
 
 
 class _Loader(yaml.SafeLoader):
@@ -153,7 +159,7 @@ def explain(message: str, prefix: str = "") -> str:
 
 def _fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, type) of every field below, sections left out."""
-    for name, hint in typing.get_type_hints(config_class).items():
+    for name, hint in types_of(config_class).items():
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from _fields(hint, f"{prefix}{name}.")
         else:
@@ -161,7 +167,7 @@ def _fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_keys(node: dict[Any, Any], config_class: type, prefix: str, where: str) -> None:
-    hints = typing.get_type_hints(config_class)
+    hints = types_of(config_class)
     for key, value in node.items():
         name = f"{prefix}{key}"
         if key not in hints:
@@ -197,7 +203,7 @@ def _check_items(value: Any, item_class: type, name: str, where: str) -> None:
 
 def _check_types(item: dict[str, Any], item_class: type, prefix: str) -> None:
     """One item at a time, as jsonargparse's message about a list does not say which."""
-    hints = typing.get_type_hints(item_class)
+    hints = types_of(item_class)
     parser = ArgumentParser(exit_on_error=False)
     for key in item:
         parser.add_argument(f"--{key}", type=hints[key])

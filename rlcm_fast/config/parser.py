@@ -8,12 +8,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar, cast, get_type_hints
+from functools import cache
+from typing import Any, TypeVar, cast
 
 from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from rlcm_fast.config.marks import marks_of, types_of
 from rlcm_fast.config.mistakes import check_arguments, complete_items, explain, read_file, split_arguments
+from rlcm_fast.config.ranges import Range
+
+_CONFIG_HELP = "YAML file, or the name of a config that ships, as `rlcm-fast configs` lists them; options override it"
 
 ConfigClass = TypeVar("ConfigClass")
 
@@ -36,25 +41,29 @@ def parse(argv: Sequence[str], config_class: type[ConfigClass]) -> ConfigClass:
 
 
 def parser_of(config_class: type) -> ArgumentParser:
-    """The parser behind `--help`: one group a section, one dotted option a field, its help the field's docstring."""
+    """The parser behind `--help`: one group a section, one dotted option a field.
+
+    A field's help is its docstring, and in brackets which numbers it may have.
+    """
     parser = ArgumentParser(
         prog="train.py",
-        usage="deepspeed rlcm_fast/train.py [--config FILE.yaml] [--section.field VALUE ...]",
+        usage="deepspeed rlcm_fast/train.py [--config FILE] [--section.field VALUE ...]",
         description="Fine-tune a few-step text-to-image model with reinforcement learning on any reward.",
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,
     )
-    parser.add_argument("--config", action=ActionConfigFile, metavar="FILE", help="YAML file; options override it")
+    parser.add_argument("--config", action=ActionConfigFile, metavar="FILE", help=_CONFIG_HELP)
     _add_fields(parser, parser.add_argument_group("run"), config_class, "")
     return parser
 
 
 def _add_fields(parser: ArgumentParser, group: Any, config_class: type, prefix: str) -> None:
-    help_texts = {item.arg_name: item.description for item in parse_from_object(config_class).params}
-    hints = get_type_hints(config_class)
+    help_texts, hints, ranges = _help_texts(config_class), types_of(config_class), marks_of(config_class, Range)
     for item in fields(config_class):
         hint, text = hints[item.name], help_texts[item.name]
+        if item.name in ranges:
+            text = f"{text} [{ranges[item.name].remedy}]"
         if is_dataclass(hint):
             section = parser.add_argument_group(f"{item.name}: {text}")
             _add_fields(parser, section, cast(type, hint), f"{prefix}{item.name}.")
@@ -63,8 +72,14 @@ def _add_fields(parser: ArgumentParser, group: Any, config_class: type, prefix: 
             group.add_argument(f"--{prefix}{item.name}", type=hint, default=default, help=text)
 
 
+@cache
+def _help_texts(config_class: type) -> dict[str, Any]:
+    """The docstrings of the fields, by field; they are read from the source."""
+    return {item.arg_name: item.description for item in parse_from_object(config_class).params}
+
+
 def _build(config_class: type, values: Any) -> Any:
     """Sections from the parser's nested namespaces, whose leaves have their types already."""
-    hints = get_type_hints(config_class)
+    hints = types_of(config_class)
     arguments = {item.name: values[item.name] for item in fields(config_class)}
     return config_class(**{k: _build(hints[k], v) if is_dataclass(hints[k]) else v for k, v in arguments.items()})

@@ -1,21 +1,47 @@
 """What follows from a config on a number of processes: tasks, rounds and sizes, worked out once.
 
-config -> (checks.py) -> resolve -> ResolvedRun -> build.py gives each part what it needs of it
+    config -> checks.validate -> ResolvedRun -> build.py gives each part what it needs of it
+
+A batch has prompts.num_prompts x prompts.images_per_prompt images; several tasks divide it by their shares.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from rlcm_fast.config import Config
-from rlcm_fast.config.tasks import Task, tasks_of
+from rlcm_fast.config import Config, RewardConfig, TaskConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt source, its rewards, its share of the batch, its kind of advantages and what it is evaluated on."""
+
+    name: str
+    source: str
+    rewards: Sequence[RewardConfig]
+    num_prompts: float  # in an iteration, over all processes; a fraction is an error that `check_tasks` words
+    images_per_prompt: int
+    advantages: str
+    evaluation: str
+    # Where these were set, for messages.
+    source_field: str = field(default="prompts.source", compare=False)
+    rewards_field: str = field(default="rewards", compare=False)
+    images_field: str = field(default="prompts.images_per_prompt", compare=False)
+    advantages_field: str = field(default="advantages.kind", compare=False)
+    evaluation_field: str = field(default="evaluation.prompts", compare=False)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of images in an iteration, over all processes."""
+        return round(self.num_prompts * self.images_per_prompt)
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How much an iteration has to do; counts are over all processes unless the name says otherwise.
 
-    Of updates of different sizes (tasks one by one) the largest is meant.
+    Where updates differ in size (tasks one by one), the largest is meant.
     """
 
     num_processes: int
@@ -49,10 +75,51 @@ class ResolvedRun:
 
 
 def resolve(config: Config, world_size: int) -> ResolvedRun:
-    """Works out what follows from a valid config; `checks.validate` says whether it is valid."""
+    """Works out what follows from a config whose numbers are in range; `checks.validate` says whether it can work."""
     tasks = tuple(tasks_of(config))
     rounds = tuple((task,) for task in tasks) if config.task_schedule == "by_task" else (tasks,)
     return ResolvedRun(config, tasks, rounds, _sizes(config, rounds, world_size))
+
+
+def tasks_of(config: Config) -> list[Task]:
+    """In the order of the config; one called "default" where it names none."""
+    prompts = config.prompts
+    if config.tasks:
+        return [_task(config, index, task) for index, task in enumerate(config.tasks)]
+    return [
+        Task(
+            name="default",
+            source=prompts.source,
+            rewards=config.rewards,
+            num_prompts=prompts.num_prompts,
+            images_per_prompt=prompts.images_per_prompt,
+            advantages=config.advantages.kind,
+            evaluation=config.evaluation.prompts,
+        )
+    ]
+
+
+def _task(config: Config, index: int, task: TaskConfig) -> Task:
+    """One of several; what it leaves out is the section's."""
+    prompts, place = config.prompts, f"tasks[{index}]"
+    images_per_prompt = task.images_per_prompt or prompts.images_per_prompt
+    images = prompts.num_prompts * prompts.images_per_prompt
+    num_prompts = images * task.share / sum(other.share for other in config.tasks) / images_per_prompt
+    is_whole = abs(num_prompts - round(num_prompts)) < 1e-9
+    return Task(
+        name=task.name,
+        source=task.source,
+        rewards=task.rewards,
+        num_prompts=round(num_prompts) if is_whole else num_prompts,
+        images_per_prompt=images_per_prompt,
+        advantages=task.advantages or config.advantages.kind,
+        evaluation=task.evaluation or config.evaluation.prompts,
+        source_field=f"{place}.source",
+        rewards_field=f"{place}.rewards",
+        images_field=f"{place}.images_per_prompt" if task.images_per_prompt else "prompts.images_per_prompt",
+        advantages_field=f"{place}.advantages" if task.advantages else "advantages.kind",
+        evaluation_field=f"{place}.evaluation" if task.evaluation else "evaluation.prompts",
+    )
 
 
 def _sizes(config: Config, rounds: tuple[tuple[Task, ...], ...], world_size: int) -> Sizes:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rlcm_fast.config import Config, RewardConfig
-from rlcm_fast.config.tasks import rounds_of, tasks_of
+from rlcm_fast.config.resolved import ResolvedRun, Task
 
 
-def check_sizes(config: Config, world_size: int) -> None:
+def check_sizes(run: ResolvedRun) -> None:
     """Raise ValueError "field=value ...; remedy" for the first number that another does not divide."""
-    _check_updates(config, world_size)
-    _check_groups(config, world_size)
-    _check_pretraining(config, world_size)
-
-
-def num_actions(config: Config) -> int:
-    """K, the trained steps of a sample."""
-    return config.policy.num_steps - (config.policy.last_step == "deterministic")
-
-
-def num_trained(config: Config) -> int:
-    """Those of the K actions of a sample that its updates train on."""
-    return config.update.num_timesteps or num_actions(config)
+    for tasks in run.rounds:
+        _check_updates(run, tasks)
+    _check_groups(run)
+    _check_pretraining(run.config, run.sizes.num_processes)
 
 
 def num_pretraining(config: Config, world_size: int) -> int:
@@ -29,48 +22,46 @@ def num_pretraining(config: Config, world_size: int) -> int:
     return own.batch_size // world_size // own.micro_batch_size if own.weight > 0 else 0
 
 
-def _check_updates(config: Config, world_size: int) -> None:
-    """Processes share prompts evenly (check_tasks), updates share transitions evenly, micro-batches fill an update."""
-    update = config.update
-    for tasks in rounds_of(config):
-        of = f" of task {tasks[0].name}" if config.task_schedule == "by_task" and config.tasks else ""
-        transitions = sum(task.num_samples for task in tasks) * num_trained(config) // world_size
-        if transitions % update.num_updates:
-            raise ValueError(
-                f"update.num_updates={update.num_updates} does not divide the {transitions} transitions of a pass "
-                f"on each process{of}; try {_near_divisors(transitions, update.num_updates)}"
-            )
-        pairs = sum(task.num_samples for task in tasks) // world_size // 2
-        if config.algorithm.name == "rebel" and pairs % update.num_updates:
-            raise ValueError(
-                f"update.num_updates={update.num_updates} does not divide the {pairs} pairs of images that "
-                f"algorithm.name=rebel has on each process{of}; try {_near_divisors(pairs, update.num_updates)}"
-            )
-        in_update = transitions // update.num_updates
-        if in_update % update.micro_batch_size:
-            raise ValueError(
-                f"update.micro_batch_size={update.micro_batch_size} does not divide the {in_update} transitions "
-                f"of an update on each process{of}; try {_near_divisors(in_update, update.micro_batch_size)}"
-            )
+def _check_updates(run: ResolvedRun, tasks: Sequence[Task]) -> None:
+    """Updates share a round's transitions evenly, and micro-batches fill an update (check_tasks: whole prompts)."""
+    update, world_size = run.config.update, run.sizes.num_processes
+    of = f" of task {tasks[0].name}" if run.config.task_schedule == "by_task" and run.has_tasks else ""
+    samples = sum(task.num_samples for task in tasks)
+    transitions = samples * run.sizes.trained_actions_per_sample // world_size
+    if transitions % update.num_updates:
+        raise ValueError(
+            f"update.num_updates={update.num_updates} does not divide the {transitions} transitions of a pass "
+            f"on each process{of}; try {_near_divisors(transitions, update.num_updates)}"
+        )
+    pairs = samples // world_size // 2
+    if run.config.algorithm.name == "rebel" and pairs % update.num_updates:
+        raise ValueError(
+            f"update.num_updates={update.num_updates} does not divide the {pairs} pairs of images that "
+            f"algorithm.name=rebel has on each process{of}; try {_near_divisors(pairs, update.num_updates)}"
+        )
+    in_update = transitions // update.num_updates
+    if in_update % update.micro_batch_size:
+        raise ValueError(
+            f"update.micro_batch_size={update.micro_batch_size} does not divide the {in_update} transitions "
+            f"of an update on each process{of}; try {_near_divisors(in_update, update.micro_batch_size)}"
+        )
 
 
-def _check_groups(config: Config, world_size: int) -> None:
+def _check_groups(run: ResolvedRun) -> None:
     """Groups of set rewards are whole, in a rollout on each process, in an evaluation of all (rewards/groups.py)."""
-    watched = {f"evaluation.rewards[{i}]": reward for i, reward in enumerate(config.evaluation.rewards)}
-    for task in tasks_of(config):
-        of = f" of task {task.name}" if config.tasks else ""
+    evaluation = run.config.evaluation
+    watched = {f"evaluation.rewards[{i}]": reward for i, reward in enumerate(evaluation.rewards)}
+    for task in run.tasks:
+        of = f" of task {task.name}" if run.has_tasks else ""
         trained = {f"{task.rewards_field}[{i}]": reward for i, reward in enumerate(task.rewards)}
-        for field, reward in {**trained, **watched}.items():
-            if reward.group_size < 0:
-                raise ValueError(f"{field}.group_size={reward.group_size} is out of range; give 0 (all images) or more")
-        samples = task.num_samples // world_size
+        samples = task.num_samples // run.sizes.num_processes
         for field, reward in trained.items():
             if reward.credit == "leave_one_out" and (reward.group_size or samples) == 1:
                 remedy = f"set {field}.group_size to 2 or more"
                 raise ValueError(f"{field}.credit=leave_one_out leaves nothing of a group of one image; {remedy}")
             _check_group(field, reward, samples, f"the {samples} samples of an iteration on each process{of}")
-        if config.evaluation.every > 0:
-            images = config.evaluation.num_images
+        if evaluation.every > 0:
+            images = evaluation.num_images
             for field, reward in {**trained, **watched}.items():
                 _check_group(field, reward, images, f"evaluation.num_images={images}")
 

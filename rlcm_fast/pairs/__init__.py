@@ -1,6 +1,6 @@
-"""Real images and their captions, for the pretraining loss.
+"""Real images and their captions, for the loss on real images.
 
-`check_source` and `check_rows` come before weights load, `PairStream` after.
+Call `check_source` and `check_rows` before weights load, and make the `PairStream` after.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What of `pretraining.data` can be known to fail before any weights load; the cost does not grow with the data."""
+"""Checks `pretraining.data` before any weights load; the cost does not grow with the amount of data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rlcm_fast.pairs.reading import check_columns, first_rows
 from rlcm_fast.pairs.sources import BUILT_IN, FIELD, Source, captioned_files, is_local, parse_source, shards
 from rlcm_fast.plugins import load_class
 
-_NUM_CHECKED = 100  # lines or rows, from the first on
+_NUM_CHECKED = 100  # the first lines or rows
 
 
 def check_source(data: str) -> None:
-    """Raises ValueError for a missing function, package or file, and for lines that are no pairs; opens no dataset."""
+    """Raise ValueError for a missing function, package or file, and for lines that are no pairs; open no dataset."""
     source = parse_source(data)
     if source.kind == "function":
         load_class(source.path, BUILT_IN, FIELD)
@@ -27,10 +27,10 @@ def check_source(data: str) -> None:
 
 
 def check_rows(data: str) -> None:
-    """Raises ValueError for missing columns and images, as far as the first rows show them.
+    """Raise ValueError for missing columns and images, as far as the first rows show them.
 
-    Opens the dataset, and so asks the network for one of the hub. Call check_source first: what that refuses is not
-    looked for again.
+    This opens the dataset, which needs a network for a dataset of the hub. Call check_source first: check_rows does not
+    repeat its checks.
     """
     source = parse_source(data)
     if source.kind == "hub":

@@ -1,4 +1,4 @@
-"""From an undecoded row to pixels: runs in the worker processes."""
+"""Decodes rows to pixels and captions, in the worker processes."""
 
 # C H W image
 
@@ -20,41 +20,44 @@ from rlcm_fast.plugins import load_class
 
 
 class BadPair(ValueError):
-    """What is wrong with a pair, in one line."""
+    """A problem with a pair; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """`decoder[row]` is a pair; with DataLoader's `batch_sampler` the rows come from the main process."""
+    """`decoder[row]` turns a row into a pair; DataLoader's `batch_sampler` brings the rows from the main process."""
 
     source: Source
     size: tuple[int, int]  # height, width
 
     def __getitems__(self, rows: list[Row]) -> list[tuple[Tensor, str]] | BadPair:
-        """A batch. A BadPair is returned: torch puts the traceback of what a worker raises into the message."""
+        """The pairs of a batch, or the BadPair that stopped it.
+
+        A BadPair is returned, not raised, because torch puts the traceback of a worker into the message.
+        """
         try:
             return [self[row] for row in rows]
         except BadPair as error:
             return error
 
     def __getitem__(self, row: Row) -> tuple[Tensor, str]:
-        """(3, H, W) uint8 and the caption."""
+        """The image (3, H, W) uint8 and its caption."""
         image, text = self._function(row.image) if self.source.kind == "function" else (self._open(row), row.text)
         if not (isinstance(image, Image.Image) and isinstance(text, str)):
             raise BadPair(f"{FIELD}={self.source.text} returned {type(image)}, {type(text)}; return PIL.Image, str")
         height, width = self.size
-        # The middle of the image at the wanted ratio of sides, scaled; both scalings of PIL are antialiased.
+        # Cut out the middle at the wanted aspect ratio and scale it; PIL antialiases both ways.
         fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1), text
 
     def _open(self, row: Row) -> Image.Image:
-        """As datasets opens it: turned as its EXIF says, from bytes, a file or the hub."""
+        """The image as datasets opens it, from bytes, a file or the hub, rotated as its EXIF data say."""
         import datasets
 
         image: Any = row.image
         try:
             return datasets.Image().decode_example(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError of broken PNGs
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNGs
             where = row.file or f"the image of {row.text[:80]!r}"
             raise BadPair(
                 f"{FIELD}={self.source.text}: {where} cannot be read ({error}); take it out of the data, or repair it"
@@ -66,7 +69,7 @@ class Decoder:
 
 
 def collate(pairs: list[tuple[Tensor, str]] | BadPair) -> tuple[Tensor, list[str]] | BadPair:
-    """(B, 3, H, W) uint8 and B captions, or what kept them from being decoded."""
+    """The images (B, 3, H, W) uint8 and their B captions, or the BadPair that stopped the batch."""
     if isinstance(pairs, BadPair):
         return pairs
     return torch.stack([image for image, _ in pairs]), [text for _, text in pairs]

@@ -1,4 +1,4 @@
-"""Words what libraries raise about data that cannot be read: which line or shard it is, and the way out."""
+"""Turns what libraries raise about unreadable data into one line that names the line or shard and the way out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REMEDIES = {
 
 
 def reading_errors() -> tuple[type[Exception], ...]:
-    """What datasets and the libraries below it raise of files that are missing, broken or out of reach."""
+    """The errors that datasets and the libraries below it raise if files are missing, broken or out of reach."""
     import pyarrow
     from datasets.exceptions import DatasetsError
 
@@ -26,25 +26,28 @@ def reading_errors() -> tuple[type[Exception], ...]:
 
 
 def unreadable(source: Source, error: Exception) -> ValueError:
-    """`error` in one line; looks through all of the data for the place."""
-    said = f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
+    """Describe `error` in one line; searches all of the data for the place."""
+    problem = f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
     if source.kind == "webdataset":
         shard = next(filter(_breaks_off, shards(source)), None)
-        said = f"{shard} {said}" if shard else said
+        problem = f"{shard} {problem}" if shard else problem
     else:
-        said = bad_line(source) or said
-    return ValueError(f"{FIELD}={source.text}: {said}; {_REMEDIES[source.kind]}")
+        problem = bad_line(source) or problem
+    return ValueError(f"{FIELD}={source.text}: {problem}; {_REMEDIES[source.kind]}")
 
 
 def check_lines(source: Source, limit: int) -> None:
-    """Raises ValueError where one of the first lines of a .jsonl file is no pair."""
+    """Raise ValueError if one of the first `limit` lines of a .jsonl file is no pair."""
     fault = bad_line(source, limit)
     if fault:
         raise ValueError(f"{FIELD}={source.text}: {fault}; {_REMEDIES[source.kind]}")
 
 
 def bad_line(source: Source, limit: int | None = None) -> str | None:
-    """What the first line of the source's .jsonl file is that is no pair; None: there is none, or no such file."""
+    """A description of the first line of the source's .jsonl file that is no pair.
+
+    None if every line is a pair (checking `limit` lines, or all), or if there is no such file.
+    """
     path = Path(source.path) / METADATA[0] if source.kind == "imagefolder" else Path(source.path)
     if source.kind not in ("imagefolder", "jsonl") or not path.is_file():
         return None
@@ -66,7 +69,7 @@ def _is_object(line: bytes, keys: set[str]) -> bool:
 
 
 def _breaks_off(shard: str) -> bool:
-    """Reads the headers of a .tar file and seeks over what lies between."""
+    """Whether a .tar file ends early; reads its headers and skips what lies between."""
     try:
         with tarfile.open(shard) as tar:
             return not tar.getmembers()

@@ -1,15 +1,17 @@
-"""Rows of a source, undecoded, in an order that the seed fixes, and the place in it as JSON.
+"""Reads the rows of a source, undecoded, in an order that the seed fixes, and keeps the position in it as JSON.
 
-Two readers with one face: `take` rows of this process, the `cursor` after them, `seek` back to it.
+Two readers share one interface: `take` returns rows of this process, `cursor` is the position after them, and `seek`
+goes back to a cursor.
 
- - Functions are numbered pairs: an update takes the next num_rows * world_size numbers and each process its own slice,
-   so that the pairs of an update do not depend on how many processes share them.
- - Everything else is read by `datasets` in streaming, pass after pass. `split_dataset_by_node` gives each process its
-   own shards, or every n-th row where there are fewer shards than processes, each of which reads them all then. Where
-   shards do not divide, some processes have one more and longer passes. Within a window of rows, not yet decoded, the
-   order is shuffled; webdataset shards and captioned files are shuffled themselves before each pass, too. The cursor
-   holds datasets' own state at the start of the window (which excludes a shuffle buffer of theirs: its rows would be
-   lost in a resumed run) and the number of rows taken of it, so that nothing is decoded twice to get there.
+ - FunctionReader numbers the pairs of a function. An update takes the next num_rows * world_size numbers, and each
+   process takes its slice. So the pairs of an update do not depend on the number of processes.
+ - DatasetReader streams every other source with `datasets`, pass after pass. `split_dataset_by_node` gives each process
+   different shards. If there are fewer shards than processes, each process reads all shards and keeps every n-th row.
+   If the shards do not divide evenly, some processes have one more, and longer passes. Rows are shuffled within a
+   window before they are decoded; webdataset shards and captioned files are also shuffled before each pass. The cursor
+   holds the state of `datasets` at the start of the window and the number of rows taken from the window. A run can
+   resume there without decoding anything twice. A shuffle buffer of `datasets` is not possible: a resumed run would
+   lose its rows.
 """
 
 from __future__ import annotations
@@ -26,31 +28,31 @@ from rlcm_fast.pairs.faults import reading_errors, unreadable
 from rlcm_fast.pairs.sources import FIELD, IMAGE_ENDINGS, METADATA, Source, captioned_files, shards
 
 _WINDOW_OF_PATHS = 16384
-_WINDOW_OF_BYTES = 1024  # 100 MB of 100 kB images
+_WINDOW_OF_BYTES = 1024  # holds 100 MB if images have 100 kB
 
 
 @dataclass(frozen=True)
 class Row:
-    """A pair before it is decoded; the image is a number for functions, else datasets' {bytes, path}."""
+    """A pair before it is decoded; the image is a number for functions, else the {bytes, path} of `datasets`."""
 
     image: int | dict[str, Any]
     text: str
 
     @property
     def file(self) -> str | None:
-        """Where the image is read from; None: it is here as bytes, or made from a number."""
+        """The file of the image; None if the row holds its bytes or the number to make it from."""
         return self.image["path"] if isinstance(self.image, dict) and self.image["bytes"] is None else None
 
 
 def first_rows(source: Source, num_rows: int) -> Iterator[Row]:
-    """Of the first shard or the metadata alone, however many shards and images there are."""
+    """The first rows; reads only the first shard or the metadata, however many shards and images there are."""
     metadata = [str(Path(source.path) / name) for name in METADATA]
     files = shards(source)[:1] if source.kind == "webdataset" else [path for path in metadata if Path(path).is_file()]
     return (_row(record, source) for record in islice(_records(_load(source, files), source), num_rows))
 
 
 def check_columns(source: Source) -> None:
-    """Raises ValueError where a dataset of hf: lacks them; reads a row only where its format does not say them."""
+    """Raise ValueError if a dataset of hf: lacks the columns; reads a row only if its format does not name them."""
     dataset = _load(source, None)
     known = list(dataset.features or next(_records(dataset, source), {}))
     if not {source.image, source.caption} <= set(known):
@@ -58,11 +60,11 @@ def check_columns(source: Source) -> None:
 
 
 class FunctionReader:
-    """Numbers for a function that makes a pair of each."""
+    """Reads numbers, for a function that makes a pair of each number."""
 
     def __init__(self, seed: int, rank: int, world_size: int) -> None:
         self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._num_taken = 0  # by all processes
+        self._num_taken = 0  # on all processes together
 
     def take(self, num_rows: int) -> list[Row]:
         first = self._num_taken + self._rank * num_rows
@@ -76,21 +78,21 @@ class FunctionReader:
         self._num_taken = cursor["num_taken"]
 
     def seek_among(self, cursors: Sequence[Mapping[str, Any]]) -> None:
-        """Where another number of processes stopped: exactly there."""
+        """Continue where another number of processes stopped: exactly there."""
         self.seek(cursors[0])
 
     def _number(self, index: int) -> int:
-        """Neighbouring indices and seeds give unrelated numbers."""
+        """The number at an index; neighbouring indices and seeds have unrelated numbers."""
         return int(np.random.SeedSequence([self._seed, index]).generate_state(1, np.uint64)[0])
 
 
 class DatasetReader:
-    """This process's share of a dataset, over and over."""
+    """Reads this process's share of a dataset, pass after pass."""
 
     def __init__(self, source: Source, seed: int, rank: int, world_size: int) -> None:
         self._source, self._seed, self._rank, self._world_size = source, seed, rank, world_size
         self._pass, self._window, self._start, self._taken = 0, 0, None, 0
-        self._rows: list[Row] = []  # of the window, shuffled
+        self._rows: list[Row] = []  # the rows of the window, shuffled
         self._dataset: Any = None
         self._iterator: Iterator[dict[str, Any]] = iter(())
 
@@ -116,17 +118,20 @@ class DatasetReader:
             self._taken = cursor["taken"]
 
     def seek_among(self, cursors: Sequence[Mapping[str, Any]]) -> None:
-        """Where another number of processes stopped: their shares are other ones, so at the start of the next pass."""
+        """Continue after another number of processes: at the start of the next pass, because their shares differ."""
         last = max(cursor["pass"] for cursor in cursors)
         self.seek({"pass": last + 1, "window": 0, "start": None, "taken": 0})
 
     def _next_window(self) -> None:
+        # Go on within the pass.
         if self._dataset is None:
             self._open()
         else:
             self._window, self._start = self._window + 1, self._dataset.state_dict()
         self._read_window()
-        if not self._rows:  # the pass is over
+
+        # Begin the next pass if this one is over.
+        if not self._rows:
             if self._window == 0:
                 raise ValueError(
                     f"{FIELD}={self._source.text} holds no pair for process {self._rank} of {self._world_size}; give at"
@@ -137,7 +142,7 @@ class DatasetReader:
             self._read_window()
 
     def _open(self) -> None:
-        """This pass from `_start` on."""
+        """Open this pass, from `_start` on."""
         from datasets.distributed import split_dataset_by_node
 
         dataset = _open_dataset(self._source, np.random.default_rng([self._seed, self._pass]))
@@ -158,7 +163,7 @@ class DatasetReader:
 
 
 def _open_dataset(source: Source, rng: np.random.Generator) -> Any:
-    """A datasets.IterableDataset whose images stay undecoded. No code of a dataset's author runs."""
+    """A datasets.IterableDataset whose images stay undecoded; runs no code of the dataset's author."""
     import datasets
 
     if source.kind == "captioned_files":
@@ -171,9 +176,13 @@ def _open_dataset(source: Source, rng: np.random.Generator) -> Any:
 
 
 def _load(source: Source, files: list[str] | None) -> Any:
-    """Of all that is at the source's path, or of some `files` of it."""
+    """The dataset of everything at the path of the source, or only of some `files` there.
+
+    Raises ValueError in one line if it cannot be read.
+    """
     import datasets
 
+    # Open it for streaming.
     arguments: dict[str, Any]
     if source.kind == "hub":
         local = str(Path(source.path).expanduser()) if source.path.startswith("~") else source.path
@@ -186,6 +195,8 @@ def _load(source: Source, files: list[str] | None) -> Any:
         dataset: Any = datasets.load_dataset(**arguments, split=source.split, streaming=True)
     except reading_errors() as error:
         raise unreadable(source, error) from error
+
+    # Leave the images undecoded; the workers decode them.
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))

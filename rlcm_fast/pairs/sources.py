@@ -1,13 +1,14 @@
-"""Where pairs come from: what `pretraining.data` says, read without a look at the data.
+"""Parses `pretraining.data`, the source of pairs, without a look at the data.
 
-shapes:all                   ShapesWorld's renderer, endless: a name of BUILT_IN
-package.module:function      your own, endless: called with a number, returns (PIL.Image, str), the same each time
+shapes:all                   the renderer of ShapesWorld, endless: a name of BUILT_IN
+package.module:function      a function of yours, endless: called with a number, it returns (PIL.Image, str) and always
+                             the same pair for that number
 photos/                      a folder of images with metadata.jsonl (file_name, text: Hugging Face's imagefolder),
                              or with NAME.txt beside each NAME.jpg
-pairs.jsonl                  one object a line: {"image": "cats/1.jpg", "text": "a cat"}, image relative to the file
-shards/{000..099}.tar        webdataset shards, braces and globs: NAME.jpg and NAME.txt, or a caption in NAME.json
+pairs.jsonl                  one object per line: {"image": "cats/1.jpg", "text": "a cat"}, image relative to the file
+shards/{000..099}.tar        webdataset shards, with braces and globs: NAME.jpg and NAME.txt, or a caption in NAME.json
 hf:PATH?split=train&image=image&text=text&name=CONFIG
-                             a Hugging Face dataset, streamed: a hub id or a folder; what follows ? may be left out
+                             a Hugging Face dataset, streamed: a hub id or a folder; you may leave out what follows ?
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ FIELD = "pretraining.data"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # datasets' imagefolder reads all three
 
-# Plug-in strings, not imports: the parts of floor 2 do not know each other.
+# Plug-in strings and no imports, because rooms of floor 2 must not import each other.
 BUILT_IN = {
     "shapes:one": "rlcm_fast.shapes.pairs:one_shape",
     "shapes:two": "rlcm_fast.shapes.pairs:two_shapes",
@@ -37,19 +38,19 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Source:
-    """What `pretraining.data` means."""
+    """The parsed value of `pretraining.data`."""
 
-    text: str  # as the config says it
+    text: str  # the value as written in the config
     kind: Literal["function", "imagefolder", "captioned_files", "jsonl", "webdataset", "hub"]
-    path: str  # a function's name, a folder, a file, a pattern or a hub id
-    image: str = "image"  # column
-    caption: str = "text"  # column
+    path: str  # the name of a function, a folder, a file, a pattern or a hub id
+    image: str = "image"  # the column of images
+    caption: str = "text"  # the column of captions
     split: str = "train"
-    name: str | None = None  # a hub dataset's configuration
+    name: str | None = None  # the configuration of a hub dataset
 
 
 def parse_source(data: str) -> Source:
-    """The source that `data` names; raises ValueError with the way out for what is none."""
+    """The source that `data` names; raises ValueError with the way out if it names none."""
     if data.startswith("hf:"):
         return _parse_hub(data)
     path = Path(data).expanduser()
@@ -69,7 +70,10 @@ def parse_source(data: str) -> Source:
 
 
 def captioned_files(source: Source) -> list[tuple[str, str]]:
-    """(image, caption file) of every NAME.jpg with a NAME.txt, in the order of their names; at least one."""
+    """The (image, caption file) of every NAME.jpg and NAME.txt, sorted by name; at least one.
+
+    Raises ValueError if there is no image, or if an image has no caption file.
+    """
     files = (file for file in Path(source.path).rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
     found = sorted((str(file), str(file.with_suffix(".txt"))) for file in files)
     lacking = next((image for image, caption in found if not Path(caption).is_file()), None)
@@ -82,7 +86,10 @@ def captioned_files(source: Source) -> list[tuple[str, str]]:
 
 
 def shards(source: Source) -> list[str]:
-    """The .tar files of the pattern, in the order of their names; at least one of each of its braces."""
+    """The .tar files of the pattern, sorted by name.
+
+    Raises ValueError unless every expansion of its braces matches at least one file.
+    """
     found = {pattern: glob.glob(pattern) for pattern in _expand(source.path)}
     lacking = [pattern for pattern, files in found.items() if not files]
     if len(lacking) == len(found):
@@ -96,7 +103,7 @@ def shards(source: Source) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """a{0,1}.tar and a{00..11}.tar as a shell expands them."""
+    """Expand the braces of a{0,1}.tar and a{00..11}.tar as a shell does."""
     braces = _BRACES.search(pattern)
     if braces is None:
         return [pattern]
@@ -113,7 +120,7 @@ def _parse_hub(data: str) -> Source:
     options = dict(parse_qsl(query, keep_blank_values=True))
     unknown = next((key for key in options if key not in ("split", "image", "text", "name")), None)
     if unknown is not None:
-        raise ValueError(f"{FIELD}={data} sets {unknown}; after ? stand split, image, text and name, joined by &")
+        raise ValueError(f"{FIELD}={data} sets {unknown}; after ? write split, image, text or name, joined by &")
     if not path or not (is_local(path) or _HUB_ID.fullmatch(path)):
         raise ValueError(f"{FIELD}={data} names no dataset; write hf:owner/name or hf:./folder")
     defaults = {"image": "image", "text": "text", "split": "train"} | options
@@ -121,5 +128,5 @@ def _parse_hub(data: str) -> Source:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path after hf: is a folder and no hub id."""
+    """Whether a path after hf: is a folder, and not a hub id."""
     return path.startswith((".", "/", "~")) or Path(path).is_dir()

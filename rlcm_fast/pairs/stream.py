@@ -1,8 +1,8 @@
-"""Batches of pairs, decoded ahead by worker processes, and a cursor to resume from.
+"""Makes batches of pairs, which worker processes decode ahead, and a cursor to resume from.
 
-Rows are read in the main process (a path, or bytes that are not yet decoded) and handed to the workers as the indices
-that DataLoader's `batch_sampler` deals out; batches come back in order. So neither the pairs nor the cursor depend on
-the number of workers, and one cursor a process is all there is to save.
+The main process reads the rows, each a path or bytes that are not yet decoded. It passes them to the workers as the
+indices of DataLoader's `batch_sampler`, and the batches come back in order. So neither the pairs nor the cursor depend
+on the number of workers, and a checkpoint needs only one cursor per process.
 """
 
 # B pairs of this process
@@ -24,28 +24,33 @@ from rlcm_fast.pairs.sources import FIELD, parse_source
 
 
 class PairStream:
-    """Pairs without end, this process's share."""
+    """An endless stream of this process's share of the pairs."""
 
     def __init__(
         self, data: str, size: int | tuple[int, int], batch_size: int, seed: int, num_workers: int = 0
     ) -> None:
-        """size: pixels, of both sides or (height, width); batch_size: of THIS process; seed: the same on all of them.
+        """Open the source `data`, from its first pair on.
 
-        num_workers: processes that decode, ahead of their use; 0 decodes in this one.
+        size           pixels of both sides, or (height, width)
+        batch_size     pairs per batch on THIS process
+        seed           must be the same on all processes
+        num_workers    processes that decode ahead; 0 decodes in this process
         """
         self._source, self._seed, self._batch_size = parse_source(data), seed, batch_size
         self._num_workers = num_workers
         self._decoder = Decoder(self._source, (size, size) if isinstance(size, int) else size)
+
+        # Read this process's share of the rows; workers start with the first batch.
         share = (seed, parallel.rank(), parallel.world_size())
         self._reader = (
             FunctionReader(*share) if self._source.kind == "function" else DatasetReader(self._source, *share)
         )
         self._batches: Iterator[tuple[Tensor, list[str]] | BadPair] | None = None
-        self._cursor = self._reader.cursor()  # of what was handed out; the reader itself is ahead
+        self._cursor = self._reader.cursor()  # of the last batch returned; the reader itself is ahead
         self._ahead: deque[dict[str, Any]] = deque()
 
     def next_batch(self) -> tuple[Tensor, list[str]]:
-        """Images (B, 3, H, W) float32 in [0, 1] and their captions."""
+        """The next images (B, 3, H, W) float32 in [0, 1] and their captions."""
         if self._batches is None:
             self._batches = iter(self._loader())
         batch = next(self._batches)
@@ -56,20 +61,21 @@ class PairStream:
         return images.float() / 255, texts
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursors of all processes, as JSON, the same on every one; every rank must ask."""
+        """The cursors of all processes, as JSON, the same on every rank; every rank must call this."""
         cursors = parallel.all_gather_list([self._cursor])
         return {"data": self._source.text, "seed": self._seed, "cursors": cursors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on as the stream that gave `state` would have, exactly so on the same number of processes.
+        """Continue as the stream that returned `state` would; exactly so on the same number of processes.
 
-        On another number a function's pairs go on exactly, too, if all processes together take as many as before;
-        every other source begins its next pass, so some pairs of the pass that was cut short are seen once less.
+        On another number of processes, the pairs of a function also continue exactly, if all processes together take as
+        many as before. Every other source begins its next pass, so some pairs of the interrupted pass are seen once
+        less.
         """
         if (state["data"], state["seed"]) != (self._source.text, self._seed):
             raise ValueError(
-                f"{FIELD}={self._source.text} or seed={self._seed} is not the checkpoint's ({state['data']},"
-                f" {state['seed']}); resume with those, or start a new run from its export"
+                f"{FIELD}={self._source.text} or seed={self._seed} differs from the checkpoint ({state['data']},"
+                f" {state['seed']}); resume with its values, or start a new run from its export"
             )
         self.close()
         if len(state["cursors"]) == parallel.world_size():
@@ -79,16 +85,17 @@ class PairStream:
         self._cursor = self._reader.cursor()
 
     def close(self) -> None:
-        """Ends the workers and forgets what they decoded ahead."""
+        """End the workers and drop the batches that they decoded ahead."""
         self._batches = None
         self._ahead.clear()
 
     def _loader(self) -> DataLoader:
         keywords: dict[str, Any] = {}
-        if self._num_workers > 0:  # spawned: a fork would copy threads' locks of gloo, CUDA and Arrow
+        if self._num_workers > 0:
+            # Spawn them, because a fork would copy the locks of gloo's, CUDA's and Arrow's threads.
             keywords = {"multiprocessing_context": "spawn", "worker_init_fn": _leave_interrupts_to_the_trainer}
         return DataLoader(
-            self._decoder,  # pyright: ignore[reportArgumentType]  # a row, and not its number, is its index
+            self._decoder,  # pyright: ignore[reportArgumentType]  # the index is the row itself
             batch_sampler=self._rows(),  # pyright: ignore[reportArgumentType]
             collate_fn=collate,
             num_workers=self._num_workers,
@@ -103,8 +110,8 @@ class PairStream:
 
 
 def _leave_interrupts_to_the_trainer(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal, and the trainer still saves a checkpoint after it.
+    """Make a worker ignore Ctrl-C, which reaches every process of a terminal: the trainer still saves a checkpoint.
 
-    SIGTERM must end a worker, or a main process that exits without having closed it would wait for it forever.
+    SIGTERM must still end a worker. A main process that exits without closing its workers would otherwise wait forever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlcm_fast.config import Config
-from rlcm_fast.config.checks import derived
-from rlcm_fast.config.sizes import num_trained
-from rlcm_fast.config.tasks import rounds_of
+from rlcm_fast.config.resolved import ResolvedRun
 
 
 @dataclass(frozen=True)
@@ -27,19 +24,18 @@ class Workload:
     recomputes_log_probs: bool = False
 
     @classmethod
-    def of(cls, config: Config, num_processes: int) -> Workload:
-        numbers = derived(config, num_processes)
-        pretraining = config.pretraining
+    def of(cls, run: ResolvedRun) -> Workload:
+        sizes, update, real_images = run.sizes, run.config.update, run.config.pretraining
         return cls(
-            num_processes,
-            numbers["samples_per_process"],
-            max(sum(task.num_samples for task in tasks) for tasks in rounds_of(config)) // num_processes,
-            config.policy.num_steps,
-            numbers["actions_per_sample"],
-            num_trained(config),
-            config.update.num_passes,
-            numbers["transitions_per_update"] // num_processes,
-            numbers["updates_per_iteration"],
-            pretraining.batch_size // num_processes if pretraining.weight > 0 else 0,
-            config.update.recomputes_log_probs,
+            num_processes=sizes.num_processes,
+            samples=sizes.samples_per_process,
+            samples_at_once=sizes.samples_per_rollout // sizes.num_processes,
+            num_steps=run.config.policy.num_steps,
+            num_actions=sizes.actions_per_sample,
+            num_trained=sizes.trained_actions_per_sample,
+            num_passes=update.num_passes,
+            transitions_per_update=sizes.transitions_per_update // sizes.num_processes,
+            num_updates=sizes.updates_per_iteration,
+            pairs_per_update=real_images.batch_size // sizes.num_processes if real_images.weight > 0 else 0,
+            recomputes_log_probs=update.recomputes_log_probs,
         )

@@ -1,6 +1,6 @@
-"""Samplers as Gaussian policies: schedule tables, and a policy per kind of network."""
+"""Samplers as Gaussian policies: tables of schedules, and one policy for each kind of network."""
 
-from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.policies.base import GaussianPolicy, Network
 from rlcm_fast.policies.build import build_policy
 from rlcm_fast.policies.consistency import ConsistencyPolicy
 from rlcm_fast.policies.diffusion import DiffusionPolicy
@@ -10,6 +10,7 @@ __all__ = [
     "ConsistencyPolicy",
     "DiffusionPolicy",
     "GaussianPolicy",
+    "Network",
     "NoiseLevels",
     "Schedule",
     "build_policy",

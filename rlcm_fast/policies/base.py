@@ -1,15 +1,15 @@
-"""What the policies share: sampling and log-probabilities of affine Gaussian steps around a network's output.
+"""The base of all policies: sampling and log-probabilities of affine Gaussian steps around a network output.
 
     x_s = A_t x_t + B_t m + sigma_t z,      log p(x_s | x_t) = MEAN over C, H, W
 
-Sits between the schedules (tables), the kernels (arithmetic) and the stages (rollout, update). A policy differs from
-another only in how a network output m is made (`network_output`).
+It connects the schedules (tables), the kernels (arithmetic) and the stages (rollout, update). Policies differ from each
+other only in how they make a network output m (`network_output`).
 
-The ratio is one before the first update because nothing differs between rollout and training: both cast the same
-stored float32 state to the network's dtype, and the rollout's log-probability is computed from the ROUNDED next state
-by the arithmetic that training uses, not from the noise. What remains is the network itself, whose result may depend
-on the shape of its batch: a float32 difference of 1e-7 moves the log-ratio by about 1e-7 B / sigma (tested below 1e-6
-for consistency and for DDIM with eta = 1; sigma is ten times smaller with eta = .1).
+The ratio is one before the first update because nothing differs between rollout and training. Both cast the same
+stored float32 state to the dtype of the network. The rollout computes the log-probability from the ROUNDED next state,
+not from the noise, with the arithmetic of training. Only the network itself may differ, because its result may depend
+on the shape of its batch: a float32 difference of 1e-7 moves the log-ratio by about 1e-7 B / sigma. Tests hold it below
+1e-6 for consistency and for DDIM with eta = 1; with eta = .1, sigma is ten times smaller.
 """
 
 # B samples, S steps, K actions, N transitions, L tokens, E embedding, P pooled embedding, C H W latent
@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,30 +29,46 @@ from rlcm_fast.policies.schedules import Schedule
 from rlcm_fast.trajectory import Conditioning, Trajectory, Transitions
 
 
-class GaussianPolicy(ABC):
-    """A network and a schedule; `unet` is called as UNet2DConditionModel.forward is (the module or its engine).
+@dataclass(frozen=True)
+class Network:
+    """A network, and what a policy must know of it."""
 
-    unet_config: the network's config (in_channels, sample_size, time_cond_proj_dim); dtype: that of its parameters.
-    device: where the schedule's tables live, the network's device.
-    """
+    unet: Callable[..., Any]  # the module or its engine, called like UNet2DConditionModel.forward
+    config: Mapping[str, Any]  # in_channels, sample_size, time_cond_proj_dim
+    dtype: torch.dtype = torch.float32  # of the parameters
+    device: torch.device | str = "cpu"  # of the parameters; a policy keeps the tables of its schedule there too
 
-    def __init__(
-        self,
-        unet: Callable[..., Any],
-        schedule: Schedule,
-        guidance_scale: float,
-        unet_config: Mapping[str, Any],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.unet = unet
-        self.schedule = schedule.to(device)
-        self.guidance_scale = guidance_scale
-        self.dtype = dtype
-        self.device = torch.device(device)
-        size = unet_config["sample_size"]
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of a latent."""
+        size = self.config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
-        self.latent_shape: tuple[int, int, int] = (unet_config["in_channels"], height, width)
+        return self.config["in_channels"], height, width
+
+
+class TextInputs(NamedTuple):
+    """Text encodings of N rows, as the network expects them."""
+
+    embeds: Tensor  # (N, L, E)
+    pooled: Tensor | None  # (N, P), SDXL only
+    time_ids: Tensor | None  # (1, 6), SDXL only
+
+    @classmethod
+    def of(cls, conditioning: Conditioning) -> TextInputs:
+        """Gather the encoding of each sample."""
+        return cls(conditioning.embeds, conditioning.pooled, conditioning.time_ids)
+
+
+class GaussianPolicy(ABC):
+    """A network and the schedule by which it is sampled."""
+
+    def __init__(self, network: Network, schedule: Schedule, guidance_scale: float) -> None:
+        self.unet = network.unet
+        self.schedule = schedule.to(network.device)
+        self.guidance_scale = guidance_scale
+        self.dtype = network.dtype
+        self.device = torch.device(network.device)
+        self.latent_shape = network.latent_shape
 
     @property
     def num_steps(self) -> int:
@@ -63,65 +80,60 @@ class GaussianPolicy(ABC):
 
     @abstractmethod
     def network_output(self, x_t: Tensor, step: Tensor, conditioning: Conditioning) -> Tensor:
-        """m (N, C, H, W) float32 after guidance, of one network call; x_t (N, C, H, W), step (N,) int64, mixed."""
+        """Network output m (N, C, H, W) float32 after guidance, from one call; x_t (N, C, H, W), step (N,) int64.
+
+        Rows may be at different steps.
+        """
 
     @abstractmethod
     def unguided_output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """m (N, C, H, W) float32 without guidance, of one network call; t (N,) int64 in [0, T), training timesteps."""
+        """Network output m (N, C, H, W) float32 without guidance, from one call; t (N,) int64 in [0, T).
+
+        t are training timesteps.
+        """
 
     @property
     def needs_negative(self) -> bool:
-        """Whether guidance takes an unconditional half, and so the conditioning's negative_embeds."""
+        """Whether guidance needs an unconditional half, and so negative_embeds in the conditioning."""
         return self.guidance_scale != 1.0
 
     def _guided(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """m_u + w (m_c - m_u), both halves in one forward pass; with w = 1 there is no unconditional half."""
-        embeds, pooled = conditioning.embeds, conditioning.pooled
+        """Guided output m_u + w (m_c - m_u), both halves in one forward pass; w = 1 has no unconditional half."""
+        text = TextInputs.of(conditioning)
         if not self.needs_negative:
-            return self._forward(x_t, t, embeds, pooled, conditioning.time_ids)
+            return self._forward(x_t, t, text)
         if conditioning.negative_embeds is None:
             raise ValueError(
                 f"policy.guidance_scale={self.guidance_scale} needs Conditioning.negative_embeds, the encoding of the"
-                " empty prompt; give it, or use policy.guidance_scale=1"
+                " empty prompt; pass it, or use policy.guidance_scale=1"
             )
+        embeds, pooled, time_ids = text
         embeds = torch.cat([conditioning.negative_embeds.expand_as(embeds), embeds])
         if pooled is not None and conditioning.negative_pooled is not None:
             pooled = torch.cat([conditioning.negative_pooled.expand_as(pooled), pooled])
-        both = self._forward(x_t.repeat(2, 1, 1, 1), t.repeat(2), embeds, pooled, conditioning.time_ids)
+        both = self._forward(x_t.repeat(2, 1, 1, 1), t.repeat(2), TextInputs(embeds, pooled, time_ids))
         m_u, m_c = both.chunk(2)
         return m_u + self.guidance_scale * (m_c - m_u)
 
-    def _forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        embeds: Tensor,
-        pooled: Tensor | None,
-        time_ids: Tensor | None,
-        timestep_cond: Tensor | None = None,
-    ) -> Tensor:
-        """One call of the network on N rows at training timesteps t (N,); float32 comes out.
-
-        embeds (N, L, E), pooled (N, P), time_ids (1, 6), timestep_cond (N, W).
-        """
+    def _forward(self, x_t: Tensor, t: Tensor, text: TextInputs, timestep_cond: Tensor | None = None) -> Tensor:
+        """Call the network on N rows at training timesteps t (N,); timestep_cond (N, W); returns float32."""
+        # Collect the inputs that only some networks have: the guidance embedding, and the additions of SDXL.
         keywords: dict[str, Any] = {} if timestep_cond is None else {"timestep_cond": timestep_cond}
-        if pooled is not None and time_ids is not None:
-            added = {"text_embeds": pooled.to(self.dtype), "time_ids": time_ids.expand(len(x_t), -1)}
+        if text.pooled is not None and text.time_ids is not None:
+            added = {"text_embeds": text.pooled.to(self.dtype), "time_ids": text.time_ids.expand(len(x_t), -1)}
             keywords["added_cond_kwargs"] = added
-        return self.unet(
-            x_t.to(self.dtype),
-            t,
-            encoder_hidden_states=embeds.to(self.dtype),
-            return_dict=False,
-            **keywords,
-        )[0].float()
+
+        # Call the network in its dtype.
+        embeds = text.embeds.to(self.dtype)
+        output = self.unet(x_t.to(self.dtype), t, encoder_hidden_states=embeds, return_dict=False, **keywords)
+        return output[0].float()
 
     def coefficients(self, step: Tensor) -> Tensor:
-        """(N, 3) float32, A, B, sigma of each step (N,)."""
+        """Coefficients A, B, sigma (N, 3) float32 of each step (N,)."""
         return self.schedule.coefficients[step]
 
     def log_prob(self, transitions: Transitions) -> Tensor:
-        """(N,) float32, mean over C, H, W, with the gradient into the network."""
+        """Log-probability (N,) float32 of each transition, mean over C, H, W, with its gradient into the network."""
         self.schedule.require_actions()
         m = self.network_output(transitions.x_t, transitions.step, transitions.conditioning)
         return functional.gaussian_log_prob(transitions.x_t, m, transitions.x_s, self.coefficients(transitions.step))
@@ -136,14 +148,15 @@ class GaussianPolicy(ABC):
     ) -> tuple[Trajectory, Tensor]:
         """Draw a trajectory, and x_0 (B, C, H, W) float32, the latents of its images (not divided by a scaling factor).
 
-        Draws the first state, then one noise tensor an action, as diffusers' pipelines do: the same seed gives the same
-        image. A generator of another device than the policy's draws there and copies (diffusers' habit too).
-
-        start (B, C, H, W) float32: first states in the place of drawn ones. explores: where the last action draws the
-        image (Schedule.image_is_action), x_0 is what it drew, and its mean otherwise.
+        It draws the first state and then one noise tensor per action, as the pipelines of diffusers do, so the same
+        seed gives the same image. A generator on another device draws there, and the numbers are copied, as in
+        diffusers. start (B, C, H, W) float32 replaces the drawn first states. If the last action draws the image
+        (Schedule.image_is_action), x_0 is what it drew; without `explores` x_0 is its mean.
         """
         x_t = self.noise(len(conditioning.index), generator) if start is None else start
         states, log_probs, x_0 = [x_t], [], x_t
+
+        # Denoise step by step: actions draw noise, other steps go to their mean.
         for k in range(self.num_steps):
             step = torch.full((len(x_t),), k, device=x_t.device)
             m = self.network_output(x_t, step, conditioning)
@@ -156,12 +169,14 @@ class GaussianPolicy(ABC):
                 log_probs.append(log_prob)
             else:
                 x_t = functional.gaussian_mean(x_t, m, self.coefficients(step))
+
+        # Choose the image and bundle the trajectory.
         if self.schedule.image_is_action and explores:
             x_0 = x_t
         actions = torch.stack(log_probs, dim=1) if log_probs else x_t.new_zeros(len(x_t), 0)
         return Trajectory(torch.stack(states, dim=1), actions, conditioning), x_0
 
     def noise(self, num_samples: int, generator: torch.Generator) -> Tensor:
-        """(num_samples, C, H, W) float32 standard normal numbers, on the policy's device."""
+        """Standard normal numbers (num_samples, C, H, W) float32 on the device of the policy."""
         shape = (num_samples, *self.latent_shape)
         return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(self.device)

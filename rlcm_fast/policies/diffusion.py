@@ -1,47 +1,35 @@
 """The diffusion policy: DDIM(eta) sampling of a diffusion model as a Gaussian policy (DDPO, 2305.13301; 2401.12244).
 
-Classifier-free guidance m = m_u + w (m_c - m_u), in sampling and in training, both halves in one forward pass; with
-w = 1 there is no unconditional half.
+Sampling and training both use classifier-free guidance, m = m_u + w (m_c - m_u), with both halves in one forward pass.
+With w = 1 there is no unconditional half.
 """
 
 # N rows, C H W latent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.policies.base import GaussianPolicy, Network, TextInputs
 from rlcm_fast.policies.schedules import Schedule
 from rlcm_fast.trajectory import Conditioning
 
 
 class DiffusionPolicy(GaussianPolicy):
-    """Use with `ddim_schedule`; guidance needs the conditioning's negative_embeds."""
+    """Policy for schedules of `ddim_schedule`; guidance needs negative_embeds in the conditioning."""
 
-    def __init__(
-        self,
-        unet: Callable[..., Any],
-        schedule: Schedule,
-        guidance_scale: float,
-        unet_config: Mapping[str, Any],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(unet, schedule, guidance_scale, unet_config, dtype, device)
-        if unet_config.get("time_cond_proj_dim") is not None:
+    def __init__(self, network: Network, schedule: Schedule, guidance_scale: float) -> None:
+        super().__init__(network, schedule, guidance_scale)
+        if network.config.get("time_cond_proj_dim") is not None:
             raise ValueError(
-                f"policy.kind=ddim, but the model's UNet has time_cond_proj_dim={unet_config['time_cond_proj_dim']}: it"
-                " is a latent consistency model; use policy.kind=consistency"
+                "policy.kind=ddim, but the model is a latent consistency model: its UNet has"
+                f" time_cond_proj_dim={network.config['time_cond_proj_dim']}; use policy.kind=consistency"
             )
         if guidance_scale < 1.0:
-            raise ValueError(f"policy.guidance_scale={guidance_scale} is below 1; 1 is no guidance, usual are 3 to 8")
+            raise ValueError(f"policy.guidance_scale={guidance_scale} is below 1; use 1 (no guidance), usually 3 to 8")
 
     def network_output(self, x_t: Tensor, step: Tensor, conditioning: Conditioning) -> Tensor:
         return self._guided(x_t, self.schedule.timesteps[step], conditioning)
 
     def unguided_output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        return self._forward(x_t, t, conditioning.embeds, conditioning.pooled, conditioning.time_ids)
+        return self._forward(x_t, t, TextInputs.of(conditioning))

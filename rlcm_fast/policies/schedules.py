@@ -1,30 +1,32 @@
-"""Schedules: every sampler here as a table of x_s = A x_t + B m + sigma z, one row a step.
+"""Schedules: every sampler here is a table of x_s = A x_t + B m + sigma z, with one row per step.
 
-With alpha_bar_t = cumprod(1 - beta) and the network output m read as x_0 = a_0 x_t + b_0 m and eps = a_1 x_t + b_1 m
-(by prediction type), where s is the next timestep:
+alpha_bar_t is cumprod(1 - beta). The prediction type reads the network output m as x_0 = a_0 x_t + b_0 m and
+eps = a_1 x_t + b_1 m. With the next timestep s:
 
     consistency   f = c_skip x_t + c_out x_0;  x_s = sqrt(alpha_bar_s) f + sqrt(1 - alpha_bar_s) z
                   c_skip = .25 / ((k t)^2 + .25), c_out = k t / sqrt((k t)^2 + .25), k = timestep_scaling
     DDIM(eta)     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
                   sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
 
-(LCM: arXiv 2310.04378; DDIM: 2010.02502, eq. 12 and 16). alpha_bar is diffusers' own (float32: the noise levels that
-networks are trained on; near t = 0 its rounding is 3e-5 of 1 - alpha_bar); everything from it is computed once in
-float64 and kept in float32. Timesteps are those of diffusers' LCMScheduler and DDIMScheduler, also where DDIMScheduler
-steps to t - T // S although the next timestep is another (S does not divide T).
+(LCM: arXiv 2310.04378; DDIM: 2010.02502, eq. 12 and 16.) alpha_bar is that of diffusers in float32: these are the noise
+levels that networks are trained on, and near t = 0 their rounding is 3e-5 of 1 - alpha_bar. All other numbers are
+computed from it once in float64 and kept in float32. Timesteps are those of diffusers' LCMScheduler and DDIMScheduler.
+This includes a step of DDIMScheduler to t - T // S even if that is not the next timestep, because S does not divide T.
 
-The last step is deterministic and makes the image: it is no action. `with_sampled_image` makes it one that draws the
-image itself, with a small sigma that no scheduler has. With last_step="renoise" it is one, too:
- - consistency: the paper's letter. The action re-noises f to the level of its own t, and the image is decoded from f.
- - DDIM: the scheduler's own last noise is kept (it has some if set_alpha_to_one is false and eta is not 0).
+By default the last step is deterministic and makes the image, so it is no action. It becomes an action in these cases:
+ - `with_sampled_image`: it draws the image itself, with a small sigma that no scheduler has.
+ - last_step="renoise", consistency: it follows the paper literally. The action re-noises f to the level of its t, and
+   the image is decoded from f.
+ - last_step="renoise", DDIM: it keeps the last noise of the scheduler, which exists if set_alpha_to_one is false and
+   eta is not 0.
 
 Departures from diffusers:
- 1. In DDIM the image is the MEAN of the last step even where diffusers adds noise to it (Stable Diffusion's folders
-    with eta = 1: sigma = .02 in the latent).
- 2. A folder of another noise scheduler (Stable Diffusion comes with PNDM, others with DPM-Solver or Euler) is sampled
-    by DDIM: its betas, prediction type, timestep spacing, steps_offset and set_alpha_to_one are taken, nothing else.
+ 1. In DDIM the image is the MEAN of the last step, even if diffusers adds noise to it (as in folders of Stable
+    Diffusion with eta = 1, where sigma = .02 in the latent).
+ 2. DDIM also samples folders with another noise scheduler (Stable Diffusion comes with PNDM, others with DPM-Solver or
+    Euler). It uses only their betas, prediction type, timestep spacing, steps_offset and set_alpha_to_one.
  3. What is not affine or divides by zero is refused: clip_sample, thresholding, rescale_betas_zero_snr.
- 4. steps_offset is the folder's; StableDiffusionPipeline (not DDIMScheduler) overwrites it with 1.
+ 4. steps_offset comes from the folder; StableDiffusionPipeline (but not DDIMScheduler) overwrites it with 1.
 """
 
 # S steps, K actions, T training timesteps
@@ -47,13 +49,13 @@ _SIGMA_DATA = 0.5
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """What the network was trained on, whatever the sampler: a row for each of the T training timesteps."""
+    """Noise levels that the network was trained on, for every sampler: one row for each of the T training timesteps."""
 
     signal: Tensor  # (T,) float32, sqrt(alpha_bar): x_t = signal x_0 + noise eps
     noise: Tensor  # (T,) float32, sqrt(1 - alpha_bar)
-    target: Tensor  # (T, 2) float32, of x_0 and eps: the output that knows both, by prediction type
-    consistency: Tensor  # (T, 2) float32, of x_t and m: the consistency function f
-    origin_timesteps: Tensor  # (O,) int64, rising: what a consistency model was distilled on
+    target: Tensor  # (T, 2) float32, factors of x_0 and eps: the ideal output by prediction type
+    consistency: Tensor  # (T, 2) float32, factors of x_t and m: the consistency function f
+    origin_timesteps: Tensor  # (O,) int64, rising: the timesteps that a consistency model was distilled on
 
     def to(self, device: torch.device | str) -> NoiseLevels:
         return NoiseLevels(**{name: table.to(device) for name, table in vars(self).items()})
@@ -61,14 +63,14 @@ class NoiseLevels:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a sampler, noisiest first; the first `num_actions` of them are actions."""
+    """Steps of a sampler, noisiest first; the first `num_actions` of them are actions."""
 
     timesteps: Tensor  # (S,) int64
     coefficients: Tensor  # (S, 3) float32, A, B, sigma of each step
     image_coefficients: Tensor  # (3,) float32, A, B, 0: the image's latent from the state before the last step
-    num_actions: int  # K: S - 1 if the last step is deterministic, S if it is not, 0 for DDIM with eta = 0
+    num_actions: int  # K: S - 1 if the last step is deterministic, otherwise S; 0 for DDIM with eta = 0
     levels: NoiseLevels
-    image_is_action: bool = False  # the state after the last action is the image, not what its mean would be
+    image_is_action: bool = False  # the image is the state that the last action draws, not its mean
 
     @property
     def num_steps(self) -> int:
@@ -85,18 +87,18 @@ class Schedule:
         )
 
     def with_sampled_image(self, sigma: float) -> Schedule:
-        """The last step as an action that draws the image around its mean; of a schedule whose last has no noise."""
+        """Turn the last step, which must have no noise, into an action that draws the image around its mean."""
         assert self.coefficients[-1, 2] == 0.0
         coefficients = self.coefficients.clone()
         coefficients[-1, 2] = sigma
         return replace(self, coefficients=coefficients, num_actions=self.num_steps, image_is_action=True)
 
     def require_actions(self) -> None:
-        """Refuse to train where there is nothing to train."""
+        """Refuse to train a schedule without actions."""
         if self.num_actions == 0:
             raise ValueError(
-                f"policy.num_steps={self.num_steps} has no action to train: the last step is deterministic (it makes"
-                " the image, sigma = 0, so it has no log-probability), and so is every step of DDIM with eta=0; use"
+                f"policy.num_steps={self.num_steps} has no action to train: the last step makes the image and is"
+                " deterministic (sigma = 0, so it has no log-probability), and so is every step of DDIM with eta=0; use"
                 " policy.num_steps >= 2 (and policy.eta > 0 for DDIM), or policy.last_step=renoise"
             )
 
@@ -104,7 +106,7 @@ class Schedule:
 def consistency_schedule(
     scheduler_config: Mapping[str, Any], num_steps: int, last_step: str = "deterministic"
 ) -> Schedule:
-    """The table of multistep consistency sampling for an LCMScheduler config."""
+    """Schedule of multistep consistency sampling for an LCMScheduler config."""
     _check(scheduler_config, num_steps, last_step)
     alpha_bar = _alpha_bar(scheduler_config)
     t = _consistency_timesteps(_origin_timesteps(scheduler_config, len(alpha_bar))[::-1], num_steps)
@@ -120,34 +122,40 @@ def consistency_schedule(
 def ddim_schedule(
     scheduler_config: Mapping[str, Any], num_steps: int, eta: float = 1.0, last_step: str = "deterministic"
 ) -> Schedule:
-    """The table of DDIM(eta), eta in [0, 1], for the config of a DDIM, PNDM, DPM-Solver or Euler scheduler."""
+    """Schedule of DDIM(eta), eta in [0, 1], for the config of a DDIM, PNDM, DPM-Solver or Euler scheduler."""
     _check(scheduler_config, num_steps, last_step)
     if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"policy.eta={eta} is outside [0, 1]; 1 is DDPM's noise, 0 deterministic")
+        raise ValueError(f"policy.eta={eta} is outside [0, 1]; use 1 for the noise of DDPM, 0 for none")
+
+    # Find the timesteps and their noise levels.
     alpha_bar = _alpha_bar(scheduler_config)
     t = _ddim_timesteps(scheduler_config, len(alpha_bar), num_steps)
     s = t - len(alpha_bar) // num_steps
     final = 1.0 if scheduler_config.get("set_alpha_to_one", True) else alpha_bar[0]
     ab_t, ab_s = alpha_bar[t], np.where(s >= 0, alpha_bar[np.maximum(s, 0)], final)
+
+    # Make the table.
     a_0, b_0, a_1, b_1 = _prediction(scheduler_config, ab_t)
     sigma = eta * np.sqrt((1.0 - ab_s) / (1.0 - ab_t) * (1.0 - ab_t / ab_s))
     direction = np.sqrt(np.maximum(1.0 - ab_s - sigma**2, 0.0))
     table = np.stack(
         [np.sqrt(ab_s) * a_0 + direction * a_1, np.sqrt(ab_s) * b_0 + direction * b_1, sigma], axis=1
     )  # (S, 3)
+
+    # Let the last step make the image, with or without noise.
     image = table[-1] * np.array([1.0, 1.0, 0.0])
     if last_step == "deterministic":
         table[-1] = image
     elif table[-1, 2] == 0.0:
         raise ValueError(
-            "policy.last_step=renoise, but this DDIM schedule's last step has no noise of its own (eta=0 or"
+            "policy.last_step=renoise, but the last step of this DDIM schedule has no noise (eta=0 or"
             " set_alpha_to_one=true); use policy.last_step=deterministic"
         )
     return _schedule(t, table, image, noise_levels(scheduler_config))
 
 
 def _consistency_function(config: Mapping[str, Any], alpha_bar: Array, t: NDArray[np.int64]) -> Array:
-    """(S, 2), of x_t and m, at timesteps t (S,): f = c_skip x_t + c_out x_0."""
+    """Factors (S, 2) of x_t and m in f = c_skip x_t + c_out x_0, at timesteps t (S,)."""
     a_0, b_0, _, _ = _prediction(config, alpha_bar[t])
     scaled = t * float(config.get("timestep_scaling", 10.0))
     c_skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
@@ -169,7 +177,7 @@ def _schedule(t: NDArray[np.int64], table: Array, image: Array, levels: NoiseLev
 
 
 def noise_levels(scheduler_config: Mapping[str, Any]) -> NoiseLevels:
-    """The tables of all training timesteps."""
+    """Tables of all training timesteps."""
     alpha_bar = _alpha_bar(scheduler_config)
     t = np.arange(len(alpha_bar))
     signal, noise = np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar)
@@ -193,18 +201,19 @@ def _check(config: Mapping[str, Any], num_steps: int, last_step: str) -> None:
     for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
         if config.get(key, False):
             raise ValueError(
-                f"scheduler config {key}={config[key]}: the step would no longer be an affine Gaussian, whose"
-                f" log-probability is known; set {key} to false in the folder's scheduler_config.json"
+                f"scheduler config {key}={config[key]}: the step would not be an affine Gaussian, whose log-probability"
+                f" is known; set {key} to false in scheduler_config.json of the model folder"
             )
 
 
 def _alpha_bar(config: Mapping[str, Any]) -> Array:
-    """cumprod(1 - beta), (T,): rounded to float32 as diffusers has it, which is what the network was trained with."""
+    """alpha_bar = cumprod(1 - beta) (T,), rounded to float32 as in diffusers, because networks are trained with it."""
     return torch.cumprod(1.0 - _betas(config), dim=0).double().numpy()
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:
-    """(T,) float32"""
+    """Variances beta (T,) float32 of the training timesteps."""
+    # Read them, if the config lists them.
     if config.get("trained_betas") is not None:
         return torch.tensor(config["trained_betas"], dtype=torch.float32)
     missing = [key for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps") if key not in config]
@@ -213,6 +222,8 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
             f"scheduler config of {config.get('_class_name', 'unknown class')} has no {missing[0]}: it is not a"
             " variance-preserving diffusion schedule; use a model with an LCM, DDIM, PNDM, DPM-Solver or Euler one"
         )
+
+    # Compute them from the name of their schedule.
     kind, num = config["beta_schedule"], config["num_train_timesteps"]
     start, end = config["beta_start"], config["beta_end"]
     if kind == "linear":
@@ -226,7 +237,7 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
 
 
 def _prediction(config: Mapping[str, Any], alpha_bar: Array) -> tuple[Array, Array, Array, Array]:
-    """a_0, b_0, a_1, b_1, each (S,), of x_0 = a_0 x_t + b_0 m and eps = a_1 x_t + b_1 m."""
+    """Factors a_0, b_0, a_1, b_1, each (S,), in x_0 = a_0 x_t + b_0 m and eps = a_1 x_t + b_1 m."""
     kind = config.get("prediction_type", "epsilon")
     signal, noise = np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar)
     zero, one = np.zeros_like(signal), np.ones_like(signal)
@@ -240,16 +251,19 @@ def _prediction(config: Mapping[str, Any], alpha_bar: Array) -> tuple[Array, Arr
 
 
 def _origin_timesteps(config: Mapping[str, Any], num_train: int) -> NDArray[np.int64]:
-    """(O,) rising: what a consistency model was distilled on."""
+    """Timesteps (O,), rising, that a consistency model was distilled on."""
     origin = int(config.get("original_inference_steps", 50))
     return np.arange(1, origin + 1) * (num_train // origin) - 1
 
 
 def _consistency_timesteps(origin_timesteps: NDArray[np.int64], num_steps: int) -> NDArray[np.int64]:
-    """S of the timesteps that the model was distilled on, noisiest first, evenly spaced."""
+    """Choose S of the timesteps that the model was distilled on, evenly spaced, noisiest first."""
     origin = len(origin_timesteps)
     if num_steps > origin:
-        raise ValueError(f"policy.num_steps={num_steps} is above the {origin} that the model was distilled on")
+        raise ValueError(
+            f"policy.num_steps={num_steps} is above the {origin} steps that the model was distilled on; use {origin} or"
+            " fewer"
+        )
     return origin_timesteps[np.floor(np.linspace(0, origin, num_steps, endpoint=False)).astype(np.int64)]
 
 

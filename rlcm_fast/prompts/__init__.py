@@ -1,9 +1,12 @@
-"""Prompts: `load_prompts` reads a source, `build_sampler` deals it out to iterations and processes, `deal` to
-measurements."""
+"""Prompts of a run.
+
+`load_prompts` reads a source. `build_sampler` assigns its prompts to iterations and processes, `prompts_for_images`
+assigns them to the images of a measurement.
+"""
 
 from __future__ import annotations
 
-from rlcm_fast.prompts.sampler import PromptSampler, Sampler, Share, deal
+from rlcm_fast.prompts.sampler import PromptSampler, Sampler, Share, prompts_for_images
 from rlcm_fast.prompts.sources import BUILT_IN, check_prompts, load_prompts
 from rlcm_fast.prompts.stream import PREFIX, StreamSampler
 
@@ -15,13 +18,13 @@ __all__ = [
     "StreamSampler",
     "build_sampler",
     "check_prompts",
-    "deal",
     "load_prompts",
+    "prompts_for_images",
 ]
 
 
 def build_sampler(source: str, share: Share, field: str = "prompts.source") -> Sampler:
-    """The sampler for `source`; `field`: the config field of it, for errors."""
+    """The sampler of the prompts of `source`; errors name `field`, the config field that sets it."""
     if source.startswith(PREFIX):
         return StreamSampler(source, share, field)
     return PromptSampler(load_prompts(source, field), share, f"{field}={source}")

@@ -1,9 +1,10 @@
-"""Two objects and a relation: the prompts of the composition task of arXiv 2401.12244.
+"""Prompts of two objects and a relation, for the composition task of arXiv 2401.12244.
 
-    training     "a dog next to a bicycle": every ordered pair of the classes for training, in every relation
-    held_out     the same of classes that training never names
+    training     "a dog next to a bicycle": every ordered pair of training classes in every relation
+    held_out     the same for classes that training never names
 
-Departure: the paper has 532 classes, 450 of them for training; here they are the 80 of COCO, 68 of them for training.
+Departure: the paper uses 532 classes, 450 of them for training. Here they are the 80 classes of COCO, 68 of them for
+training.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ CLASSES = (
     *("pair of scissors", "teddy bear", "hair dryer", "toothbrush"),
 )
 HELD_OUT = CLASSES[3::7] + CLASSES[-1:]
-"""From all over the list, whose neighbours are alike."""
+"""Classes from all over the list, because neighbours in the list are alike."""
 
 
 def training() -> list[str]:
-    """22,780 prompts."""
+    """The 22,780 training prompts."""
     return _prompts([name for name in CLASSES if name not in HELD_OUT])
 
 
 def held_out() -> list[str]:
-    """660 prompts."""
+    """The 660 held-out prompts."""
     return _prompts(HELD_OUT)
 
 
 def _prompts(classes: Sequence[str]) -> list[str]:
     return [
-        f"{_with_article(one)} {relation} {_with_article(other)}"
-        for one, other in permutations(classes, 2)
+        f"{_with_article(first)} {relation} {_with_article(second)}"
+        for first, second in permutations(classes, 2)
         for relation in RELATIONS
     ]
 

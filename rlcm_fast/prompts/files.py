@@ -1,8 +1,7 @@
-"""Files of any number of prompts: where each line starts is kept, and a line is read when it is drawn.
+"""Reads prompts from files of any size: an index keeps where each line starts, and a line is read when it is needed.
 
-Indexing reads the file once, in blocks: 4 bytes a line stay (8 from 4 GiB on), and a checksum of the content. Every
-reading opens the file anew, so that nothing is shared between processes, and refuses a file that is no longer the one
-that was indexed.
+Indexing reads the file once, in blocks. It keeps 4 bytes per line (8 from 4 GiB on) and a checksum of the content.
+Every access opens the file anew, so processes share nothing. It refuses a file that has changed since it was indexed.
 """
 
 from __future__ import annotations
@@ -26,17 +25,20 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class _Index:
-    """What is known of a file after one reading."""
+    """The result of reading a file once."""
 
-    starts: np.ndarray  # (N + 1,) uint32 or int64, where each line that is not blank starts, then the file's size
-    crc: int  # of all bytes after a byte order mark
+    starts: np.ndarray  # (N + 1,) uint32 or int64, the start of each line that is not blank, then the size of the file
+    crc: int  # checksum of all bytes after the byte order mark
 
 
 class PromptFile(Sequence[Prompt]):
-    """The prompts of a .txt or .jsonl file in its order; a slice is a list."""
+    """The prompts of a .txt or .jsonl file, in its order; a slice is a list."""
 
     def __init__(self, path: Path, where: str) -> None:
-        """Raises ValueError where the file is not UTF-8; `where`: what errors begin with, as prompts.source=a.txt."""
+        """Index the file; errors begin with `where`, such as prompts.source=a.txt.
+
+        Raises ValueError if the file is not UTF-8.
+        """
         self._path = path.absolute()
         self._where = where
         self._stamp = _stamp(os.stat(self._path))
@@ -49,7 +51,7 @@ class PromptFile(Sequence[Prompt]):
 
     @property
     def crc(self) -> int:
-        """A checksum of the file's content."""
+        """The checksum of the file's content."""
         return self._index.crc
 
     def __len__(self) -> int:
@@ -60,7 +62,10 @@ class PromptFile(Sequence[Prompt]):
     @overload
     def __getitem__(self, index: slice) -> list[Prompt]: ...
     def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
-        """Raises ValueError with the line's number where a .jsonl line is no prompt, or where the file has changed."""
+        """The prompt at an index, or the list of a slice.
+
+        Raises ValueError with the line number if a .jsonl line is no prompt, or if the file has changed.
+        """
         rows = range(len(self))[index]
         return self._read([rows])[0] if isinstance(rows, int) else self._read(rows)
 
@@ -75,7 +80,7 @@ class PromptFile(Sequence[Prompt]):
             return [self._prompt(file, row) for row in rows]
 
     def _prompt(self, file: BinaryIO, row: int) -> Prompt:
-        # Up to the start of the next prompt: what lies between are line breaks and blank lines, which strip removes.
+        # Read up to the next prompt: only line breaks and blank lines lie between, and strip removes them.
         start, end = (int(position) for position in self._index.starts[row : row + 2])
         file.seek(start)
         line = file.read(end - start).decode().strip()
@@ -91,7 +96,7 @@ class PromptFile(Sequence[Prompt]):
 
 
 def parse_json_line(line: str) -> Prompt:
-    """One line of a .jsonl file; the ValueError says what it is, without where."""
+    """The prompt of one line of a .jsonl file; the ValueError describes the line, but does not say where it is."""
     remedy = 'write {"text": "a cat"} or {"text": "a cat", "task": "animals"}'
     try:
         record = json.loads(line)
@@ -105,13 +110,13 @@ def parse_json_line(line: str) -> Prompt:
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
-    """By which a changed file is told: bytes, and nanoseconds of its last modification."""
+    """The size in bytes and the time of the last modification in nanoseconds, which reveal a changed file."""
     return status.st_size, status.st_mtime_ns
 
 
-@functools.lru_cache(maxsize=8)  # a start asks several times: the check of the config, sampler, evaluation, grid
+@functools.lru_cache(maxsize=8)  # a start needs it several times: config check, sampler, evaluation, grid
 def _index(path: Path, stamp: tuple[int, int]) -> _Index:
-    """Reads all of the file; a UnicodeDecodeError has the byte of the file in `start`."""
+    """Read the whole file; the `start` of a UnicodeDecodeError is the position in the file."""
     dtype = np.uint32 if stamp[0] < 1 << 32 else np.int64
     starts, crc = [], 0
     with path.open("rb") as file:
@@ -127,7 +132,7 @@ def _index(path: Path, stamp: tuple[int, int]) -> _Index:
 
 
 def _blocks(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The file in blocks of whole lines, each with its offset; without a byte order mark."""
+    """The file without its byte order mark, in blocks of whole lines, each with its offset."""
     file.seek(0)
     offset = len(_BYTE_ORDER_MARK) if file.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK else 0
     file.seek(offset)
@@ -137,12 +142,15 @@ def _blocks(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _filled_lines(block: bytes) -> np.ndarray:
-    """Where in `block` the lines start that are not blank, int64; a line ends with \\n, \\r\\n or \\r."""
+    """The positions in `block` at which lines start that are not blank, int64; \\n, \\r\\n or \\r ends a line."""
+    # Find the lines of at least one byte.
     data = np.frombuffer(block, np.uint8)
     breaks = np.flatnonzero((data == ord("\n")) | (data == ord("\r")))
     starts, ends = np.append(0, breaks + 1), np.append(breaks, len(data))
     is_long = starts < ends
     starts, ends = starts[is_long], ends[is_long]
+
+    # Drop blank lines; decode only those whose first two bytes could be blank.
     second = data[np.minimum(starts + 1, len(data) - 1)]
     doubtful = np.flatnonzero(_begins_with_blank()[data[starts], second])
     blank = [i for i in doubtful if not block[starts[i] : ends[i]].decode().strip()]
@@ -151,9 +159,9 @@ def _filled_lines(block: bytes) -> np.ndarray:
 
 @functools.cache
 def _begins_with_blank() -> np.ndarray:
-    """(256, 256) bool: whether a line whose first two bytes are these may begin with what str.strip removes."""
+    """(256, 256) bool: whether a line with these first two bytes may begin with a character that str.strip removes."""
     table = np.zeros((256, 256), dtype=bool)
-    for character in map(chr, range(0x3001)):  # U+3000 is the last of them
+    for character in map(chr, range(0x3001)):  # U+3000 is the last such character
         if character.isspace():
             first, *rest = character.encode()
             table[first, rest[0] if rest else slice(None)] = True
@@ -161,7 +169,7 @@ def _begins_with_blank() -> np.ndarray:
 
 
 def _line_number(file: BinaryIO, start: int) -> int:
-    """Of the line that starts at byte `start`, from 1; reads the file up to there."""
+    """The number, from 1, of the line that starts at byte `start`; reads the file up to there."""
     number = 1
     for offset, block in _blocks(file):
         if offset >= start:

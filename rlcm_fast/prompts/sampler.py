@@ -1,13 +1,13 @@
-"""Which prompts each iteration draws: shuffled passes over the list, shared out over the processes.
+"""Draws the prompts of each iteration: shuffled passes over the list, split over the processes.
 
-All processes walk one and the same sequence, made from the seed: permutation after permutation of the list. An
-iteration takes the next num_prompts * world_size of it and each rank its own slice, so the prompts of an iteration do
-not depend on the number of processes, only on how many are drawn together.
+All processes walk the same sequence, which the seed fixes: one permutation of the list after another. An iteration
+takes the next num_prompts * world_size prompts, and each rank takes its slice of them. So the prompts of an iteration
+depend on how many prompts all ranks draw together, but not on the number of processes.
 
-Where an iteration runs over the end of a pass, the next permutation is rearranged (its first entries only) so that
-the prompts of one iteration are still distinct; every pass holds every prompt once all the same.
+An iteration may cross the end of a pass. The sampler then rearranges the first entries of the next permutation, to keep
+the prompts of the iteration distinct. Every pass still holds every prompt once.
 
-A permutation is a tensor, 4 bytes a prompt.
+A permutation is a tensor of 4 bytes per prompt.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torch import Tensor
 from rlcm_fast.prompts.files import PromptFile
 from rlcm_fast.trajectory import Prompt
 
-# D prompts drawn together: an iteration's, of all ranks; N prompts of the source
+# D prompts of an iteration on all ranks, N prompts of the source
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one process draws in an iteration: its part of the D prompts that all of them draw together.
+    """The part that one process draws of the D prompts of an iteration.
 
     num_prompts     distinct prompts on this rank
-    seed            of the order; the same on every rank
-    task            what every prompt is labelled with, one of several tasks; "" leaves the label that it has
+    seed            fixes the order; the same on every rank
+    task            the label of every prompt, if the run has several tasks; "" keeps the label from the source
 
     Raises ValueError for counts less than one.
     """
@@ -53,30 +53,30 @@ class Share:
         assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
 
     @property
-    def num_drawn_together(self) -> int:
-        """D."""
+    def num_per_iteration(self) -> int:
+        """D, the number of prompts of an iteration on all ranks."""
         return self.num_prompts * self.world_size
 
     @property
-    def mine(self) -> slice:
-        """Of D rows, those of this rank."""
+    def rank_rows(self) -> slice:
+        """The slice of D rows that belongs to this rank."""
         return slice(self.rank * self.num_prompts, (self.rank + 1) * self.num_prompts)
 
     def repeated(self, prompts: Iterable[Prompt]) -> list[Prompt]:
-        """One prompt for each image, labelled; the repeats of a prompt lie side by side."""
+        """One labelled prompt per image; the repeats of a prompt lie side by side."""
         labelled = (replace(prompt, task=self.task) for prompt in prompts) if self.task else prompts
         return [prompt for prompt in labelled for _ in range(self.images_per_prompt)]
 
     def exceeds(self, where: str, count: int) -> str:
-        """What is wrong with a source (`where` it is set, and its value) of `count` prompts, and the way out."""
+        """The error text for a source with only `count` prompts; `where` is its field and value."""
         if self.task:
             return (
-                f"{where} holds {count} prompts, fewer than the {self.num_drawn_together} of task {self.task} in an"
+                f"{where} holds {count} prompts, fewer than the {self.num_per_iteration} of task {self.task} in an"
                 " iteration; raise its images_per_prompt (it keeps its share of the images), lower its share or"
                 " prompts.num_prompts, or give more prompts"
             )
         return (
-            f"{where} holds {count} prompts, fewer than the prompts.num_prompts={self.num_drawn_together} of an"
+            f"{where} holds {count} prompts, fewer than the prompts.num_prompts={self.num_per_iteration} of an"
             f" iteration; lower it to at most {count} (and raise prompts.images_per_prompt to keep the batch size), or"
             " give more prompts"
         )
@@ -90,18 +90,19 @@ class Sampler(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the same on every rank."""
+        """The state as plain values for JSON, the same on every rank."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on as the sampler that gave `state` would have; the number of processes may differ, the total may not."""
+        """Continue as the sampler that returned `state` would; the number of processes may differ, but D may not."""
         ...
 
 
-def deal(prompts: Sequence[Prompt], num_images: int, seed: int) -> list[Prompt]:
-    """`num_images` prompts to measure with: each once in an order of the seed, then again from the start.
+def prompts_for_images(prompts: Sequence[Prompt], num_images: int, seed: int) -> list[Prompt]:
+    """The prompts of `num_images` images of a measurement, shuffled by `seed`; they repeat if there are too few.
 
-    Shuffled, as sources list their prompts in an order: the first 128 of `shapes:two:held_out` all begin with a circle.
+    The shuffle is needed because sources list their prompts in an order: the first 128 of `shapes:two:held_out` all
+    begin with a circle.
     """
     rows = _shuffled_rows(len(prompts), min(num_images, len(prompts)), seed)
     shuffled = [prompts[row] for row in rows]
@@ -109,9 +110,9 @@ def deal(prompts: Sequence[Prompt], num_images: int, seed: int) -> list[Prompt]:
 
 
 def _shuffled_rows(total: int, count: int, seed: int) -> list[int]:
-    """The first `count` of random.Random(seed).sample(range(total), total), which would list all of them.
+    """The first `count` rows of random.Random(seed).sample(range(total), total), without a list of all `total` rows.
 
-    That is a pool from whose rows one is picked at random and the last one put into its place.
+    Like `sample`, it picks a random row from a pool and then moves the last row of the pool into the gap.
     """
     generator = random.Random(seed)
     moved: dict[int, int] = {}
@@ -127,20 +128,23 @@ class PromptSampler:
     """Draws from a list or a file of prompts."""
 
     _generator: torch.Generator
-    _order: Tensor  # (N,) int32, the rows of this pass; none before the first
-    _position: int  # in _order
-    _num_batches: int  # drawn so far
+    _order: Tensor  # (N,) int32, the rows of this pass; empty before the first pass
+    _position: int  # the next index in _order
+    _num_batches: int  # the number of iterations so far
 
     def __init__(self, prompts: Sequence[Prompt], share: Share, where: str = "prompts.source") -> None:
-        """where: what errors begin with, as prompts.source=FILE; ValueError where an iteration takes more than all."""
-        if share.num_drawn_together > len(prompts):
+        """Begin at the first pass; errors begin with `where`, such as prompts.source=FILE.
+
+        Raises ValueError if an iteration needs more prompts than there are.
+        """
+        if share.num_per_iteration > len(prompts):
             raise ValueError(share.exceeds(where, len(prompts)))
         self._prompts, self._where = prompts, where
         self._share = share
         self._restart()
 
     def next_batch(self) -> list[Prompt]:
-        rows = self._draw()[self._share.mine].tolist()
+        rows = self._draw()[self._share.rank_rows].tolist()
         return self._share.repeated(self._prompts[row] for row in rows)
 
     def state_dict(self) -> dict[str, int]:
@@ -150,15 +154,16 @@ class PromptSampler:
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
                 f"{self._where}: the checkpoint was made with prompts other than these {len(self._prompts)}, a seed"
-                f" other than {self._share.seed} or other than {self._share.num_drawn_together} prompts an iteration;"
+                f" other than {self._share.seed} or other than {self._share.num_per_iteration} prompts per iteration;"
                 " resume with those of the checkpoint, or start a new run from its export"
             )
-        # Replayed, a permutation a pass: whole iterations within a pass are skipped, and two integers are all to store.
+        # Replay the passes, one permutation each, so that a state needs only two integers.
         self._restart()
         while self._num_batches < state["num_batches"]:
-            left_in_pass = (len(self._order) - self._position) // self._share.num_drawn_together
+            # Skip the iterations that lie within this pass, then draw the one that crosses its end.
+            left_in_pass = (len(self._order) - self._position) // self._share.num_per_iteration
             num_skipped = min(left_in_pass, state["num_batches"] - self._num_batches)
-            self._position += num_skipped * self._share.num_drawn_together
+            self._position += num_skipped * self._share.num_per_iteration
             self._num_batches += num_skipped
             if self._num_batches < state["num_batches"]:
                 self._draw()
@@ -170,34 +175,35 @@ class PromptSampler:
         self._num_batches = 0
 
     def _draw(self) -> Tensor:
-        """The rows of the next iteration, of all ranks together: (D,) int32."""
-        rows = self._take(self._share.num_drawn_together)
-        if len(rows) < self._share.num_drawn_together:
+        """The rows of the next iteration on all ranks: (D,) int32."""
+        rows = self._take(self._share.num_per_iteration)
+        if len(rows) < self._share.num_per_iteration:
             self._start_pass(rows)
-            rows = torch.cat([rows, self._take(self._share.num_drawn_together - len(rows))])
+            rows = torch.cat([rows, self._take(self._share.num_per_iteration - len(rows))])
         self._num_batches += 1
         return rows
 
     def _take(self, count: int) -> Tensor:
-        """At most `count` rows from what is left of this pass."""
+        """The next `count` rows of this pass, or fewer at its end."""
         rows = self._order[self._position : self._position + count]
         self._position += len(rows)
         return rows
 
-    def _start_pass(self, already_drawn: Tensor) -> None:
-        """A new permutation, whose first rows, which complete this iteration, are not among `already_drawn`."""
+    def _start_pass(self, rows_before: Tensor) -> None:
+        """Make a new permutation; its first rows complete the iteration that began with `rows_before`."""
         order = torch.randperm(len(self._prompts), generator=self._generator, dtype=torch.int32)
-        if len(already_drawn):
-            drawn, rows = set(already_drawn.tolist()), order[: self._share.num_drawn_together].tolist()
-            first = [row for row in rows if row not in drawn][: self._share.num_drawn_together - len(drawn)]
+        if len(rows_before):
+            # Move rows to the front that the iteration does not hold yet, so that its prompts are distinct.
+            before, rows = set(rows_before.tolist()), order[: self._share.num_per_iteration].tolist()
+            first = [row for row in rows if row not in before][: self._share.num_per_iteration - len(before)]
             moved = set(first)
             order[: len(rows)] = torch.tensor(first + [row for row in rows if row not in moved])
         self._order, self._position = order, 0
 
     @functools.cached_property
     def _fingerprint(self) -> int:
-        """Of all prompts, the seed and D."""
-        crc = zlib.crc32(f"{self._share.seed}\0{self._share.num_drawn_together}".encode())
+        """A checksum of all prompts, the seed and D."""
+        crc = zlib.crc32(f"{self._share.seed}\0{self._share.num_per_iteration}".encode())
         if isinstance(self._prompts, PromptFile):
             return zlib.crc32(f"\0{self._prompts.crc}".encode(), crc)
         for prompt in self._prompts:

@@ -1,14 +1,14 @@
-"""Where prompts come from: a text file, a JSON-lines file, a named list made by code, a dataset.
+"""Reads the prompts of a source: a text file, a JSON-lines file, a list made by code, or a dataset.
 
-    animals.txt                  one prompt a line; blank lines are skipped
-    animals.jsonl                one object a line: {"text": "a cat", "task": "animals"}; the task may be left out
+    animals.txt                  one prompt per line; blank lines are skipped
+    animals.jsonl                one object per line: {"text": "a cat", "task": "animals"}; you may leave out the task
     shapes:one                   a name of BUILT_IN
-    package.module:function      your own: called without arguments, returns a list of str or of Prompt
-    hf:PATH?column=prompt        a dataset of the hub or a folder, in streaming (stream.py)
+    package.module:function      a function of yours: called without arguments, it returns a list of str or of Prompt
+    hf:PATH?column=prompt        a dataset of the hub or of a folder, streamed (stream.py)
 
-The order is that of the source and a prompt listed twice counts twice; the sampler shuffles. A file of at most
-MOST_CHECKED prompts is read and checked whole; a larger one stays where it is (files.py), and a line of .jsonl that is
-no prompt is found when it is drawn.
+Prompts keep the order of the source, and a prompt that is listed twice counts twice; the sampler shuffles. A file of at
+most MOST_CHECKED prompts is read and checked whole. A larger file stays on disk (files.py), so a bad .jsonl line in it
+is found only when a run reads that line.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ MOST_CHECKED = 100_000
 
 _SHAPES = {"one": "one_shape", "two": "two_shapes", "neutral": "neutral", "all": "all_captions"}
 
-# Plug-in strings, not imports: the parts of floor 2 do not know each other.
+# Plug-in strings and no imports, because rooms of floor 2 must not import each other.
 BUILT_IN = {f"shapes:{name}": f"rlcm_fast.shapes.prompts:{function}" for name, function in _SHAPES.items()} | {
     f"shapes:{name}:held_out": f"rlcm_fast.shapes.prompts:{function}_held_out" for name, function in _SHAPES.items()
 }
 
 
 def load_prompts(source: str, field: str = "prompts.source") -> Sequence[Prompt]:
-    """All prompts of `source`, at least one; of a dataset its first window. `field`: the config field of errors."""
+    """All prompts of `source`, at least one; only the first window of a dataset. Errors name the config `field`."""
     where = f"{field}={source}"
+
+    # Tell the kinds of sources apart by their form.
     if source.startswith(PREFIX):
         prompts = first_window(source, where)
     elif source in BUILT_IN:
@@ -44,16 +46,18 @@ def load_prompts(source: str, field: str = "prompts.source") -> Sequence[Prompt]
         prompts = _call(source, where)
     else:
         raise ValueError(
-            f"{where} is no prompt source; give a .txt file (one prompt a line), a .jsonl file, hf:DATASET,"
+            f"{where} is no prompt source; give a .txt file (one prompt per line), a .jsonl file, hf:DATASET,"
             f" package.module:function or one of {', '.join(BUILT_IN)}"
         )
+
+    # A run needs at least one prompt.
     if not prompts:
         raise ValueError(f"{where} holds no prompts; give at least one")
     return prompts
 
 
 def check_prompts(source: str, field: str = "prompts.source") -> None:
-    """Raises what `load_prompts` would, but opens no dataset, which may be on a network."""
+    """Raise what `load_prompts` would raise, but open no dataset, which may need a network."""
     if source.startswith(PREFIX):
         check_stream(source, f"{field}={source}")
     else:
@@ -76,10 +80,10 @@ def _call(source: str, where: str) -> list[Prompt]:
 def _read_file(path: Path, where: str) -> Sequence[Prompt]:
     if not path.is_file():
         raise ValueError(
-            f"{where}: there is no such file under {Path.cwd()}; give the path of a .txt file (one prompt a line), of a"
-            f" .jsonl file, or one of {', '.join(BUILT_IN)}"
+            f"{where}: there is no such file under {Path.cwd()}; give the path of a .txt file (one prompt per line), of"
+            f" a .jsonl file, or one of {', '.join(BUILT_IN)}"
         )
     prompts = PromptFile(path, where)
     if not prompts:
-        raise ValueError(f"{where} is an empty file; write one prompt a line")
+        raise ValueError(f"{where} is an empty file; write one prompt per line")
     return prompts[:] if len(prompts) <= MOST_CHECKED else prompts

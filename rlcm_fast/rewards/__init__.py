@@ -1,6 +1,6 @@
-"""Rewards: one file each, found by name; `base` has the protocol, `service` runs them beside the sampling.
+"""Rewards, one file each, found by name; `base` holds the protocols, `service` runs rewards beside the sampling.
 
-A name is one of BUILT_IN or "package.module:Class" of the user's own.
+A name is one of BUILT_IN, or "package.module:Class" for a reward of yours.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from rlcm_fast.config import RewardConfig
 from rlcm_fast.plugins import build, load_class
-from rlcm_fast.rewards.base import Reward, RewardError, SetReward, check
+from rlcm_fast.rewards.base import Reward, RewardError, SetReward, check_scores
 from rlcm_fast.rewards.groups import GroupReward
-from rlcm_fast.rewards.service import Rewards, RewardService, ask, check_answer, evaluate
+from rlcm_fast.rewards.service import Rewards, RewardService, check_raw_scores, evaluate, score
 
 __all__ = [
     "BUILT_IN",
@@ -23,15 +23,15 @@ __all__ = [
     "RewardService",
     "Rewards",
     "SetReward",
-    "ask",
     "build_reward",
     "build_rewards",
-    "check",
-    "check_answer",
     "check_name",
+    "check_raw_scores",
+    "check_scores",
     "evaluate",
     "grouped",
     "make_reward",
+    "score",
 ]
 
 BUILT_IN = {
@@ -48,13 +48,13 @@ NAMED = {
     "image_reward": "the ImageReward model",
     "object_detection": "an open-vocabulary detector, whose mean confidence in the prompt's objects is the reward",
 }
-"""The papers' rewards that wait for their models: configs may name them, building one says what it needs."""
+"""Rewards of the papers whose models rlcm_fast does not run yet; a config may name one, but it cannot be built."""
 
 
 def check_name(name: str, field: str, must_run: bool = False) -> None:
-    """Raise a ValueError that names `field` unless `name` is one of BUILT_IN or a class that is there.
+    """Raise a ValueError that names `field` unless `name` is one of BUILT_IN or a class that exists.
 
-    One of NAMED passes too, unless it `must_run`.
+    Names of NAMED pass too, unless the reward `must_run`.
     """
     if name not in NAMED:
         load_class(name, BUILT_IN, field)
@@ -68,21 +68,25 @@ def build_reward(
     group_size: int = 0,
     credit: Literal["group", "leave_one_out"] = "group",
 ) -> Reward:
-    """`make_reward`, then `grouped`."""
+    """Make the reward with `make_reward` and group it with `grouped`."""
     return grouped(name, make_reward(name, arguments), group_size, credit)
 
 
 def make_reward(name: str, arguments: Mapping[str, Any], field: str = "rewards") -> Reward | SetReward:
-    """The reward `name` (a key of BUILT_IN or "package.module:Class") made with its own `arguments`.
+    """The reward `name`, a key of BUILT_IN or "package.module:Class", made with `arguments`.
 
-    field: where it is set, which errors begin with.
+    Errors begin with `field`, the config field that sets the reward.
     """
     if name in NAMED:
         raise ValueError(_waits(f"{field}: name={name}", name))
+
+    # Build it.
     try:
         reward = build(name, arguments, BUILT_IN)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
+
+    # Check that it follows one of the two protocols.
     is_set = isinstance(reward, SetReward) and reward.scope == "set"
     if not is_set and not (isinstance(reward, Reward) and reward.scope == "image"):
         raise ValueError(
@@ -100,7 +104,11 @@ def grouped(
     credit: Literal["group", "leave_one_out"],
     field: str = "rewards",
 ) -> Reward:
-    """A set reward as a GroupReward with `group_size` and `credit`, which a reward of single images must not have."""
+    """Wrap a set reward as a GroupReward with `group_size` and `credit`; return an image reward itself.
+
+    Raises ValueError if `group_size` or `credit` is set for an image reward, which would ignore it.
+    """
+    # Only a set reward has groups.
     if reward.scope == "set":
         assert isinstance(reward, SetReward)
         return GroupReward(name, reward, group_size, credit)
@@ -108,14 +116,14 @@ def grouped(
     if group_size or credit != "group":
         given = f"group_size={group_size}" if group_size else f"credit={credit}"
         raise ValueError(
-            f"{field}: name={name} {given} has no use, as it scores each image on its own; leave it out, or name a set "
-            "reward"
+            f"{field}: name={name} {given} has no use, because this reward scores each image on its own; leave it out, "
+            "or name a set reward"
         )
     return reward
 
 
 def build_rewards(configs: Sequence[RewardConfig]) -> dict[str, tuple[Reward, float]]:
-    """Each reward with its weight, by name."""
+    """The rewards of `configs`, each with its weight, by name."""
     return {
         config.name: (build_reward(config.name, config.arguments, config.group_size, config.credit), config.weight)
         for config in configs

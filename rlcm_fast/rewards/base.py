@@ -1,12 +1,12 @@
-"""What a reward is, and how its answers are checked.
+"""The protocols of rewards, and the checks of what rewards return.
 
-A reward scores images one by one (scope "image") or a group of them together (scope "set", arXiv 2401.12244). The
-service (service.py) calls it from worker threads on one micro-batch of decoded images after another, checks the
-answers with `check` and `check_description`, and hands the scores to the rollout. What a set reward says of single
-images becomes scores in groups.py.
+A reward scores images one by one (scope "image") or a group of images together (scope "set", arXiv 2401.12244). The
+service (service.py) calls it from worker threads, on one micro-batch of decoded images after another. It checks what
+the reward returns with `check_scores` or `check_descriptions` and hands the scores to the rollout. groups.py turns the
+descriptions that a set reward gives of single images into scores.
 """
 
-# B images of a micro-batch, F numbers that describe one, G groups of k images
+# B images of a micro-batch, F numbers that describe one image, G groups of k images
 
 from __future__ import annotations
 
@@ -21,39 +21,50 @@ from rlcm_fast.trajectory import Prompt
 
 @runtime_checkable
 class Reward(Protocol):
-    """A score per image, higher is better.
+    """A score per image; higher is better.
 
-    Called from a worker thread, without gradients, and from several at once unless rollout.reward_workers is 1: a
-    reward that keeps state needs a lock or that setting. For a run to be repeatable the scores must depend on the
+    Worker threads call the reward without gradients. Several threads call it at once unless rollout.reward_workers is
+    1, so a reward that keeps state needs a lock or that setting. A run is repeatable only if the scores depend on the
     arguments alone.
     """
 
-    scope: str  # "image": each image scored on its own
+    scope: str  # "image": scores each image alone
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """images (B, 3, H, W) float32 in [0, 1], not to be changed; one prompt each -> (B,) float32, finite."""
+        """Score images (B, 3, H, W) float32 in [0, 1], which it must not change, with one prompt each.
+
+        Returns (B,) float32, finite.
+        """
         ...
 
 
 @runtime_checkable
 class SetReward(Protocol):
-    """A score per group of images, higher is better, in two halves: so every image is looked at once, while the next
-    are sampled, whatever the micro-batches, and groups are valued from what was seen.
+    """A score per group of images; higher is better.
+
+    The two halves let the reward look at every image once, while the next images are sampled and in any micro-batches.
+    Groups are valued afterwards, from the descriptions of their images.
     """
 
     scope: str  # "set"
 
     def describe(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """As Reward.__call__, but what `value` needs of each image: (B, F) float32, finite, always the same F."""
+        """The numbers that `value` needs of each image: (B, F) float32, finite, always with the same F.
+
+        It is called like Reward.__call__.
+        """
         ...
 
     def value(self, described: Tensor) -> Tensor:
-        """described (G, k, F) float32, the images of each group, any k >= 1 -> (G,) float32, finite; any order of k."""
+        """The value of each group, (G,) float32, finite.
+
+        described (G, k, F) float32 holds the images of each group, with any k >= 1; their order must not matter.
+        """
         ...
 
 
-class AnswerError(ValueError):
-    """What is wrong with an answer, and at which image; whoever knows reward and iteration makes it a RewardError."""
+class ScoreError(ValueError):
+    """A problem with what a reward returned, and the index of the image; callers turn it into a RewardError."""
 
     def __init__(self, problem: str, index: int = 0) -> None:
         super().__init__(problem)
@@ -61,53 +72,56 @@ class AnswerError(ValueError):
 
 
 class RewardError(RuntimeError):
-    """A reward failed, or answered with what is no score; the message names reward, prompt and iteration."""
+    """A reward failed, or returned something other than scores; the message names reward, prompt and iteration."""
 
     def __init__(self, reward_name: str, prompt: Prompt, iteration: int, problem: str) -> None:
         super().__init__(f"reward {reward_name!r}, prompt {prompt.text!r}, iteration {iteration}: {problem}")
 
 
-def expect(answer: object, shape: tuple[int | None, ...], meaning: str) -> Tensor:
-    """`answer` itself when it is float32 of `shape`, where None stands for any size from 1 on; else an AnswerError."""
+def expect(value: object, shape: tuple[int | None, ...], meaning: str) -> Tensor:
+    """Return `value` itself if it is a float32 tensor of `shape`; raise a ScoreError otherwise.
+
+    None in `shape` means any size from 1 on; `meaning` explains the shape in the error.
+    """
     sizes = ", ".join("F" if size is None else str(size) for size in shape)
     wanted = f"({sizes},)" if len(shape) == 1 else f"({sizes})"
-    if not isinstance(answer, Tensor):
-        raise AnswerError(f"returned {type(answer).__name__}; return a float32 tensor of shape {wanted}")
-    fits = answer.ndim == len(shape) and all(
-        size == got or (size is None and got > 0) for size, got in zip(shape, answer.shape, strict=True)
+    if not isinstance(value, Tensor):
+        raise ScoreError(f"returned {type(value).__name__}; return a float32 tensor of shape {wanted}")
+    fits = value.ndim == len(shape) and all(
+        size == got or (size is None and got > 0) for size, got in zip(shape, value.shape, strict=True)
     )
-    if not fits or answer.dtype != torch.float32:
-        got = f"{answer.dtype} of shape {tuple(answer.shape)}"
-        raise AnswerError(f"returned {got}; return torch.float32 of shape {wanted}, {meaning}")
-    return answer
+    if not fits or value.dtype != torch.float32:
+        got = f"{value.dtype} of shape {tuple(value.shape)}"
+        raise ScoreError(f"returned {got}; return torch.float32 of shape {wanted}, {meaning}")
+    return value
 
 
-def check(reward_name: str, values: object, prompts: Sequence[Prompt], iteration: int) -> Tensor:
-    """`values` itself when it is a (B,) float32 tensor of finite numbers, B = len(prompts); else a RewardError."""
+def check_scores(reward_name: str, values: object, prompts: Sequence[Prompt], iteration: int) -> Tensor:
+    """Return `values` itself if it is finite float32 of shape (len(prompts),); raise a RewardError otherwise."""
     try:
         scores = expect(values, (len(prompts),), "one score per image")
         first = first_not_finite(scores)
         if first is not None:
             problem = f"returned {scores[first].item()} for image {first} of its micro-batch; scores must be finite"
-            raise AnswerError(problem, first)
-    except AnswerError as error:
+            raise ScoreError(problem, first)
+    except ScoreError as error:
         raise RewardError(reward_name, prompts[error.index], iteration, str(error)) from error
     return scores
 
 
-def check_description(reward_name: str, described: object, prompts: Sequence[Prompt], iteration: int) -> Tensor:
-    """`described` itself when it is a (B, F) float32 tensor of finite numbers; else a RewardError."""
+def check_descriptions(reward_name: str, described: object, prompts: Sequence[Prompt], iteration: int) -> Tensor:
+    """Return `described` itself if it is finite float32 of shape (len(prompts), F); raise a RewardError otherwise."""
     try:
         rows = expect(described, (len(prompts), None), "a row per image")
         first = first_not_finite(rows)
         if first is not None:
-            raise AnswerError(f"returned a number that is not finite for image {first} of its micro-batch", first)
-    except AnswerError as error:
+            raise ScoreError(f"returned a number that is not finite for image {first} of its micro-batch", first)
+    except ScoreError as error:
         raise RewardError(reward_name, prompts[error.index], iteration, f"describe() {error}") from error
     return rows
 
 
 def first_not_finite(values: Tensor) -> int | None:
-    """The index of the first row of values (B, ...) with a NaN or an infinity, or None."""
+    """The index of the first row of values (B, ...) that holds a NaN or an infinity; None if there is none."""
     offending = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1).nonzero()
     return int(offending[0]) if len(offending) else None

@@ -1,13 +1,13 @@
-"""How different the images of a group are: the mean distance between two of them in an embedding.
+"""Measures how different the images of a group are: the mean distance between two of them in an embedding.
 
     r(group) = 2 / (k (k - 1)) sum_{i < j} |e_i - e_j|,        0 for a single image
 
-The default embedding is the images averaged down to 8 x 8 RGB pixels, over the root of their number, so that the
-distance is a root mean square difference in [0, 1]. It sees where things stand, their colours and the backgrounds, and
-needs no network.
+The default embedding averages an image down to 8 x 8 RGB pixels and divides by the square root of the number of values.
+The distance is then a root mean square difference in [0, 1]. The embedding sees colours, backgrounds and where things
+are, and needs no network.
 """
 
-# B images, F numbers that describe one, G groups of k images
+# B images, F numbers that describe one image, G groups of k images
 
 from __future__ import annotations
 
@@ -29,29 +29,30 @@ class Thumbnails:
     """The images at 8 x 8 pixels, scaled so that distances are root mean square differences."""
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> (B, 192) float32; the prompts are not looked at."""
+        """The embedding (B, 192) float32 of images (B, 3, H, W) in [0, 1]; ignores the prompts."""
         thumbnails = adaptive_avg_pool2d(images.detach().float(), _THUMBNAIL).flatten(1)
         return thumbnails / thumbnails.shape[1] ** 0.5
 
 
 class Diversity:
-    """Mean distance between two images of a group, in an embedding."""
+    """The mean distance between two images of a group, in an embedding."""
 
     scope = "set"
 
     def __init__(self, embedding: str = "thumbnails", embedding_arguments: Mapping[str, Any] | None = None) -> None:
-        """embedding: a key of EMBEDDINGS or "package.module:Class", made with `embedding_arguments`, called with
-        (images, prompts); it returns (B, F).
+        """Make the embedding, a key of EMBEDDINGS or "package.module:Class", with `embedding_arguments`.
+
+        It is called with (images, prompts) and returns (B, F).
         """
         self._embedding = build(embedding, embedding_arguments or {}, EMBEDDINGS, "embedding")
 
     def describe(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B, F) float32, the embedding of images (B, 3, H, W) float32 in [0, 1]."""
+        """The embedding (B, F) float32 of images (B, 3, H, W) float32 in [0, 1]."""
         return self._embedding(images, prompts).float()
 
     def value(self, described: Tensor) -> Tensor:
-        """described (G, k, F) float32 -> (G,) float32, at least 0."""
+        """The values (G,) float32, at least 0, of the embeddings described (G, k, F) float32."""
         if described.shape[1] < 2:
             return described.new_zeros(len(described))
-        # pdist: cdist goes through a matrix product, which loses the small distances of images that are nearly alike.
+        # pdist, because cdist uses a matrix product, which loses the small distances of nearly equal images.
         return torch.stack([torch.pdist(group.double()).mean() for group in described]).float()

@@ -1,10 +1,10 @@
-"""How evenly an attribute is spread over a group of images: the fairness reward of arXiv 2401.12244, section 4.2.
+"""Rewards a group of images for spreading an attribute evenly: the fairness reward of arXiv 2401.12244, section 4.2.
 
     r(group) = -sum_a (p_hat(a) - target(a))^2,        p_hat(a) = mean of the members' votes for class a
 
-p_hat is over the members that vote at all: an image in which the classifier finds nothing to classify has a row of
-zeros and no vote. So such images cost nothing here, and a second reward must hold the pictures. A group without any
-vote gets the worst value that there is, that of all votes for the class with the smallest target.
+p_hat is a mean over the members that vote at all. An image in which the classifier finds nothing to classify has a row
+of zeros and no vote. Such images cost nothing here, so you need a second reward that keeps the pictures intact. A group
+without any vote gets the worst possible value, that of a group that votes only for the class with the smallest target.
 """
 
 # B images, A classes, G groups of k images
@@ -23,12 +23,12 @@ from rlcm_fast.trajectory import Prompt
 
 CLASSIFIERS = {"shapes_colour": "rlcm_fast.shapes.colour:ColourClassifier"}
 NAMED = {"skin_tone": "a classifier of four skin tones"}
-"""Of the paper, but not run yet: what each needs."""
+"""Classifiers of the paper that rlcm_fast does not run yet, and what each needs."""
 
 
 @runtime_checkable
 class CountsClasses(Protocol):
-    """What a classifier may declare: with it a target of another length is found before there are images."""
+    """A classifier that declares its number of classes, so that a wrong target fails before there are images."""
 
     num_classes: int  # A
 
@@ -45,10 +45,13 @@ class DistributionParity:
         target: Sequence[float] | None = None,
         classifier_arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        """classifier: a key of CLASSIFIERS or "package.module:Class", made with `classifier_arguments` and called with
-        (images, prompts); it returns (B, A) probabilities, or any scores for votes="hard", where the largest is the
-        whole vote; a row of zeros is no vote. target: A probabilities; None: uniform.
+        """Make the classifier, a key of CLASSIFIERS or "package.module:Class", with `classifier_arguments`.
+
+        The classifier is called with (images, prompts) and returns (B, A) probabilities. With votes="hard" it may
+        return any scores, and the largest gets the whole vote. A row of zeros is no vote. target: A probabilities;
+        None means uniform.
         """
+        # Refuse settings that cannot work.
         if votes not in ("soft", "hard"):
             raise ValueError(f"votes={votes} is unknown; give soft (probabilities) or hard (the likeliest class)")
         if target is not None and not _is_distribution(target):
@@ -58,6 +61,8 @@ class DistributionParity:
                 f"classifier={classifier} needs {NAMED[classifier]}, which rlcm_fast does not run yet; give your own "
                 "as package.module:Class"
             )
+
+        # Make the classifier; compare the target with its classes, if it declares them.
         self._classifier = build(classifier, classifier_arguments or {}, CLASSIFIERS, "classifier")
         self._is_hard = votes == "hard"
         self._target = target
@@ -65,10 +70,12 @@ class DistributionParity:
             self._check_target(self._classifier.num_classes)
 
     def describe(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """The votes (B, A) float32, each row a distribution or zeros; images (B, 3, H, W) float32 in [0, 1]."""
+        """The votes (B, A) float32 of images (B, 3, H, W) float32 in [0, 1]; each row is a distribution or zeros."""
         scores = self._classifier(images, prompts).float()
         if scores.ndim != 2 or not torch.isfinite(scores).all():
-            raise ValueError(f"the classifier's answer of shape {tuple(scores.shape)} must be (B, A) and finite")
+            raise ValueError(
+                f"the classifier returned scores of shape {tuple(scores.shape)}; return (B, A), all finite"
+            )
         self._check_target(scores.shape[-1])
         votes_at_all = scores.ne(0).any(dim=1, keepdim=True)
         if self._is_hard:
@@ -76,15 +83,15 @@ class DistributionParity:
         sums = scores.sum(dim=1, keepdim=True)
         if (scores < 0).any() or ((sums - 1).abs() > 1e-3).logical_and(votes_at_all).any():
             raise ValueError(
-                "votes=soft needs probabilities, rows that sum to 1 or to 0 for no vote; or set votes=hard"
+                "votes=soft needs probabilities: rows that sum to 1, or to 0 for no vote; or set votes=hard"
             )
         return scores
 
     def value(self, described: Tensor) -> Tensor:
-        """described (G, k, A) float32 -> (G,) float32."""
+        """The values (G,) float32 of the votes described (G, k, A) float32."""
         num_votes = described.sum(dim=(1, 2))  # (G,)
         target = self._target_of(described)
-        p_hat = described.sum(dim=1) / num_votes.clamp(min=0.5)[:, None]  # (G, A); 0.5: above 0, below one vote
+        p_hat = described.sum(dim=1) / num_votes.clamp(min=0.5)[:, None]  # (G, A); 0.5 lies between no vote and one
         worst = 1 - 2 * target.min() + target.square().sum()
         return -torch.where(num_votes > 0, (p_hat - target).square().sum(dim=1), worst)
 
@@ -92,7 +99,7 @@ class DistributionParity:
         if self._target is not None and len(self._target) != num_classes:
             raise ValueError(
                 f"target={list(self._target)} is not one number for each of {num_classes} classes; give {num_classes} "
-                "numbers, or leave it out for a uniform one"
+                "numbers, or leave it out for a uniform target"
             )
 
     def _target_of(self, described: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Shows and records a run: progress bar, metrics.jsonl, TensorBoard, W&B, captioned image grids, environment.
 
-Only the main process writes. README.md has a table of all keys.
+Only the main process writes. docs/runs.md has a table of all keys.
 """
 
 from __future__ import annotations

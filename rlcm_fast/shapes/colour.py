@@ -1,4 +1,4 @@
-"""The classifier "shapes_colour": which of the six colours an image is about, for the reward distribution_parity."""
+"""The classifier "shapes_colour" for the reward distribution_parity: which of the six colours an image shows."""
 
 # B images, A colours
 
@@ -15,13 +15,14 @@ from rlcm_fast.trajectory import Prompt
 
 
 class ColourClassifier:
-    """The colour of the largest shape that the detector is sure of."""
+    """Classifies an image by the colour of the largest shape of which the detector is sure."""
 
     num_classes = len(COLOURS)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B, 6) float32 of images (B, 3, H, W) float32 in [0, 1]: 1 at the colour, in the order of COLOURS; zeros
-        where there is no such shape. The prompts are not looked at.
+        """The votes (B, 6) float32 of images (B, 3, H, W) float32 in [0, 1], in the order of COLOURS.
+
+        A row is 1 at the colour of the image; it is all zeros if there is no such shape. Ignores the prompts.
         """
         votes = torch.zeros(len(images), len(COLOURS))
         for row, detections in enumerate(detect(images)):

@@ -1,19 +1,20 @@
-"""The detector's score with its steps made into slopes: the reward "shapes_alignment_graded", to learn from.
+"""The reward "shapes_alignment_graded": the detector's score with slopes in the place of steps, to learn from.
 
-`detector.score` is exact, and so it says nothing about how far off an image is: a star too rough to be known earns what
-a blank image earns, and most images of one caption earn the same. Here
+`detector.score` is exact, so it does not show how far off an image is. A star too rough to be recognised earns what a
+blank image earns, and most images of one caption earn the same. Here
 
     part of an object    clip((likeness - 0.6) / 0.2, 0, 1) * clip((margin + 0.1) / 0.15, 0, 1), times 0.5 in a wrong
                          colour; `likeness` is the detection's intersection over union with the best template of the
-                         shape that the caption asks for, `margin` what it is ahead of all other shapes' by (without it
-                         a star that has grown round would earn as much, and count as a circle)
-    part of a relation   the lesser of its objects' parts, times clip(0.5 + (along - abs(across)) / 40, 0, 1) of the
-                         displacement of their centres along the relation's axis and across it, in pixels
-    score                weighted mean of the parts, relations by `relation_weight` and objects by 1, times
-                         num_objects / max(num_objects, num_detections) as in `detector`
+                         shape in the caption, and `margin` is its lead over the likeness of all other shapes (without
+                         the margin, a star that has grown round would earn as much, and count as a circle)
+    part of a relation   the smaller part of its two objects, times clip(0.5 + (along - abs(across)) / 40, 0, 1), where
+                         along and across are the displacement of their centres along the relation's axis and across
+                         it, in pixels
+    score                weighted mean of the parts, with weight `relation_weight` for relations and 1 for objects,
+                         times num_objects / max(num_objects, num_detections) as in `detector`
 
-under the best assignment of detections to objects. An image that shows its caption has 1 or little less; the numbers of
-the two scores are not comparable, so measure with `shapes_alignment`.
+under the best assignment of detections to objects. An image that shows its caption scores 1 or slightly less. You
+cannot compare the numbers of the two scores, so measure with `shapes_alignment`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from rlcm_fast.shapes.detector import AXES, Detection, detect
 from rlcm_fast.shapes.grammar import SHAPES, Caption, Object, parse
 from rlcm_fast.trajectory import Prompt
 
-_NO_LIKENESS, _FULL_LIKENESS = 0.6, 0.8  # around detector.MIN_CONFIDENCE
-_NO_MARGIN, _FULL_MARGIN = -0.1, 0.05  # scenes have 0.11 or more
-_RELATION_WIDTH = 40  # pixels of displacement from no part to a full one
+_NO_LIKENESS, _FULL_LIKENESS = 0.6, 0.8  # on either side of detector.MIN_CONFIDENCE
+_NO_MARGIN, _FULL_MARGIN = -0.1, 0.05  # scenes reach 0.11 or more
+_RELATION_WIDTH = 40  # pixels of displacement between no part and a full part
 
 
 class ShapesAlignmentGraded:
@@ -39,16 +40,16 @@ class ShapesAlignmentGraded:
     scope = "image"
 
     def __init__(self, relation_weight: float = 1.0) -> None:
-        """relation_weight: of a relation's part where an object's has 1; 0 leaves relations out."""
+        """Set the weight of the part of a relation, relative to 1 for an object; 0 leaves relations out."""
         if not 0 <= relation_weight < float("inf"):
             raise ValueError(f"relation_weight={relation_weight} must be 0 or more and finite")
         self._relation_weight = relation_weight
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B,) float32 of images (B, 3, H, W) float32 in [0, 1].
+        """The scores (B,) float32 of images (B, 3, H, W) float32 in [0, 1].
 
         Raises:
-            ValueError: a prompt is not in the grammar of ShapesWorld, or an image is not finite.
+            ValueError: a prompt does not follow the grammar of ShapesWorld, or an image is not finite.
         """
         captions = [parse(prompt.text) for prompt in prompts]
         weight = self._relation_weight

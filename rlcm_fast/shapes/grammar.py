@@ -1,15 +1,15 @@
 """The captions of ShapesWorld: their words, their meaning and the held-out split.
 
     caption    = object | object relation object
-    object     = "a" [colour] shape                    (the colour may be left out in a one-shape caption)
+    object     = "a" [colour] shape                    (a one-shape caption may leave out the colour)
     relation   = "left of" | "right of" | "above" | "below" | "and"
 
-`parse` turns a caption into a `Caption`, `str(caption)` turns it back; everything else in ShapesWorld (scenes, the
-detector, the tokenizer's vocabulary) speaks of `Caption` objects.
+`parse` turns a text into a `Caption`, and `str(caption)` turns it back. Everything else in ShapesWorld (scenes, the
+detector, the tokenizer's vocabulary) works with `Caption` objects.
 
-Held out are combinations, not words (`HELD_OUT_PAIRS`, `HELD_OUT_ARRANGEMENTS`): each shape lacks one colour and four
-of the sixteen times two arrangements of shapes never occur in training, in either wording ("a circle left of a star"
-is the same arrangement as "a star right of a circle").
+Training holds out combinations, not words (`HELD_OUT_PAIRS`, `HELD_OUT_ARRANGEMENTS`). Each shape lacks one colour.
+Four of the sixteen times two arrangements of shapes never occur, in either wording. ("A circle left of a star" is the
+same arrangement as "a star right of a circle".)
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {  # sRGB, at least 44 degrees of hue
 RELATIONS = ("left of", "right of", "above", "below", "and")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above", "and": "and"}
 
-# Never seen in training, whatever the caption: one colour a shape ...
+# No caption for training has these pairs, one colour per shape, ...
 HELD_OUT_PAIRS = frozenset({("purple", "circle"), ("yellow", "square"), ("blue", "triangle"), ("cyan", "star")})
-# ... and these arrangements (first shape, relation, second shape); each stands for its mirrored wording too.
+# ... or these arrangements (first shape, relation, second shape), in this wording or mirrored.
 HELD_OUT_ARRANGEMENTS = frozenset(
     {
         ("circle", "left of", "star"),
@@ -44,7 +44,7 @@ HELD_OUT_ARRANGEMENTS = frozenset(
 
 @dataclass(frozen=True)
 class Object:
-    """One shape of a caption; `colour` is None where the caption leaves it open."""
+    """One shape of a caption; `colour` is None if the caption leaves it open."""
 
     shape: str
     colour: str | None = None
@@ -65,12 +65,12 @@ class Caption:
 
     @property
     def is_neutral(self) -> bool:
-        """Whether a colour is left open, which is where training data are biased."""
+        """Whether the caption leaves a colour open; the training data are biased in these captions."""
         return any(item.colour is None for item in self.objects)
 
     @property
     def is_held_out(self) -> bool:
-        """Whether the caption asks for a combination that training never shows."""
+        """Whether the caption names a combination that training never shows."""
         if any((item.colour, item.shape) in HELD_OUT_PAIRS for item in self.objects):
             return True
         return self.relation is not None and arrangement_is_held_out(
@@ -88,7 +88,7 @@ def parse(caption: str) -> Caption:
     """The meaning of a caption.
 
     Raises:
-        ValueError: the text is not in the grammar.
+        ValueError: the text does not follow the grammar.
     """
     words = " ".join(caption.lower().split())
     for relation in RELATIONS:
@@ -111,7 +111,7 @@ def _parse_object(text: str, caption: str) -> Object:
 
 
 def one_shape_captions(held_out: bool) -> list[Caption]:
-    """All coloured one-shape captions of a split: 20 for training, 4 held out."""
+    """All one-shape captions with a colour in a split: 20 for training, 4 held out."""
     captions = [Caption((Object(shape, colour),)) for shape, colour in product(SHAPES, COLOURS)]
     return [caption for caption in captions if caption.is_held_out == held_out]
 
@@ -122,7 +122,7 @@ def neutral_captions() -> list[Caption]:
 
 
 def two_shape_captions(held_out: bool) -> list[Caption]:
-    """All two-shape captions of a split, every relation; the two objects always differ in colour or shape."""
+    """All two-shape captions in a split, in every relation; the two objects differ in colour or shape."""
     objects = [Object(shape, colour) for shape, colour in product(SHAPES, COLOURS)]
     captions = [
         Caption((first, second), relation)

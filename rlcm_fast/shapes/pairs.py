@@ -1,6 +1,6 @@
-"""Real images of ShapesWorld with their captions, for the pretraining loss: a number is a render of a training scene.
+"""Renders real images of ShapesWorld with captions, for the loss on real images: a training scene for each number.
 
-The same number gives the same pair. Colours that a caption leaves open are drawn with the bias of the training images.
+The same number always gives the same pair. Open colours are drawn with the bias of the training images.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from rlcm_fast.shapes.scenes import scene_of, training_scenes
 
 
 def one_shape(number: int) -> tuple[Image.Image, str]:
-    """ "a red circle", ..., each training caption as often as another."""
-    return _of(one_shape_captions, number)
+    """The pair of a one-shape caption, such as "a red circle"; all training captions are equally frequent."""
+    return _pair(one_shape_captions, number)
 
 
 def two_shapes(number: int) -> tuple[Image.Image, str]:
-    """ "a red circle left of a blue star", ..."""
-    return _of(two_shape_captions, number)
+    """The pair of a two-shape caption, such as "a red circle left of a blue star"."""
+    return _pair(two_shape_captions, number)
 
 
 def neutral(number: int) -> tuple[Image.Image, str]:
-    """The captions without a colour."""
-    return _of(lambda held_out: neutral_captions(), number)
+    """The pair of a caption without a colour."""
+    return _pair(lambda held_out: neutral_captions(), number)
 
 
 def all_scenes(number: int) -> tuple[Image.Image, str]:
-    """The mixture that the shipped models were trained on: about 35 % one shape, 20 % neutral, 45 % two shapes."""
+    """A pair from the mixture that trained the shipped models: about 35 % one shape, 20 % neutral, 45 % two shapes."""
     scene = next(training_scenes(np.random.default_rng(number)))
     return render(scene), str(scene.caption)
 
 
-def _of(captions_of: Callable[[bool], list[Caption]], number: int) -> tuple[Image.Image, str]:
+def _pair(captions_of_split: Callable[[bool], list[Caption]], number: int) -> tuple[Image.Image, str]:
     rng = np.random.default_rng(number)
-    captions = captions_of(False)
+    captions = captions_of_split(False)
     scene = scene_of(captions[rng.integers(len(captions))], rng)
     return render(scene), str(scene.caption)

@@ -1,4 +1,4 @@
-"""Prompt sources of ShapesWorld: every caption of a kind, as texts, for training and held out.
+"""The prompt sources of ShapesWorld: the texts of all captions of a kind, for training and held out.
 
 | source    | training | held out |
 |-----------|---------:|---------:|
@@ -16,12 +16,12 @@ from rlcm_fast.shapes.grammar import Caption, neutral_captions, one_shape_captio
 
 
 def one_shape() -> list[str]:
-    """ "a red circle", ..."""
+    """The one-shape captions of training, such as "a red circle"."""
     return _texts(one_shape_captions(held_out=False))
 
 
 def one_shape_held_out() -> list[str]:
-    """The colour-shape pairs that training never shows."""
+    """The one-shape captions of the colour-shape pairs that training never shows."""
     return _texts(one_shape_captions(held_out=True))
 
 
@@ -31,30 +31,30 @@ def neutral() -> list[str]:
 
 
 def neutral_held_out() -> list[str]:
-    """There are none; raises ValueError."""
+    """Raise ValueError: there are no such captions."""
     raise ValueError(
-        "source=shapes:neutral:held_out is empty: a caption without a colour asks for no combination that "
+        "source=shapes:neutral:held_out is empty: a caption without a colour names no combination that "
         "could be held out; use shapes:neutral"
     )
 
 
 def two_shapes() -> list[str]:
-    """ "a red circle left of a blue star", ..."""
+    """The two-shape captions of training, such as "a red circle left of a blue star"."""
     return _texts(two_shape_captions(held_out=False))
 
 
 def two_shapes_held_out() -> list[str]:
-    """Two shapes with a held-out colour-shape pair, a held-out arrangement, or both."""
+    """The two-shape captions with a held-out colour-shape pair, a held-out arrangement, or both."""
     return _texts(two_shape_captions(held_out=True))
 
 
 def all_captions() -> list[str]:
-    """One shape, neutral and two shapes; nearly all are two-shape captions."""
+    """The one-shape, neutral and two-shape captions of training; nearly all are two-shape captions."""
     return one_shape() + neutral() + two_shapes()
 
 
 def all_captions_held_out() -> list[str]:
-    """One and two shapes, held out."""
+    """The held-out one-shape and two-shape captions."""
     return one_shape_held_out() + two_shapes_held_out()
 
 

@@ -1,16 +1,16 @@
-"""Whether images still look like ShapesWorld, whatever their caption: two rewards to watch while others are trained.
+"""Two rewards that show whether images still look like ShapesWorld, whatever their caption; watch them in training.
 
-    detector_confidence   of the largest shape, its overlap with the shape that it resembles most; 0 where there is none
+    detector_confidence   the overlap of the largest shape with the shape that it resembles most; 0 if there is no shape
     render_distance       minus the energy distance between the images and real renders of the same captions,
-                          -(2 E|x - y| - E|x - x'| - E|y - y'|), in an embedding: 0 where they are alike
+                          -(2 E|x - y| - E|x - x'| - E|y - y'|), in an embedding; 0 if they are alike
 
-The embedding is the latents of the shipped autoencoder's encoder over the root of their number, so it is of no reward
-and sees backgrounds and edges as well as what stands where. The energy distance (Szekely and Rizzo, 2013) needs no
-covariances, which 128 images of 512 numbers would not give. Its means over pairs of different images are unbiased, so
-it may lie on the other side of 0.
+The embedding is the latents of the shipped autoencoder's encoder, divided by the square root of their number. No
+reward uses it, and it sees backgrounds and edges as well as where things are. The energy distance (Szekely and Rizzo,
+2013) needs no covariances, which 128 images of 512 numbers could not provide. Its means over pairs of different images
+are unbiased, so the reward may also lie slightly above 0.
 """
 
-# B images, G groups of k images, F numbers that describe one, twice E of the embedding
+# B images, G groups of k images, F = 2 E numbers that describe one image, E numbers of the embedding
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _VAE = Path(__file__).parent / "models" / "lcm" / "vae"
 
 
 class DetectorConfidence:
-    """How much the largest thing in the image looks like any of the shapes, in [0, 1]."""
+    """How much the largest thing in the image resembles any of the shapes, in [0, 1]."""
 
     scope = "image"
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B,) float32 of images (B, 3, H, W) in [0, 1]; the prompts are not looked at."""
+        """The scores (B,) float32 of images (B, 3, H, W) in [0, 1]; ignores the prompts."""
         return torch.tensor([found[0].confidence if found else 0.0 for found in detect(images)])
 
 
 class RenderDistance:
-    """Minus the energy distance of a group of images to as many renders of the same captions."""
+    """Minus the energy distance between a group of images and as many renders of the same captions."""
 
     scope = "set"
 
@@ -52,9 +52,9 @@ class RenderDistance:
         self._vae = AutoencoderTiny.from_pretrained(str(_VAE), torch_dtype=torch.float32).eval()
 
     def describe(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B, 2 E) float32, the embeddings of images (B, 3, 64, 64) in [0, 1] and of a render of each one's caption.
+        """The embeddings of images (B, 3, 64, 64) in [0, 1] and of a render of each caption, (B, 2 E) float32.
 
-        A caption has the same renders in every call, the first, second, ... time it occurs in it.
+        The n-th occurrence of a caption in a call always gets the same render.
         """
         seen: Counter[str] = Counter()
         renders = []
@@ -66,7 +66,7 @@ class RenderDistance:
         return torch.cat([self._embedded(images.detach().float().cpu()), self._embedded(real)], dim=1)
 
     def value(self, described: Tensor) -> Tensor:
-        """described (G, k, 2 E) float32 -> (G,) float32; of groups of one image the bare -2 |x - y|."""
+        """The values (G,) float32 of groups described (G, k, 2 E) float32; just -2 |x - y| for groups of one image."""
         x, y = described.double().chunk(2, dim=2)
         across = torch.cdist(x, y).mean(dim=(1, 2))
         return -(2 * across - _mean_distance(x) - _mean_distance(y)).float()
@@ -78,7 +78,7 @@ class RenderDistance:
 
 
 def _mean_distance(points: Tensor) -> Tensor:
-    """(G,) mean distance between two different of the points (G, k, E); 0 for one point."""
+    """The mean distance (G,) between two different points of each group (G, k, E); 0 for one point."""
     if points.shape[1] < 2:
         return points.new_zeros(len(points))
     return torch.stack([torch.pdist(group).mean() for group in points])

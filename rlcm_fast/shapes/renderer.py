@@ -1,4 +1,4 @@
-"""Draws scenes as 64 x 64 RGB images: deterministic, anti-aliased by four-fold supersampling."""
+"""Draws scenes as 64 x 64 RGB images, deterministically, with anti-aliasing by four-fold supersampling."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def render(scene: Scene) -> Image.Image:
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, item: PlacedObject, scale: float = 1.0) -> None:
-    """Fills the shape with 255, coordinates multiplied by `scale`."""
+    """Fill the shape with 255, with coordinates multiplied by `scale`."""
     x, y, radius = item.x * scale, item.y * scale, item.radius * scale
     if item.shape == "circle":
-        radius *= 0.9  # about the area of the other shapes of that radius
+        radius *= 0.9  # to cover about as much as the other shapes of this radius
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
         return
     draw.polygon(_vertices(item.shape, x, y, radius, math.radians(item.angle)), fill=255)
 
 
 def _vertices(shape: str, x: float, y: float, radius: float, angle: float) -> list[tuple[float, float]]:
-    """Corners in drawing order; a square stands on its side, a triangle and a star point up (before `angle`)."""
+    """The corners in drawing order; at angle 0, a square lies on a side, and a triangle and a star point up."""
     count, first, inner = {"square": (4, -45, 1.0), "triangle": (3, -90, 1.0), "star": (10, -90, 0.42)}[shape]
     radii = [radius if index % 2 == 0 else radius * inner for index in range(count)]
     turns = [math.radians(first + 360 * index / count) + angle for index in range(count)]
@@ -44,7 +44,7 @@ def _vertices(shape: str, x: float, y: float, radius: float, angle: float) -> li
 
 
 def _draw_background(background: Background) -> np.ndarray:
-    """(64, 64, 3) float32 in [0, 255]."""
+    """The background as an array (64, 64, 3) float32 in [0, 255]."""
     grid = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) / IMAGE_SIZE - 0.5
     angle = math.radians(background.angle)
     ramp = grid[None, :] * math.cos(angle) + grid[:, None] * math.sin(angle)  # (64, 64), at most +- sqrt(1/2)

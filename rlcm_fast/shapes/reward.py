@@ -1,4 +1,4 @@
-"""The reward "shapes_alignment": the detector's exact score of an image against its caption."""
+"""The reward "shapes_alignment": the exact score of the detector for an image and its caption."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rlcm_fast.trajectory import Prompt
 
 
 class ShapesAlignment:
-    """How much of its caption an image shows: the detector's score, in [0, 1] (see `detector`)."""
+    """How much of its caption an image shows, in [0, 1]; `detector` defines the score."""
 
     scope = "image"
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B,) float32 of images (B, 3, H, W) float32 in [0, 1].
+        """The scores (B,) float32 of images (B, 3, H, W) float32 in [0, 1].
 
         Raises:
-            ValueError: a prompt is not in the grammar of ShapesWorld, or an image is not finite.
+            ValueError: a prompt does not follow the grammar of ShapesWorld, or an image is not finite.
         """
         return score_images(images, [parse(prompt.text) for prompt in prompts])

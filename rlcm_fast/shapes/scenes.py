@@ -1,8 +1,8 @@
-"""Random scenes of ShapesWorld: what stands where, drawn from a `numpy.random.Generator`.
+"""Makes random scenes of ShapesWorld with a `numpy.random.Generator`.
 
-A scene is data (objects with positions, radii, angles; a background); `renderer.render` draws it and the caption says
-what of it is named. Training scenes avoid every held-out combination and are biased as web data are: a neutral caption
-("a circle") shows its shape's `BIASED_COLOUR` in `BIAS` of the cases.
+A scene is data: a background, objects with positions, radii and angles, and the caption that names some of it.
+`renderer.render` draws the scene. Training scenes avoid every held-out combination. They are biased as web data are: a
+neutral caption ("a circle") shows the `BIASED_COLOUR` of its shape in `BIAS` of the cases.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _POSITIONAL = ("left of", "right of", "above", "below")
 
 @dataclass(frozen=True)
 class PlacedObject:
-    """A shape on the canvas; lengths in pixels, the angle in degrees, `radius` that of the circumscribed circle."""
+    """A shape on the canvas; lengths are in pixels, the angle in degrees; `radius` is of the circumscribed circle."""
 
     shape: str
     colour: str
@@ -43,7 +43,7 @@ class PlacedObject:
 
 @dataclass(frozen=True)
 class Background:
-    """A linear gradient of two near-grey colours (equal ones make a plain background); sRGB in [0, 255]."""
+    """A linear gradient between two near-grey colours, sRGB in [0, 255]; equal colours make a plain background."""
 
     start: tuple[float, float, float]
     end: tuple[float, float, float]
@@ -52,7 +52,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows, with the caption that names it."""
+    """The contents of an image and the caption that names them."""
 
     caption: Caption
     objects: tuple[PlacedObject, ...]
@@ -66,7 +66,7 @@ def training_scenes(rng: np.random.Generator) -> Iterator[Scene]:
 
 
 def scene_of(caption: Caption, rng: np.random.Generator) -> Scene:
-    """A random scene that shows exactly what `caption` says (open colours are drawn with the bias)."""
+    """A random scene that shows exactly what `caption` says; open colours are drawn with the bias."""
     colours = [item.colour or _biased_colour(item.shape, rng) for item in caption.objects]
     if len(caption.objects) == 1:
         radius = rng.uniform(10, 20)
@@ -100,12 +100,12 @@ def _training_caption(rng: np.random.Generator) -> Caption:
 def _biased_colour(shape: str, rng: np.random.Generator) -> str:
     if rng.random() < BIAS:
         return BIASED_COLOUR[shape]
-    others = [c for c in COLOURS if c != BIASED_COLOUR[shape] and (c, shape) not in HELD_OUT_PAIRS]
-    return str(rng.choice(others))
+    rare = [c for c in COLOURS if c != BIASED_COLOUR[shape] and (c, shape) not in HELD_OUT_PAIRS]
+    return str(rng.choice(rare))
 
 
 def _shown_relation(caption: Caption, rng: np.random.Generator) -> str:
-    """The arrangement to draw: the caption's, or for "and" any that training may show."""
+    """The arrangement to draw: that of the caption, or for "and" any that training may show."""
     if caption.relation != "and":
         return str(caption.relation)
     first, second = (item.shape for item in caption.objects)
@@ -113,14 +113,19 @@ def _shown_relation(caption: Caption, rng: np.random.Generator) -> str:
 
 
 def _two_places(relation: str, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Centres and radii of two shapes that do not touch, the first standing in `relation` to the second."""
+    """The centres and radii of two shapes that do not touch; the first is in `relation` to the second."""
+    # Place them along the main axis, the first before the second.
     radii = rng.uniform(8, 13, size=2)
     gap = rng.uniform(3, 8)
     span = float(radii.sum() * 2 + gap)
     start = rng.uniform(1, max(1.5, IMAGE_SIZE - 1 - span))
-    along = (start + radii[0], start + 2 * radii[0] + gap + radii[1])  # the main axis, first to second
+    along = (start + radii[0], start + 2 * radii[0] + gap + radii[1])
+
+    # Shift them across it.
     middle = rng.uniform(16, IMAGE_SIZE - 16)
     across = np.clip(middle + rng.uniform(-5, 5, size=2), radii + 1, IMAGE_SIZE - radii - 1)
+
+    # Mirror and turn the axis, as the relation says.
     if relation in ("right of", "below"):
         along = (IMAGE_SIZE - along[0], IMAGE_SIZE - along[1])
     points = list(zip(along, across, strict=True))
@@ -130,7 +135,7 @@ def _two_places(relation: str, rng: np.random.Generator) -> list[tuple[float, fl
 
 
 def _background(rng: np.random.Generator) -> Background:
-    """Plain in 40 % of the scenes; light or dark, with a tint too faint to pass for a colour."""
+    """A light or dark background, plain in 40 % of the scenes, with a tint too faint to pass for a colour."""
     start, end = _near_grey(rng), _near_grey(rng)
     return Background(start, start if rng.random() < 0.4 else end, float(rng.uniform(0, 360)))
 

@@ -19,7 +19,7 @@ from rlcm_fast import parallel
 from rlcm_fast.config import EvaluationConfig
 from rlcm_fast.config.resolved import ResolvedRun
 from rlcm_fast.engine.averaging import AveragingEngine
-from rlcm_fast.prompts import deal, load_prompts
+from rlcm_fast.prompts import load_prompts, prompts_for_images
 from rlcm_fast.rewards import Reward, RewardService, build_reward, evaluate
 from rlcm_fast.rewards.diversity import Diversity, Thumbnails
 from rlcm_fast.run_folder.tracking import Tracker
@@ -64,21 +64,20 @@ class Evaluator:
 
     def __call__(self, images: TextToImage, iteration: int) -> dict[str, float]:
         """`<prefix>/<reward>/mean`, `<prefix>/<reward>/std` and `<prefix>/diversity`, the same on every rank."""
-        answers_to, thumbnails = self._answers(images, iteration)
+        raw_scores, thumbnails = self._raw_scores(images, iteration)
         diversity = Diversity().value(self._gathered(thumbnails)[None]).item()
         metrics: dict[str, float] = {}
         for prefix, rewards in self.rewards.items():
-            answers = answers_to[prefix]
             for name in sorted(rewards):
-                reward, gathered = rewards[name][0], self._gathered(answers.get(name))  # (N,) or (N, F)
+                reward, gathered = rewards[name][0], self._gathered(raw_scores[prefix].get(name))  # (N,) or (N, F)
                 values = evaluate(name, reward, gathered, self.held_out.prompts, iteration).double()
                 metrics[f"{prefix}/{name}/mean"] = values.mean().item()
                 metrics[f"{prefix}/{name}/std"] = values.std(correction=0).item()
             metrics[f"{prefix}/diversity"] = diversity
         return metrics
 
-    def _answers(self, images: TextToImage, iteration: int) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
-        """What the rewards of each prefix say of this rank's images, a micro-batch at a time, and thumbnails of these.
+    def _raw_scores(self, images: TextToImage, iteration: int) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
+        """The raw scores of this rank's images, by prefix and reward, and thumbnails, one micro-batch at a time.
 
         Groups may go across ranks, so none are made here. Nothing and None with fewer micro-batches than ranks.
         """
@@ -94,7 +93,8 @@ class Evaluator:
                     service.submit(batch, prompts)
             if not thumbnails:
                 return {prefix: {} for prefix in services}, None
-            return {prefix: one.answers(iteration) for prefix, one in services.items()}, torch.cat(thumbnails)
+            raw_scores = {prefix: service.raw_scores(iteration) for prefix, service in services.items()}
+            return raw_scores, torch.cat(thumbnails)
         finally:
             for service in services.values():
                 service.shutdown()
@@ -102,9 +102,9 @@ class Evaluator:
     def _gathered(self, mine: Tensor | None) -> Tensor:
         """The rows of all ranks (N, ...), in the order of the prompts; None where this rank has none."""
         gathered = torch.cat(parallel.all_gather_list([] if mine is None else [mine.cpu()]))
-        dealt = torch.arange(len(self.held_out.prompts)).split(self.held_out.micro_batch_size)
+        micro_batches = torch.arange(len(self.held_out.prompts)).split(self.held_out.micro_batch_size)
         size = parallel.world_size()
-        order = torch.cat([rows for rank in range(size) for rows in dealt[rank::size]])
+        order = torch.cat([rows for rank in range(size) for rows in micro_batches[rank::size]])
         rows = torch.empty_like(gathered)
         rows[order] = gathered
         return rows
@@ -153,7 +153,7 @@ def build_evaluator(config: EvaluationConfig, rewards: Mapping[str, NamedRewards
     if config.prompts.startswith("shapes:"):
         detector: NamedRewards = {"shapes_alignment": (build_reward("shapes_alignment", {}), 1.0)}
         rewards = {prefix: {**detector, **own} for prefix, own in rewards.items()}
-    prompts = deal(load_prompts(config.prompts, "evaluation.prompts"), config.num_images, config.seed)
+    prompts = prompts_for_images(load_prompts(config.prompts, "evaluation.prompts"), config.num_images, config.seed)
     return Evaluator(HeldOut(prompts, config.seed, config.micro_batch_size), rewards)
 
 

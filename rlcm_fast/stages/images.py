@@ -1,4 +1,4 @@
-"""From prompts to images: a policy and the pipeline around its network, which stay the same for the whole run.
+"""Draws images of prompts: a policy and the pipeline around its network, which stay the same for the whole run.
 
 prompts -> encode -> conditioning -> sample -> trajectory and x_0 -> decode -> images
 """
@@ -26,19 +26,19 @@ class TextToImage:
     backbone: Backbone
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
-        """The prompts' text encodings; each distinct text is encoded once in the run."""
+        """Encodes the prompts; the pipeline encodes each distinct text once in the run."""
         return self.backbone.encode(prompts, with_negative=self.policy.needs_negative)
 
     def sample(self, conditioning: Conditioning, generator: torch.Generator) -> tuple[Trajectory, Tensor]:
-        """A trajectory, and x_0 (B, C, H, W) as evaluations draw it: without the noise of a sampled last step."""
+        """Returns a trajectory and x_0 (B, C, H, W) for evaluation: a sampled last step adds no noise to x_0."""
         return self.policy.sample(conditioning, generator, explores=False)
 
     def explore(
         self, conditioning: Conditioning, generator: torch.Generator, start: Tensor | None = None
     ) -> tuple[Trajectory, Tensor]:
-        """A trajectory to learn from, and x_0 (B, C, H, W); start (B, C, H, W) replaces the drawn first states."""
+        """Returns a trajectory to learn from and x_0 (B, C, H, W); start (B, C, H, W) replaces drawn first states."""
         return self.policy.sample(conditioning, generator, start)
 
     def decode(self, x_0: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float32 in [0, 1]."""
+        """Returns images (B, 3, H, W) float32 in [0, 1]."""
         return self.backbone.decode(x_0)

@@ -1,8 +1,8 @@
-"""Samples a batch of trajectories, decodes them and has them rewarded; no gradients.
+"""Samples a batch of trajectories, decodes them to images and scores these; no gradients.
 
     prompts -> conditioning -> [sample -> decode -> submit to the reward workers] per micro-batch -> gather
 
-Rewards are computed in worker threads while the next micro-batch is sampled; what is still waited for is measured.
+Worker threads compute the rewards while the next micro-batch is sampled. The time that is left to wait is measured.
 """
 
 # B samples of this process
@@ -27,20 +27,20 @@ from rlcm_fast.trajectory import Prompt, Trajectory
 
 @dataclass(frozen=True)
 class Rollout:
-    """One batch: what was asked for, what was done, what it earned, how long it took."""
+    """A batch of images: their prompts, trajectories and rewards, and the seconds that they took."""
 
     prompts: Sequence[Prompt]  # len B
     trajectory: Trajectory
     rewards: dict[str, Rewards]  # by task, in the order of the samples
-    seconds: float  # sampling, decoding and waiting together
+    seconds: float  # sampling, decoding and waiting for rewards
 
     @property
     def total(self) -> Tensor:
-        """The reward of each sample (B,) float32, on the CPU: the sum of weight * score."""
+        """The reward of each sample, (B,) float32 on the CPU: the sum of weight * score."""
         return torch.cat([rewards.total for rewards in self.rewards.values()])
 
     def gathered(self) -> tuple[Tensor, list[Prompt]]:
-        """`total` (A,) and the prompts (A) of all A samples of all processes, in rank order; every rank must ask."""
+        """Returns `total` (A,) and the prompts of all A samples of all processes; every rank must call this."""
         return parallel.all_gather(self.total), parallel.all_gather_list(list(self.prompts))
 
     @property
@@ -48,9 +48,9 @@ class Rollout:
         return sum(rewards.wait_seconds for rewards in self.rewards.values())
 
     def metrics(self, has_tasks: bool) -> dict[str, float]:
-        """Mean and deviation over all processes, of what each reward measures and of the weighted sum of credits.
+        """Returns the mean and standard deviation of each reward and of the weighted sum, over all processes.
 
-        Keys are reward/NAME/mean, with `has_tasks` reward/TASK/NAME/mean.
+        Keys are reward/NAME/mean; with `has_tasks` they are reward/TASK/NAME/mean.
         """
         metrics: dict[str, float] = {}
         for task, rewards in self.rewards.items():
@@ -67,35 +67,35 @@ class Rollout:
 
 @dataclass
 class Collector:
-    """Makes rollouts; holds what stays the same from one to the next."""
+    """Makes rollouts; holds what stays the same from one rollout to the next."""
 
     images: TextToImage
     rewards: TaskRewards
     config: RolloutConfig
 
     def rollout(self, prompts: Sequence[Prompt], turn: Turn, may_stop: Callable[[], None] = lambda: None) -> Rollout:
-        """One trajectory for each of the B prompts, in their order.
+        """Draws and scores one image for each of the B prompts, in their order.
 
-        may_stop: called before every micro-batch, where stopping loses nothing.
+        may_stop: is called before every micro-batch; stopping there loses nothing.
         """
-        start = time.perf_counter()
+        began = time.perf_counter()
         generator = turn.generator(Stream.ROLLOUT)
         conditioning = self.images.encode(prompts)
-        shared = None  # (D, C, H, W), a first state for each distinct prompt
+        first_states = None  # (D, C, H, W), one for each distinct prompt
         if self.config.shared_noise:
-            shared = self.images.policy.noise(len(conditioning.prompt_embeds), generator)
+            first_states = self.images.policy.noise(len(conditioning.prompt_embeds), generator)
 
-        # Sample and decode micro-batch by micro-batch; rewards are computed meanwhile.
+        # Sample and decode micro-batch by micro-batch; the reward workers score meanwhile.
         parts = []
         for rows in torch.arange(len(prompts)).split(self.config.micro_batch_size):
             may_stop()
-            own = conditioning.take(rows.to(conditioning.index.device))
-            first_states = None if shared is None else shared[own.index]
-            trajectory, x_0 = self.images.explore(own, generator, first_states)
+            texts = conditioning.take(rows.to(conditioning.index.device))
+            start = None if first_states is None else first_states[texts.index]
+            trajectory, x_0 = self.images.explore(texts, generator, start)
             self.rewards.submit(self.images.decode(x_0), [prompts[row] for row in rows.tolist()])
             parts.append(trajectory)
 
-        # Wait for the rewards that are still being computed.
+        # Join the micro-batches and wait for the rewards that are still missing.
         trajectory = Trajectory.cat(parts)
         rewards = self.rewards.gather(turn.iteration)
-        return Rollout(prompts, trajectory, rewards, time.perf_counter() - start)
+        return Rollout(prompts, trajectory, rewards, time.perf_counter() - began)

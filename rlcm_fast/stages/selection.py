@@ -1,11 +1,11 @@
-"""Which transitions an update trains on, in which order, and with which weight.
+"""Chooses the transitions that an update trains on, their order and their weights.
 
-    mixed     all transitions shuffled over samples AND steps, cut into `num_updates` equal parts
-    by_step   an update has num_timesteps / num_updates steps of all samples: one each in large-scale RL (2401.12244)
-    together  an update has all actions of some groups of neighbouring samples, for algorithms that compare images
+    mixed     shuffles all transitions over samples AND steps and cuts them into `num_updates` equal parts
+    by_step   gives an update num_timesteps / num_updates steps of all samples: one step in large-scale RL (2401.12244)
+    together  gives an update all actions of some groups of neighbouring samples, for algorithms that compare images
 
-With num_timesteps above 0 that many of the K actions of a sample are drawn, once a rollout: in the order `by_step` the
-same for all samples of all processes, whose gradients make one update, else each sample its own.
+If num_timesteps is above 0, each rollout draws that many of the K actions of a sample. `by_step` draws the same actions
+for all samples of all processes, because their gradients make one update; otherwise each sample draws its own actions.
 """
 
 # B samples, K actions, T <= K of them trained, U updates, N transitions of an update
@@ -25,32 +25,32 @@ from rlcm_fast.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class UpdateRows:
-    """The transitions of one update, as flat indices b K + k."""
+    """The transitions of one update as flat indices b K + k."""
 
     rows: Tensor  # (N,) int64; groups of samples that stay together lie side by side, each sample's actions in order
     order: Tensor  # (N,) int64, places in `rows` in the order in which micro-batches take them
 
 
 class Selection:
-    """The trained transitions of a rollout."""
+    """Chooses the transitions of a rollout to train on, and hands them out to updates."""
 
     def __init__(
         self, trajectory: Trajectory, config: UpdateConfig, samples_together: int, generator: torch.Generator
     ) -> None:
-        """samples_together: neighbouring samples that share an update with all their actions; 1: none need to."""
+        """samples_together: how many neighbouring samples share an update with all their actions; 1: none."""
         self._config = config
         self._samples_together = samples_together
         self._generator = generator
         first = torch.arange(trajectory.num_samples)[:, None] * trajectory.num_actions
-        self._by_sample = first + self._steps(trajectory)  # (B, T), of by_step in the order of updates
+        self._by_sample = first + self._steps(trajectory)  # (B, T); by_step: in the order of updates
 
     def _steps(self, trajectory: Trajectory) -> Tensor:
-        """(B, T) or (1, T) int64 in [0, K); in the order by_step every rank must ask."""
+        """Draws the actions to train on, (B, T) or (1, T) int64 in [0, K); with `by_step` every rank must call this."""
         num_actions = trajectory.num_actions
         num_trained = self._config.num_timesteps or num_actions
         if self._config.order == "by_step":
             steps = torch.randperm(num_actions, generator=self._generator)[:num_trained].tolist()
-            return torch.tensor(parallel.all_gather_list([steps])[0])[None]  # the first process' for all
+            return torch.tensor(parallel.all_gather_list([steps])[0])[None]  # the first process decides
         if num_trained == num_actions:
             return torch.arange(num_actions)[None]
         scores = torch.rand(trajectory.num_samples, num_actions, generator=self._generator)
@@ -58,11 +58,11 @@ class Selection:
 
     @property
     def rows(self) -> Tensor:
-        """All of them, (B T,) ascending."""
+        """All chosen transitions (B T,), ascending."""
         return self._by_sample.flatten().sort().values
 
     def one_pass(self) -> list[UpdateRows]:
-        """U updates that train on each transition once, shuffled."""
+        """Returns U updates that together train on each chosen transition once, in a new random order."""
         num_updates = self._config.num_updates
         if self._samples_together > 1:
             groups = self._by_sample.reshape(len(self._by_sample) // self._samples_together, -1)
@@ -76,14 +76,15 @@ class Selection:
         return [UpdateRows(part, self._shuffled(len(part))) for part in parts]
 
     def _shuffled(self, count: int) -> Tensor:
-        """(count,) a random order."""
+        """Returns a random order of `count` things, (count,) int64."""
         return torch.randperm(count, generator=self._generator)
 
 
 def step_weights(schedule: Schedule, kind: str) -> Tensor:
-    """(K,) float32 of mean 1, the weight of each action's loss; "sensitivity": proportional to sigma / |B|.
+    """Returns the weight of each action's loss, (K,) float32 of mean 1; "sensitivity" is proportional to sigma / |B|.
 
-    The gradient of a log-prob in the network's output is B / sigma z over C H W, so with these every step pulls alike.
+    The gradient of a log-prob in the network's output is B / sigma z over C H W, so these weights make the gradients of
+    all steps equally large.
     """
     _, b, sigma = schedule.coefficients[: schedule.num_actions].T
     weights = (sigma / b).abs() if kind == "sensitivity" else torch.ones_like(sigma)

@@ -1,10 +1,10 @@
-"""The start model as a policy, for the KL term: what its network would have said of the states of a rollout.
+"""The start model as a policy, for the KL term: the network outputs that it gives for the states of a rollout.
 
     copy      a second set of weights on the device
-    offload   the start weights wait in the CPU's memory and take the network's place for one pass a rollout
-    adapters  the trained network itself without them, which needs no memory
+    offload   the start weights lie in CPU memory and replace the network's weights for one pass per rollout
+    adapters  the trained network without its adapters, which needs no extra memory
 
-Its outputs are computed once a rollout, before the updates, however many passes these make.
+The outputs are computed once per rollout, before the updates, whatever the number of passes.
 """
 
 # B samples, K actions, N transitions, C H W latent
@@ -30,13 +30,13 @@ class StartOutputs:
     row_of: Tensor  # (B K,) int64, the row of m of each chosen transition
 
     def take(self, rows: Tensor) -> Tensor:
-        """m (n, C, H, W) of the transitions `rows` (n,), flat indices b K + k."""
+        """Returns m (n, C, H, W) of the transitions `rows` (n,), flat indices b K + k."""
         return self.m[self.row_of[rows].to(self.m.device)]
 
 
 @dataclass(frozen=True)
 class StartModel:
-    """policy: the start model's where `applied` is in force."""
+    """The start model: inside `applied`, `policy` runs with the start weights."""
 
     policy: GaussianPolicy
     applied: Callable[[], AbstractContextManager[None]] = nullcontext

@@ -1,11 +1,11 @@
-"""How tasks pull on the weights they share: the norm of each task's gradient, and the cosine between any two.
+"""Measures how tasks pull on the weights they share: the norm of each task's gradient and the cosine of any two.
 
     g_task = d/dweights of the algorithm's loss on the task's chosen transitions, under the weights before the update
 
-With task_schedule=by_task each task has an update of its own, so each gradient is under the weights that the tasks
-before it in the iteration have left. A cosine below 0 says that what helps one task hurts the other. Measured now and
-then in passes of its own, since an update has only their sum; averaged over processes. The KL term and the loss on real
-images are left out.
+With task_schedule=by_task each task has a separate update, so its gradient is taken under the weights that the earlier
+tasks of the iteration have left. A cosine below 0 means that what helps one task hurts the other. An update only has
+the sum of the gradients, so they are measured now and then in separate passes, and averaged over processes. They leave
+out the KL term and the loss on real images.
 """
 
 # B samples, N transitions of a task
@@ -32,14 +32,14 @@ Gradient = list[Tensor]
 
 
 class TaskGradients:
-    """Measures every so many iterations, once all tasks have had their turn."""
+    """Measures the gradients every so many iterations, once all tasks have had their turn."""
 
     def __init__(
         self, policy: GaussianPolicy, algorithm: Algorithm, config: UpdateConfig, every: int, num_tasks: int
     ) -> None:
-        """policy: around the network itself, not its engine, and with whole weights, so not under ZeRO-3.
+        """policy: must be around the network, not its engine, and hold whole weights, so ZeRO-3 does not work.
 
-        every: iterations between measurements; 0 is off.
+        every: the number of iterations between measurements; 0 measures nothing.
         """
         assert isinstance(policy.unet, torch.nn.Module)
         self._policy, self._algorithm, self._config = policy, algorithm, config
@@ -47,42 +47,42 @@ class TaskGradients:
         self._every, self._num_tasks = every, num_tasks
         self._found: dict[str, Gradient] = {}  # of this iteration's rounds so far
 
-    def __call__(self, batch: Rollout, weights: Tensor, turn: Turn) -> dict[str, float]:
-        """`gradient_metrics` where they are due, else nothing; weights (B,) are the algorithm's."""
+    def __call__(self, batch: Rollout, sample_weights: Tensor, turn: Turn) -> dict[str, float]:
+        """Returns `gradient_metrics` if a measurement is due, else nothing; sample_weights (B,) are the algorithm's."""
         if self._every == 0 or turn.iteration % self._every:
             return {}
         generator = turn.generator(Stream.TASK_GRADIENTS)
         names = [prompt.task for prompt in batch.prompts]
-        self._found |= self.by_task(batch.trajectory, weights, names, generator)
+        self._found |= self.by_task(batch.trajectory, sample_weights, names, generator)
         if len(self._found) < self._num_tasks:
             return {}
         gradients, self._found = self._found, {}
         return gradient_metrics(gradients)
 
     def by_task(
-        self, trajectory: Trajectory, weights: Tensor, tasks: Sequence[str], generator: torch.Generator
+        self, trajectory: Trajectory, sample_weights: Tensor, tasks: Sequence[str], generator: torch.Generator
     ) -> dict[str, Gradient]:
-        """Each task's gradient, float32 on the CPU; weights (B,) and tasks (B) are those of the samples."""
-        # Choose transitions as an update would, and what each is worth.
-        weights = weights.to(self._policy.device)
+        """Returns each task's gradient, float32 on the CPU; sample_weights (B,) and tasks (B) belong to the samples."""
+        # Choose transitions as an update would, and compute the signal of each.
+        sample_weights = sample_weights.to(self._policy.device)
         rows = Selection(trajectory, self._config, self._algorithm.samples_together, generator).rows  # (N,)
         sample, step = rows // trajectory.num_actions, rows % trajectory.num_actions
-        of_transitions = weights[sample.to(weights.device)]  # (N,)
-        unchanged = torch.zeros_like(of_transitions)
-        signals = self._algorithm.signals(of_transitions, lambda: unchanged, trajectory.num_actions)
+        weights = sample_weights[sample.to(sample_weights.device)]  # (N,)
+        unchanged = torch.zeros_like(weights)
+        signals = self._algorithm.signals(weights, lambda: unchanged, trajectory.num_actions)
         of_steps = step_weights(self._policy.schedule, self._config.step_weights).to(weights.device)
         signals = signals * of_steps[step.to(weights.device)]
 
         # Differentiate the loss of each task's transitions, and average over processes.
         gradients = {}
         for task in dict.fromkeys(tasks):
-            is_mine = torch.tensor([name == task for name in tasks])[sample]
-            gradient = self._gradient(trajectory, rows[is_mine], signals[is_mine.to(signals.device)])
+            is_of_task = torch.tensor([name == task for name in tasks])[sample]
+            gradient = self._gradient(trajectory, rows[is_of_task], signals[is_of_task.to(signals.device)])
             gradients[task] = [parallel.mean(part) for part in gradient]
         return gradients
 
     def _gradient(self, trajectory: Trajectory, rows: Tensor, signals: Tensor) -> Gradient:
-        """d(mean loss of the transitions rows (N,))/d(weights), in micro-batches."""
+        """Returns d(mean loss of the transitions rows (N,)) / d(network weights), computed in micro-batches."""
         total = [torch.zeros(parameter.shape) for parameter in self._trained]
         for places in torch.arange(len(rows)).split(self._config.micro_batch_size):
             loss = self._loss(trajectory, rows[places], signals[places.to(signals.device)])
@@ -100,7 +100,7 @@ class TaskGradients:
 
 
 def gradient_metrics(gradients: dict[str, Gradient]) -> dict[str, float]:
-    """`gradient/TASK/norm` of each and `gradient/TASK/OTHER/cosine` of any two."""
+    """Returns `gradient/TASK/norm` of each task and `gradient/TASK/OTHER/cosine` of any two."""
     norms = {task: math.sqrt(_dot(gradient, gradient)) for task, gradient in gradients.items()}
     metrics = {f"gradient/{task}/norm": norm for task, norm in norms.items()}
     for first, second in itertools.combinations(gradients, 2):

@@ -1,11 +1,11 @@
-"""The optimizer steps on a rollout: chosen transitions, micro-batches that mix steps, exact accumulation.
+"""Takes the optimizer steps on a rollout: chosen transitions, micro-batches that mix steps, exact accumulation.
 
     for each pass:    the chosen transitions, shuffled and cut into `num_updates` equal parts (selection.py)
-    for each part:    signals of the algorithm; transitions without a signal are left out
+    for each part:    the algorithm's signals; transitions without a signal are left out
                       micro-batches -> log_prob -> loss (+ kl_weight * KL to the start model) -> backward
                       [micro-batches of real image-text pairs -> weight * pretraining loss -> backward]; step
 
-What a micro-batch adds is weighted by its share of the part, so the sum is the mean over the part, whatever the size of
+Each micro-batch is weighted by its share of the part, so the sum is the mean over the part, whatever the size of
 micro-batches and whatever was left out: K micro-batches give the gradient of one.
 """
 
@@ -35,18 +35,18 @@ from rlcm_fast.trajectory import Trajectory
 
 
 class ExtraLoss(Protocol):
-    """A loss of other data that every update adds, in micro-batches of its own."""
+    """A loss on other data that every update adds, in separate micro-batches."""
 
     num_micro_batches: int
 
     def losses(self) -> Iterator[Tensor]:
-        """num_micro_batches times a loss () whose sum is the update's, to go backward through before the next."""
+        """Yields num_micro_batches losses () that add up to the update's; go backward through each before the next."""
         ...
 
 
 @dataclass
 class Updater:
-    """Trains the network on rollouts; holds what stays the same from one to the next."""
+    """Trains the network on rollouts; holds what stays the same from one rollout to the next."""
 
     policy: GaussianPolicy
     algorithm: Algorithm
@@ -56,19 +56,19 @@ class Updater:
     real_images: ExtraLoss | None = None
 
     def update(
-        self, trajectory: Trajectory, weights: Tensor, turn: Turn, may_stop: Callable[[], None] = lambda: None
+        self, trajectory: Trajectory, sample_weights: Tensor, turn: Turn, may_stop: Callable[[], None] = lambda: None
     ) -> UpdateMetrics:
-        """Trains on the chosen transitions `num_passes` times; weights (B,) are the algorithm's, of this process.
+        """Trains on the chosen transitions `num_passes` times; sample_weights (B,) come from the algorithm.
 
-        may_stop: called before every micro-batch of the first update, where stopping loses nothing.
+        may_stop: is called before every micro-batch of the first update; stopping there loses nothing.
         """
         start, config = time.perf_counter(), self.config
 
-        # Choose transitions; look up what the rollout's and the start model's networks say of them.
+        # Choose transitions, and run the start model on them if there is a KL term.
         selection = Selection(trajectory, config, self.algorithm.samples_together, turn.generator(Stream.UPDATE))
         if config.recomputes_log_probs:
             trajectory = self._recomputed(trajectory, selection.rows)
-        work = _RolloutUpdates(self, trajectory, weights.to(self.policy.device), selection.rows, may_stop)
+        work = _RolloutUpdates(self, trajectory, sample_weights.to(self.policy.device), selection.rows, may_stop)
 
         # Take the optimizer steps.
         for _ in range(config.num_passes):
@@ -78,10 +78,10 @@ class Updater:
         return work.record.summary(time.perf_counter() - start)
 
     def check_ratio(self, trajectory: Trajectory, turn: Turn, say: Callable[[str], None]) -> dict[str, float]:
-        """Before the first update every ratio should be 1; what is left is rounding, and no clip should act on it."""
+        """Measures how far rounding alone moves the ratio from 1, and warns if the clip would act on that."""
         config = self.config
-        own = self.ratio_noise(trajectory, parallel.generator(turn.seed, Stream.RATIO_NOISE, parallel.rank()))
-        noise = max(parallel.all_gather_list([own]))
+        generator = parallel.generator(turn.seed, Stream.RATIO_NOISE, parallel.rank())
+        noise = max(parallel.all_gather_list([self.ratio_noise(trajectory, generator)]))
         if noise >= config.clip_range and self.algorithm.clips and not config.is_on_policy:
             say(
                 f"warning: rounding alone moves the ratio by {noise:.1e}, as much as update.clip_range="
@@ -91,18 +91,18 @@ class Updater:
         return {"ratio/noise_floor": noise}
 
     def ratio_noise(self, trajectory: Trajectory, generator: torch.Generator) -> float:
-        """Largest |ratio - 1| of one shuffled micro-batch under unchanged weights: what rounding does to ratios."""
+        """Returns the largest |ratio - 1| of one shuffled micro-batch under unchanged weights."""
         rows = torch.randperm(trajectory.num_transitions, generator=generator)[: self.config.micro_batch_size]
         if self.config.old_log_probs == "recompute":
             trajectory = self._recomputed(trajectory, rows.flip(0))
         transitions = trajectory.transitions(rows)
-        new = self.policy.log_prob(transitions).detach()  # with gradients, as the update has it
+        new = self.policy.log_prob(transitions).detach()  # with gradients, as in the update
         return torch.expm1(new - transitions.log_prob_old).abs().max().item()
 
     def _recomputed(self, trajectory: Trajectory, rows: Tensor) -> Trajectory:
-        """The trajectory with the log-probs of `rows` (N,) under the present weights, in the update's micro-batches.
+        """Recomputes the log-probs of `rows` (N,) under the present weights, in micro-batches of the update's size.
 
-        Gradients are on, and not used: torch.compile has other graphs without them, which round otherwise.
+        Gradients are on but not used: without them torch.compile runs other graphs, which round differently.
         """
         log_probs = trajectory.log_probs.flatten()
         parts = rows.split(self.config.micro_batch_size)
@@ -112,31 +112,36 @@ class Updater:
 
 
 class _RolloutUpdates:
-    """The updates of one rollout, and what they have recorded so far."""
+    """The updates on one rollout and what they have recorded so far."""
 
     def __init__(
-        self, updater: Updater, trajectory: Trajectory, weights: Tensor, rows: Tensor, may_stop: Callable[[], None]
+        self,
+        updater: Updater,
+        trajectory: Trajectory,
+        sample_weights: Tensor,
+        rows: Tensor,
+        may_stop: Callable[[], None],
     ) -> None:
-        """rows (N,): every transition that will be trained on."""
+        """rows (N,): all transitions that will be trained on."""
         config, policy = updater.config, updater.policy
         self.record = Record()
         self._updater = updater
-        self._trajectory, self._weights = trajectory, weights
+        self._trajectory, self._sample_weights = trajectory, sample_weights
         self._may_stop = may_stop
-        self._step_weights = step_weights(policy.schedule, config.step_weights).to(weights.device)
+        self._step_weights = step_weights(policy.schedule, config.step_weights).to(sample_weights.device)
         start_model = updater.start_model
         self._start_outputs = start_model and start_model.outputs(trajectory, rows, config.micro_batch_size)
 
     def signals(self, rows: Tensor) -> Tensor:
-        """(N,) of an update's transitions."""
+        """Returns the signals (N,) of an update's transitions."""
         num_actions = self._trajectory.num_actions
-        weights = self._weights[(rows // num_actions).to(self._weights.device)]
+        weights = self._sample_weights[(rows // num_actions).to(self._sample_weights.device)]
         signals = self._updater.algorithm.signals(weights, lambda: self._change(rows, weights), num_actions)
         return signals * self._step_weights[(rows % num_actions).to(signals.device)]
 
     @torch.no_grad()
     def _change(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """(N,) how much each log-prob has grown since the rollout: not at all before the first update."""
+        """Returns how much each log-prob (N,) has grown since the rollout: by 0 before the first update."""
         if self.record.num_updates == 0:
             return torch.zeros_like(weights)
         policy, size = self._updater.policy, self._updater.config.micro_batch_size
@@ -144,7 +149,7 @@ class _RolloutUpdates:
         return torch.cat([policy.log_prob(part) - part.log_prob_old for part in parts])
 
     def train_on(self, rows: Tensor, signals: Tensor) -> None:
-        """One update on the transitions rows (N,) with signals (N,)."""
+        """Takes one optimizer step on the transitions rows (N,) with signals (N,)."""
         updater = self._updater
         kept = self._kept(signals)
         micro_batches = kept.split(updater.config.micro_batch_size)
@@ -159,9 +164,9 @@ class _RolloutUpdates:
         self.record.update(num_chosen=len(rows), num_trained=len(kept))
 
     def _kept(self, signals: Tensor) -> Tensor:
-        """Places of the transitions to train on: those with a signal, and others until micro-batches are full.
+        """Returns the places of the transitions to train on: those with a signal, and others to fill micro-batches.
 
-        As many micro-batches on every process as the one with most needs, since their passes may wait for each other.
+        Every process has as many micro-batches as the process that needs most, because passes may wait for each other.
         """
         if self._start_outputs is not None:  # the KL term is a signal of its own
             return torch.arange(len(signals))
@@ -179,7 +184,7 @@ class _RolloutUpdates:
         transitions = self._trajectory.transitions(rows)
         m = policy.network_output(transitions.x_t, transitions.step, transitions.conditioning)
         coef = policy.coefficients(transitions.step)
-        # With one update a rollout the old policy is the present one: its log-prob is the new one's, detached (exact).
+        # With one update per rollout the old policy is the present one: its log-prob is the new one, detached (exact).
         old = None if config.is_on_policy else transitions.log_prob_old
         loss, stats = self._updater.algorithm.loss_of_output(transitions, m, coef, old, signals)
         kl = m.new_zeros(())

@@ -1,4 +1,4 @@
-"""What the updates of a rollout record, and what becomes of it: the metrics of a round."""
+"""What the updates on a rollout record, and the metrics that are made of it."""
 
 # B samples of this process
 
@@ -15,22 +15,22 @@ from rlcm_fast.kernels.functional import RatioStats
 
 @dataclass(frozen=True)
 class UpdateMetrics:
-    """Over all micro-batches of a round on this process; tensors are 0-d, so reading them is the only sync."""
+    """Statistics over all micro-batches of a round on this process. Reading the 0-d tensors is the only device sync."""
 
     ratio_mean: Tensor
     ratio_max_deviation: Tensor
     clip_fraction: Tensor
     approx_kl: Tensor
     loss: Tensor
-    kl_to_start: Tensor  # 0 where update.kl_weight is 0
-    skipped: float  # share of the chosen transitions that had no signal, so the network was not run for them
-    pretraining_loss: float | None  # mean over updates, weighted; None where there is none
+    kl_to_start: Tensor  # 0 if update.kl_weight is 0
+    skipped: float  # share of the chosen transitions without a signal, which the network did not run on
+    pretraining_loss: float | None  # weighted, mean over updates; None without real images
     grad_norm: float  # of the last update, before clipping, over all processes
     seconds: float
     pretraining_seconds: float  # the part of `seconds` spent on the extra loss
 
     def metrics(self, advantages: Tensor) -> dict[str, float]:
-        """Means over all processes, and the largest deviation of any; advantages (B,) are this process's."""
+        """Returns means and the largest deviation over all processes; advantages (B,) belong to this process."""
         means = {
             "advantage/abs_mean": advantages.abs().mean().to(self.loss.device),
             "ratio/mean": self.ratio_mean,
@@ -59,7 +59,7 @@ class UpdateMetrics:
 
 @dataclass
 class Record:
-    """What the updates of a rollout have left so far; tensors stay on the device until `summary`."""
+    """What the updates on a rollout have recorded so far; tensors stay on the device until `summary`."""
 
     stats: list[RatioStats] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)

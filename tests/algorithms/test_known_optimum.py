@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rlcm_fast.algorithms import build_advantages, build_algorithm
 from rlcm_fast.config import AdvantagesConfig, AlgorithmConfig, UpdateConfig
 from rlcm_fast.parallel import Turn
-from rlcm_fast.policies import GaussianPolicy, consistency_schedule
+from rlcm_fast.policies import GaussianPolicy, Network, consistency_schedule
 from rlcm_fast.policies.consistency import ConsistencyPolicy
 from rlcm_fast.stages.start_model import StartModel
 from rlcm_fast.stages.update import Updater
@@ -50,7 +50,7 @@ class Means(nn.Module):
 
 
 def policy_of(network: Any) -> GaussianPolicy:
-    return ConsistencyPolicy(network, SCHEDULE, 4.0, UNET_CONFIG)
+    return ConsistencyPolicy(Network(network, UNET_CONFIG), SCHEDULE, 4.0)
 
 
 def mean_image(network: Means) -> Tensor:
@@ -76,7 +76,7 @@ def train(name: Any, kind: Any, num_iterations: int, scale: Any = "batch", **set
     for iteration in range(num_iterations):
         trajectory, image = policy.sample(encode(prompts(len(texts))), generator)
         rewards = -(image - GOAL[:, None, None]).square().flatten(1).sum(dim=1)
-        weights = algorithm.weights(advantages(rewards, texts))
+        weights = algorithm.sample_weights(advantages(rewards, texts))
         updater.update(trajectory, weights, Turn(iteration))
     return network
 

@@ -59,7 +59,7 @@ def test_the_loss_is_the_mean_over_transitions():
 
 def test_advantages_are_clamped_before_a_steps_weight_counts():
     ppo = PPO(clip_range=CLIP, advantage_clip=10.0)
-    signals = ppo.weights(torch.tensor([50.0, -50.0])) * torch.tensor([1.0, 1.5])
+    signals = ppo.sample_weights(torch.tensor([50.0, -50.0])) * torch.tensor([1.0, 1.5])
     _, gradient = loss_and_gradient(ppo, [0.0, 0.0], signals.tolist())
     torch.testing.assert_close(gradient, torch.tensor([-5.0, 7.5]))
 

@@ -16,7 +16,7 @@ from benchmarks.shared import tiny_pipelines
 from rlcm_fast.backbones.loading import LORA_FILE, resolve_lora_path, resolve_model
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import ModelConfig, PolicyConfig
-from rlcm_fast.policies import GaussianPolicy, build_policy
+from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.trajectory import Prompt
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def load(is_consistency: bool = True, dtype: torch.dtype = torch.float32, **mode
 
 def policy_of(backbone: Backbone, **config: Any) -> GaussianPolicy:
     unet: Any = backbone.unet
-    return build_policy(PolicyConfig(**config), unet, unet.config, backbone.scheduler_config, torch.float32, CPU)
+    return build_policy(PolicyConfig(**config), Network(unet, unet.config), backbone.scheduler_config)
 
 
 def x_0_of(backbone: Backbone, policy: GaussianPolicy) -> Tensor:
@@ -162,18 +162,18 @@ def test_a_base_without_its_unet_is_asked_for_and_one_too_many_refused(
 ):
     with pytest.raises(ValueError, match="holds a network alone .*give the pipeline that it goes into as model.base"):
         resolve_model(ModelConfig(tiny_unet_folder))
-    with pytest.raises(ValueError, match="model.base=.* has no use: model.path=.* is a whole pipeline; drop it"):
+    with pytest.raises(ValueError, match="model.base=.* has no use: model.path=.* is a whole pipeline; remove it"):
         resolve_model(ModelConfig(tiny_sdxl_folder, base=tiny_sdxl_folder))
-    with pytest.raises(ValueError, match="model.base=no/where/at all is not there; give"):
+    with pytest.raises(ValueError, match="model.base=no/where/at all does not exist; give"):
         resolve_model(ModelConfig(tiny_unet_folder, base="no/where/at all"))
     with pytest.raises(ValueError, match="holds no UNet to put into model.base: it has no config.json"):
         resolve_model(ModelConfig(str(tmp_path), base=tiny_sdxl_folder))
-    with pytest.raises(ValueError, match="model.path=/no/where is not there; give the folder of a UNet, or a hub id"):
+    with pytest.raises(ValueError, match="model.path=/no/where does not exist; give the folder of a UNet, or a hub id"):
         resolve_model(ModelConfig("/no/where", base=tiny_sdxl_folder))
     with pytest.raises(ValueError, match="for two text encoders of width 40, and model.base=.* has 1 of width 24"):
         load(path=tiny_unet_folder, base=tiny_sd_folder)
     vae = str(Path(tiny_sd_folder) / "vae")
-    with pytest.raises(ValueError, match="could not be loaded: its config.json is that of a AutoencoderKL; check"):
+    with pytest.raises(ValueError, match="could not be loaded: its config.json belongs to class AutoencoderKL; check"):
         load(path=vae, base=tiny_sd_folder)
     assert resolve_model(ModelConfig("some/unet", base="some/sdxl", lora="some/lora")) == (
         "some/sdxl",
@@ -185,14 +185,14 @@ def test_a_base_without_its_unet_is_asked_for_and_one_too_many_refused(
 def test_a_lora_that_is_none_or_of_another_model_is_refused(
     tiny_sd_folder: str, tiny_sdxl_folder: str, lora_folder: str, tmp_path: Path
 ):
-    with pytest.raises(ValueError, match="model.lora=.* is no folder of a LoRA: it holds no safetensors file; give"):
+    with pytest.raises(ValueError, match="model.lora=.* is not the folder of a LoRA: it holds no safetensors file"):
         resolve_lora_path(str(tmp_path))
     for number in (1, 2):
         shutil.copy(Path(lora_folder) / LORA_FILE, tmp_path / f"{number}.safetensors")
     with pytest.raises(ValueError, match="it holds 2 safetensors files and none is pytorch_lora_weights.safetensors"):
         resolve_lora_path(str(tmp_path))
     for wrong in ("/no/where", "missing.safetensors", str(Path(tiny_sd_folder) / "model_index.json")):
-        with pytest.raises(ValueError, match="model.lora=.* is no LoRA; give a folder with"):
+        with pytest.raises(ValueError, match="model.lora=.* is not a LoRA; give a folder with"):
             resolve_lora_path(wrong)
     with pytest.raises(ValueError, match="model.lora=.* could not be loaded: .*; give a LoRA that was made for this"):
         load(path=tiny_sdxl_folder, lora=lora_folder)

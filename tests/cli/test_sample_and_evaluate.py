@@ -95,14 +95,14 @@ def test_statistics_are_those_of_a_sample():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sample", "--model", "/no/where", "--prompt", "x"], "model=/no/where is not there; give"),
-        (["sample", "--model", ".", "--prompt", "x"], "no diffusers folder: it has no model_index.json; give"),
+        (["sample", "--model", "/no/where", "--prompt", "x"], "model=/no/where does not exist; give"),
+        (["sample", "--model", ".", "--prompt", "x"], "not a diffusers folder: it has no model_index.json; give"),
         (["sample", "--model", "shapes/lcm", "--prompt", "x", "--out", "grid.txt"], "out=grid.txt is no image file"),
         (["evaluate", "--model", ".", "--rewards", "jpeg_size"], "=jpeg_size is not known; "),
         (["evaluate", "--model", ".", "--rewards", "aesthetic"], "name=aesthetic needs the LAION aesthetic predictor"),
         (["evaluate", "--model", ".", "--rewards", "{name: diversity, groups: 2}"], "rewards[0].groups is no field of"),
-        (["sample", "--model", "shapes/lcm", "--lora", "/no", "--prompt", "x"], "lora=/no is no LoRA; give a folder"),
-        (["sample", "--model", "runs/typo", "--prompt", "x"], "model=runs/typo is not there; give"),
+        (["sample", "--model", "shapes/lcm", "--lora", "/no", "--prompt", "x"], "lora=/no is not a LoRA; give a"),
+        (["sample", "--model", "runs/typo", "--prompt", "x"], "model=runs/typo does not exist; give"),
         (["evaluate", "--model", ".", "--rewards", "jpeg_compressibility", "--prompts", "no.txt"], "prompts=no.txt"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlcm_fast.config import parse_config
-from rlcm_fast.config.checks import derived, validate
+from rlcm_fast.config.checks import validate
 
 
 def options(text: str) -> list[str]:
@@ -57,6 +57,6 @@ def test_what_each_can_is_accepted(text: str):
 
 def test_subsampled_steps_are_counted_as_what_is_trained():
     text = "policy.kind=ddim policy.num_steps=50 update.num_timesteps=5 update.num_updates=5 update.order=by_step"
-    numbers = derived(parse_config(options(text)), 1)
-    assert (numbers["actions_per_sample"], numbers["transitions_per_iteration"]) == (49, 64 * 5)
-    assert (numbers["transitions_per_update"], numbers["updates_per_iteration"]) == (64, 5)
+    sizes = validate(parse_config(options(text)), 1).sizes
+    assert (sizes.actions_per_sample, sizes.trained_actions_per_sample) == (49, 5)
+    assert (sizes.transitions_per_iteration, sizes.transitions_per_update, sizes.updates_per_iteration) == (320, 64, 5)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlcm_fast.config import Config, RewardConfig, build_parser, parse_config, to_dict, to_yaml
-from rlcm_fast.config.checks import derived, num_actions, validate
+from rlcm_fast.config.checks import validate
+from rlcm_fast.config.resolved import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("**/*.yaml"))
@@ -225,6 +226,8 @@ def test_a_reward_is_named_once_and_has_a_weight():
     twice = "[{name: a}, {name: a}]"
     assert "rewards[1].name=a is already in rewards; drop one" in mistake(["--rewards", twice])
     assert "is always evaluated" in mistake(["--evaluation.rewards", "[{name: jpeg_compressibility}]"])
+    watched = ["--evaluation.rewards", "[{name: diversity}]", "--evaluation.every", "0"]
+    assert "evaluation.rewards=[diversity] are never measured with evaluation.every=0; set" in mistake(watched)
     assert "rewards[0].weight=0.0 of a has no use" in mistake(["--rewards", "[{name: a, weight: 0}]"])
 
 
@@ -269,26 +272,5 @@ def test_processes_share_pairs_evenly():
 
 def test_renoise_makes_the_last_step_an_action():
     config = parse_config(["--policy.num_steps", "1", "--policy.last_step", "renoise"])
-    validate(config, world_size=1)
-    assert num_actions(config) == 1
-    assert num_actions(parse_config(["--policy.num_steps", "4"])) == 3
-
-
-def test_derived_numbers_follow_from_the_config():
-    argv = "--prompts.num_prompts 8 --prompts.images_per_prompt 4 --policy.num_steps 5 --num_iterations 10"
-    config = parse_config(
-        [*argv.split(), "--update.num_passes=3", "--update.num_updates=2", "--update.micro_batch_size=8"]
-    )
-    validate(config, world_size=2)
-    assert derived(config, world_size=2) == {
-        "num_processes": 2,
-        "samples_per_iteration": 32,
-        "samples_per_process": 16,
-        "actions_per_sample": 4,
-        "transitions_per_iteration": 128,
-        "transitions_per_update": 64,
-        "micro_batches_per_update_and_process": 4,
-        "updates_per_iteration": 6,
-        "total_updates": 60,
-        "total_queries": 320,
-    }
+    assert validate(config, world_size=1).sizes.actions_per_sample == 1
+    assert resolve(parse_config(["--policy.num_steps", "4"]), 1).sizes.actions_per_sample == 3

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from rlcm_fast.config import parse_config
 from rlcm_fast.config.checks import validate
 
-ROOT = Path(__file__).resolve().parents[2]
 PURE = "--engine.dtype pure_bf16 --optimizer.name adamw_8bit"
 BACKWARD = "--engine.optimizer_in_backward true --optimizer.name adamw_8bit --update.micro_batch_size 192"
 
@@ -70,14 +67,3 @@ def test_an_attention_that_is_not_installed_is_refused(monkeypatch: pytest.Monke
 )
 def test_what_goes_together_is_accepted(options: str):
     validate(parse_config(options.split()), 1)
-
-
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}"
-)
-def test_every_config_that_ships_is_valid(file: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(ROOT)
-    config = parse_config(["--config", str(file)])
-    validate(config, 8 if "multinode" in file.name else 1)
-    for source in (config.prompts.source, config.evaluation.prompts):
-        assert source.startswith(("shapes:", "hf:", "rlcm_fast.prompts.composition:")) or Path(source).is_file()

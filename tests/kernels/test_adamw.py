@@ -237,7 +237,7 @@ def test_the_operator_passes_torchs_own_checks():
     [
         (lambda p: AdamW8bit([p], lr=-1.0), "lr=-1.0 must not be negative"),
         (lambda p: AdamW8bit([p], betas=(0.9, 1.0)), "betas=(0.9, 1.0) must both be in [0, 1)"),
-        (lambda p: AdamW8bit([p.half()]), "adamw_8bit_ takes float32 or bfloat16 weights, not torch.float16"),
+        (lambda p: AdamW8bit([p.half()]), "adamw_8bit_ needs float32 or bfloat16 weights, not torch.float16"),
         (lambda p: AdamW8bit([p[:, ::2]]), "has gaps or overlaps in memory; call .contiguous() on it"),
     ],
 )
@@ -254,5 +254,5 @@ def test_a_mistake_is_one_line(make, text: str):
 
 
 def test_a_foreign_weight_is_refused():
-    with pytest.raises(ValueError, match=r"a weight of shape \(3,\) is none of this optimizer's"):
+    with pytest.raises(ValueError, match=r"a weight of shape \(3,\) does not belong to this optimizer"):
         AdamW8bit([torch.ones(2)]).step_parameter(torch.ones(3))

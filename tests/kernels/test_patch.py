@@ -170,7 +170,7 @@ def test_a_block_that_does_something_else_stays_as_it_is(other: dict[str, str]):
 
 def test_a_model_is_patched_once_and_must_have_something_to_swap():
     model = block()
-    with fuse_group_norm_silu(model), pytest.raises(ValueError, match="patched already; call remove"):
+    with fuse_group_norm_silu(model), pytest.raises(ValueError, match="is already patched; call remove"):
         fuse_group_norm_silu(model)
     fuse_group_norm_silu(model).remove()
     with pytest.raises(ValueError, match="model=Sequential has no GroupNorm followed by SiLU .* give the unet or"):

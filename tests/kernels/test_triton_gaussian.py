@@ -128,7 +128,7 @@ def test_drawn_noise_is_philox_by_seed_and_place_in_any_layout_and_standard_norm
 def test_a_step_takes_noise_or_seeds():
     x, coef = torch.zeros(1, 1, 2, 2), torch.ones(1, 3)
     for arguments in ({}, {"noise": x, "seeds": torch.zeros(1, dtype=torch.int64)}):
-        with pytest.raises(ValueError, match="takes one of noise and seeds"):
+        with pytest.raises(ValueError, match="needs either noise or seeds"):
             functional.gaussian_step(x, x, coef, **arguments)
 
 

@@ -77,7 +77,7 @@ def test_braces_and_globs_name_shards_as_in_a_shell(photos: Path):
         ("hf:a/b/c", "pretraining.data=hf:a/b/c names no dataset; write hf:owner/name or hf:./folder"),
         ("hf:", "pretraining.data=hf: names no dataset; write hf:owner/name or hf:./folder"),
         ("hf:?split=train", "pretraining.data=hf:.split=train names no dataset; write hf:owner/name or hf:./folder"),
-        ("hf:a/b?column=x", "pretraining.data=hf:a/b.column=x sets column; after . stand split, image, text and name"),
+        ("hf:a/b?column=x", "pretraining.data=hf:a/b.column=x sets column; after . write split, image, text or name"),
         ("nowhere.at_all:pair", "pretraining.data=nowhere.at_all:pair: no module nowhere.at_all; install"),
         ("photos/empty", "pretraining.data=photos/empty holds no .jpg, .jpeg, .png, .webp; write metadata.jsonl"),
     ],

@@ -288,5 +288,5 @@ def test_more_processes_than_pairs_are_refused(tmp_path: Path, as_process: Any):
 
 def test_a_checkpoint_of_other_data_is_refused():
     state = PairStream("shapes:one", 64, 2, seed=0).state_dict()
-    with pytest.raises(ValueError, match=r"^pretraining.data=shapes:two or seed=0 is not the checkpoint's"):
+    with pytest.raises(ValueError, match=r"^pretraining.data=shapes:two or seed=0 differs from the checkpoint"):
         PairStream("shapes:two", 64, 2, seed=0).load_state_dict(state)

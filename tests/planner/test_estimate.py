@@ -25,7 +25,7 @@ from rlcm_fast.planner.estimate import Memory, Profiles, Strategy, estimate_memo
 from rlcm_fast.planner.optimizer_states import moment_bytes
 from rlcm_fast.planner.tracing import LiveBytes, Setup, prepare_unet, trace_unet
 from rlcm_fast.planner.workload import Workload
-from rlcm_fast.policies import GaussianPolicy, build_policy
+from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.trajectory import Prompt, Transitions
 
 ARCHITECTURE = load_architecture(str(SHIPPED["shapes/lcm"]))
@@ -63,8 +63,7 @@ def real_run(recompute: str, micro_batch_size: int) -> tuple[GaussianPolicy, nn.
     backbone = Backbone.load(ModelConfig(), torch.device("cpu"), torch.float32, is_consistency=True)
     set_recomputation(backbone.unet, recompute)
     config = PolicyConfig(num_steps=3)
-    parts = (backbone.unet.config, backbone.scheduler_config, torch.float32, torch.device("cpu"))
-    policy = build_policy(config, backbone.unet, *parts)
+    policy = build_policy(config, Network(backbone.unet, backbone.unet.config), backbone.scheduler_config)
     conditioning = backbone.encode([Prompt("a red circle")] * WORK.samples, with_negative=False)
     trajectory, _ = policy.sample(conditioning, torch.Generator().manual_seed(0))
     return policy, backbone.unet, trajectory.transitions(torch.arange(micro_batch_size))

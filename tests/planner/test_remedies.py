@@ -43,8 +43,7 @@ def gpu_of(gib: float) -> Gpu:
 def suggested(arguments: Sequence[str], model: str, gib: float, processes: int = 1) -> tuple[Config, Any, Planner]:
     """The config, what to change of it, and its planner."""
     config = parse_config(arguments)
-    validate(config, processes)
-    planner = planner_of(model, Workload.of(config, processes))
+    planner = planner_of(model, Workload.of(validate(config, processes)))
     return config, Remedies(planner, config, config.model.image_size or None, gpu_of(gib)).cheaper(), planner
 
 

@@ -12,6 +12,7 @@ import torch
 from planners import SHAPES, planner_of
 
 from rlcm_fast.config import Config, parse_config
+from rlcm_fast.config.resolved import resolve
 from rlcm_fast.planner.architecture import load_architecture
 from rlcm_fast.planner.estimate import GIB, strategy_of
 from rlcm_fast.planner.gpus import GPUS, find_gpu
@@ -25,7 +26,7 @@ STRATEGY = strategy_of(Config())
 
 @pytest.fixture(scope="module")
 def planner() -> Planner:
-    return planner_of(SHAPES, Workload.of(Config(), 1))
+    return planner_of(SHAPES, Workload.of(resolve(Config(), 1)))
 
 
 def gpu_of(gib: float):
@@ -62,7 +63,7 @@ def test_the_sizes_of_stable_diffusion_2_are_the_known_ones():
 def test_sdxl_is_planned_within_a_minute_and_its_figures_are_the_known_ones():
     start = time.perf_counter()
     config = parse_config(["--engine.dtype=bf16", "--engine.zero_stage=1", "--update.micro_batch_size=2"])
-    planner = Planner(load_architecture(SDXL), Workload.of(config, 1))
+    planner = Planner(load_architecture(SDXL), Workload.of(resolve(config, 1)))
     strategy = strategy_of(config)
     memory, unet = planner.memory(strategy), planner.profiles(strategy).unet
     assert time.perf_counter() - start < 60
@@ -106,7 +107,7 @@ def test_the_workload_of_tasks_in_turn_and_of_some_timesteps_is_what_a_run_does(
     tasks = f"[{{name: small, {small}}}, {{name: large, {large}}}]"
     in_turn = ["--tasks", tasks, "--task_schedule=by_task", "--update.num_timesteps=2", "--update.num_updates=2"]
     pairs = ["--pretraining.weight=1", "--pretraining.data=shapes:all", "--update.micro_batch_size=4"]
-    work = Workload.of(parse_config([*in_turn, *pairs]), 2)
+    work = Workload.of(resolve(parse_config([*in_turn, *pairs]), 2))
     assert (work.samples, work.samples_at_once, work.num_actions, work.num_trained) == (32, 24, 3, 2)
     assert (work.num_updates, work.transitions_per_update, work.pairs_per_update) == (4, 24, 32)
     planner, gpu = planner_of(SHAPES, work), GPUS["rtx4090"]
@@ -115,7 +116,8 @@ def test_the_workload_of_tasks_in_turn_and_of_some_timesteps_is_what_a_run_does(
     encoder = profiles.vae.encoder.flops * (4 * 32)
     encoding = gpu.seconds(encoder.convolutions, encoder.others, False)
     assert planner.seconds(STRATEGY, gpu).update == pytest.approx(update * (1 + 4 * 32 / (32 * 2)) + encoding)
-    again = Workload.of(parse_config([*in_turn, "--update.micro_batch_size=4", "--update.old_log_probs=recompute"]), 2)
+    once_more = [*in_turn, "--update.micro_batch_size=4", "--update.old_log_probs=recompute"]
+    again = Workload.of(resolve(parse_config(once_more), 2))
     forward = profiles.unet.forward_flops * (32 * 2)
     recomputing = update + gpu.seconds(forward.convolutions, forward.others, False)
     assert planner_of(SHAPES, again).seconds(STRATEGY, gpu).update == pytest.approx(recomputing)

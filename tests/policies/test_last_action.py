@@ -8,7 +8,7 @@ from tiny_policies import SCHEDULER, UNET_CONFIG, TinyNetwork, encode, prompts
 from torch import Tensor
 
 from rlcm_fast.config import PolicyConfig
-from rlcm_fast.policies import GaussianPolicy, build_policy
+from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.stages.selection import step_weights
 
 NUM_SAMPLES, SIGMA = 6, 0.2
@@ -17,7 +17,7 @@ LCM = {**SCHEDULER, "_class_name": "LCMScheduler"}
 
 def policy_of(last_step: str, num_steps: int = 3) -> GaussianPolicy:
     config = PolicyConfig(num_steps=num_steps, last_step=last_step, last_sigma=SIGMA)  # pyright: ignore[reportArgumentType]
-    return build_policy(config, TinyNetwork(), UNET_CONFIG, LCM, torch.float32, torch.device("cpu"))
+    return build_policy(config, Network(TinyNetwork(), UNET_CONFIG), LCM)
 
 
 def sample(policy: GaussianPolicy, **keywords: bool) -> tuple[Tensor, Tensor]:

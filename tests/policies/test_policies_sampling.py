@@ -18,6 +18,7 @@ from rlcm_fast.policies import (
     ConsistencyPolicy,
     DiffusionPolicy,
     GaussianPolicy,
+    Network,
     build_policy,
     consistency_schedule,
     ddim_schedule,
@@ -77,11 +78,12 @@ def consistency(
     unet: Any, num_steps: int, w: float = 4.0, last: str = "deterministic", **more: Any
 ) -> ConsistencyPolicy:
     schedule = consistency_schedule(LCMScheduler(**BETAS).config, num_steps, last)
-    return ConsistencyPolicy(unet, schedule, w, unet.config, **more)
+    return ConsistencyPolicy(Network(unet, unet.config, **more), schedule, w)
 
 
 def diffusion(unet: Any, num_steps: int, eta: float, w: float = 5.0, **more: Any) -> DiffusionPolicy:
-    return DiffusionPolicy(unet, ddim_schedule(DDIMScheduler(**DDIM).config, num_steps, eta), w, unet.config, **more)
+    schedule = ddim_schedule(DDIMScheduler(**DDIM).config, num_steps, eta)
+    return DiffusionPolicy(Network(unet, unet.config, **more), schedule, w)
 
 
 @pytest.mark.parametrize("last_step", ["deterministic", "renoise"])
@@ -103,7 +105,7 @@ def test_consistency_sampling_without_a_guidance_embedding_gives_the_pipelines_i
     unet, scheduler = build_unet(None), LCMScheduler(**BETAS)
     pipeline: Any = DIFFUSION_PIPELINE(unet=unet, scheduler=scheduler, **pipeline_parts)
     config = PolicyConfig(num_steps=4, guidance_scale=w)
-    policy = build_policy(config, unet, unet.config, scheduler.config, torch.float32, CPU)
+    policy = build_policy(config, Network(unet, unet.config), scheduler.config)
     assert policy.needs_negative == (w > 1)
     assert_same_images(policy, pipeline, pipeline_images(pipeline, 4, w))
 
@@ -132,7 +134,7 @@ def test_the_image_of_stable_diffusions_folders_is_the_pipelines_without_its_las
         generator=torch.Generator().manual_seed(7),
     ).images  # fmt: skip
     schedule, generator = ddim_schedule(scheduler.config, 10, 1.0), torch.Generator().manual_seed(7)
-    _, x_0 = DiffusionPolicy(unet, schedule, 5.0, unet.config).sample(encode(pipeline), generator)
+    _, x_0 = DiffusionPolicy(Network(unet, unet.config), schedule, 5.0).sample(encode(pipeline), generator)
     sigma = ddim_schedule(scheduler.config, 10, 1.0, "renoise").coefficients[-1, 2]
     z = torch.randn(x_0.shape, generator=generator)
     assert 0.02 < sigma < 0.021
@@ -249,8 +251,8 @@ def test_the_guidance_embedding_is_that_of_diffusers(width: int) -> None:
 
 def test_mistaken_policies_are_refused_by_name(build_unet: BuildUNet) -> None:
     lcm, plain = build_unet(32), build_unet(None)
-    with pytest.raises(ValueError, match="policy.kind=consistency, but .* use policy.kind=ddim, or make it one by"):
-        build_policy(PolicyConfig(), plain, plain.config, DDIMScheduler(**DDIM).config, torch.float32, CPU)
+    with pytest.raises(ValueError, match="policy.kind=consistency, but .* use policy.kind=ddim, or make it a latent"):
+        build_policy(PolicyConfig(), Network(plain, plain.config), DDIMScheduler(**DDIM).config)
     with pytest.raises(ValueError, match="policy.kind=ddim"):
         diffusion(lcm, 4, 1.0)
     with pytest.raises(ValueError, match="policy.guidance_scale=0.5"):

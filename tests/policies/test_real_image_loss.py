@@ -14,9 +14,16 @@ from diffusers import DDPMScheduler, LCMScheduler
 from torch import Tensor
 
 from rlcm_fast import parallel
-from rlcm_fast.policies import ConsistencyPolicy, DiffusionPolicy, GaussianPolicy, consistency_schedule, ddim_schedule
+from rlcm_fast.policies import (
+    ConsistencyPolicy,
+    DiffusionPolicy,
+    GaussianPolicy,
+    Network,
+    consistency_schedule,
+    ddim_schedule,
+)
 from rlcm_fast.policies.consistency import guidance_embedding
-from rlcm_fast.policies.real_image_loss import drop_captions, pretraining_loss
+from rlcm_fast.policies.real_image_loss import drop_captions, real_image_loss
 from rlcm_fast.trajectory import Conditioning
 
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -53,12 +60,12 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def diffusion(network: Any, prediction: str = "epsilon") -> GaussianPolicy:
     schedule = ddim_schedule({**SCHEDULER, "prediction_type": prediction}, 10)
-    return DiffusionPolicy(network, schedule, 7.0, UNET_CONFIG)
+    return DiffusionPolicy(Network(network, UNET_CONFIG), schedule, 7.0)
 
 
 def consistency(network: Any, prediction: str = "epsilon", guidance: float = 4.0) -> GaussianPolicy:
     schedule = consistency_schedule({**SCHEDULER, "prediction_type": prediction}, 4)
-    return ConsistencyPolicy(network, schedule, guidance, {**UNET_CONFIG, "time_cond_proj_dim": 16})
+    return ConsistencyPolicy(Network(network, {**UNET_CONFIG, "time_cond_proj_dim": 16}), schedule, guidance)
 
 
 def truth(prediction: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -76,7 +83,7 @@ def truth(prediction: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_diffusion_network_that_knows_the_truth_loses_nothing(prediction: str):
-    loss = pretraining_loss(diffusion(Oracle(truth(prediction)), prediction), latents(), texts(), generator())
+    loss = real_image_loss(diffusion(Oracle(truth(prediction)), prediction), latents(), texts(), generator())
     assert loss.shape == (N,)
     assert loss.dtype == torch.float32
     assert loss.max() < 1e-9  # of a float32 eps that divides by a noise of .03
@@ -86,13 +93,13 @@ def test_a_diffusion_network_that_knows_the_truth_loses_nothing(prediction: str)
 def test_a_diffusion_network_loses_the_square_of_its_error(prediction: str):
     right = truth(prediction)
     oracle = Oracle(lambda x_t, t: right(x_t, t) + 0.5)
-    loss = pretraining_loss(diffusion(oracle, prediction), latents(), texts(), generator())
+    loss = real_image_loss(diffusion(oracle, prediction), latents(), texts(), generator())
     torch.testing.assert_close(loss, torch.full((N,), 0.25), atol=1e-4, rtol=0)
 
 
 def test_the_noised_images_are_those_of_diffusers():
     oracle = Oracle(lambda x_t, t: torch.zeros_like(x_t))
-    pretraining_loss(diffusion(oracle), latents(), texts(), generator())
+    real_image_loss(diffusion(oracle), latents(), texts(), generator())
     x_t, t, _ = oracle.asked
     draws = generator()
     assert torch.equal(t, torch.randint(1000, (N,), generator=draws))
@@ -107,7 +114,7 @@ def test_timesteps_are_all_of_a_diffusion_model_and_the_lower_half_of_a_consiste
 ):
     oracle = Oracle(lambda x_t, t: x_t)
     num_pairs = 20 * num_timesteps
-    pretraining_loss(build(oracle), torch.zeros(num_pairs, 4, 1, 1), texts(num_pairs), generator())
+    real_image_loss(build(oracle), torch.zeros(num_pairs, 4, 1, 1), texts(num_pairs), generator())
     counts = torch.bincount(oracle.asked[1])
     assert len(counts) == num_timesteps
     assert counts.min() >= 4  # 20 +- 4.5 expected
@@ -118,7 +125,7 @@ def test_timesteps_are_all_of_a_diffusion_model_and_the_lower_half_of_a_consiste
 def test_a_consistency_network_loses_the_square_of_f_minus_the_image(prediction: str):
     right, shift = truth(prediction), 0.5
     oracle = Oracle(lambda x_t, t: right(x_t, t) + shift)
-    loss = pretraining_loss(consistency(oracle, prediction), latents(), texts(), generator())
+    loss = real_image_loss(consistency(oracle, prediction), latents(), texts(), generator())
     x_t, t, _ = oracle.asked
     scheduler: Any = LCMScheduler(**BETAS, prediction_type=prediction)
     alpha_bar = scheduler.alphas_cumprod[t][:, None, None, None].double()
@@ -151,12 +158,12 @@ def test_the_levels_at_the_sampling_steps_are_the_sampler_s():
 def test_the_gradient_is_that_of_the_mean_square(build: Callable[..., GaussianPolicy]):
     weight = torch.tensor(0.3, requires_grad=True)
     policy = build(Oracle(lambda x_t, t: weight * x_t))
-    loss = pretraining_loss(policy, latents(), texts(), generator()).mean()
+    loss = real_image_loss(policy, latents(), texts(), generator()).mean()
     (gradient,) = torch.autograd.grad(loss, weight)
     with torch.no_grad():
         step = 1e-2
         above, below = (
-            pretraining_loss(build(Oracle(lambda x_t, t, w=w: w * x_t)), latents(), texts(), generator()).mean()
+            real_image_loss(build(Oracle(lambda x_t, t, w=w: w * x_t)), latents(), texts(), generator()).mean()
             for w in (0.3 + step, 0.3 - step)
         )
     torch.testing.assert_close(gradient, (above - below) / (2 * step), rtol=1e-3, atol=0)  # exact for a square
@@ -165,25 +172,25 @@ def test_the_gradient_is_that_of_the_mean_square(build: Callable[..., GaussianPo
 @pytest.mark.parametrize("build", [diffusion, consistency])
 def test_the_generator_alone_decides(build: Callable[..., GaussianPolicy]):
     policy = build(Oracle(lambda x_t, t: torch.zeros_like(x_t)))
-    first, again, other = (pretraining_loss(policy, latents(), texts(), generator(seed)) for seed in (0, 0, 1))
+    first, again, other = (real_image_loss(policy, latents(), texts(), generator(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_no_guidance_is_one_pass_that_is_told_so():
+def test_no_guidance_is_one_pass_with_the_embedding_of_no_guidance():
     oracle = Oracle(lambda x_t, t: torch.zeros_like(x_t))
-    pretraining_loss(diffusion(oracle), latents(), texts(), generator())
+    real_image_loss(diffusion(oracle), latents(), texts(), generator())
     assert len(oracle.asked[0]) == N
     assert "timestep_cond" not in oracle.asked[2]
-    pretraining_loss(consistency(oracle), latents(), texts(), generator())
+    real_image_loss(consistency(oracle), latents(), texts(), generator())
     assert len(oracle.asked[0]) == N
     assert torch.equal(oracle.asked[2]["timestep_cond"], guidance_embedding(1.0, 16).expand(N, -1))
 
 
 def test_a_consistency_model_without_a_guidance_input_runs_once():
     oracle = Oracle(lambda x_t, t: torch.zeros_like(x_t))
-    policy = ConsistencyPolicy(oracle, consistency_schedule(SCHEDULER, 4), 1.5, UNET_CONFIG)
-    pretraining_loss(policy, latents(), texts(), generator())
+    policy = ConsistencyPolicy(Network(oracle, UNET_CONFIG), consistency_schedule(SCHEDULER, 4), 1.5)
+    real_image_loss(policy, latents(), texts(), generator())
     assert len(oracle.asked[0]) == N
     assert "timestep_cond" not in oracle.asked[2]
 

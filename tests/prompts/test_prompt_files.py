@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlcm_fast.prompts import Share, build_sampler, deal, files, load_prompts, sources
+from rlcm_fast.prompts import Share, build_sampler, files, load_prompts, prompts_for_images, sources
 from rlcm_fast.stages.evaluation import grid_prompts
 from rlcm_fast.trajectory import Prompt
 
@@ -148,9 +148,9 @@ def test_measurements_read_a_few_lines_only_and_those_of_a_list(tmp_path: Path, 
         return read(*arguments)
 
     monkeypatch.setattr(files.PromptFile, "_prompt", counted)
-    dealt, grid = deal(load_prompts(path), 20, seed=3), grid_prompts([path], 16)
+    measured, grid = prompts_for_images(load_prompts(path), 20, seed=3), grid_prompts([path], 16)
     assert num_read <= 20 + 2 * 16
-    assert dealt == deal(whole, 20, seed=3)
+    assert measured == prompts_for_images(whole, 20, seed=3)
     assert grid == whole[:: 1000 // 16][:16]
 
 

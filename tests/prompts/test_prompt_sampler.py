@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlcm_fast.prompts import PromptSampler, Share, build_sampler, deal
+from rlcm_fast.prompts import PromptSampler, Share, build_sampler, prompts_for_images
 from rlcm_fast.trajectory import Prompt
 
 
@@ -18,7 +18,7 @@ def numbered(num_prompts: int) -> list[Prompt]:
     return [Prompt(f"prompt {number}") for number in range(num_prompts)]
 
 
-def drawn(sampler: PromptSampler, num_batches: int) -> list[Prompt]:
+def next_prompts(sampler: PromptSampler, num_batches: int) -> list[Prompt]:
     return [prompt for _ in range(num_batches) for prompt in sampler.next_batch()]
 
 
@@ -34,7 +34,7 @@ def sizes(draw: st.DrawFn) -> tuple[int, int]:
 def test_every_prompt_comes_once_a_pass(sizes: tuple[int, int], seed: int):
     total, count = sizes
     prompts = numbered(total)
-    order = drawn(PromptSampler(prompts, Share(count, 1, seed)), num_batches=3 * total)
+    order = next_prompts(PromptSampler(prompts, Share(count, 1, seed)), num_batches=3 * total)
     for start in range(0, len(order), total):
         assert sorted(order[start : start + total], key=prompts.index) == prompts
 
@@ -63,11 +63,11 @@ def test_ranks_share_out_the_order_of_a_single_process(num_prompts: int, world_s
 @settings(deadline=None)
 def test_a_resumed_sampler_goes_on_as_if_nothing_had_happened(sizes: tuple[int, int], seed: int, num_before: int):
     uninterrupted = PromptSampler(numbered(sizes[0]), Share(sizes[1], 3, seed))
-    drawn(uninterrupted, num_before)
+    next_prompts(uninterrupted, num_before)
     resumed = PromptSampler(numbered(sizes[0]), Share(sizes[1], 3, seed))
-    drawn(resumed, 2)  # whatever was drawn before loading is forgotten
+    next_prompts(resumed, 2)  # whatever was drawn before loading is forgotten
     resumed.load_state_dict(json.loads(json.dumps(uninterrupted.state_dict())))
-    assert drawn(resumed, 10) == drawn(uninterrupted, 10)
+    assert next_prompts(resumed, 10) == next_prompts(uninterrupted, 10)
 
 
 def passes_of_lists(total: int, count: int, seed: int, num_batches: int) -> list[list[int]]:
@@ -94,7 +94,7 @@ def test_permutations_are_those_of_earlier_versions(sizes: tuple[int, int], seed
 
 def test_resuming_draws_once_a_pass_and_not_once_an_iteration(monkeypatch: pytest.MonkeyPatch):
     far = PromptSampler(numbered(1000), Share(7, 1, seed=0))
-    drawn(far, 5000)
+    next_prompts(far, 5000)
     resumed = PromptSampler(numbered(1000), Share(7, 1, seed=0))
     draw, num_draws = resumed._draw, 0
 
@@ -106,7 +106,7 @@ def test_resuming_draws_once_a_pass_and_not_once_an_iteration(monkeypatch: pytes
     monkeypatch.setattr(resumed, "_draw", counted)
     resumed.load_state_dict(far.state_dict())
     assert num_draws == 35  # passes begun by 5000 iterations of 7
-    assert drawn(resumed, 300) == drawn(far, 300)
+    assert next_prompts(resumed, 300) == next_prompts(far, 300)
 
 
 def test_a_state_is_two_numbers_and_the_second_that_of_earlier_versions():
@@ -128,7 +128,7 @@ def test_every_prompt_carries_the_task_of_its_sampler_and_else_its_own_label(tmp
 def test_a_run_may_be_resumed_on_another_number_of_processes():
     prompts = numbered(11)
     alone = PromptSampler(prompts, Share(4, 1, seed=5))
-    drawn(alone, 7)
+    next_prompts(alone, 7)
     pair = [PromptSampler(prompts, Share(2, 1, 5, rank, world_size=2)) for rank in range(2)]
     for sampler in pair:
         sampler.load_state_dict(alone.state_dict())
@@ -183,20 +183,21 @@ def test_counts_below_one_are_refused(num_prompts: int, images: int, field: str)
         PromptSampler(numbered(3), Share(num_prompts, images, seed=0))
 
 
-def test_prompts_are_dealt_out_evenly_in_an_order_of_the_seed():
+def test_images_share_the_prompts_evenly_in_an_order_of_the_seed():
     prompts = [Prompt(str(i)) for i in range(10)]
-    assert deal(prompts, 25, seed=0) == deal(prompts, 25, seed=0) != deal(prompts, 25, seed=1)
-    assert sorted(p.text for p in deal(prompts, 10, seed=0)) == [str(i) for i in range(10)]
-    assert deal(prompts, 20, seed=0)[10:] == deal(prompts, 10, seed=0)
+    first, again, other = (prompts_for_images(prompts, 25, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert sorted(p.text for p in prompts_for_images(prompts, 10, seed=0)) == [str(i) for i in range(10)]
+    assert prompts_for_images(prompts, 20, seed=0)[10:] == prompts_for_images(prompts, 10, seed=0)
 
 
-def test_a_part_of_the_prompts_is_dealt_from_all_over_their_list():
-    dealt = deal([Prompt(str(i)) for i in range(1000)], 50, seed=9)
-    assert len(set(dealt)) == 50
-    assert sum(int(prompt.text) >= 500 for prompt in dealt) == pytest.approx(25, abs=10)  # 2.8 standard deviations
+def test_a_part_of_the_prompts_comes_from_all_over_their_list():
+    part = prompts_for_images([Prompt(str(i)) for i in range(1000)], 50, seed=9)
+    assert len(set(part)) == 50
+    assert sum(int(prompt.text) >= 500 for prompt in part) == pytest.approx(25, abs=10)  # 2.8 standard deviations
 
 
 @given(total=st.integers(1, 200), num_images=st.integers(1, 300), seed=st.integers(0, 2**32))
-def test_prompts_are_dealt_as_by_shuffling_the_whole_list(total: int, num_images: int, seed: int):
+def test_a_part_of_the_prompts_is_as_by_shuffling_the_whole_list(total: int, num_images: int, seed: int):
     shuffled = random.Random(seed).sample(numbered(total), total)
-    assert deal(numbered(total), num_images, seed) == [shuffled[i % total] for i in range(num_images)]
+    assert prompts_for_images(numbered(total), num_images, seed) == [shuffled[i % total] for i in range(num_images)]

@@ -76,7 +76,7 @@ def test_a_missing_file_is_named_with_the_field_and_the_remedy(name: str):
 @pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
 def test_an_empty_file_is_named_with_the_remedy(tmp_path, name: str, content: str):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"prompts.source=.*{name} is an empty file; write one prompt a line"):
+    with pytest.raises(ValueError, match=rf"prompts.source=.*{name} is an empty file; write one prompt per line"):
         load_prompts(str(tmp_path / name))
 
 

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rlcm_fast.prompts import Sampler, Share, StreamSampler, build_sampler, deal, load_prompts, stream
+from rlcm_fast.prompts import Sampler, Share, StreamSampler, build_sampler, load_prompts, prompts_for_images, stream
 from rlcm_fast.trajectory import Prompt
 
 TEXTS = [f"prompt {number}" for number in range(50)]
@@ -34,22 +34,22 @@ def source(tmp_path: Path) -> str:
     return f"hf:{write(tmp_path / 'many', TEXTS)}?window=8"
 
 
-def drawn(sampler: Sampler, num_batches: int) -> list[str]:
+def next_texts(sampler: Sampler, num_batches: int) -> list[str]:
     return [prompt.text for _ in range(num_batches) for prompt in sampler.next_batch()]
 
 
 def test_every_prompt_comes_once_a_pass_and_passes_are_shuffled_differently(source: str):
-    order = drawn(StreamSampler(source, Share(5, 1, seed=0)), 30)
+    order = next_texts(StreamSampler(source, Share(5, 1, seed=0)), 30)
     passes = [order[:50], order[50:100], order[100:]]
     assert all(sorted(texts) == sorted(TEXTS) for texts in passes)
     assert len({tuple(texts) for texts in passes}) == 3
 
 
 def test_prompts_are_shuffled_within_windows(source: str):
-    order = drawn(StreamSampler(source, Share(4, 1, seed=0)), 4)
+    order = next_texts(StreamSampler(source, Share(4, 1, seed=0)), 4)
     assert sorted(order[:8]) == sorted(TEXTS[:8]) and sorted(order[8:]) == sorted(TEXTS[8:16])
-    assert order[:8] != TEXTS[:8] and order[:8] != drawn(StreamSampler(source, Share(4, 1, seed=1)), 2)
-    assert order == drawn(StreamSampler(source, Share(4, 1, seed=0)), 4)
+    assert order[:8] != TEXTS[:8] and order[:8] != next_texts(StreamSampler(source, Share(4, 1, seed=1)), 2)
+    assert order == next_texts(StreamSampler(source, Share(4, 1, seed=0)), 4)
 
 
 @pytest.mark.parametrize("num_prompts", [1, 7, 20])
@@ -59,17 +59,17 @@ def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(source: str, num_pr
     order = []
     for _ in range(60 // num_prompts + 3):  # into the second pass and beyond
         states.append(json.dumps(uninterrupted.state_dict()))
-        order.append(drawn(uninterrupted, 1))
+        order.append(next_texts(uninterrupted, 1))
     resumed = StreamSampler(source, Share(num_prompts, 1, seed=3))
     for batch, state in reversed([*enumerate(states)]):  # whatever was drawn before loading is forgotten
         resumed.load_state_dict(json.loads(state))
-        assert [drawn(resumed, 1) for _ in order[batch : batch + 10]] == order[batch : batch + 10]
+        assert [next_texts(resumed, 1) for _ in order[batch : batch + 10]] == order[batch : batch + 10]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_out_the_order_of_one_and_may_change_their_number(source: str, world_size: int):
     alone = StreamSampler(source, Share(6, 2, seed=0))
-    drawn(alone, 7)
+    next_texts(alone, 7)
     ranks = [StreamSampler(source, Share(6 // world_size, 2, 0, rank, world_size)) for rank in range(world_size)]
     for rank in ranks:
         rank.load_state_dict(alone.state_dict())
@@ -79,7 +79,7 @@ def test_processes_share_out_the_order_of_one_and_may_change_their_number(source
 
 
 def test_an_iteration_may_be_larger_than_a_window_and_as_large_as_the_dataset(source: str):
-    assert sorted(drawn(StreamSampler(source, Share(50, 1, seed=0)), 1)) == sorted(TEXTS)
+    assert sorted(next_texts(StreamSampler(source, Share(50, 1, seed=0)), 1)) == sorted(TEXTS)
 
 
 def test_an_iteration_larger_than_the_dataset_is_refused_with_the_remedy(source: str):
@@ -89,7 +89,7 @@ def test_an_iteration_larger_than_the_dataset_is_refused_with_the_remedy(source:
 
 def test_blank_texts_are_skipped_and_a_window_of_them_too(tmp_path: Path):
     folder = write(tmp_path / "blanks", [*[None, " "] * 4, " a cat ", "", *[""] * 8, "a dog"])
-    order = drawn(StreamSampler(f"hf:{folder}?window=4", Share(1, 1, seed=0)), 6)
+    order = next_texts(StreamSampler(f"hf:{folder}?window=4", Share(1, 1, seed=0)), 6)
     assert order == ["a cat", "a dog"] * 3
     assert load_prompts(f"hf:{folder}?window=4") == [Prompt("a cat")]
 
@@ -113,7 +113,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(source: str):
     ("options", "problem"),
     [
         ("?splits=train", r"splits is no option; write hf:DATASET\?option=value with options of split, column, name"),
-        ("?window=0", "window=0 is no number of examples of at least 1; give as window=10000"),
+        ("?window=0", "window=0 is no number of examples from 1 on; write it as window=10000"),
         ("?train", r"; write options as \?split=train&column=text"),
         ("?split=test", r"cannot be streamed: Bad split: test. Available splits: \['train'\]; give a folder"),
         ("?name=large", "cannot be streamed: BuilderConfig 'large' not found"),
@@ -176,9 +176,9 @@ def test_folders_of_other_kinds_are_read_and_resumed_too(tmp_path: Path, kind: s
     assert sorted(prompt.text for prompt in batches[::2]) == sorted(TEXTS)
     assert batches[::2] == batches[1::2] and {prompt.task for prompt in batches} == {"pets"}
     resumed = build_sampler(source, Share(10, 2, seed=0, task="pets"))
-    drawn(sampler, 2)
+    next_texts(sampler, 2)
     resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
-    assert drawn(resumed, 9) == drawn(sampler, 9)
+    assert next_texts(resumed, 9) == next_texts(sampler, 9)
 
 
 def test_of_parquet_the_column_alone_is_read_and_a_row_group_in_pieces(tmp_path: Path):
@@ -193,9 +193,9 @@ def test_of_parquet_the_column_alone_is_read_and_a_row_group_in_pieces(tmp_path:
             file.seek(start)
             file.write(b"\xff" * length)
     prompts = StreamSampler(f"hf:{path.parent}?window=1000", Share(1000, 1, seed=0))
-    assert sorted(drawn(prompts, 3)) == sorted(texts[:3000])
+    assert sorted(next_texts(prompts, 3)) == sorted(texts[:3000])
     with pytest.raises(ValueError, match="Invalid or truncated"):
-        drawn(prompts, 5)
+        next_texts(prompts, 5)
 
 
 def test_a_resumed_stream_does_not_depend_on_how_much_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -204,11 +204,11 @@ def test_a_resumed_stream_does_not_depend_on_how_much_is_read_at_once(tmp_path: 
     source, share = f"hf:{tmp_path / 'table'}?window=8", Share(5, 1, seed=0)
     monkeypatch.setattr(stream, "_PARQUET_ROWS", 7)
     uninterrupted = StreamSampler(source, share)
-    drawn(uninterrupted, 6)
+    next_texts(uninterrupted, 6)
     monkeypatch.setattr(stream, "_PARQUET_ROWS", 4)
     resumed = StreamSampler(source, share)
     resumed.load_state_dict(json.loads(json.dumps(uninterrupted.state_dict())))
-    assert drawn(resumed, 9) == drawn(uninterrupted, 9)
+    assert next_texts(resumed, 9) == next_texts(uninterrupted, 9)
 
 
 def test_of_jsonl_no_more_is_read_at_the_start_than_a_few_megabytes(tmp_path: Path):
@@ -216,9 +216,9 @@ def test_of_jsonl_no_more_is_read_at_the_start_than_a_few_megabytes(tmp_path: Pa
     with (folder / "a.jsonl").open("a") as file:
         file.write("no json\n")
     prompts = StreamSampler(f"hf:{folder}?window=1000", Share(1000, 1, seed=0))
-    assert len({*drawn(prompts, 3)}) == 3000
+    assert len({*next_texts(prompts, 3)}) == 3000
     with pytest.raises(Exception, match="JSON parse error"):
-        drawn(prompts, 5)
+        next_texts(prompts, 5)
 
 
 def test_a_parquet_file_without_the_column_is_named(tmp_path: Path):
@@ -226,11 +226,12 @@ def test_a_parquet_file_without_the_column_is_named(tmp_path: Path):
     for name, column in (("a", "text"), ("b", "caption")):
         parquet.write_table(pyarrow.table({column: TEXTS}), tmp_path / "mixed" / f"{name}.parquet")
     prompts = StreamSampler(f"hf:{tmp_path / 'mixed'}?window=50", Share(50, 1, seed=0))
-    assert len(drawn(prompts, 1)) == 50
+    assert len(next_texts(prompts, 1)) == 50
     with pytest.raises(ValueError, match=r"^prompts.source=hf:.* has no column text in its file .*b.parquet; give it"):
-        drawn(prompts, 1)
+        next_texts(prompts, 1)
 
 
 def test_a_measurement_takes_the_first_window(source: str):
-    assert load_prompts(source) == [Prompt(text) for text in TEXTS[:8]]
-    assert deal(load_prompts(source), 4, seed=1) == deal([Prompt(text) for text in TEXTS[:8]], 4, seed=1)
+    first = [Prompt(text) for text in TEXTS[:8]]
+    assert load_prompts(source) == first
+    assert prompts_for_images(load_prompts(source), 4, seed=1) == prompts_for_images(first, 4, seed=1)

@@ -78,8 +78,8 @@ def test_groups_are_valued_together_as_one_by_one():
         ([[0.5, 0.4]], {}, "votes=soft needs probabilities"),
         ([[1.5, -0.5]], {}, "votes=soft needs probabilities"),
         ([[0.5, 0.5]], {"target": [0.5, 0.25, 0.25]}, "is not one number for each of 2 classes"),
-        ([[float("nan"), 0.5]], {"votes": "hard"}, r"shape \(1, 2\) must be \(B, A\) and finite"),
-        ([0.5, 0.5], {}, r"shape \(2,\) must be \(B, A\)"),
+        ([[float("nan"), 0.5]], {"votes": "hard"}, r"returned scores of shape \(1, 2\); return \(B, A\), all finite"),
+        ([0.5, 0.5], {}, r"returned scores of shape \(2,\); return \(B, A\)"),
     ],
 )
 def test_an_answer_that_cannot_be_votes_is_refused(answer: list, settings: dict, message: str):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlcm_fast.rewards import BUILT_IN, NAMED, Reward, RewardError, build_reward, check, check_name
+from rlcm_fast.rewards import BUILT_IN, NAMED, Reward, RewardError, build_reward, check_name, check_scores
 from rlcm_fast.rewards.jpeg import JpegCompressibility
 from rlcm_fast.trajectory import Prompt
 
@@ -12,13 +12,13 @@ PROMPTS = [Prompt("a cat"), Prompt("a dog")]
 
 def test_good_scores_pass_through_unchanged():
     values = torch.tensor([1.0, -2.0])
-    assert check("size", values, PROMPTS, iteration=3) is values
+    assert check_scores("size", values, PROMPTS, iteration=3) is values
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_score_that_is_not_finite_names_reward_prompt_and_iteration(bad: float):
     with pytest.raises(RewardError, match=r"reward 'size', prompt 'a dog', iteration 3: returned -?(nan|inf) for"):
-        check("size", torch.tensor([1.0, bad]), PROMPTS, iteration=3)
+        check_scores("size", torch.tensor([1.0, bad]), PROMPTS, iteration=3)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_a_score_that_is_not_finite_names_reward_prompt_and_iteration(bad: float
 )
 def test_what_is_no_score_per_image_names_what_came_and_what_is_wanted(values: object, problem: str):
     with pytest.raises(RewardError, match=rf"reward 'size', prompt 'a cat', iteration 0: .*{problem}.*\(2,\)"):
-        check("size", values, PROMPTS, iteration=0)
+        check_scores("size", values, PROMPTS, iteration=0)
 
 
 class NotAReward:
@@ -64,7 +64,7 @@ def test_every_built_in_reward_scores_images(name: str):
     prompts = [Prompt("a red circle"), Prompt("a blue star")]
     arguments = {"classifier": "shapes_colour"} if name == "distribution_parity" else {}
     scores = build_reward(name, arguments)(torch.rand(2, 3, 64, 64), prompts)
-    assert check(name, scores, prompts, iteration=0) is scores
+    assert check_scores(name, scores, prompts, iteration=0) is scores
 
 
 def test_a_reward_of_the_users_own_is_found_by_module_and_class():
@@ -78,7 +78,7 @@ def test_an_unknown_reward_lists_the_known_ones():
 
 
 def test_an_unknown_argument_is_named_with_those_that_exist():
-    with pytest.raises(ValueError, match=r"name=jpeg_compressibility .*'quailty'; it takes quality"):
+    with pytest.raises(ValueError, match=r"name=jpeg_compressibility .*'quailty'; it accepts quality"):
         build_reward("jpeg_compressibility", {"quailty": 95})
 
 

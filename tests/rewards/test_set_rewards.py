@@ -103,8 +103,8 @@ def test_called_as_an_image_reward_it_takes_the_images_for_all():
 
 def test_an_evaluation_has_a_value_a_group_and_puts_the_repeats_of_a_prompt_side_by_side():
     images, prompts = images_of(4), prompts_of("abab")
-    answers = Spread().describe(images, prompts)
-    values = evaluate("spread", grouped(2, "leave_one_out"), answers, prompts, iteration=0)
+    described = Spread().describe(images, prompts)
+    values = evaluate("spread", grouped(2, "leave_one_out"), described, prompts, iteration=0)
     torch.testing.assert_close(values, brute_force(images, [[0, 2], [1, 3]], "group")[:2], rtol=1e-5, atol=1e-7)
 
 
@@ -112,8 +112,8 @@ def test_an_evaluation_has_a_value_a_group_and_puts_the_repeats_of_a_prompt_side
     ("group_size", "credit", "texts", "message"),
     [
         (3, "group", "abcd", "name=spread group_size=3 does not divide the 4 images; give a size that does, or 0"),
-        (1, "leave_one_out", "abcd", "credit=leave_one_out has nothing to leave in a group of one image; give groups"),
-        (0, "leave_one_out", "a", "credit=leave_one_out has nothing to leave in a group of one image"),
+        (1, "leave_one_out", "abcd", "credit=leave_one_out leaves nothing of a group of one image; give groups"),
+        (0, "leave_one_out", "a", "credit=leave_one_out leaves nothing of a group of one image"),
     ],
 )
 def test_images_that_do_not_make_groups_are_refused(group_size: int, credit: Credit, texts: str, message: str):
@@ -122,11 +122,11 @@ def test_images_that_do_not_make_groups_are_refused(group_size: int, credit: Cre
 
 
 class Wrong(Spread):
-    """Answers to describe and value with what it was given, or raises it."""
+    """Returns what it was given from describe and value, or raises it."""
 
     def __init__(self, description: Any = None, value: Any = None) -> None:
         super().__init__()
-        self.description, self.answer = description, value
+        self.description, self.returned = description, value
 
     def describe(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         if isinstance(self.description, Exception):
@@ -134,9 +134,9 @@ class Wrong(Spread):
         return super().describe(images, prompts) if self.description is None else self.description
 
     def value(self, described: Tensor) -> Tensor:
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return self.answer
+        if isinstance(self.returned, Exception):
+            raise self.returned
+        return self.returned
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ class Wrong(Spread):
         (Wrong(value=KeyError("k")), "a", "raised KeyError: 'k'"),
     ],
 )
-def test_a_wrong_answer_names_reward_prompt_and_iteration(reward: Wrong, prompt: str, problem: str):
+def test_a_wrong_description_or_value_names_reward_prompt_and_iteration(reward: Wrong, prompt: str, problem: str):
     with pytest.raises(RewardError, match=rf"reward 'spread', prompt '{prompt}', iteration 3: .*{problem}"):
         gather(grouped(2, reward=reward), images_of(4), prompts_of("abcd"))
 
@@ -172,12 +172,12 @@ def _gradients(credit: Credit, logits: Tensor, num_images: int) -> tuple[Tensor,
     """Of a policy that draws a class for each image, over all outcomes: the expected gradient estimate, its total
     variance, and the gradient of the expected value of a group.
     """
-    parity = DistributionParity("plugin_rewards:Quadrants", target=[0.5, 0.3, 0.2])  # not asked: votes are made here
+    parity = DistributionParity("plugin_rewards:Quadrants", target=[0.5, 0.3, 0.2])  # never called: votes are made here
     reward = GroupReward("parity", parity, credit=credit)
     outcomes = torch.tensor(list(product(range(3), repeat=num_images)))  # (O, k)
     one_hot = torch.nn.functional.one_hot(outcomes, 3).float()
     groups = reward.groups(num_images)
-    credits = torch.stack([reward.score(votes, groups)[1] for votes in one_hot]).double()  # (O, k)
+    credits = torch.stack([reward.values_and_credits(votes, groups)[1] for votes in one_hot]).double()  # (O, k)
     policy = logits.clone().requires_grad_()
     chances = policy.log_softmax(dim=0)[outcomes].sum(dim=1).exp()  # (O,)
     (exact,) = torch.autograd.grad((chances * parity.value(one_hot)).sum(), policy)

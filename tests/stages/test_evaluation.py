@@ -13,7 +13,7 @@ from tiny_policies import TinyBackbone, TinyNetwork, decode, encode, images_of, 
 
 from benchmarks.shared import run_processes
 from rlcm_fast import parallel
-from rlcm_fast.prompts import deal
+from rlcm_fast.prompts import prompts_for_images
 from rlcm_fast.rewards import GroupReward, RewardError
 from rlcm_fast.rewards.diversity import Diversity
 from rlcm_fast.stages.evaluation import Evaluator, HeldOut
@@ -24,7 +24,7 @@ IMAGES = images_of(POLICY)
 
 def evaluator(num_images: int = 5, micro_batch_size: int = 2, seed: int = 9) -> Evaluator:
     rewards = {"eval": {"brightness": (Brightness(), 3.0)}}
-    return Evaluator(HeldOut(deal(prompts(2), num_images, seed), seed, micro_batch_size), rewards)
+    return Evaluator(HeldOut(prompts_for_images(prompts(2), num_images, seed), seed, micro_batch_size), rewards)
 
 
 def test_an_evaluation_repeats_exactly_and_depends_on_its_seed():
@@ -56,7 +56,8 @@ def test_a_set_reward_is_measured_by_its_groups_values_whatever_its_credit():
     order = [0, 2, 4, 1, 3, 5]  # two prompts in turn; their repeats are neighbours
     expected = torch.tensor([diversity_of(images[order[i : i + 2]]) for i in (0, 2, 4)]).double()
     reward = GroupReward("diversity", Diversity(), 2, "leave_one_out")
-    metrics = Evaluator(HeldOut(deal(prompts(2), 6, 9), 9, 2), {"eval": {"pairs": (reward, 1.0)}})(IMAGES, 0)
+    held_out = HeldOut(prompts_for_images(prompts(2), 6, 9), 9, 2)
+    metrics = Evaluator(held_out, {"eval": {"pairs": (reward, 1.0)}})(IMAGES, 0)
     assert metrics["eval/pairs/mean"] == pytest.approx(expected.mean().item())
     assert metrics["eval/pairs/std"] == pytest.approx(expected.std(correction=0).item())
 
@@ -82,8 +83,8 @@ def _micro_batches() -> list:
 
 
 def _cut(num_images: int) -> list:
-    dealt = deal(prompts(2), num_images, 9)
-    return [dealt[i : i + 2] for i in range(0, num_images, 2)]
+    assigned = prompts_for_images(prompts(2), num_images, 9)
+    return [assigned[i : i + 2] for i in range(0, num_images, 2)]
 
 
 def test_a_single_image_has_no_diversity():
@@ -99,7 +100,7 @@ def test_a_reward_that_fails_is_named_with_the_iteration():
 def test_tasks_with_the_same_prompts_are_scored_on_one_draw():
     backbone = TinyBackbone()
     rewards = {"eval/a": {"brightness": (Brightness(), 1.0)}, "eval/b": {"pairs": (Brightness(), 1.0)}}
-    both = Evaluator(HeldOut(deal(prompts(2), 5, 9), 9, 2), rewards)
+    both = Evaluator(HeldOut(prompts_for_images(prompts(2), 5, 9), 9, 2), rewards)
     metrics = both(images_of(POLICY, backbone), 0)
     assert [len(x_0) for x_0 in backbone.decoded] == [2, 2, 1]
     alone = evaluator()(IMAGES, 0)

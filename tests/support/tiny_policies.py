@@ -15,7 +15,7 @@ from rlcm_fast.config import EngineConfig, OptimizerConfig
 from rlcm_fast.engine.base import Engine, UpdatePlan
 from rlcm_fast.engine.direct import DirectEngine
 from rlcm_fast.engine.zero import ZeroEngine
-from rlcm_fast.policies import GaussianPolicy
+from rlcm_fast.policies import GaussianPolicy, Network
 from rlcm_fast.policies.consistency import ConsistencyPolicy
 from rlcm_fast.policies.schedules import consistency_schedule
 from rlcm_fast.stages.images import TextToImage
@@ -52,7 +52,7 @@ class TinyNetwork(nn.Module):
 
 def policy_of(network: Any, num_steps: int = 3, dtype: torch.dtype = torch.float32) -> GaussianPolicy:
     """num_steps - 1 actions a sample; `network` is a module or its engine."""
-    return ConsistencyPolicy(network, consistency_schedule(SCHEDULER, num_steps), 4.0, UNET_CONFIG, dtype)
+    return ConsistencyPolicy(Network(network, UNET_CONFIG, dtype), consistency_schedule(SCHEDULER, num_steps), 4.0)
 
 
 def engine_of(

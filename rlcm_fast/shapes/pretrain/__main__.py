@@ -1,4 +1,4 @@
-"""Makes the shipped models from a seed: VAE, decoder, teacher, LCM, report. Every stage is resumable.
+"""Makes the shipped models from a seed: VAE, decoder, teacher, LCM, report. You can resume every stage.
 
 On two cores: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m rlcm_fast.shapes.pretrain all --seed 0 --out DIR
 In one process (also on a GPU):           python -m rlcm_fast.shapes.pretrain all --seed 0 --out DIR
@@ -25,16 +25,19 @@ _STAGES = ("vae", "decoder", "teacher", "lcm", "report")
 
 
 def main() -> None:
-    """Runs one stage (those before it must be done) or all."""
+    """Run one stage, which needs the stages before it, or all stages."""
+    # Read the command line.
     parser = argparse.ArgumentParser(prog="python -m rlcm_fast.shapes.pretrain", description=__doc__)
     parser.add_argument("stage", choices=(*_STAGES, "all"), help="what to make")
     parser.add_argument("--out", type=Path, required=True, help="folder for the models and the states to resume from")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes and of all training (default 0)")
     parser.add_argument("--num-images", type=int, default=40_000, help="training scenes (default 40,000)")
     parser.add_argument("--num-scored", type=int, default=500, help="images of each cell of the report (default 500)")
-    parser.add_argument("--fraction", type=float, default=1.0, help="share of all training steps, to try it out")
+    parser.add_argument("--fraction", type=float, default=1.0, help="share of all training steps to run, for a trial")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+
+    # Run the stages, in every process that torchrun started.
     is_shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if is_shared:
         dist.init_process_group("gloo")
@@ -42,13 +45,13 @@ def main() -> None:
         with _main_process_first():
             _prepare(stage, arguments)
         _RUN[stage](arguments)
-    if is_shared:  # another group is its maker's
+    if is_shared:  # destroy only the group that was made here
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def _main_process_first() -> Iterator[None]:
-    """The others find the files that the first one makes."""
+    """Run the block in the main process first, so that the others find its files."""
     if dist.is_initialized() and dist.get_rank() > 0:
         dist.barrier()
     yield
@@ -57,7 +60,7 @@ def _main_process_first() -> Iterator[None]:
 
 
 def _prepare(stage: str, arguments: argparse.Namespace) -> None:
-    """Makes the data that a stage reads."""
+    """Make the data that a stage reads."""
     if stage != "report":
         _dataset(arguments)
     if stage in ("teacher", "lcm"):
@@ -84,10 +87,9 @@ def _teacher(arguments: argparse.Namespace) -> None:
 
 
 def _lcm(arguments: argparse.Namespace) -> None:
-    from_teacher = _trained_teacher(arguments)  # at once, from its finished state
-    _, captions = _dataset(arguments)
+    from_teacher = _trained_teacher(arguments)  # returns at once, from the finished state
     cycles = _scaled(lcm.FIRST_CYCLE, arguments), _scaled(lcm.SECOND_CYCLE, arguments)
-    made = lcm.distil(from_teacher, _latents(arguments), captions, arguments.out, arguments.seed, cycles)
+    made = lcm.distil(from_teacher, _captioned_latents(arguments), arguments.out, arguments.seed, cycles)
     folders.save_lcm(_load_vae(arguments, "vae_final"), from_teacher.text_encoder, made, arguments.out / "lcm")
 
 
@@ -98,13 +100,12 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _trained_teacher(arguments: argparse.Namespace) -> teacher.Denoiser:
-    _, captions = _dataset(arguments)
     cycles = _scaled(teacher.FIRST_CYCLE, arguments), _scaled(teacher.SECOND_CYCLE, arguments)
-    return teacher.train_teacher(_latents(arguments), captions, arguments.out, arguments.seed, cycles)
+    return teacher.train_teacher(_captioned_latents(arguments), arguments.out, arguments.seed, cycles)
 
 
 def _dataset(arguments: argparse.Namespace) -> tuple[Tensor, list[str]]:
-    """Rendered once and kept."""
+    """The training images and their captions, rendered once and kept."""
     path = arguments.out / "images.pt"
     if not path.exists():
         torch.save(dataset.training_images(arguments.num_images, arguments.seed), path)
@@ -112,13 +113,18 @@ def _dataset(arguments: argparse.Namespace) -> tuple[Tensor, list[str]]:
 
 
 def _latents(arguments: argparse.Namespace) -> Tensor:
-    """Scaled latents of the training images, computed once and kept."""
+    """The scaled latents of the training images, computed once and kept."""
     path = arguments.out / "latents.pt"
     if not path.exists():
         autoencoder = _load_vae(arguments, "vae_joint")
         images, _ = _dataset(arguments)
         torch.save(vae.encode(autoencoder, images) * autoencoder.config["scaling_factor"], path)
     return torch.load(path, weights_only=True)
+
+
+def _captioned_latents(arguments: argparse.Namespace) -> dataset.CaptionedLatents:
+    _, captions = _dataset(arguments)
+    return dataset.CaptionedLatents(_latents(arguments), captions)
 
 
 def _load_vae(arguments: argparse.Namespace, name: str) -> AutoencoderTiny:

@@ -1,7 +1,7 @@
-"""Writes the trained parts as diffusers folders that stock pipelines load: UNet and VAE in half precision.
+"""Writes the trained parts as diffusers folders that stock pipelines load, with UNet and VAE in half precision.
 
-The text encoder (1.2 MB) stays in float32: transformers loads weights in the precision they are stored in, diffusers in
-float32, and a pipeline of both kinds would not run without a `torch_dtype`.
+The text encoder (1.2 MB) stays in float32. transformers loads weights in the precision in which they are stored, but
+diffusers loads them in float32. A pipeline with both precisions would not run without a `torch_dtype`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rlcm_fast.shapes.pretrain.text import new_tokenizer
 def save_teacher(
     vae: AutoencoderTiny, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, folder: Path
 ) -> StableDiffusionPipeline:
-    """The diffusion teacher, with DDIM as its sampler."""
+    """Write the diffusion teacher, with DDIM as its sampler."""
     scheduler = DDIMScheduler.from_config(noise_schedule().config, set_alpha_to_one=False, clip_sample=False)
     pipeline = StableDiffusionPipeline(
         vae,  # type: ignore[arg-type]
@@ -45,7 +45,7 @@ def save_teacher(
 def save_lcm(
     vae: AutoencoderTiny, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, folder: Path
 ) -> LatentConsistencyModelPipeline:
-    """The latent consistency model, distilled on 50 steps."""
+    """Write the latent consistency model, which was distilled on 50 steps."""
     scheduler = LCMScheduler.from_config(noise_schedule().config, original_inference_steps=50, clip_sample=False)
     pipeline = LatentConsistencyModelPipeline(
         vae,  # type: ignore[arg-type]
@@ -64,7 +64,8 @@ def _save(pipeline: Any, folder: Path) -> Any:
     pipeline.unet.half()
     pipeline.vae.half()
     pipeline.save_pretrained(folder)
-    config = folder / "vae" / "config.json"  # where the VAE came from, and what the class derives itself (it warns)
+    # Drop the path that the VAE came from, and a value that its class derives and would warn about.
+    config = folder / "vae" / "config.json"
     dropped = ("_name_or_path", "block_out_channels")
     values = {key: value for key, value in json.loads(config.read_text()).items() if key not in dropped}
     config.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""Scores the made models with the detector and draws a grid: the table and the picture of the folder's README.
+"""Scores the models with the detector and draws a grid: the table and the picture of the folder's README.
 
-Stock diffusers pipelines draw the images, nothing of ours; captions are drawn evenly from the split's one-shape and
-two-shape captions, noise from fixed seeds.
+Stock diffusers pipelines draw the images, without any of our code. The captions are spread evenly over the one-shape
+and two-shape captions of a split, and the noise comes from fixed seeds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KINDS = {"one": one_shape_captions, "two": two_shape_captions}
 
 
 def write_report(folder: Path, seed: int, num_images: int) -> None:
-    """`folder` holds teacher/ and lcm/; writes scores.csv and grid.png beside them."""
+    """Write scores.csv and grid.png into `folder`, beside teacher/ and lcm/."""
     rows = list(_rows(folder, seed, num_images))
     with (folder / "scores.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -38,13 +38,14 @@ def write_report(folder: Path, seed: int, num_images: int) -> None:
 
 
 def _rows(folder: Path, seed: int, num_images: int) -> Iterator[dict[str, Any]]:
-    """One row a model, step count, kind of caption and split; half of `num_images` go to each kind."""
+    """One row per model, step count, kind of caption and split; each kind gets half of `num_images`."""
     runs = [("lcm", steps) for steps in _LCM_STEPS] + [("teacher", steps) for steps in _TEACHER_STEPS]
     for name, steps in tqdm(runs, desc="scoring"):
         pipeline = _load(folder, name)
         for split in ("training", "held-out"):
             for kind in _KINDS:
                 captions = _captions(kind, split == "held-out", num_images // 2, seed)
+                # Draw and score the images of one cell of the table.
                 images = draw(pipeline, captions, steps, _guidance(name), seed)
                 scores = score_images(images, captions).double()
                 yield {
@@ -61,7 +62,7 @@ def _rows(folder: Path, seed: int, num_images: int) -> Iterator[dict[str, Any]]:
 
 
 def draw(pipeline: Any, captions: list[Caption], steps: int, guidance_scale: float, seed: int) -> Tensor:
-    """Images (N, 3, 64, 64) in [0, 1]; batch i has the noise of seed + i."""
+    """Draw images (N, 3, 64, 64) in [0, 1]; the batch that begins at caption i has the noise of seed + i."""
     batches = []
     for first in range(0, len(captions), _BATCH_SIZE):
         generator = torch.Generator().manual_seed(seed + first)
@@ -74,7 +75,7 @@ def draw(pipeline: Any, captions: list[Caption], steps: int, guidance_scale: flo
 
 
 def _captions(kind: str, held_out: bool, count: int, seed: int) -> list[Caption]:
-    """`count` captions: every one equally often, in a random order."""
+    """The texts of `count` images: every caption equally often, in a random order."""
     captions = _KINDS[kind](held_out)
     order = np.random.default_rng(seed).permutation(max(count, len(captions)))
     return [captions[index % len(captions)] for index in order[:count]]
@@ -92,13 +93,13 @@ def _load(folder: Path, name: str) -> Any:
 
 
 def _write_grid(folder: Path, seed: int) -> None:
-    """Eight captions, a row for each sampler: the LCM by step count, then the teacher."""
+    """Write a grid of eight captions with a row for each sampler: the LCM by step count, then the teacher."""
     captions = _captions("one", False, 2, seed) + _captions("one", True, 1, seed)
     captions += _captions("two", False, 3, seed) + _captions("two", True, 2, seed)
     images, texts = [], []
     for name, steps in [("lcm", 1), ("lcm", 2), ("lcm", 4), ("lcm", 8), ("teacher", 50)]:
-        drawn = draw(_load(folder, name), captions, steps, _guidance(name), seed)
-        scores = score_images(drawn, captions).tolist()
-        images.append(drawn)
+        pictures = draw(_load(folder, name), captions, steps, _guidance(name), seed)
+        scores = score_images(pictures, captions).tolist()
+        images.append(pictures)
         texts += [f"{name} {steps}: {c} [{score:.2f}]" for c, score in zip(captions, scores, strict=True)]
     captioned_grid(torch.cat(images), texts, columns=len(captions)).save(folder / "grid.png")

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer whose merges spell the grammar's words, one token a word, and a small CLIP text encoder."""
+"""Makes a CLIP tokenizer with one token per word of the grammar, and a small CLIP text encoder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def new_tokenizer() -> CLIPTokenizer:
-    """Byte-pair merges that make each word of the grammar one token; other words are spelt in pieces."""
+    """A tokenizer whose byte-pair merges make each word of the grammar one token; it spells other words in pieces."""
+    # Begin with single letters, inside and at the end of a word.
     words = sorted({"a", *COLOURS, *SHAPES, *(word for relation in RELATIONS for word in relation.split())})
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     tokens = dict.fromkeys(letters + [f"{letter}</w>" for letter in letters])
     merges: list[tuple[str, str]] = []
+
+    # Add the merges that each word still needs.
     for word in words:
         pieces = _apply(merges, [*word[:-1], f"{word[-1]}</w>"])
-        while len(pieces) > 1:  # what is added comes last in rank, so words before this one stay one token
+        while len(pieces) > 1:  # new merges come last in rank, so the words before this one stay one token
             merges.append((pieces[0], pieces[1]))
             pieces = [pieces[0] + pieces[1], *pieces[2:]]
             tokens[pieces[0]] = None
@@ -33,7 +36,7 @@ def new_tokenizer() -> CLIPTokenizer:
 
 
 def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
-    """Byte-pair encoding: each merge in the order of its rank, wherever it fits."""
+    """Encode byte pairs: apply each merge in the order of rank, wherever it fits."""
     for first, second in merges:
         index = 0
         while index < len(pieces) - 1:
@@ -44,7 +47,7 @@ def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers of width 128; trained together with the teacher."""
+    """A new text encoder of two layers and width 128; the teacher trains it."""
     special: dict[str, Any] = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
         for name, token in {"bos": _START, "eos": _END, "pad": _END}.items()
@@ -63,6 +66,6 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token ids (N, MAX_TOKENS) int64, padded as diffusers' pipelines do."""
+    """The token ids (N, MAX_TOKENS) int64, padded as in diffusers' pipelines."""
     batch = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     return torch.as_tensor(batch.input_ids)

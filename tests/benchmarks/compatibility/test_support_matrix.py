@@ -1,4 +1,4 @@
-"""The support matrix: its results are today's, the README shows them, and what judges a cell notices what is wrong."""
+"""The support matrix: its results are today's, docs/memory.md shows them, and what judges a cell notices a fault."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_refused_is_what_validate_refuses_today_and_in_its_words(rows: list[dict
         assert (row["outcome"], row["reason"]) == ("refused" if reason else "works", reason), cell
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results(rows: list[dict[str, str]]):
-    assert support_matrix.markdown(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_tables_of_the_docs_are_those_of_the_results(rows: list[dict[str, str]]):
+    assert support_matrix.markdown(rows) in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
 
 
 def test_a_failure_shows_in_the_table(rows: list[dict[str, str]]):

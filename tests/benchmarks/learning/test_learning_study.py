@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from rlcm_fast.config import parse_config, to_yaml
-from rlcm_fast.config.checks import derived, validate
+from rlcm_fast.config.checks import validate
+from rlcm_fast.config.resolved import resolve
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "learning"
 CONFIGS = FOLDER.parent.parent / "configs" / "shapes"
@@ -87,8 +88,7 @@ def test_every_arm_of_a_figure_is_a_valid_config(load: Callable[[str], ModuleTyp
 def test_rlcm_and_ddpo_are_given_the_same_rewards(load: Callable[[str], ModuleType], reward: str):
     configs = [parse_config(arm.arguments(0, Path("run"))) for arm in load("learning.rlcm_against_ddpo").arms(reward)]
     for config in configs:
-        validate(config, 1)
-        assert derived(config, 1)["samples_per_iteration"] == (96 if reward == "alignment" else 64)
+        assert validate(config, 1).sizes.samples_per_iteration == (96 if reward == "alignment" else 64)
         assert config.update.kl_weight == 0
         assert [r.name for r in config.rewards] == [r.name for r in configs[0].rewards]
     weights = {tuple(reward.weight for reward in config.rewards) for config in configs}
@@ -116,13 +116,12 @@ def test_every_arm_has_its_own_rate_and_another_figure_tunes_its_own_arms_only(
 
 
 def test_specialists_of_the_joint_figure_have_the_queries_of_the_joint_model(load: Callable[[str], ModuleType]):
-    from rlcm_fast.config.tasks import tasks_of
-
     arms = load("learning.joint").arms()
     mixed, by_task, *alone = every = [parse_config(arm.arguments(0, Path("run"))) for arm in arms]
     assert (mixed.task_schedule, by_task.task_schedule) == ("mixed", "by_task")
-    assert [tasks_of(config) for config in alone] == [[task] for task in tasks_of(mixed)]
-    assert tasks_of(by_task) == tasks_of(mixed)
+    tasks = resolve(mixed, 1).tasks
+    assert [resolve(config, 1).tasks for config in alone] == [(task,) for task in tasks]
+    assert resolve(by_task, 1).tasks == tasks
     assert {(config.num_iterations, config.update.kl_weight) for config in every} == {(60, 0.02)}
 
 
@@ -204,9 +203,10 @@ def test_scores_of_several_processes_are_those_of_one(
     load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     exports, arms = load("learning.exports"), load("learning.arms")
-    monkeypatch.setattr(exports, "_measured", lambda model, *asked: {"model": model})
+    monkeypatch.setattr(exports, "_measured", lambda model, exam: {"model": model})
     arguments = argparse.Namespace(runs=tmp_path, seeds=[0, 1, 2])
-    asked = ([arms.Arm("a", "joint"), arms.Arm("b", "joint")], arguments, "shapes:one", ["jpeg_compressibility"], 4, 8)
+    exam = exports.Exam("shapes:one", ["jpeg_compressibility"], num_steps=4, num_images=8)
+    asked = ([arms.Arm("a", "joint"), arms.Arm("b", "joint")], arguments, exam)
     found = exports.scores_by_arm(*asked)  # kept, so that the other processes need not draw
     assert found == {
         name: [{"model": str(tmp_path / name / f"seed_{seed}" / "export")} for seed in range(3)] for name in "ab"

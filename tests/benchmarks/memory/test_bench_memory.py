@@ -19,13 +19,13 @@ GIB = 2**30
 
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
 def test_every_case_is_two_whole_micro_batches(case: Case):
-    from rlcm_fast.config.checks import derived
+    from rlcm_fast.config.resolved import resolve
 
     config = bench_memory.config_of(case, "unused")
-    numbers = derived(config, 1)
-    micro_batches = numbers["micro_batches_per_update_and_process"] * config.update.num_updates
+    sizes = resolve(config, 1).sizes
+    micro_batches = sizes.micro_batches_per_update_and_process * config.update.num_updates
     assert micro_batches == 2
-    assert numbers["samples_per_iteration"] == config.rollout.micro_batch_size == config.update.micro_batch_size
+    assert sizes.samples_per_iteration == config.rollout.micro_batch_size == config.update.micro_batch_size
 
 
 def test_targets_and_at_least_twelve_configurations_are_among_the_cases():

@@ -84,8 +84,8 @@ def test_a_random_model_draws_images_like_a_loaded_one(kind: str, tmp_path: Path
     save = {"lcm": tiny_pipelines.save_lcm, "sdxl": tiny_pipelines.save_sdxl}[kind]
     architecture = with_vocabulary_of_clip(load_architecture(save(tmp_path / kind)))
     pipeline = random_pipeline(architecture, torch.bfloat16, "cpu")
-    monkeypatch.setattr("random_models.load_architecture", lambda path: architecture)
-    monkeypatch.setattr("random_models.random_pipeline", lambda *_: pipeline)
+    monkeypatch.setattr("benchmarks.shared.random_models.load_architecture", lambda path: architecture)
+    monkeypatch.setattr("benchmarks.shared.random_models.random_pipeline", lambda *_: pipeline)
     with random_weights("cpu"):  # some/model is no folder, so nothing is loaded
         backbone = Backbone.load(ModelConfig("some/model"), torch.device("cpu"), torch.bfloat16, is_consistency=True)
     assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in backbone.unet.parameters())

@@ -89,20 +89,21 @@ def test_other_work_than_the_papers_is_refused(options, override, message: str, 
 
 def test_trl_runs_an_epoch_where_it_is_installed(one_process: None, tiny_sd_folder: str):
     pytest.importorskip("trl")
-    from benchmarks.speed.trl_ddpo import ddpo_epoch, reason_missing
+    from benchmarks.speed.trl_ddpo import Batches, ddpo_epoch, reason_missing
     from rlcm_fast.rewards import build_reward
     from rlcm_fast.trajectory import Prompt
 
     assert reason_missing() is None
     rewards: Any = [(build_reward("jpeg_compressibility", {}), 1.0)]
-    ddpo_epoch(tiny_sd_folder, [Prompt(text) for text in TEXTS], rewards, num_samples=2, batch_size=1, num_steps=2)()
+    batches = Batches(num_samples=2, batch_size=1, num_steps=2)
+    ddpo_epoch(tiny_sd_folder, [Prompt(text) for text in TEXTS], rewards, batches)()
     with pytest.raises(ValueError, match="trl_samples=3 must divide by trl_batch_sizes=2"):
-        ddpo_epoch(tiny_sd_folder, [], rewards, num_samples=3, batch_size=2, num_steps=2)
+        ddpo_epoch(tiny_sd_folder, [], rewards, Batches(num_samples=3, batch_size=2, num_steps=2))
 
 
 def test_a_stage_stops_while_another_runs_within_it(monkeypatch: pytest.MonkeyPatch):
     ticks = iter([0.0, 1.0, 3.0, 7.0])
-    monkeypatch.setattr("stage_clock.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("benchmarks.shared.stage_clock.time.perf_counter", lambda: next(ticks))
     clock = StageClock()
     with clock.stage("training: rest"), clock.stage("training: backward"):
         pass

@@ -18,7 +18,7 @@ from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import AdvantagesConfig, ModelConfig, PolicyConfig, UpdateConfig
 from rlcm_fast.engine.base import Engine
 from rlcm_fast.parallel import Turn
-from rlcm_fast.policies import GaussianPolicy, build_policy
+from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.policies.consistency import guidance_embedding
 from rlcm_fast.prompts import PromptSampler, Share
 from rlcm_fast.stages.update import Updater
@@ -75,7 +75,7 @@ def conditioning(backbone: Backbone) -> Conditioning:
 def policy_of(backbone: Backbone, last_step: Any, unet: Any = None) -> GaussianPolicy:
     config = PolicyConfig(num_steps=H, last_step=last_step)
     unet = unet or copy.deepcopy(backbone.unet)
-    return build_policy(config, unet, backbone.unet.config, backbone.scheduler_config, torch.float32, CPU)
+    return build_policy(config, Network(unet, backbone.unet.config), backbone.scheduler_config)
 
 
 def loop_of(backbone: Backbone, **habits: Any) -> PaperLoop:
@@ -108,7 +108,7 @@ def our_gradient(backbone: Backbone, trajectory: Trajectory, last_step: str) -> 
     network = copy.deepcopy(backbone.unet)
     engine = GradientsOnly(network, trajectory.num_transitions // UPDATE.micro_batch_size)
     policy = policy_of(backbone, last_step, engine)
-    weights = PPO().weights(ADVANTAGES)  # clamped, as the trainer has them
+    weights = PPO().sample_weights(ADVANTAGES)  # clamped, as the trainer has them
     Updater(policy, PPO(), engine, UPDATE).update(trajectory, weights, Turn(0))
     return gradient_of(network)
 

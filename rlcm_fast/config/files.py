@@ -1,0 +1,80 @@
+"""Files by name: which YAML file `--config` means, and which files a YAML file means.
+
+--config my.yaml                 a path, from the current folder
+--config shapes/compressibility  a config that ships with rlcm_fast, from any folder; a path that exists wins
+source: animals.txt              in a YAML file: the file beside it, else the one in the current folder
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+# The first line of every config that we write. A run's config.yaml must mean the files that the command meant which
+# started the run, and not what lies beside it in the run's folder.
+RESOLVED = "# Written by rlcm_fast. Relative paths begin at the folder that a command runs in, not at this file's."
+
+_SHIPPED = (Path(__file__).parent.parent / "configs").resolve()  # in a checkout a symbolic link to ../configs
+_BRACES = re.compile(r"\{[^{}]*\}")
+
+
+class MayBeFile:
+    """Marks a field whose text may name a file, which a YAML file may name by its place beside itself."""
+
+
+Source = Annotated[str, MayBeFile()]  # shapes:one, hf:PATH, package.module:function, or a file, a folder, a pattern
+
+
+def find_config(name: str) -> Path:
+    """The YAML file of a path, or of the name of a config that ships; raises ValueError where there is neither."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_configs()
+    known = name.removesuffix(".yaml")
+    if known in shipped:
+        return shipped[known]
+    near = _closest(known.removeprefix("configs/"), list(shipped))
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(
+        f"config={name} is not a file; give the path of a YAML file, or the name of a config that ships: {hint}"
+        "`rlcm-fast configs` lists them"
+    )
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The files of the configs that ship, by name, as shapes/compressibility."""
+    files = sorted(_SHIPPED.glob("*/*.yaml"))
+    return {file.relative_to(_SHIPPED).with_suffix("").as_posix(): file for file in files}
+
+
+def summary_of(file: Path) -> str:
+    """What a config is for: the first sentence of its first line, which is a comment."""
+    with file.open(encoding="utf-8") as lines:
+        sentence, period, _ = lines.readline().removeprefix("#").strip().partition(". ")
+    return sentence + period.strip()
+
+
+def beside(folder: Path, text: str) -> str:
+    """The path of what `text` names in `folder`, where a YAML file lies; the text itself where that is nothing.
+
+    Names with a colon (shapes:one, hf:PATH, package.module:function) are no paths. Shards of pairs may be a pattern
+    with braces and globs, which is there if anything matches it.
+    """
+    if not text or ":" in text or os.path.isabs(os.path.expanduser(text)):
+        return text
+    path = os.path.normpath(folder / text)
+    return path if os.path.exists(path) or _matches(folder, text) else text
+
+
+def _matches(folder: Path, pattern: str) -> bool:
+    return pattern.endswith(".tar") and bool(glob.glob(_BRACES.sub("*", pattern), root_dir=folder))
+
+
+def _closest(name: str, shipped: list[str]) -> list[str]:
+    """Up to two names that are near: the name itself, those with its last part, or those that look like it."""
+    same = [other for other in shipped if other.rpartition("/")[2] == name.rpartition("/")[2]]
+    return [name] if name in shipped else same[:2] or difflib.get_close_matches(name, shipped, n=2)

@@ -1,0 +1,239 @@
+"""README and pages: their code runs, their commands name options and files that exist, and each page keeps its form."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GENERATED = ROOT / "docs" / "config.md"  # a command writes it, and a test of its own compares it with the fields
+PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page != GENERATED)
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "rlcm_fast" / "shapes" / "README.md",
+    *PAGES,
+]
+TEXTS = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
+MOST_BYTES_OF_THE_README, MOST_BYTES_OF_A_PAGE = 12_000, 16_384
+MODULES = {"class Redness": "my_rewards", "class Contrast": "my_set_rewards"}  # code block -> the file it is put into
+UNDER = {"your_model_on_24gb.md": "configs/sd15_lcm/full_24gb_guarded.yaml"}  # page -> what its YAML is put on top of
+
+
+class Block(NamedTuple):
+    document: Path
+    text: str
+
+
+def blocks(language: str) -> list[Block]:
+    found = []
+    for document, text in TEXTS.items():
+        found += [Block(document, block) for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+    return found
+
+
+def ids(found: list[Block]) -> list[str]:
+    return [f"{block.document.name}-{number}" for number, block in enumerate(found)]
+
+
+def commands(program: str) -> list[tuple[str, str]]:
+    """(Document, what follows `program` to the end of the command) for every command that calls it."""
+    found = []
+    for document, text in TEXTS.items():
+        found += [(document.name, rest) for rest in re.findall(rf"{program}((?:[^\n\\#`]|\\\n)*)", text)]
+    return found
+
+
+def options_of(command: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[\w.-]+", command))
+
+
+@functools.cache
+def training_options() -> set[str]:
+    from rlcm_fast.config import build_parser
+
+    return {option for action in build_parser()._actions for option in action.option_strings}
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on Python's path with the plug-ins that a reader of the pages writes; each page's by `put_modules`."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    return tmp_path
+
+
+def put_modules(document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for block in blocks("python"):
+        for mark, module in MODULES.items():
+            if block.document == document and mark in block.text:
+                (folder / f"{module}.py").write_text(block.text)
+                monkeypatch.delitem(sys.modules, module, raising=False)
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=ids(blocks("python")))
+def test_every_block_of_python_runs(block: Block):
+    import torch
+
+    from rlcm_fast.kernels.adamw import AdamW8bit
+
+    scope: dict[str, Any] = {"AdamW8bit": AdamW8bit, "unet": torch.nn.Linear(2, 2)}
+    exec(block.text, scope)  # noqa: S102
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=ids(blocks("yaml")))
+def test_every_block_of_yaml_is_a_config_whose_rewards_can_be_built(
+    block: Block, modules: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from rlcm_fast.config import parse_config
+    from rlcm_fast.config.checks import validate
+    from rlcm_fast.config.tasks import tasks_of
+    from rlcm_fast.rewards import build_rewards
+
+    put_modules(block.document, modules, monkeypatch)
+    file = modules / "my_config.yaml"
+    file.write_text(block.text)
+    under = ["--config", UNDER[block.document.name]] if block.document.name in UNDER else []
+    config = parse_config([*under, "--config", str(file)])
+    validate(config, 1)
+    for task in tasks_of(config):
+        assert build_rewards(task.rewards)
+    build_rewards(config.evaluation.rewards)
+
+
+@pytest.mark.parametrize("document", [d for d, text in TEXTS.items() if "class Redness" in text], ids=lambda d: d.name)
+def test_the_reward_of_a_page_scores_red_above_green(document: Path, modules: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    from rlcm_fast.rewards import build_reward, check
+    from rlcm_fast.trajectory import Prompt
+
+    put_modules(document, modules, monkeypatch)
+    arguments = {"strength": 2.0} if "strength: 2.0" in TEXTS[document] else {}
+    reward = build_reward("my_rewards:Redness", arguments)
+    images = torch.zeros(2, 3, 8, 8)
+    images[0, 0], images[1, 1] = 1.0, 1.0  # red, green
+    prompts = [Prompt("a red circle"), Prompt("a green circle")]
+    strength = arguments.get("strength", 1.0)
+    scores = check("my_rewards:Redness", reward(images, prompts), prompts, iteration=0)
+    assert scores.tolist() == [strength, -strength / 2]
+
+
+def test_the_set_reward_of_the_pages_is_told_by_its_group(modules: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    from rlcm_fast.config import parse_config
+    from rlcm_fast.rewards import build_rewards
+    from rlcm_fast.trajectory import Prompt
+
+    page = ROOT / "docs" / "rewards.md"
+    put_modules(page, modules, monkeypatch)
+    config = next(block.text for block in blocks("yaml") if block.document == page and "Contrast" in block.text)
+    (modules / "my_config.yaml").write_text(config)
+    rewards = build_rewards(parse_config(["--config", str(modules / "my_config.yaml")]).rewards)
+    spread, _ = rewards.pop("my_set_rewards:Contrast")
+    images = torch.tensor([0.0, 1.0, 0.5, 0.5]).repeat(4)[:, None, None, None].expand(16, 3, 8, 8)
+    values = spread(images, [Prompt("a circle")] * 16)
+    assert values[0] > 0 > values[2]  # without it the group is less spread out, or more
+    (parity, weight) = rewards["distribution_parity"]
+    assert (weight, parity(torch.full((16, 3, 64, 64), 0.5), [Prompt("a circle")] * 16).max()) == (16.0, 0.0)
+
+
+def test_the_kernels_of_the_pages_run_in_another_trainer(capsys: pytest.CaptureFixture[str]):
+    example = next(block.text for block in blocks("python") if "policy_loss" in block.text)
+    scope: dict[str, Any] = {}
+    exec(example, scope)  # noqa: S102
+    assert scope["m"].grad.abs().sum() > 0
+    assert "tensor(1" in capsys.readouterr().out
+
+
+def test_every_option_of_a_training_command_is_a_field():
+    found = commands(r"rlcm_fast/train\.py")
+    assert len(found) > 20
+    for document, command in found:
+        assert options_of(command) <= training_options(), f"{document}: {command}"
+
+
+@pytest.mark.parametrize("name", ["sample", "evaluate", "plan"])
+def test_every_option_of_a_command_is_one_of_its_own(name: str):
+    from rlcm_fast.cli.main import build_parser
+
+    subcommands = next(action for action in build_parser()._actions if isinstance(action.choices, dict))
+    assert isinstance(subcommands.choices, dict)
+    known = {option for action in subcommands.choices[name]._actions for option in action.option_strings}
+    known |= training_options() if name == "plan" else set()
+    found = commands(f"rlcm-fast {name}(?= )")
+    assert found
+    for document, command in found:
+        assert options_of(command) <= known, f"{document}: {command}"
+
+
+def test_every_file_that_a_text_names_is_there():
+    """Configs, scripts, modules, tests and results; `rlcm/compressibility` is a config by its name."""
+    names = r"(?:configs|benchmarks|rlcm_fast|tests|docs)/[\w/]+\.(?:yaml|txt|py|csv|json|md|png)"
+    for document, text in TEXTS.items():
+        for name in re.findall(rf"(?<![\w/.]){names}", text):
+            if ROOT / name != GENERATED:
+                assert (ROOT / name).is_file(), f"{document.name}: {name}"
+        for name in re.findall(r"`((?:shapes|rlcm|large_scale|sd15_lcm|sdxl_lcm)/[a-z]\w+)`", text):
+            is_there = (ROOT / "configs" / f"{name}.yaml").is_file()
+            assert is_there or name in ("shapes/lcm", "shapes/teacher"), f"{document.name}: {name}"
+
+
+def test_every_link_and_picture_is_there():
+    for document, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            place = document.parent / target
+            is_known = target.startswith("https://") or place.exists() or place.resolve() == GENERATED
+            assert is_known, f"{document.name}: {target}"
+
+
+def test_every_page_is_linked_from_the_readme():
+    for page in [*PAGES, GENERATED]:
+        named = page.name.startswith("learning_study_")  # the study's first page has these
+        text = TEXTS[ROOT / "docs" / "learning_study.md"] if named else TEXTS[ROOT / "README.md"]
+        assert re.search(rf"\]\((docs/)?{page.name}\)", text), page.name
+
+
+def test_the_readme_and_the_pages_are_short():
+    assert len(TEXTS[ROOT / "README.md"].encode()) <= MOST_BYTES_OF_THE_README
+    for page in PAGES:
+        assert len(TEXTS[page].encode()) <= MOST_BYTES_OF_A_PAGE, page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_begins_with_the_question_that_it_answers(page: Path):
+    title, question, answer = TEXTS[page].split("\n\n")[:3]
+    assert re.fullmatch(r"# \S[^\n]*", title)
+    assert re.fullmatch(r"\*[A-Z][^*]*\?\*", question), "the question stands under the title, in italics"
+    assert re.match(r"[\w`(\[*]", answer) and not answer.startswith(("- ", "* ")), "the answer, or its first part"
+
+
+def test_prose_is_ascii_and_120_columns_wide():
+    for document, text in TEXTS.items():
+        assert text.isascii(), document.name
+        for line in text.splitlines():
+            is_prose = not line.startswith(("    ", "|", "!", "  ")) and "](" not in line
+            assert len(line) <= 120 or not is_prose, f"{document.name}: {line}"
+
+
+def test_every_key_that_a_run_logs_is_in_the_table():
+    rooms = ("*.py", "stages/*.py", "algorithms/*.py", "engine/*.py", "planner/report.py")
+    files = [file for room in rooms for file in sorted((ROOT / "rlcm_fast").glob(room))]
+    source = "".join(file.read_text() for file in files)
+    keys = set(re.findall(r'"((?:advantage|ratio|seconds|pretraining|memory)/\w+)"', source))
+    assert len(keys) >= 10
+    keys |= {"iteration", "queries", "lr", "clip_fraction", "approx_kl", "loss", "kl_to_start", "grad_norm"}
+    keys |= {"skipped_transitions", "advantage/zero_variance_groups", "gradient/<task>/norm", "lost_updates"}
+    keys |= {"reward/<name>/mean", "reward/<task>/<name>/mean", "gradient/<task>/<other>/cosine"}
+    keys |= {"eval/<reward>/mean", "eval/<reward>/std", "eval/diversity", "images_per_second"}
+    page = TEXTS[ROOT / "docs" / "runs.md"]
+    table = "".join(line for line in page.splitlines() if line.startswith("| `"))
+    for key in keys:
+        assert f"`{key}`" in table, key
