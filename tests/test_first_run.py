@@ -10,7 +10,7 @@ import tiny_runs
 
 from rlcm_fast.cli.main import main as command
 from rlcm_fast.config import parse_config
-from rlcm_fast.prompts import deal, load_prompts
+from rlcm_fast.prompts import load_prompts, prompts_for_images
 from rlcm_fast.rewards.groups import side_by_side
 from rlcm_fast.train import main
 from rlcm_fast.trainer import Trainer
@@ -44,7 +44,7 @@ def test_its_evaluation_compares_images_of_one_prompt_that_training_never_sees()
     config = parse_config(["--config", GUARDED])
     evaluation, size = config.evaluation, config.rewards[1].group_size
     assert size == config.prompts.images_per_prompt
-    prompts = deal(load_prompts(evaluation.prompts), evaluation.num_images, evaluation.seed)
+    prompts = prompts_for_images(load_prompts(evaluation.prompts), evaluation.num_images, evaluation.seed)
     texts = [prompts[place].text for place in side_by_side(prompts)]
     assert all(len(set(texts[first : first + size])) == 1 for first in range(0, len(texts), size))
     assert not set(texts) & {prompt.text for prompt in load_prompts(config.prompts.source)}

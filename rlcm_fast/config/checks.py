@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from rlcm_fast.config import Config
@@ -14,8 +13,8 @@ from rlcm_fast.config.engine_checks import check_engine
 from rlcm_fast.config.ranges import check_ranges
 from rlcm_fast.config.resolved import ResolvedRun, resolve
 from rlcm_fast.config.reward_checks import check_rewards
-from rlcm_fast.config.sizes import check_sizes
-from rlcm_fast.config.tasks import check_tasks
+from rlcm_fast.config.size_checks import check_sizes
+from rlcm_fast.config.task_checks import check_tasks
 
 _ONE_STEP = (
     "policy.num_steps=1 leaves nothing to train: the last step is deterministic (sigma = 0), it makes the image and is "
@@ -44,11 +43,6 @@ def validate(config: Config, world_size: int) -> ResolvedRun:
     _check_lora(config)
     _check_resume(config)
     return run
-
-
-def derived(config: Config, world_size: int) -> dict[str, int]:
-    """The numbers that follow from the config, as `resolved.Sizes` has them."""
-    return asdict(resolve(config, world_size).sizes)
 
 
 def _check_use(config: Config) -> None:

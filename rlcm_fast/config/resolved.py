@@ -76,12 +76,12 @@ class ResolvedRun:
 
 def resolve(config: Config, world_size: int) -> ResolvedRun:
     """Works out what follows from a config whose numbers are in range; `checks.validate` says whether it can work."""
-    tasks = tuple(tasks_of(config))
+    tasks = tuple(_tasks_of(config))
     rounds = tuple((task,) for task in tasks) if config.task_schedule == "by_task" else (tasks,)
     return ResolvedRun(config, tasks, rounds, _sizes(config, rounds, world_size))
 
 
-def tasks_of(config: Config) -> list[Task]:
+def _tasks_of(config: Config) -> list[Task]:
     """In the order of the config; one called "default" where it names none."""
     prompts = config.prompts
     if config.tasks:

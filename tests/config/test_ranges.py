@@ -105,5 +105,5 @@ def section_of(name: str) -> type:
 
 def test_help_says_which_numbers_a_field_may_have():
     text = " ".join(build_parser().format_help().split())
-    assert "log-probs are means over C, H, W, hence its size. [a number in (0, 1), as 1e-4] (type: float" in text
-    assert "Seed of everything random; processes derive their own from it. [0 or more] (type: int" in text
+    assert "because log-probs are means over C, H, W. [a number in (0, 1), as 1e-4] (type: float" in text
+    assert "Seed of everything random; each process derives its random numbers from it. [0 or more] (type: int" in text

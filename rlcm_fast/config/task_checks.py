@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from rlcm_fast.config import Config
-from rlcm_fast.config.resolved import ResolvedRun, Task, resolve, tasks_of
-
-__all__ = ["Task", "check_tasks", "rounds_of", "tasks_of"]
-
-
-def rounds_of(config: Config) -> list[list[Task]]:
-    """Which tasks share a rollout and its updates, in turn; an iteration is all rounds."""
-    return [list(tasks) for tasks in resolve(config, 1).rounds]
+from rlcm_fast.config.resolved import ResolvedRun, Task
 
 
 def check_tasks(run: ResolvedRun) -> None:

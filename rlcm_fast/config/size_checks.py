@@ -16,12 +16,6 @@ def check_sizes(run: ResolvedRun) -> None:
     _check_pretraining(run.config, run.sizes.num_processes)
 
 
-def num_pretraining(config: Config, world_size: int) -> int:
-    """Micro-batches of real pairs in an update, on each process."""
-    own = config.pretraining
-    return own.batch_size // world_size // own.micro_batch_size if own.weight > 0 else 0
-
-
 def _check_updates(run: ResolvedRun, tasks: Sequence[Task]) -> None:
     """Updates share a round's transitions evenly, and micro-batches fill an update (check_tasks: whole prompts)."""
     update, world_size = run.config.update, run.sizes.num_processes
