@@ -29,6 +29,7 @@ from rlcm_fast.kernels import dispatch
 from rlcm_fast.planner.report import MemoryReport
 from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.run_folder.export import Exporter
+from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.evaluation import Evaluation, build_evaluation
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.stages.real_images import RealImages, check_pairs
@@ -87,10 +88,12 @@ def build(config: Config, device: torch.device) -> Parts:
     run = resolve(config, parallel.world_size())
     memory = MemoryReport(config, device)
     tasks = Tasks(run, parallel.rank())
+    say(f"rewards built: {', '.join(tasks.reward_names)}")
     check_pairs(config.pretraining)
 
     # Load the pipeline, and copy its network before anything is trained.
     torch.manual_seed(config.seed)
+    say(f"loading {config.model.path}")
     backbone = _load_backbone(config, device)
     start_network = _start_network(backbone, config)
 

@@ -48,6 +48,11 @@ class Tasks:
         by_task = {task.name: build_advantages(task.advantages, config.advantages) for task in run.tasks}
         self.advantages: Advantages = TaskAdvantages(by_task) if self.are_several else by_task["default"]
 
+    @property
+    def reward_names(self) -> list[str]:
+        """The names of all rewards, those of the evaluation last, each once."""
+        return list(dict.fromkeys(name for rewards in (*self.trained.values(), self.watched) for name in rewards))
+
     def next_batch(self, names: Sequence[str]) -> list[Prompt]:
         """Returns the prompts of a round that this process draws images for."""
         return [prompt for name in names for prompt in self._samplers[name].next_batch()]

@@ -115,12 +115,14 @@ def _read_run(argv: Sequence[str], rank: int, world_size: int) -> ResolvedRun:
 
     Raises ValueError for everything that can be known to fail before weights load.
     """
+    from rlcm_fast import quiet
     from rlcm_fast.backbones.loading import resolve_model
     from rlcm_fast.config import parse_config
     from rlcm_fast.config.checks import validate
 
     with _silent_unless(rank == 0):
         config = parse_config(argv)
+        quiet.hush_libraries(config.debug)
         run = validate(config, world_size)
         resolve_model(config.model)
         _check_plugins(run)

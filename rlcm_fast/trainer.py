@@ -55,6 +55,7 @@ class Trainer:
         with self.interruption, contextlib.closing(self.tracker), contextlib.closing(self.parts):
             try:
                 self.parts.memory.verdict(self.tracker.say)
+                self.tracker.begin(self.tasks.num_samples)
                 for iteration in range(self.iteration, self.config.num_iterations):
                     self.before = self.state_dict()
                     evaluated = self.evaluate(iteration)  # before this iteration's updates

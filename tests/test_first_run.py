@@ -56,7 +56,7 @@ def test_the_plan_of_the_page_is_the_planners(capsys: pytest.CaptureFixture[str]
     said, page = capsys.readouterr().out, PAGE.read_text(encoding="utf-8")
     peaks = re.findall(r"peak of \w+ +[\d.]+", said)
     assert peaks and all(peak in page for peak in peaks)
-    fits = re.findall(r"it fits: .*|largest micro-batches .*|seconds an iteration: \d+", said)
+    fits = re.findall(r"it fits: .*|largest micro-batches .*|seconds per iteration: \d+", said)
     assert len(fits) == 3 and all(line in page for line in fits)
 
 

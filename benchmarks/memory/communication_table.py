@@ -16,21 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shared.reporting import write_csv
-from rlcm_fast.planner.communication import Network, Workload, bytes_sent, efficiency, smallest_global_batch
+from rlcm_fast.planner.communication import Network, TrafficCase, bytes_sent, efficiency, smallest_global_batch
 
 NUM_WEIGHTS = 859_600_000
 FLOP_PER_SAMPLE = 28.4e12  # 8 steps sampled and trained, VAE included
 PEAK_FLOPS = 989e12  # H100, bfloat16 without sparsity, as its maker says
 UTILISATION = 0.5  # assumed
-WORK = Workload(
-    NUM_WEIGHTS,
-    bytes_per_weight=2,
-    seconds_per_sample=FLOP_PER_SAMPLE / (PEAK_FLOPS * UTILISATION),
-    transitions_per_sample=8,
-    micro_batch_size=8,
-    rollout_steps=8,
-    rollout_micro_batch_size=8,
-)
 NETWORKS = {  # what their makers say, of which a run reaches a part
     "8 x 400 Gb/s a node": Network(within_node=450e9, between_nodes=400e9),
     "100 Gb/s a node": Network(within_node=450e9, between_nodes=12.5e9),
@@ -56,24 +47,39 @@ def table(samples: int, least: float) -> list[dict[str, Any]]:
 
 def _row(network: str, stage: int, num_gpus: int, samples: int, least: float) -> dict[str, Any]:
     # What a process sends in an update.
-    of_network = NETWORKS[network]
-    forwards = -(-samples // WORK.rollout_micro_batch_size) * WORK.rollout_steps
-    sent = bytes_sent(stage, num_gpus, WORK.num_weights * WORK.bytes_per_weight, samples, forwards)
+    case = _case(NETWORKS[network], stage, num_gpus)
+    forwards = -(-samples // case.rollout_micro_batch_size) * case.rollout_steps
+    sent = bytes_sent(stage, num_gpus, case.num_weights * case.bytes_per_weight, samples, forwards)
     row = {
         "network": network,
         "zero_stage": stage,
         "gpus": num_gpus,
         "samples_per_gpu": samples,
         "gigabytes_sent_per_update": round(sent / 1e9, 3),
-        "milliseconds": round(1e3 * sent / of_network.bandwidth(num_gpus), 2),
-        "efficiency_without_overlap": round(efficiency(WORK, of_network, stage, num_gpus, samples), 4),
+        "milliseconds": round(1e3 * sent / case.network.bandwidth(num_gpus), 2),
+        "efficiency_without_overlap": round(efficiency(case, samples), 4),
     }
 
     # The smallest batch with which that costs little.
     for overlap in (0.0, 0.5):
-        batch = smallest_global_batch(WORK, of_network, stage, num_gpus, least, overlap)
+        batch = smallest_global_batch(case, least, overlap)
         row[f"batch_{least:g}_overlap_{overlap:g}"] = "never" if batch is None else batch
     return row
+
+
+def _case(network: Network, stage: int, num_gpus: int) -> TrafficCase:
+    return TrafficCase(
+        network,
+        stage,
+        num_gpus,
+        NUM_WEIGHTS,
+        bytes_per_weight=2,
+        seconds_per_sample=FLOP_PER_SAMPLE / (PEAK_FLOPS * UTILISATION),
+        transitions_per_sample=8,
+        micro_batch_size=8,
+        rollout_steps=8,
+        rollout_micro_batch_size=8,
+    )
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

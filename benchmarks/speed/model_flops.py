@@ -29,7 +29,7 @@ def flops_of(config: Config) -> dict[str, float]:
 
     forward, model = total("none")
     executed = model if strategy.recompute == "none" else total(strategy.recompute)[1]
-    return {"forward": forward, "model": model, "executed": executed + (forward if strategy.has_reference else 0.0)}
+    return {"forward": forward, "model": model, "executed": executed + (forward if strategy.has_start_model else 0.0)}
 
 
 def matmul_tflops(config: Config) -> float:

@@ -10,6 +10,7 @@ consistency policy, they get an LCMScheduler with the same noise levels, as thei
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from rlcm_fast import quiet
 from rlcm_fast.backbones.loading import resolve_model
 from rlcm_fast.config import ModelConfig
 
@@ -135,6 +137,9 @@ def _one_line(named: str, remedy: str, *kinds: type[Exception]) -> Iterator[None
 
 def _silence_loading() -> None:
     """Silence diffusers and transformers, whose messages while loading help no user; errors are still raised."""
+    if quiet.is_debug():
+        return
+    logging.getLogger(quiet.MISSING_WEIGHTS).setLevel("ERROR")
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

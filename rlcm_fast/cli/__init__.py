@@ -1,1 +1,1 @@
-"""The console script rlcm-fast: look at a model, measure it, find a config, plan a training; a file per command."""
+"""The console script rlcm-fast: draw images, score a model, find a config, plan a training; one file per command."""

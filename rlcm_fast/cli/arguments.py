@@ -1,4 +1,4 @@
-"""The arguments that sampling and evaluating share."""
+"""The arguments that `rlcm-fast sample` and `rlcm-fast evaluate` share."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     lora = "a LoRA to add to the model: the lora/ folder of a run, a .safetensors file or a hub id"
     parser.add_argument("--lora", metavar="DIR", help=lora)
     parser.add_argument("--revision", help="revision of a hub id")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, help="classifier-free guidance; 1 is none")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the noise")
     parser.add_argument("--batch-size", type=positive_int, default=16, help="images drawn at once")
-    parser.add_argument("--device", help="cpu, cuda, ...; left out: cuda where there is one")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
 
 
 def positive_int(text: str) -> int:

@@ -1,6 +1,6 @@
-"""Measure a model by rewards, at one or several numbers of steps, as JSON.
+"""Score a model by rewards, at one or several numbers of steps, as JSON.
 
-The order of the prompts depends on the seed alone, so models are compared on the same prompts and noise.
+The order of prompts depends on the seed only, so models are compared on the same prompts and noise.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     names = (
         "one or more of jpeg_compressibility, shapes_alignment, ... (a wrong name lists all), package.module:Class, or "
-        "as in a config, as '{name: distribution_parity, arguments: {classifier: shapes_colour}, group_size: 16}'"
+        "as in a config: '{name: distribution_parity, arguments: {classifier: shapes_colour}, group_size: 16}'"
     )
     parser.add_argument("--rewards", nargs="+", required=True, metavar="NAME", help=names)
-    source = "prompt source, as prompts.source in a config: shapes:one, ..., a .txt or .jsonl file, hf:DATASET"
+    source = "prompt source, like prompts.source in a config: shapes:one, ..., a .txt or .jsonl file, hf:DATASET"
     parser.add_argument("--prompts", default="shapes:one:held_out", metavar="SOURCE", help=source)
     parser.add_argument(
-        "--num-steps", nargs="+", type=positive_int, default=[4], help="denoising steps, one or several"
+        "--num-steps", nargs="+", type=positive_int, default=[4], help="denoising steps, one or several numbers"
     )
     parser.add_argument("--num-images", type=positive_int, default=64, help="images for each number of steps")
-    parser.add_argument("--out", help="JSON file to write; left out: stdout")
+    parser.add_argument("--out", help="JSON file to write; default: stdout")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def reward_configs(entries: Sequence[str]) -> list[RewardConfig]:
-    """Rewards by name, or as the mapping that a config would hold."""
+    """Parses rewards, each a name or a mapping as in a config."""
     from rlcm_fast.config import parse_config
 
     items = [entry if entry.startswith("{") else json.dumps({"name": entry}) for entry in entries]
@@ -73,14 +73,20 @@ def measure(
     num_steps: int,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Images at one number of steps, scored by every reward, set rewards by group; the time is the images' alone."""
+    """Draws images at one number of steps and scores them by every reward; set rewards score groups.
+
+    The time includes the drawing only.
+    """
     from rlcm_fast.cli.pipelines import draw
     from rlcm_fast.rewards import check_raw_scores, evaluate, score
 
+    # Draw the images. The first call sets up the pipeline, so it is not timed.
     texts = [prompt.text for prompt in prompts]
     settings = (num_steps, arguments.guidance_scale, arguments.seed, arguments.batch_size)
-    draw(pipeline, texts[:1], *settings)  # untimed: what is set up at a pipeline's first call
+    draw(pipeline, texts[:1], *settings)
     images, seconds = draw(pipeline, texts, *settings)
+
+    # Score them.
     scores = {}
     for name, reward in rewards.items():
         raw_scores = check_raw_scores(name, reward, score(reward, images, prompts), prompts, iteration=0)
@@ -93,7 +99,7 @@ def measure(
 
 
 def statistics(values: Tensor) -> dict[str, float]:
-    """Mean, sample standard deviation, and standard error of the mean; both 0 for one value."""
+    """Mean, sample standard deviation, and standard error of the mean; the last two are 0 for a single value."""
     mean = values.double().mean().item()
     std = values.double().std().item() if len(values) > 1 else 0.0
     return {"mean": mean, "std": std, "standard_error": std / len(values) ** 0.5}

@@ -1,4 +1,4 @@
-"""The console script `rlcm-fast`. Light at import: --help and wrong arguments answer without torch."""
+"""The console script `rlcm-fast`. Importing it is cheap: --help and messages about arguments need no torch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from rlcm_fast import quiet
 from rlcm_fast.cli import configs, evaluate, plan, sample
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand. Returns the exit code: 0 done, 2 a user's mistake (one line on stderr), 130 interrupted."""
+    """Runs a subcommand and returns the exit code: 0 done, 2 a user's mistake (one line on stderr), 130 interrupted."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.takes_overrides:
         arguments.overrides = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    quiet.hush_libraries(debug=quiet.is_debug())
     try:
         arguments.run(arguments)
     except ValueError as error:
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="rlcm-fast",
-        description="Look at a model, measure it, find a config and plan its training, which is rlcm_fast/train.py.",
+        description="Draw images, score a model, find a config, plan its training. Train with rlcm_fast/train.py.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module, name in ((sample, "sample"), (evaluate, "evaluate"), (configs, "configs"), (plan, "plan")):
@@ -44,14 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults where there are any."""
+    """Shows the default of each argument that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.required or action.default is None else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for a wrong argument instead of the whole usage."""
+    """Prints one line for a wrong argument instead of the whole usage."""
 
     def __init__(self, **settings) -> None:
         super().__init__(**{**settings, "allow_abbrev": False})

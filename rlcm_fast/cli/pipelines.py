@@ -1,4 +1,4 @@
-"""Stock diffusers pipelines, loaded and run with one random generator an image."""
+"""Loads stock diffusers pipelines and runs them with one random generator per image."""
 
 # B images, H W pixels
 
@@ -18,7 +18,10 @@ from rlcm_fast.backbones.loading import resolve_lora_path, resolve_model_path
 def load_pipeline(
     model: str, revision: str | None = None, device: str | None = None, lora: str | None = None
 ) -> DiffusionPipeline:
-    """The pipeline of a folder or hub id in evaluation mode, a LoRA fused in: float16 on a GPU, float32 elsewhere."""
+    """Loads the pipeline of a folder or hub id in evaluation mode, and fuses `lora` into it.
+
+    Its dtype is float16 on a GPU and float32 elsewhere.
+    """
     path = resolve_model_path(model, "model")
     lora_path = None if lora is None else resolve_lora_path(lora, "lora")
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -33,7 +36,11 @@ def load_pipeline(
 def draw(
     pipeline: DiffusionPipeline, texts: Sequence[str], num_steps: int, guidance_scale: float, seed: int, batch_size: int
 ) -> tuple[Tensor, float]:
-    """((B, 3, H, W) float32 images in [0, 1] on the CPU, seconds); image i has the noise of seed + i."""
+    """Draws images (B, 3, H, W), float32 in [0, 1] on the CPU, and returns them with the seconds that this took.
+
+    Image i has the noise of seed + i.
+    """
+    # Draw batch by batch; a generator per image makes it independent of its batch.
     batches: list[Tensor] = []
     start = time.perf_counter()
     for first in range(0, len(texts), batch_size):

@@ -1,6 +1,7 @@
 """Tell whether a training config fits on a GPU and how long an iteration takes; needs no GPU, weights or network.
 
-The same config and overrides as train.py; bytes and FLOPs come from running the model's code on tensors without memory.
+It accepts the config and overrides of train.py. Bytes and FLOPs come from running the model's code on tensors without
+memory.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "rlcm-fast plan --config FILE [--gpu NAME] [--section.field VALUE ...]"
-    config = "a YAML file, or a name of `rlcm-fast configs`, as train.py takes it, whose --help has the fields"
+    config = "a YAML file or a name of `rlcm-fast configs`, as for train.py, whose --help lists the fields"
     parser.add_argument("--config", action="append", metavar="FILE", help=config)
-    parser.add_argument("--gpu", metavar="NAME", help="rtx4090, h100, ... (a wrong name lists all); left out: all")
+    parser.add_argument("--gpu", metavar="NAME", help="rtx4090, h100, ... (a wrong name lists all); default: all")
     parser.add_argument("--processes", type=positive_int, default=1, help="GPUs of the run")
-    size = "pixels of a side; left out: what the model's UNet says, which is what train.py draws"
+    size = "pixels per side; default: the size of the model's UNet, which train.py draws"
     parser.add_argument("--image-size", type=positive_int, metavar="PIXELS", help=size)
-    reward = "GiB that reward models take on each GPU; the built-in rewards of a config take none"
+    reward = "GiB that reward models need on each GPU; built-in rewards need none"
     parser.add_argument("--reward-gib", type=float, default=0.0, metavar="GIB", help=reward)
     parser.add_argument("--json", action="store_true", help="bytes and seconds as JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    # Check the arguments before torch is imported.
     from rlcm_fast.backbones.loading import resolve_model_path
     from rlcm_fast.config import parse_config
     from rlcm_fast.config.checks import validate
@@ -46,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     gpus = [find_gpu(arguments.gpu)] if arguments.gpu is not None else list(GPUS.values())
     path = resolve_model_path(config.model.path)
 
+    # Read the model's configs and build the planner.
     from rlcm_fast.planner.architecture import load_architecture
     from rlcm_fast.planner.estimate import GIB, Workload, strategy_of
     from rlcm_fast.planner.seconds import Planner
@@ -55,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     _check_image_size(image_size, architecture.pixels_per_latent)
     planner = Planner(architecture, Workload.of(resolved), round(arguments.reward_gib * GIB))
     strategy = strategy_of(config, image_size or architecture.image_size, architecture.embeds_guidance)
+
+    # Print the plan, for programs or for people.
     if arguments.json:
         print(json.dumps(_report(config, planner, strategy, gpus), indent=2))
         return
@@ -92,7 +97,7 @@ _WORDS = {
     "moments": "optimizer states",
     "vae": "VAE",
     "text_encoders": "text encoders",
-    "reference": "reference copy (KL)",
+    "start_model": "copy of the start model (KL)",
     "ema": "EMA copy",
     "rewards": "reward models",
     "bucket": "DeepSpeed's bucket",
@@ -120,7 +125,7 @@ def _one_gpu(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> 
     return [
         f"{gpu.name}: {gpu.memory_gib:g} GiB, {gpu.bandwidth_gb_s:g} GB/s, {gpu.bf16_tflop_s:g} TFLOP/s bf16, "
         f"{gpu.tf32_tflop_s:g} TF32, {gpu.fp32_tflop_s:g} float32 ({gpu.source})",
-        f"  seconds an iteration: {seconds.iteration:.3g} ({stages}), if {MODEL_FLOPS_UTILISATION:.0%} of the rate is "
+        f"  seconds per iteration: {seconds.iteration:.3g} ({stages}), if {MODEL_FLOPS_UTILISATION:.0%} of the rate is "
         f"reached: {_OF_SECONDS}",
         *(f"  {line}" for line in _verdict(config, planner, strategy, gpu)),
     ]
@@ -146,7 +151,7 @@ def _verdict(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> 
 
 def _remedy(settings: Settings | None) -> str:
     if settings is None:
-        return "nothing that this version can set makes it fit; take a larger GPU, or more of them with ZeRO"
+        return "no setting of this version makes it fit; use a larger GPU, or more GPUs with ZeRO"
     options = " ".join(f"--{field} {str(value).lower()}" for field, value in settings.items())
     return f"it would fit with {options}"
 
@@ -154,6 +159,7 @@ def _remedy(settings: Settings | None) -> str:
 def _all_gpus(planner: Planner, strategy: Strategy, gpus: list[Gpu]) -> list[str]:
     from rlcm_fast.planner.gpus import MODEL_FLOPS_UTILISATION
 
+    # Write a row for each GPU.
     lines = [f"{'GPU':<12}{'GiB':>5}{'fits':>6}{'micro-batches':>17}{'s/iteration':>13}   sampling  decoding  update"]
     for gpu in gpus:
         seconds = planner.seconds(strategy, gpu)
@@ -164,12 +170,13 @@ def _all_gpus(planner: Planner, strategy: Strategy, gpus: list[Gpu]) -> list[str
             f"{gpu.name:<12}{gpu.memory_gib:>5g}{fits:>6}{largest:>17}{seconds.iteration:>13.3g}"
             f"{seconds.sampling:>11.3g}{seconds.decoding:>10.3g}{seconds.update:>8.3g}"
         )
+    # Explain the columns below them.
     return [
         *lines,
         "",
         "micro-batches: the largest that fit, rollout and update",
         f"seconds: if {MODEL_FLOPS_UTILISATION:.0%} of the rate is reached: {_OF_SECONDS}",
-        "--gpu NAME tells what to change where it does not fit",
+        "--gpu NAME says what to change if it does not fit",
     ]
 
 

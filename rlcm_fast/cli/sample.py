@@ -1,6 +1,6 @@
 """Draw images from a model into one captioned grid.
 
-The image of a prompt depends on the seed and its place alone, not on how many are drawn.
+An image depends on its prompt, its place and the seed only, not on how many images are drawn.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="one or more prompts, each quoted")
     parser.add_argument("--num-steps", type=positive_int, default=4, help="denoising steps")
-    parser.add_argument("--num-images", type=positive_int, default=4, help="images of each prompt, a row of the grid")
+    parser.add_argument("--num-images", type=positive_int, default=4, help="images per prompt, a row of the grid")
     parser.add_argument("--out", default="grid.png", help="image file to write")
 
 

@@ -116,6 +116,8 @@ class Config:
     """Continue from a checkpoint: latest (the newest in run_dir) or its folder; null starts a new run."""
     dry_run: bool = False
     """Print the resolved config and the derived numbers, and stop."""
+    debug: bool = False
+    """Show the warnings and advice of the libraries, too; without it the run's own lines come first."""
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Where weights, gradients and optimizer states live, and how they step."""
+"""Engines: where weights, gradients and optimizer states live, and how they step."""

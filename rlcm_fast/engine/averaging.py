@@ -2,8 +2,8 @@
 
     average <- d average + (1 - d) weights     after update n = 1, 2, ...;  d = min(ema.decay, n / (n + 9)), 0 for n = 1
 
-The average is float32 whatever the network's dtype. Evaluations, grids and the export see it in the place of the
-weights; sampling and training never do. Every process holds all of it.
+The average is float32, whatever the network's dtype is. Evaluations, grids and the export use it instead of the
+weights; sampling and training never do. Every process holds the whole average.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _FILE = "ema.safetensors"
 
 
 class AveragingEngine(Engine):
-    """Another engine, beside which an average is kept; without an average it is that engine."""
+    """Wraps an engine and keeps an average of its weights; with ema.decay = 0 it only forwards to that engine."""
 
     def __init__(self, engine: Engine, network: nn.Module, config: EmaConfig) -> None:
-        """The average begins with the network's present weights; ema.decay = 0 is off."""
+        """Starts the average at the network's present weights; ema.decay = 0 turns it off."""
         self.engine = engine
         self.average = WeightAverage(network, config) if config.decay > 0 else None
         self.zero_stage = engine.zero_stage
@@ -62,7 +62,7 @@ class AveragingEngine(Engine):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the network has the averaged weights; afterwards its own again, bitwise."""
+        """Gives the network the averaged weights inside the block, and restores the trained ones bitwise after it."""
         if self.average is None:
             yield
             return
@@ -70,7 +70,7 @@ class AveragingEngine(Engine):
             yield
 
     def final_weights(self) -> dict[str, Tensor]:
-        """As `full_weights`, the trained ones averaged."""
+        """Returns `full_weights`, with the average in place of the trained weights; under ZeRO-3 all must call."""
         return self.full_weights() | (self.average.weights() if self.average else {})
 
     def save(self, folder: Path) -> None:
@@ -85,26 +85,26 @@ class AveragingEngine(Engine):
 
 
 class WeightAverage:
-    """The moving average of the trained parameters of a network, which must be whole on this process."""
+    """The moving average of a network's trained parameters, which must be whole on this process."""
 
     def __init__(self, network: nn.Module, config: EmaConfig) -> None:
         self._trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self._is_on_cpu = config.device == "cpu"
-        # Copied here, as EMAModel clones what it is given where it lies, and a GPU may have no room for a second set.
+        # EMAModel clones parameters on their own device, and a GPU may have no room for a second set: copy first.
         start = (nn.Parameter(p.detach().cpu()) if self._is_on_cpu else p for p in self._trained.values())
         self._ema = EMAModel(start, decay=config.decay)
         self._ema.to(None, torch.float32)
 
     def update(self) -> None:
-        """After an update of the weights."""
+        """Moves the average towards the weights; call it after each update."""
         parameters = list(self._trained.values())
-        if self._is_on_cpu:  # EMAModel averages what requires a gradient, and copies the rest
+        if self._is_on_cpu:  # as nn.Parameter, because EMAModel averages only what requires a gradient
             parameters = [nn.Parameter(parameter.detach().cpu()) for parameter in parameters]
         self._ema.step(parameters)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the network has the averaged weights, rounded to its dtype."""
+        """Gives the network the averaged weights inside the block, rounded to its dtype."""
         self._ema.store(self._trained.values())
         self._ema.copy_to(self._trained.values())
         try:
@@ -113,7 +113,7 @@ class WeightAverage:
             self._ema.restore(self._trained.values())
 
     def weights(self) -> dict[str, Tensor]:
-        """The average by name, float32 on the CPU, not rounded to the network's dtype."""
+        """Returns the average by name, in float32 on the CPU, not rounded to the network's dtype."""
         return {name: value.cpu().clone() for name, value in self._named().items()}
 
     def save(self, folder: Path) -> None:

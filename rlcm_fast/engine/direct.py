@@ -1,18 +1,19 @@
 """The engine without DeepSpeed: bfloat16 weights without a master copy, or an optimizer within the backward pass.
 
-                                     bytes a weight: weight, gradient, states
+                                     bytes per weight: weight, gradient, states
     pure_bf16                        2 + 2 + 2
     pure_bf16, in the backward pass  2 + 0 + 2      a gradient lives until its weight has stepped
 
-Stochastic rounding (kernels/adamw.py) is what makes bfloat16 weights learn: an update far below their last digit
-happens as often as it is large. Every process holds everything; gradients are averaged between them.
+bfloat16 weights learn because of stochastic rounding (kernels/adamw.py): a change far below a weight's last digit is
+made with a probability in proportion to its size. Every process holds all weights; gradients are averaged over them.
 
-Micro-batches add up in bfloat16: of 224, the sum of gradients of which a tenth is signal is 1.6 % off, without a bias
-(4e-4 along the sum; normal numbers, seed 0), far below the noise of the gradients themselves.
+Micro-batches add up in bfloat16. With 224 of them, and gradients of which a tenth is signal, the sum is 1.6 % off and
+has no bias (4e-4 along the sum; normal numbers, seed 0). This is far below the noise of the gradients themselves.
 
-In the backward pass no norm over all gradients exists before the first weight steps, so clipping is by the tensor: each
-gradient's norm is brought to at most max_grad_norm. A tensor's norm is at most that of all, so whatever clipping by the
-global norm leaves alone, this leaves alone too. An update must be one backward pass, since weights move in it.
+Within the backward pass the first weight steps before the norm over all gradients exists, so each tensor is clipped
+alone: its gradient's norm is brought to at most max_grad_norm. A tensor's norm never exceeds the global norm, so
+gradients that global clipping leaves unchanged stay unchanged here, too. An update must be one backward pass, because
+weights move during it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _FILE = "engine.pt"
 
 
 class DirectEngine(Engine):
-    """The trained network, its AdamW8bit and nothing else."""
+    """Trains a network with AdamW8bit and nothing else."""
 
     zero_stage = 0
 
@@ -45,7 +46,8 @@ class DirectEngine(Engine):
         plan: UpdatePlan,
         seed: int,
     ) -> None:
-        """seed: of the optimizer's stochastic rounding."""
+        """Takes `network` over; `seed` is the seed of the optimizer's stochastic rounding."""
+        # Build the optimizer and its learning rate's schedule.
         built = build_optimizer(network, optimizer, engine, seed)
         assert isinstance(built, AdamW8bit)
         self._network, self._optimizer = network, built
@@ -55,9 +57,13 @@ class DirectEngine(Engine):
         self._set_lr()
         self._steps_in_backward = engine.optimizer_in_backward
         self._square_norm = torch.zeros((), device=self._parameters()[0].device)
+
+        # Start all processes from the same weights.
         if parallel.world_size() > 1:
             for tensor in network.state_dict().values():
                 distributed.broadcast(tensor, 0)
+
+        # Step each weight as soon as the backward pass has its gradient.
         if self._steps_in_backward:
             for parameter in self._parameters():
                 parameter.register_post_accumulate_grad_hook(self._step_parameter)
@@ -110,7 +116,10 @@ class DirectEngine(Engine):
         return self._optimizer.param_groups[0]["lr"]
 
     def metrics(self) -> dict[str, float]:
-        """lost_updates: the share of weights that should have changed and did not (by chance, if rounding is so)."""
+        """Returns lost_updates: the share of weights that should have changed and did not.
+
+        With stochastic rounding, chance decides which ones.
+        """
         if self._optimizer.counts is None:
             return {}
         wanted, lost = self._optimizer.counts.tolist()
@@ -142,9 +151,9 @@ class DirectEngine(Engine):
 
 
 def _average(gradients: list[Tensor]) -> None:
-    """In place, over all processes, once an update.
+    """Averages gradients in place over all processes, once per update.
 
-    Not by DistributedDataParallel, whose buckets are a second set of gradients, as large as the weights.
+    DistributedDataParallel would do it too, but its buckets are a second set of gradients, as large as the weights.
     """
     if parallel.world_size() == 1:
         return

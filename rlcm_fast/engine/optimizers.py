@@ -11,11 +11,15 @@ from torch.optim import Adam, AdamW, Optimizer
 from rlcm_fast.config import EngineConfig, OptimizerConfig
 from rlcm_fast.kernels.adamw import AdamW8bit
 
-_OF_CONFIG = ("initial_lr", "betas", "eps", "weight_decay")
+_SET_BY_CONFIG = ("initial_lr", "betas", "eps", "weight_decay")
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig, engine: EngineConfig, seed: int) -> Optimizer:
-    """Over the weights that require gradients; seed: of stochastic rounding, the same on every process."""
+    """Builds an optimizer of the weights that require gradients.
+
+    seed: seed of stochastic rounding, the same on every process.
+    """
+    # Collect what all optimizers share.
     parameters = [p for p in network.parameters() if p.requires_grad]
     settings = {
         "lr": config.lr,
@@ -23,8 +27,10 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, engine: EngineC
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
+
+    # Build the kind that the config names. The libraries are imported here, because most runs need none of them.
     if engine.offload_optimizer:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at its first use
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # DeepSpeed compiles it at its first use
 
         return DeepSpeedCPUAdam(parameters, adamw_mode=config.name == "adamw", **settings)
     if config.name in ("bnb_adamw_8bit", "bnb_paged_adamw_8bit"):
@@ -41,18 +47,21 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, engine: EngineC
 
 @contextmanager
 def settings_kept(optimizer: Optimizer) -> Iterator[None]:
-    """Loading a checkpoint inside brings its states; what the config says stays, so that a resumed run may change it.
+    """Keeps the config's settings while a checkpoint is loaded inside the block, so that a resumed run may change them.
 
-    The learning rate is left to whoever schedules it.
+    The optimizer's states come from the checkpoint. The engine that schedules the learning rate sets it afterwards.
     """
-    own = [{key: group[key] for key in _OF_CONFIG if key in group} for group in optimizer.param_groups]
+    kept = [{key: group[key] for key in _SET_BY_CONFIG if key in group} for group in optimizer.param_groups]
     yield
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
+    for group, settings in zip(optimizer.param_groups, kept, strict=True):
         group.update(settings)
 
 
 def lr_factor(config: OptimizerConfig, num_updates: int) -> Callable[[int], float]:
-    """update number -> factor on the learning rate: linear warm-up, then linear decay to `final_lr_fraction`."""
+    """Returns a function from an update's number to a factor on the learning rate.
+
+    The factor warms up linearly and then decays linearly to `final_lr_fraction`.
+    """
 
     def factor(update: int) -> float:
         warmup = min(1.0, (update + 1) / (config.warmup_updates + 1))

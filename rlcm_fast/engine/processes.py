@@ -1,4 +1,4 @@
-"""Joining the processes of a run."""
+"""Joins the processes of a run."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to find out
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it, DeepSpeed warns that it guesses
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
+
+from rlcm_fast import quiet
 
 
 def init_processes() -> torch.device:
     """Joins the run's processes (gloo on CPU, NCCL on GPUs) and returns this one's device.
 
-    DeepSpeed's shared-memory collective is switched off: on a CPU it would be compiled at first use (26 s, and a
-    compiler and ninja on the user's machine), for messages that gloo carries as well.
+    DeepSpeed's shared-memory collective is switched off, because gloo carries these messages as well. On a CPU the
+    first use would compile it, which takes 26 s and needs a compiler and ninja on your machine.
     """
-    deepspeed_logger.setLevel("ERROR")
+    if not quiet.is_debug():
+        deepspeed_logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     if not torch.cuda.is_available():

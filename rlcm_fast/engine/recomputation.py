@@ -1,7 +1,8 @@
-"""Activation recomputation: memory of the forward pass against computing parts of it twice.
+"""Activation recomputation: saves memory of the forward pass by computing parts of it twice.
 
-block      each resnet and transformer block keeps its input only
-selective  also what convolutions, matrix products and attention put out: most of the time, a part of the memory
+block      each resnet and transformer block keeps only its input
+selective  also keeps the outputs of convolutions, matrix products and attention: they cost most of the time and only a
+           part of the memory
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _KEPT = [
 
 
 def set_recomputation(unet: Any, kind: str) -> None:
-    """kind: none, block or selective; unet a diffusers model. Only passes with gradients are concerned."""
+    """Sets the recomputation (none, block or selective) of a diffusers UNet; passes without gradients do not change."""
     if kind == "block":
         unet.enable_gradient_checkpointing()
     elif kind == "selective":

@@ -1,4 +1,4 @@
-"""The engine over DeepSpeed: ZeRO 0 to 3, float32 master weights, optimizer state on the CPU where that is wanted."""
+"""The engine over DeepSpeed: ZeRO 0 to 3, float32 master weights, and the optimizer's state on the CPU if asked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to find out
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it, DeepSpeed warns that it guesses
 import deepspeed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,7 +24,7 @@ _TAG = "deepspeed"
 
 
 class ZeroEngine(Engine):
-    """The trained network under DeepSpeed."""
+    """Trains a network under DeepSpeed."""
 
     def __init__(
         self,
@@ -34,14 +34,17 @@ class ZeroEngine(Engine):
         plan: UpdatePlan,
         seed: int,
     ) -> None:
-        """seed: of an optimizer that rounds by chance."""
+        """Takes `network` over; `seed` is used by an optimizer that rounds stochastically."""
+        # Build the optimizer and its learning rate's schedule.
         _refuse_large_partitions(network, optimizer.name, engine.zero_stage)
         torch_optimizer = build_optimizer(network, optimizer, engine, seed)
         self._optimizer, self._base_lr = torch_optimizer, optimizer.lr
         self._factor = lr_factor(optimizer, plan.num_updates)
         self.zero_stage = engine.zero_stage
         self._max_grad_norm = plan.max_grad_norm
-        # DeepSpeed 0.19.8 sends the start weights as bytes, which torch refuses to see in channels_last ones.
+
+        # Hand the network to DeepSpeed, contiguous: DeepSpeed 0.19.8 broadcasts the start weights as bytes, and torch
+        # refuses to view channels_last tensors as bytes.
         module: Any = network
         module.to(memory_format=torch.contiguous_format)
         self._engine: Any
@@ -52,7 +55,7 @@ class ZeroEngine(Engine):
             config=_deepspeed_config(engine, plan),
         )
         if self.zero_stage == 0 and parallel.world_size() == 1:
-            self._engine.enable_backward_allreduce = False  # it would copy all gradients into a flat buffer and back
+            self._engine.enable_backward_allreduce = False  # it copies all gradients to a flat buffer and back
         if engine.channels_last:
             module.to(memory_format=torch.channels_last)
         self._num_micro_batches = self._num_left = plan.num_micro_batches
@@ -80,7 +83,7 @@ class ZeroEngine(Engine):
         return float(self._engine.get_global_grad_norm()) if norm is None else norm
 
     def _clip(self) -> float:
-        """At stage 0 DeepSpeed clips without telling the norm, so we do; ranks have been averaged by now."""
+        """Clips the gradients, averaged over ranks by now, and returns their norm: at stage 0 DeepSpeed hides it."""
         limit = self._max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit).item()
 
@@ -110,28 +113,31 @@ class ZeroEngine(Engine):
         if shards and self.zero_stage > 0 and len(shards) != parallel.world_size():
             load_resharded(self._engine, folder / _TAG)
             return
-        is_there = (folder / _TAG).is_dir()  # else DeepSpeed fails an assertion
+        is_there = (folder / _TAG).is_dir()  # otherwise DeepSpeed fails an assertion
         if not is_there or self._engine.load_checkpoint(str(folder), _TAG, custom_load_fn=load_trained)[0] is None:
             raise ValueError(f"resume={folder} holds no state that DeepSpeed can read; give another checkpoint")
 
 
 def _refuse_large_partitions(network: nn.Module, optimizer: str, zero_stage: int) -> None:
-    """bitsandbytes counts a tensor's elements in 32 bits, and under ZeRO 1 and 2 a process's weights are one tensor."""
+    """Refuses more weights per process than bitsandbytes can count.
+
+    It counts a tensor's elements in 32 bits, and under ZeRO 1 and 2 all weights of a process are one tensor.
+    """
     numel = sum(p.numel() for p in network.parameters() if p.requires_grad) // parallel.world_size()
     if optimizer.startswith("bnb_") and zero_stage in (1, 2) and numel >= 2**31:
         raise ValueError(
-            f"optimizer.name={optimizer} takes fewer than 2^31 weights a process under engine.zero_stage={zero_stage},"
-            f" and there are {numel:,}; set optimizer.name=adamw_8bit, or share them among more processes"
+            f"optimizer.name={optimizer} allows fewer than 2^31 weights per process under engine.zero_stage="
+            f"{zero_stage}, but there are {numel:,}; set optimizer.name=adamw_8bit, or use more processes"
         )
 
 
 def _deepspeed_config(engine: EngineConfig, plan: UpdatePlan) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-        # Only whether there are several matters: `begin_update` says how many.
+        # DeepSpeed only needs to know whether there are several; `begin_update` sets how many.
         "gradient_accumulation_steps": min(2, plan.num_micro_batches),
         "gradient_clipping": plan.max_grad_norm if engine.zero_stage > 0 else 0.0,
-        # stage 3 would replace torch's linear in the whole process: other rounding, also for what it does not own
+        # Stage 3 would replace torch's linear in the whole process, which rounds differently, even outside the engine.
         "zero_optimization": {
             "stage": engine.zero_stage,
             "memory_efficient_linear": False,
@@ -139,7 +145,7 @@ def _deepspeed_config(engine: EngineConfig, plan: UpdatePlan) -> dict[str, Any]:
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
-        "timers": {"throughput": {"enabled": False}},  # which waits for the device in every forward pass
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward pass
     }
     if engine.dtype == "bf16":
         config["bf16"] = {"enabled": True}

@@ -1,1 +1,1 @@
-"""What a run takes, before it starts: memory, seconds and traffic, and what to change where it does not fit."""
+"""Predicts what a run needs before it starts: memory, seconds and traffic, and what to change if it does not fit."""

@@ -1,4 +1,4 @@
-"""A text-to-image model without its weights: the configs of its parts, and modules on the meta device made of them.
+"""A text-to-image model without its weights: the configs of its parts, and modules on the meta device built from them.
 
 folder, or id of a hub model whose configs are shipped in architectures/ -> Architecture -> modules without memory
 """
@@ -22,7 +22,7 @@ _TEXT_ENCODERS = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection":
 
 @dataclass(frozen=True)
 class Architecture:
-    """Configs as diffusers and transformers write them."""
+    """The configs of a model's parts, as diffusers and transformers write them."""
 
     name: str
     unet: dict[str, Any]
@@ -31,7 +31,7 @@ class Architecture:
 
     @property
     def image_size(self) -> int:
-        """Pixels of a side, as the UNet's config has them; what the trainer draws."""
+        """Pixels per side by the UNet's config; the trainer draws images of this size."""
         size = self.unet["sample_size"]
         return (size if isinstance(size, int) else max(size)) * self.pixels_per_latent
 
@@ -42,7 +42,7 @@ class Architecture:
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the UNet is told the guidance's scale; others are guided by a second, unconditional row."""
+        """Whether the UNet has an input for the guidance scale; others need a second, unconditional row."""
         return bool(self.unet.get("time_cond_proj_dim"))
 
     @property
@@ -50,7 +50,7 @@ class Architecture:
         return self.text_encoders[0]["max_position_embeddings"]
 
     def build_unet(self, device: str = "meta") -> Any:
-        """With random weights where `device` has memory, as the others."""
+        """Builds the UNet on `device`, with random weights unless it is meta; the methods below do the same."""
         with torch.device(device):
             return UNet2DConditionModel.from_config(self.unet)
 
@@ -64,11 +64,12 @@ class Architecture:
 
 
 def load_architecture(path: str) -> Architecture:
-    """Of a diffusers folder, by its config.json files, or of a hub id that we ship the configs of; no network.
+    """Reads the config.json files of a diffusers folder, or the configs that we ship for a hub id; uses no network.
 
     Raises:
-        ValueError: the folder lacks a part or has one that the trainer cannot use; the hub id is not known here.
+        ValueError: the folder lacks a part or has one that the trainer cannot use; we ship no configs for the hub id.
     """
+    # Read the configs, from the folder or from those that we ship.
     folder = Path(path)
     if folder.is_dir():
         second = folder / "text_encoder_2"
@@ -78,10 +79,12 @@ def load_architecture(path: str) -> Architecture:
         models = _shipped("models")
         if path not in models:
             known = ", ".join(models)
-            raise ValueError(f"model.path={path} is not known without a network; known are {known}; or give a folder")
+            raise ValueError(f"model.path={path} is not known without a network; give a folder, or one of {known}")
         parts = models[path]
         unet, vae = _shipped(parts["unet"]) | parts["unet_changes"], _shipped(parts["vae"])
         text_encoders = [_shipped(name) for name in parts["text_encoders"]]
+
+    # Refuse classes that the planner cannot build.
     _check(path, "unet", unet.get("_class_name"), ["UNet2DConditionModel"])
     _check(path, "vae", vae.get("_class_name"), list(_VAES))
     for config in text_encoders:

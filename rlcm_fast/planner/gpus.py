@@ -1,8 +1,8 @@
-"""GPUs as their vendor describes them, for `rlcm-fast plan`; nothing here was measured by us.
+"""GPUs as their vendor describes them, for `rlcm-fast plan`; we measured none of these numbers.
 
-bf16 rates are dense (no sparsity) with float32 accumulation, which is what torch's matrix products do: on GeForce cards
-half of the figure that is advertised for float16 accumulation. In float32, torch takes TF32 for convolutions (dense
-too) and does matrix products without tensor cores, by its defaults.
+bf16 rates are dense (no sparsity) and accumulate in float32, as torch's matrix products do. On GeForce cards this is
+half of the figure that is advertised for float16 accumulation. In float32, torch's defaults use TF32 for convolutions
+(dense, too) and no tensor cores for matrix products.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MODEL_FLOPS_UTILISATION = 0.5
-"""Share of the rate that a network reaches: an assumption. An H200 reached 0.13 to 0.17 in micro-batches of 8."""
+"""Share of the rate that a network reaches; assumed. An H200 reached 0.13 to 0.17 in micro-batches of 8."""
 BANDWIDTH_UTILISATION = 0.8
-"""Share of the bandwidth that an optimizer step reaches: an assumption until measured."""
+"""Share of the bandwidth that an optimizer step reaches; assumed until someone measures it."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Gpu:
     source: str
 
     def seconds(self, convolution_flops: float, other_flops: float, is_bf16: bool) -> float:
-        """For so many floating point operations of a network at the assumed utilisation."""
+        """Seconds that a network's floating point operations take at the assumed utilisation."""
         if is_bf16:
             full_rate = (convolution_flops + other_flops) / (self.bf16_tflop_s * 1e12)
         else:
@@ -36,7 +36,7 @@ class Gpu:
         return full_rate / MODEL_FLOPS_UTILISATION
 
     def seconds_to_move(self, num_bytes: float) -> float:
-        """To read or write so many bytes of its memory at the assumed utilisation."""
+        """Seconds to read or write `num_bytes` of the GPU's memory at the assumed utilisation."""
         return num_bytes / (self.bandwidth_gb_s * 1e9 * BANDWIDTH_UTILISATION)
 
 
@@ -66,16 +66,16 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """Of that name, in any case and with or without spaces, dashes and "rtx".
+    """Finds the GPU of that name, in upper or lower case and with or without spaces, dashes and "rtx".
 
     Raises:
-        ValueError: the table has none of that name.
+        ValueError: the table has no GPU of that name.
     """
     wanted = _plain(name)
     for gpu in GPUS.values():
         if _plain(gpu.name) == wanted:
             return gpu
-    raise ValueError(f"gpu={name} is not in the table; give one of {', '.join(GPUS)}, or leave it out for all of them")
+    raise ValueError(f"gpu={name} is not in the table; give one of {', '.join(GPUS)}, or leave --gpu out for all")
 
 
 def _plain(name: str) -> str:

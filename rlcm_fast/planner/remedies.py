@@ -1,4 +1,4 @@
-"""What would make a config fit on a GPU: settings that train.py accepts together with the rest of it.
+"""Finds settings that make a config fit on a GPU, and that train.py accepts together with the rest of the config.
 
 Remedies(planner, config, image_size, gpu).cheaper() -> config fields and their new values
 """
@@ -26,7 +26,7 @@ _OFFLOAD: Settings = {
     "engine.optimizer_in_backward": False,
     "optimizer.name": "adamw",
 }
-LADDER: tuple[Settings, ...] = (  # from what costs least; each on top of those before it that helped
+LADDER: tuple[Settings, ...] = (  # the cheapest first; each is added to those before it that helped
     {"rollout.decode_batch_size": 4},
     {"engine.offload_idle": True},
     {"update.kl_reference": "offload"},
@@ -43,7 +43,7 @@ _RECOMPUTE = ("none", "selective", "block")
 
 
 def with_settings(config: Config, settings: Settings) -> Config:
-    """The config with fields of its sections set."""
+    """Returns the config with these fields of its sections changed."""
     for setting, value in settings.items():
         section, _, field = setting.partition(".")
         config = replace(config, **{section: replace(getattr(config, section), **{field: value})})
@@ -52,20 +52,20 @@ def with_settings(config: Config, settings: Settings) -> Config:
 
 @dataclass(frozen=True)
 class Remedies:
-    """The search for one config, of the planner's workload, and one GPU."""
+    """Searches for one config and one GPU; the planner has the config's workload."""
 
     planner: Planner
     config: Config
-    image_size: int | None  # pixels; None: the model's own
+    image_size: int | None  # pixels; None: the model's default
     gpu: Gpu
 
     def cheaper(self) -> Settings | None:
-        """Fields to change so that it fits, the first that suffice of LADDER; None if nothing does.
+        """Returns the first settings of LADDER that make the config fit; None if none do.
 
-        Adds steps until it fits and then takes out what was not needed, so that few strategies need tracing.
+        It adds steps until the config fits and then drops those that were not needed, so few strategies need tracing.
         """
         found = self._climb({}, LADDER)
-        if found is None:  # the optimizer in the backward pass forbids what may do as well: smaller micro-batches
+        if found is None:  # an optimizer in the backward pass forbids smaller micro-batches, which may help as well
             without = [step for step in LADDER if step is not _IN_BACKWARD]
             found = self._climb({"engine.optimizer_in_backward": False}, without)
         return found
@@ -93,7 +93,7 @@ class Remedies:
         return self._fitting(settings)
 
     def _may_help(self, settings: Settings, step: Settings) -> bool:
-        """Without tracing: it is accepted, changes something, and to no more memory in what is known without."""
+        """Whether a step is accepted, changes something, and needs no more memory in what is known without tracing."""
         if not self._accepts(settings | step):
             return False
         before, after = self._strategy(settings), self._strategy(settings | step)
@@ -102,7 +102,7 @@ class Remedies:
         return after != before and not is_back and least(after) <= least(before)
 
     def _fitting(self, settings: Settings) -> Settings | None:
-        """These settings and the micro-batches that have to be smaller; None if it does not fit or is refused."""
+        """Adds the micro-batches that must be smaller to the settings; None if they do not fit or are refused."""
         if not self._accepts(settings):
             return None
         micro_batches = self._micro_batches_that_fit(self._strategy(settings))
@@ -111,19 +111,23 @@ class Remedies:
         return settings | micro_batches
 
     def _micro_batches_that_fit(self, strategy: Strategy) -> Settings | None:
-        """What has to be smaller than it is, largest first choice; None if no size fits."""
+        """Returns the sizes that must be smaller, each as large as fits; None if no size fits."""
+        # Give up early if no micro-batch can be small enough.
         planner, gpu = self.planner, self.gpu
         if planner.least(strategy) > gpu.memory_gib * GIB:
             return None
-        pairs = strategy.pretraining_micro_batch_size
-        # The update holds the larger of its two kinds of micro-batches, so each is sized beside the other's least.
-        update = planner.largest_micro_batch(replace(strategy, pretraining_micro_batch_size=min(pairs, 1)), gpu)
+
+        # Size each kind of micro-batch beside the smallest of the other kind: an update holds the larger of the two.
+        pairs = strategy.real_image_micro_batch_size
+        update = planner.largest_micro_batch(replace(strategy, real_image_micro_batch_size=min(pairs, 1)), gpu)
         rollout = planner.largest_rollout_micro_batch(strategy, gpu)
         found: Settings = {}
         if pairs > 0:
-            fitting = planner.largest_pretraining_micro_batch(replace(strategy, micro_batch_size=1), gpu)
+            fitting = planner.largest_real_image_micro_batch(replace(strategy, micro_batch_size=1), gpu)
             if fitting < pairs:
                 found["pretraining.micro_batch_size"] = fitting
+
+        # Report what differs from the config.
         if min(update, rollout, *found.values()) == 0:
             return None
         if update < strategy.micro_batch_size:
@@ -133,7 +137,7 @@ class Remedies:
         return found
 
     def _accepts(self, settings: Settings) -> bool:
-        """Whether train.py takes the config with them."""
+        """Whether train.py accepts the config with these settings."""
         try:
             validate(with_settings(self.config, settings), self.planner.workload.num_processes)
         except ValueError:

@@ -1,7 +1,7 @@
-"""What the planner says of a run at its start, and how far off it was after the first iteration; on GPUs only.
+"""Reports at a run's start whether the planner expects it to fit, and after one iteration how far off it was.
 
-The plan is made by `rlcm-fast plan --json` in a process of its own, which works while weights load: it traces the model
-for 15 to 30 seconds, and not beside real passes of it. The main process says its lines, of its own GPU.
+Only on GPUs. A separate process makes the plan with `rlcm-fast plan --json` while weights load: it traces the model for
+15 to 30 seconds, which must not run beside real passes. The main process prints the report, for its GPU.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from rlcm_fast import parallel
 from rlcm_fast.config import Config, to_yaml
 
 _GIB = 2**30
-_ROOT = Path(__file__).resolve().parent.parent.parent  # of the package, which need not be installed
-_MOST_SECONDS = 180.0  # that a run waits for its plan
+_ROOT = Path(__file__).resolve().parent.parent.parent  # holds the package, which may not be installed
+_MOST_SECONDS = 180.0  # a run waits no longer for its plan
 
 
 class MemoryReport:
-    """Silent on a CPU, on all but the main process, and where tracking.plan is off."""
+    """Holds the plan of a run; silent on a CPU, on all but the main process, and with tracking.plan=false."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        """Starts planning."""
+        """Starts planning in the background."""
         self._device = device
         self._planned: dict[str, Any] | None = None
         self._plan: subprocess.Popen[str] | None = None
         if config.tracking.plan and device.type == "cuda" and parallel.is_main():
-            self._folder = tempfile.TemporaryDirectory()  # goes with this object
+            self._folder = tempfile.TemporaryDirectory()  # deleted with this object
             self._plan = _start_plan(config, Path(self._folder.name) / "config.yaml")
 
     def verdict(self, say: Callable[[str], None]) -> None:
-        """Says whether the run will fit; before its first iteration."""
+        """Says whether the run will fit; call it before the first iteration."""
         if self._plan is None:
             return
         self._planned, reason = _read_plan(self._plan)
@@ -52,22 +52,22 @@ class MemoryReport:
         if stages[stage] <= total:
             say(f"plan: it fits, {peak}")
         else:
-            say(f"plan: it does not fit, {peak}; rlcm-fast plan with this config tells what to change")
+            say(f"plan: it does not fit, {peak}; rlcm-fast plan with this config says what to change")
 
     def begin(self) -> None:
-        """Peaks are of what comes from here on: an evaluation before the iteration is not planned."""
+        """Starts measuring the peak anew: the plan leaves out the evaluation before an iteration."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def metrics(self) -> dict[str, float]:
-        """memory/peak_gib: allocated at most since `begin`, the largest of all processes."""
+        """Returns memory/peak_gib: the most that any process allocated since `begin`."""
         if self._device.type != "cuda":
             return {}
         peak = torch.cuda.max_memory_allocated(self._device) / _GIB
         return {"memory/peak_gib": max(parallel.all_gather_list([peak]))}
 
     def compare(self, say: Callable[[str], None]) -> None:
-        """Holds the first peak against the plan, once; what CUDA takes beside allocations is left out of both."""
+        """Compares the first peak with the plan, once; both leave out what CUDA takes besides allocations."""
         if self._planned is None:
             return
         planned = max(self._planned["peak_bytes"].values()) - self._planned["bytes"]["overhead"]
@@ -80,9 +80,10 @@ class MemoryReport:
 
 
 def _start_plan(config: Config, file: Path) -> subprocess.Popen[str]:
-    """`rlcm-fast plan` of the resolved config, which sees no GPU; of its answer only what no GPU decides is used.
+    """Starts `rlcm-fast plan` on the resolved config; the process sees no GPU.
 
-    The largest GPU of the table, so that it seldom searches for what would make the run fit.
+    It plans for the largest GPU of the table, so that it seldom has to search for settings that make the run fit. Only
+    the bytes are used, and they do not depend on the GPU.
     """
     file.write_text(to_yaml(config), encoding="utf-8")
     command = [sys.executable, "-m", "rlcm_fast.cli.main", "plan", "--json", "--gpu", "h200", "--config", str(file)]
@@ -97,7 +98,7 @@ def _start_plan(config: Config, file: Path) -> subprocess.Popen[str]:
 
 
 def _read_plan(process: subprocess.Popen[str]) -> tuple[dict[str, Any] | None, str]:
-    """The plan, or None and the reason."""
+    """Returns the plan and no reason, or None and the reason why there is no plan."""
     try:
         output, errors = process.communicate(timeout=_MOST_SECONDS)
     except subprocess.TimeoutExpired:

@@ -1,6 +1,6 @@
-"""Does a run fit on a GPU, and how long does an iteration take?
+"""Answers whether a run fits on a GPU and how long an iteration takes.
 
-Planner(architecture, workload) -> memory, seconds, largest micro-batches          [what would fit: remedies.py]
+Planner(architecture, workload) -> memory, seconds, largest micro-batches         [settings that fit: remedies.py]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlcm_fast.planner.workload import Workload
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of an iteration, by stage; rewards, text encoding and communication are not in it."""
+    """Seconds of an iteration, by stage; rewards, text encoding and communication are left out."""
 
     sampling: float
     decoding: float
@@ -33,7 +33,7 @@ class Seconds:
 
 
 class Planner:
-    """Answers for one model and one iteration; traces each kind of network once."""
+    """Plans iterations of one model; traces each kind of network once."""
 
     def __init__(self, architecture: Architecture, workload: Workload, reward_bytes: int = 0) -> None:
         self.architecture = architecture
@@ -42,7 +42,7 @@ class Planner:
         self._profiles: dict[tuple[Any, ...], Profiles] = {}
 
     def profiles(self, strategy: Strategy) -> Profiles:
-        """Traced at the first call for strategies that run the network alike."""
+        """Traces the model, once for all strategies that run the network alike."""
         key = (strategy.dtype.removeprefix("pure_"), strategy.recompute, strategy.lora_rank, strategy.image_size)
         if key not in self._profiles:
             self._profiles[key] = measure(self.architecture, strategy)
@@ -55,18 +55,20 @@ class Planner:
         return self.memory(strategy).peak <= gpu.memory_gib * GIB
 
     def seconds(self, strategy: Strategy, gpu: Gpu) -> Seconds:
-        """At the assumed utilisation of the GPU."""
+        """Seconds at the assumed utilisation of the GPU."""
+        # Count the passes: each transition is trained, each pair of the loss on real images encoded and trained.
         profiles, work, memory = self.profiles(strategy), self.workload, self.memory(strategy)
         rows, unet = work.samples * strategy.rows_per_sample, profiles.unet
-        trained = work.samples * work.num_trained  # transitions of a pass
+        trained = work.samples * work.num_trained  # transitions in a pass
         update = unet.training_flops * (trained * work.num_passes * strategy.rows_per_sample)
         pairs = work.pairs_per_update * work.num_updates
         update += unet.training_flops * pairs
         encoded = profiles.vae.encoder.flops * pairs
-        once_a_rollout = strategy.has_reference + work.recomputes_log_probs
+        once_a_rollout = strategy.has_start_model + work.recomputes_log_probs
         update += unet.forward_flops * (once_a_rollout * trained * strategy.rows_per_sample)
+
+        # Convert them to seconds. A step reads and writes weights, master copy and moments, and reads gradients.
         is_bf16 = strategy.dtype != "fp32"
-        # weights, master copy and moments are read and written, gradients are read
         moved = 2 * (memory.weights + memory.master + memory.moments) + memory.gradients
         return Seconds(
             sampling=_seconds(unet.forward_flops * (rows * work.num_steps), gpu, is_bf16),
@@ -80,13 +82,13 @@ class Planner:
         sizes = _divisors(self.workload.transitions_per_update)
         return self._largest(sizes, strategy, "micro_batch_size", ("update", "step"), gpu)
 
-    def largest_pretraining_micro_batch(self, strategy: Strategy, gpu: Gpu) -> int:
+    def largest_real_image_micro_batch(self, strategy: Strategy, gpu: Gpu) -> int:
         """The largest pretraining.micro_batch_size that divides the pairs of an update and fits; 0 if none does."""
         sizes, stages = _divisors(self.workload.pairs_per_update), ("encoding", "update")
-        return self._largest(sizes, strategy, "pretraining_micro_batch_size", stages, gpu)
+        return self._largest(sizes, strategy, "real_image_micro_batch_size", stages, gpu)
 
     def largest_rollout_micro_batch(self, strategy: Strategy, gpu: Gpu) -> int:
-        """The largest rollout.micro_batch_size of use whose sampling and decoding fit; 0 if none does."""
+        """The largest useful rollout.micro_batch_size whose sampling and decoding fit; 0 if none does."""
         sizes = range(1, self.workload.samples_at_once + 1)
         return self._largest(sizes, strategy, "rollout_micro_batch_size", ("sampling", "decoding"), gpu)
 
@@ -100,7 +102,7 @@ class Planner:
         return max((size for size in sizes if peak(size) <= limit), default=0)
 
     def least(self, strategy: Strategy) -> int:
-        """Bytes without activations, which alone need tracing anew; of any profile with the same trained weights."""
+        """Bytes without activations; any profile with the same trained weights will do, so it seldom needs tracing."""
         same = (strategy.lora_rank, strategy.image_size)
         traced = (profiles for (_, _, *key), profiles in self._profiles.items() if tuple(key) == same)
         profiles = next(traced, None) or self.profiles(strategy)

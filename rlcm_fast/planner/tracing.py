@@ -1,12 +1,12 @@
-"""What a network's forward and backward pass allocate and compute, found by running its real code on meta tensors.
+"""Measures what a network's passes allocate and compute, by running its real code on meta tensors.
 
-    architecture, dtype, recomputation -> NetworkProfile: bytes over the rows of a batch, FLOPs of a row
+    architecture, dtype, recomputation -> NetworkProfile: bytes over the rows of a batch, FLOPs per row
 
-Meta tensors have shapes and no memory, so SDXL takes seconds on a laptop. Two things make the result true of a GPU:
- 1. `LiveBytes` counts storages while they live, as a caching allocator does; activations are what the forward leaves.
- 2. On meta tensors torch's attention takes its mathematical path, which would materialise the N x N scores. A GPU
-    takes a fused kernel (flash, or memory-efficient for float32 and wide heads), which is called here in its place.
-The allocator's rounding and fragments and the libraries' workspaces are not seen; `estimate.py` has a constant.
+Meta tensors have shapes and no memory, so SDXL takes seconds on a laptop. Two things make the result hold for a GPU:
+ 1. `LiveBytes` counts storages while they live, as a caching allocator does; activations are what a forward leaves.
+ 2. On meta tensors torch's attention uses its mathematical path, which would materialise the N x N scores. A GPU uses
+    a fused kernel (flash, or memory-efficient for float32 and wide heads), so this module calls that kernel instead.
+Tracing sees neither the allocator's rounding and fragments nor the libraries' workspaces; `estimate.py` adds constants.
 """
 
 # R rows of the network's batch, C h w latent, L tokens, E embedding
@@ -37,13 +37,13 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 _ATEN = torch.ops.aten
 _CONVOLUTIONS = (_ATEN.convolution, _ATEN.convolution_backward)
-_FEW, _MANY = (1, 2), 64  # rows that are traced, and as many as there will be
-_MOST_FLASH_HEAD = 256  # channels of a head; torch chooses the memory-efficient kernel above
+_FEW, _MANY = (1, 2), 64  # numbers of rows to trace; for training up to at least 64
+_MOST_FLASH_HEAD = 256  # channels of a head; above this torch chooses the memory-efficient kernel
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Bytes over the rows of a batch: exact where traced, straight between and beyond.
+    """Bytes as a function of a batch's rows: exact at traced sizes, linear between and beyond them.
 
     A peak is the largest of many sums of a constant and a multiple of the rows, so it is convex: between two traced
     sizes the straight line lies on it or above. For full-size UNets it is one line through 0.
@@ -59,18 +59,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides a UNet's profile, besides its architecture."""
+    """The settings that a UNet's profile depends on, besides its architecture."""
 
     dtype: torch.dtype
     recompute: Recompute = "none"
     lora_rank: int = 0
-    image_size: int | None = None  # pixels; None is what the UNet's config says
-    device: Literal["cuda", "cpu"] = "cuda"  # whose attention kernel
+    image_size: int | None = None  # pixels; None: as the UNet's config says
+    device: Literal["cuda", "cpu"] = "cuda"  # whose attention kernel to trace
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating point operations; in float32 a GPU does convolutions on its tensor cores (TF32), by torch's default."""
+    """Floating point operations, in two kinds: by torch's default, float32 convolutions run on tensor cores (TF32)."""
 
     convolutions: float
     others: float
@@ -88,28 +88,28 @@ class Flops:
 
 @dataclass(frozen=True)
 class NetworkProfile:
-    """A UNet's weights and what its passes take; activations without weights and gradients."""
+    """A UNet's weights, and the bytes and FLOPs of its passes; the bytes leave out weights and gradients."""
 
     trainable: tuple[int, ...]  # elements of each trained tensor
     frozen: int  # elements of all others
-    saved: Curve  # live between forward and backward
+    saved: Curve  # live between the forward and the backward pass
     training_peak: Curve  # while gradients are added to those of earlier micro-batches
     sampling_peak: Curve
-    forward_flops: Flops  # of a row
-    training_flops: Flops  # of a row, forward, recomputation and backward
+    forward_flops: Flops  # per row
+    training_flops: Flops  # per row: forward pass, recomputation and backward pass
 
 
 @dataclass(frozen=True)
 class ImageProfile:
-    """A VAE's decoder or encoder."""
+    """One pass of a VAE's decoder or encoder."""
 
     peak: Curve
-    flops: Flops  # of an image
+    flops: Flops  # per image
 
 
 @dataclass(frozen=True)
 class VaeProfile:
-    """Both, and the elements of all its weights, which are on the GPU together."""
+    """A VAE's decoder, encoder, and number of weights; all weights are on the GPU together."""
 
     numel: int
     decoder: ImageProfile
@@ -118,7 +118,7 @@ class VaeProfile:
 
 @dataclass(frozen=True)
 class Pass:
-    """One traced batch."""
+    """What tracing one batch found: bytes and FLOPs."""
 
     saved: int
     peak: int
@@ -127,9 +127,10 @@ class Pass:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were made under this mode and are still there; `known` ones do not count.
+    """Counts the bytes of storages that are made under this mode and still live; the storages of `known` do not count.
 
-    It counts FLOPs too, by torch's formulas: FlopCounterMode keeps what checkpointing computes again from being freed.
+    It counts FLOPs too, by torch's formulas. FlopCounterMode is no alternative: it keeps alive what checkpointing
+    computes again.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -167,7 +168,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def profile_unet(architecture: Architecture, setup: Setup, rows: int) -> NetworkProfile:
-    """Traces training at 1, at `rows` and at many rows, and sampling; about 20 seconds for SDXL on two CPU cores."""
+    """Traces training at 1, at `rows` and at many rows, and sampling; SDXL takes about 20 seconds on two CPU cores."""
     unet = prepare_unet(architecture.build_unet(), setup)
     parameters = list(unet.parameters())
     sizes = sorted({1, rows, max(_MANY, 2 * rows)})
@@ -185,7 +186,7 @@ def profile_unet(architecture: Architecture, setup: Setup, rows: int) -> Network
 
 
 def profile_vae(architecture: Architecture, image_size: int, dtype: torch.dtype) -> VaeProfile:
-    """What making images from latents takes, and latents from real images."""
+    """Traces how the VAE decodes latents to images and encodes images to latents."""
     vae: Any = nn.Module.to(architecture.build_vae(), dtype).requires_grad_(False)
     side = image_size // architecture.pixels_per_latent
 
@@ -202,7 +203,7 @@ def profile_vae(architecture: Architecture, image_size: int, dtype: torch.dtype)
 
 
 def prepare_unet(unet: Any, setup: Setup) -> Any:
-    """The UNet as it is trained: dtype, LoRA, recomputation, and gradients as an earlier micro-batch leaves them."""
+    """Makes the UNet as it is trained: dtype, LoRA, recomputation, and the gradients of an earlier micro-batch."""
     nn.Module.to(unet, setup.dtype)
     if setup.lora_rank > 0:
         unet.requires_grad_(False)
@@ -216,7 +217,7 @@ def prepare_unet(unet: Any, setup: Setup) -> Any:
 
 
 def trace_unet(unet: Any, architecture: Architecture, setup: Setup, rows: int, trains: bool) -> Pass:
-    """One forward pass, and a backward one where it trains."""
+    """Traces one forward pass, and with `trains` a backward pass too."""
     parameters = list(unet.parameters())
     known = parameters + [p.grad for p in parameters if p.grad is not None]
     mode = torch.enable_grad() if trains else torch.no_grad()
@@ -232,7 +233,10 @@ def trace_unet(unet: Any, architecture: Architecture, setup: Setup, rows: int, t
 
 
 def unet_inputs(architecture: Architecture, setup: Setup, rows: int, device: torch.device) -> dict[str, Tensor]:
-    """The arguments of UNet2DConditionModel.forward, zeros: x_t (R, C, h, w), timesteps (R,), text (R, L, E), ..."""
+    """Makes the arguments of UNet2DConditionModel.forward, all zeros: x_t (R, C, h, w), timesteps (R,), text (R, L, E).
+
+    Some UNets get more: the guidance scale's embedding; in SDXL the pooled text and the six sizes (R, 6).
+    """
     config = architecture.unet
     side = (setup.image_size or architecture.image_size) // architecture.pixels_per_latent
     zeros = partial(torch.zeros, device=device, dtype=setup.dtype)
@@ -243,7 +247,7 @@ def unet_inputs(architecture: Architecture, setup: Setup, rows: int, device: tor
     }
     if config.get("time_cond_proj_dim"):
         inputs["timestep_cond"] = zeros(rows, config["time_cond_proj_dim"])
-    if config.get("addition_embed_type") == "text_time":  # SDXL: pooled text and six sizes
+    if config.get("addition_embed_type") == "text_time":  # SDXL
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         inputs["added_cond_kwargs"] = {"text_embeds": zeros(rows, pooled), "time_ids": zeros(rows, 6)}
     return inputs
@@ -251,9 +255,9 @@ def unet_inputs(architecture: Architecture, setup: Setup, rows: int, device: tor
 
 @contextlib.contextmanager
 def _fused_attention(device: Literal["cuda", "cpu"]) -> Iterator[None]:
-    """Replaces torch's choice of an attention kernel by the one that it makes on that device.
+    """Replaces torch's choice of an attention kernel by the choice that it makes on `device`.
 
-    Not a TorchFunctionMode: such a mode is off inside of `backward`, where checkpointing runs the forward again.
+    A TorchFunctionMode would not do: it is off inside `backward`, where checkpointing runs the forward pass again.
     """
     original = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = partial(_attention, device)  # pyright: ignore[reportAttributeAccessIssue]
@@ -273,9 +277,11 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
+    """Calls the kernel that scaled_dot_product_attention would choose on `device`."""
     if device == "cpu":
         fused = _ATEN._scaled_dot_product_flash_attention_for_cpu
         return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    # On a GPU: flash for half precision without a mask and with narrow heads, else the memory-efficient kernel.
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     if is_half and attn_mask is None and query.shape[-1] <= _MOST_FLASH_HEAD:
         fused = _ATEN._scaled_dot_product_flash_attention

@@ -1,4 +1,4 @@
-"""How much an iteration has to do on one process, as its config says: what memory and time are counted from."""
+"""How much an iteration has to do on one process: the counts that memory and time follow from."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Workload:
 
     num_processes: int
     samples: int
-    samples_at_once: int  # of one rollout, the largest where tasks take turns
+    samples_at_once: int  # in one rollout, the largest one if tasks take turns
     num_steps: int
     num_actions: int
-    num_trained: int  # of the actions of a sample
+    num_trained: int  # actions per sample that are trained
     num_passes: int
     transitions_per_update: int
-    num_updates: int  # of all passes
-    pairs_per_update: int  # of real images
+    num_updates: int  # in all passes together
+    pairs_per_update: int  # of real images and captions
     recomputes_log_probs: bool = False
 
     @classmethod

@@ -1,1 +1,1 @@
-"""What a run leaves in its folder: checkpoints, metrics and grids; and how it stops without losing any of it."""
+"""Writes what a run leaves in its folder (checkpoints, metrics, grids), and stops a run without losing any of it."""

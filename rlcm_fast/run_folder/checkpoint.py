@@ -1,13 +1,14 @@
-"""Checkpoints: complete or absent, the last K kept.
+"""Checkpoints: each one is complete or absent, and the last K are kept.
 
     run_dir/checkpoints/iteration_000050/     after 50 iterations
-        deepspeed/       trained weights and their optimizer state as DeepSpeed writes them
-        unet.safetensors the weights alone, float32, for people; adapters.safetensors where only those are trained
-        ema.safetensors  their moving average, where ema.decay is not 0
+        deepspeed/       trained weights and their optimizer's state as DeepSpeed writes them
+        unet.safetensors the weights alone, float32, for people; adapters.safetensors if only adapters are trained
+        ema.safetensors  the moving average of the trained weights, if ema.decay is not 0
         state.json       iteration, queries, prompt cursor, advantage statistics, number of processes
 
-A checkpoint is written under a temporary name and renamed when all ranks are done, so a run killed at any moment, or a
-full disk, leaves the checkpoints before it intact; what was written of it is deleted, at the latest by the next one.
+A checkpoint is written under a temporary name and renamed when all ranks are done. So a run that is killed at any
+moment, or a full disk, leaves the earlier checkpoints intact. The next checkpoint deletes an unfinished one, if the
+run that failed could not do so.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
     """Writes the state after `iteration` iterations and deletes all but the last `keep`; every rank must call.
 
     Raises:
-        OSError: the disk is full or not writable (where torch or safetensors was writing, an error of theirs: see
-            `is_full_disk`). Earlier checkpoints are untouched, and nothing is left of this one.
+        OSError: the disk is full or not writable; torch and safetensors raise errors of other types, see
+            `is_full_disk`. Earlier checkpoints are untouched, and nothing is left of this one.
     """
+    # Write everything under a temporary name, on all ranks.
     folder = run_dir / "checkpoints" / f"{_PREFIX}{iteration:06d}"
     partial = folder.with_name(f".partial_{folder.name}")
     if parallel.is_main():
@@ -45,12 +47,14 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
         shutil.rmtree(partial, ignore_errors=True)
         raise
     parallel.barrier()
+
+    # Give it its final name. Then delete the oldest, and those that a resumed run left behind by starting before them.
     if parallel.is_main():
         if folder.exists():
             _set_aside(folder)
         os.replace(partial, folder)
         earlier = [other for other in _complete(run_dir) if other <= folder]
-        abandoned = [other for other in _complete(run_dir) if other > folder]  # by resuming from before them
+        abandoned = [other for other in _complete(run_dir) if other > folder]
         for old in [*earlier[:-keep], *abandoned]:
             _set_aside(old)
         for trash in folder.parent.glob(".trash_*"):
@@ -60,19 +64,19 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether that is what OSError, safetensors or torch (which forgets the reason) mean."""
+    """Whether an OSError, or an error of safetensors or torch (which drops the reason), means a full disk."""
     texts = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos ")
     return any(text in str(error) for text in texts)
 
 
 def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
-    """Restores the engine and returns the state that was saved with it, on whatever number of processes."""
+    """Restores the engine, on any number of processes, and returns the state that was saved with it."""
     engine.load(folder)
     return json.loads((folder / "state.json").read_text())
 
 
 def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
-    """The folder that `resume` names; None where it is "latest" and the run was stopped before its first checkpoint."""
+    """Finds the folder that `resume` names; None if it is "latest" and the run stopped before its first checkpoint."""
     if resume != "latest":
         if not (Path(resume) / "state.json").is_file():
             raise ValueError(
@@ -86,30 +90,33 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
 
 
 def starting_point(resume: str | None, run_dir: Path) -> Path | None:
-    """The checkpoint that all processes begin with; None where the run is new, or had none yet.
+    """Finds the checkpoint that all processes start from; None if the run is new or has no checkpoint yet.
 
     Raises:
         ValueError: processes see different checkpoints, or a new run would write over another's folder.
     """
+    # Refuse a new run in an old folder.
     if resume is None:
         if (run_dir / "metrics.jsonl").exists():
             raise ValueError(
                 f"run_dir={run_dir} already holds a run; go on with --resume latest, or give another --run_dir"
             )
         return None
-    own = find_checkpoint(resume, run_dir)
-    found = dict.fromkeys(parallel.all_gather_list([str(own)]))
+
+    # Compare what the processes see: a file system may show a new folder later on some machines.
+    checkpoint = find_checkpoint(resume, run_dir)
+    found = dict.fromkeys(parallel.all_gather_list([str(checkpoint)]))
     if len(found) > 1:
         raise ValueError(
             f"resume={resume} is another checkpoint on some processes ({', '.join(found)}): their file system is behind"
-            " or run_dir is not shared; name one of them, or start again when all see the same"
+            " or run_dir is not shared; name one of them, or start again when all processes see the same"
         )
-    return own
+    return checkpoint
 
 
 def _write(folder: Path, engine: Engine, state: dict[str, Any]) -> None:
     engine.save(folder)
-    # a copy of all weights in the CPU's memory, so on one process alone where the others need not help to gather it
+    # This copies all weights to the CPU, so only one process does it; under ZeRO-3 all must help to gather them.
     weights = engine.full_weights() if parallel.is_main() or engine.zero_stage == 3 else {}
     if parallel.is_main():
         adapters = {name: weight for name, weight in weights.items() if ".lora_" in name}
@@ -118,12 +125,12 @@ def _write(folder: Path, engine: Engine, state: dict[str, Any]) -> None:
 
 
 def _set_aside(folder: Path) -> None:
-    """Takes its final name away: a folder that is half deleted is no checkpoint."""
+    """Renames a checkpoint before it is deleted, so that a half-deleted folder does not look like a checkpoint."""
     trash = folder.with_name(f".trash_{folder.name}")
     shutil.rmtree(trash, ignore_errors=True)
     os.replace(folder, trash)
 
 
 def _complete(run_dir: Path) -> list[Path]:
-    """Oldest first; only whole checkpoints bear the final name."""
+    """Lists the complete checkpoints, oldest first; an incomplete one has another name."""
     return sorted((run_dir / "checkpoints").glob(f"{_PREFIX}*"))

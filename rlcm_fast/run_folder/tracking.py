@@ -1,6 +1,6 @@
-"""What a run shows and leaves: progress bar, metrics.jsonl, TensorBoard, W&B, captioned image grids, environment.
+"""Shows and records a run: progress bar, metrics.jsonl, TensorBoard, W&B, captioned image grids, environment.
 
-Only the main process writes. docs/runs.md has the table of every key.
+Only the main process writes. docs/runs.md has a table of all keys.
 """
 
 from __future__ import annotations
@@ -26,28 +26,38 @@ _PACKAGES = ("rlcm_fast", "torch", "diffusers", "transformers", "deepspeed", "sa
 
 
 def merged(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of an iteration: seconds of several rounds add up, of the rest each round's mean counts alike."""
+    """Merges the metrics of an iteration's rounds: sums of seconds, and means of the rest with equal weights."""
     keys = dict.fromkeys(key for metrics in rounds for key in metrics)
     values = {key: [metrics[key] for metrics in rounds if key in metrics] for key in keys}
     return {key: sum(all_) if key.startswith("seconds/") else sum(all_) / len(all_) for key, all_ in values.items()}
 
 
+def say(message: str) -> None:
+    """Prints a line to stderr on the main process, before there is a bar."""
+    if parallel.is_main():
+        tqdm.write(message, file=sys.stderr)
+
+
 class Tracker:
-    """The run folder and the terminal of one run; silent on all ranks but the main one."""
+    """Writes the folder of one run and its lines on the terminal; does nothing on all ranks but the main one."""
 
     def __init__(self, run_dir: Path, config: Config, first_iteration: int) -> None:
-        """first_iteration: 0, or where a resumed run goes on; later lines of an earlier life are dropped."""
+        """Opens the folder and drops lines from `first_iteration` on, which is 0 or where a resumed run starts."""
         self._run_dir = run_dir
         self._bar: Any = None  # a tqdm, on the main rank
         self._events: Any = None
         self._wandb: Any = None
         if not parallel.is_main():
             return
+
+        # Write what the run is, and open the file of its metrics.
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
         (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=2))
         _drop_lines_from(run_dir / "metrics.jsonl", first_iteration)
         self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1)
+
+        # Start the trackers that the config asks for, and the bar.
         if config.tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -58,10 +68,13 @@ class Tracker:
             initial=first_iteration, total=config.num_iterations, desc="train", unit="it", dynamic_ncols=True
         )
         if config.engine.compile != "off":
-            self._bar.set_postfix_str("compiling")  # until the first iteration, which does it, is done
+            self._bar.set_postfix_str("compiling")  # the first iteration compiles; the bar shows this until it ends
 
     def log(self, metrics: Mapping[str, float | int]) -> None:
-        """One line of metrics.jsonl, the scalars and the bar; `metrics` holds `iteration` and `reward/<name>/mean`."""
+        """Adds a line to metrics.jsonl, the scalars, and a step of the bar.
+
+        `metrics` holds `iteration` and `reward/<name>/mean`.
+        """
         if self._bar is None:
             return
         self._lines.write(json.dumps(metrics) + "\n")
@@ -71,9 +84,8 @@ class Tracker:
                 self._events.add_scalar(key, value, iteration)
         if self._wandb:
             self._wandb.log(dict(metrics), step=iteration)
-        rewards = {k.split("/")[1]: f"{v:.3f}" for k, v in metrics.items() if k.startswith("reward/") and "mean" in k}
-        if "images_per_second" in metrics:  # the line after the last iteration has only its evaluation
-            self._bar.set_postfix({**rewards, "images/s": f"{metrics['images_per_second']:.1f}"}, refresh=False)
+        if "images_per_second" in metrics:  # the line after the last iteration has only an evaluation
+            self._bar.set_postfix(_postfix(metrics), refresh=False)
             self._bar.update(1)
 
     def grid(self, iteration: int, images: Tensor, texts: Sequence[str]) -> None:
@@ -93,12 +105,18 @@ class Tracker:
 
             self._wandb.log({"grid": wandb.Image(picture)}, step=iteration)
 
+    def begin(self, num_images: int) -> None:
+        """Announces the first iteration, which scores `num_images` images on all processes together."""
+        if self._bar is not None and self._bar.n < self._bar.total:
+            self.say(f"first iteration: number {self._bar.n + 1} of {self._bar.total}, {num_images} images")
+
     def say(self, message: str) -> None:
-        """A line for the person at the terminal, above the bar."""
+        """Prints a line above the bar, for the person at the terminal."""
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
+        """Ends the bar and closes all files."""
         if self._bar is None:
             return
         self._bar.close()
@@ -109,8 +127,15 @@ class Tracker:
             self._wandb.finish()
 
 
+def _postfix(metrics: Mapping[str, float | int]) -> dict[str, str]:
+    """What the bar shows: the total and the speed first, because a narrow terminal cuts off what comes last."""
+    rewards = {k.split("/")[1]: f"{v:.3f}" for k, v in metrics.items() if k.startswith("reward/") and "mean" in k}
+    total = {"total": rewards["total"]} if "total" in rewards else {}  # with tasks, each task has one
+    return {**total, "images/s": f"{metrics['images_per_second']:.1f}", **rewards}
+
+
 def _drop_lines_from(path: Path, iteration: int) -> None:
-    """Keeps the whole lines before `iteration`: what a killed run logged after its checkpoint is done again."""
+    """Drops lines from `iteration` on and a broken last line: the run will log these iterations again."""
     if not path.exists():
         return
     kept = []
@@ -118,11 +143,11 @@ def _drop_lines_from(path: Path, iteration: int) -> None:
         try:
             if json.loads(line)["iteration"] < iteration:
                 kept.append(line + "\n")
-        except json.JSONDecodeError:  # the line during which the run was killed
+        except json.JSONDecodeError:  # the run was killed while it wrote this line
             break
     whole = path.with_name(".metrics.jsonl")
     whole.write_text("".join(kept))
-    os.replace(whole, path)  # never half of them, whenever the run is killed
+    os.replace(whole, path)  # at once, so that a run that is killed here loses no lines
 
 
 def _start_wandb(run_dir: Path, config: Config) -> Any:
@@ -132,7 +157,7 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
         raise ValueError(
             "tracking.wandb=true needs wandb; pip install 'rlcm_fast[wandb]', or set it to false"
         ) from error
-    kept = run_dir / "wandb_id"  # so that a resumed run goes on there, too
+    kept = run_dir / "wandb_id"  # a resumed run continues this W&B run
     id_ = kept.read_text() if kept.exists() else None
     settings = {"name": run_dir.name, "config": to_dict(config), "id": id_, "resume": "allow"}
     run = wandb.init(project="rlcm_fast", dir=str(run_dir), **settings)
@@ -141,7 +166,7 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
 
 
 def _environment() -> dict[str, Any]:
-    """What it takes to make sense of a run later: versions, commit, machine."""
+    """Collects what helps to understand a run later: versions, commit, machine."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -160,7 +185,7 @@ def _version(name: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Of the source tree; None where rlcm_fast was not installed from one."""
+    """The commit of the source tree; None if rlcm_fast was not installed from one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

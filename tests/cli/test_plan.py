@@ -21,7 +21,12 @@ def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_plan_of_all_gpus_is_a_table(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", *CONFIG]) == 0
     printed = capsys.readouterr().out
-    for words in ("micro-batches of 64 (rollout) and 32 (update)", "reference copy (KL)", "a guess", "an assumption"):
+    for words in (
+        "micro-batches of 64 (rollout) and 32 (update)",
+        "copy of the start model (KL)",
+        "a guess",
+        "an assumption",
+    ):
         assert words in printed
     assert "rtx3060" in printed
     assert "h200" in printed
@@ -57,7 +62,7 @@ def test_json_has_bytes_and_seconds_alone(capsys: pytest.CaptureFixture[str]):
     ("arguments", "message"),
     [
         (["--gpu", "gtx1080"], "gpu=gtx1080 is not in the table; give one of rtx3060"),
-        (["--model.path", "some/one"], "model.path=some/one is not known without a network; known are "),
+        (["--model.path", "some/one"], "model.path=some/one is not known without a network; give a folder, or one of "),
         (["--engine.zero_stag", "1"], "--engine.zero_stag is no field of the config; did you mean --engine.zero_stage"),
         (["--config", "no.yaml"], "config=no.yaml is not a file"),
         (["--update.micro_batch_size", "7"], "update.micro_batch_size=7 does not divide"),

@@ -158,7 +158,7 @@ def test_more_weights_than_bitsandbytes_counts_are_refused_before_it_is_called()
     with torch.device("meta"):
         network = torch.nn.Linear(2**16, 2**15, bias=False)
     message = (
-        "optimizer.name=bnb_adamw_8bit takes fewer than 2.31 weights .* there are 2,147,483,648; set optimizer.name"
+        "optimizer.name=bnb_adamw_8bit allows fewer than 2.31 weights .* there are 2,147,483,648; set optimizer.name"
     )
     with pytest.raises(ValueError, match=message):
         engine_of(network, 1, stage=1, name="bnb_adamw_8bit")

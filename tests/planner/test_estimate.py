@@ -21,7 +21,8 @@ from rlcm_fast.engine.zero import ZeroEngine
 from rlcm_fast.kernels.adamw import AdamW8bit
 from rlcm_fast.planner import estimate
 from rlcm_fast.planner.architecture import load_architecture
-from rlcm_fast.planner.estimate import Memory, Profiles, Strategy, estimate_memory, measure, moment_bytes, strategy_of
+from rlcm_fast.planner.estimate import Memory, Profiles, Strategy, estimate_memory, measure, strategy_of
+from rlcm_fast.planner.optimizer_states import moment_bytes
 from rlcm_fast.planner.tracing import LiveBytes, Setup, prepare_unet, trace_unet
 from rlcm_fast.planner.workload import Workload
 from rlcm_fast.policies import GaussianPolicy, Network, build_policy
@@ -131,7 +132,7 @@ def test_a_decode_on_a_gpu_has_the_workspace_of_its_convolutions():
 
 
 def test_encoding_real_images_comes_on_top_of_an_update():
-    strategy = Strategy(pretraining_micro_batch_size=16)
+    strategy = Strategy(real_image_micro_batch_size=16)
     memory = memory_of(strategy)
     encoder = profiles_of("none").vae.encoder
     assert "encoding images" not in memory_of(Strategy()).stages
@@ -234,10 +235,10 @@ def test_what_costs_more_memory_is_said_to():
     assert by_size == sorted(set(by_size))
     assert memory_of(Strategy(ema="gpu")).ema == memory_of(Strategy()).weights
     assert memory_of(Strategy(ema="cpu")) == memory_of(Strategy())
-    with_copy, swapped = memory_of(Strategy(reference="copy")), memory_of(Strategy(reference="offload"))
-    assert with_copy.reference == with_copy.weights and swapped.reference == 0
+    with_copy, swapped = memory_of(Strategy(start_model="copy")), memory_of(Strategy(start_model="offload"))
+    assert with_copy.start_model == with_copy.weights and swapped.start_model == 0
     assert with_copy.trajectory == swapped.trajectory > memory_of(Strategy()).trajectory
-    pairs = memory_of(Strategy(micro_batch_size=8, pretraining_micro_batch_size=16))
+    pairs = memory_of(Strategy(micro_batch_size=8, real_image_micro_batch_size=16))
     assert pairs.activations == memory_of(Strategy(micro_batch_size=16)).activations
     guided = memory_of(Strategy(rows_per_sample=2, micro_batch_size=8))
     assert guided.activations == memory_of(Strategy(micro_batch_size=16)).activations
@@ -257,7 +258,7 @@ def test_a_strategy_is_made_of_a_config():
     options = ["--engine.dtype=bf16", "--engine.zero_stage=1", "--update.micro_batch_size=8", "--update.kl_weight=0.1"]
     strategy = strategy_of(parse_config([*options, "--policy.kind=ddim", "--policy.guidance_scale=5"]), image_size=512)
     assert strategy == Strategy(
-        dtype="bf16", zero_stage=1, micro_batch_size=8, reference="copy", rows_per_sample=2, image_size=512
+        dtype="bf16", zero_stage=1, micro_batch_size=8, start_model="copy", rows_per_sample=2, image_size=512
     )
 
 

@@ -136,7 +136,9 @@ def test_gpus_are_found_by_their_usual_names():
 
 
 def test_an_unknown_hub_id_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=f"model.path=some/one is not known without a network; known are {SD15}, "):
+    with pytest.raises(
+        ValueError, match=f"model.path=some/one is not known without a network; give a folder, or one of {SD15}, "
+    ):
         load_architecture("some/one")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 
 from rlcm_fast import parallel
 from rlcm_fast.config import Config, TrackingConfig, parse_config
-from rlcm_fast.run_folder.tracking import Tracker
+from rlcm_fast.run_folder.tracking import Tracker, say
 
 CONFIG = Config(tracking=TrackingConfig(tensorboard=False), num_iterations=5)
 
@@ -91,7 +92,9 @@ def test_only_the_main_process_writes_and_speaks(
     tracker = Tracker(tmp_path / "run", CONFIG, 0)
     tracker.log(line(0))
     tracker.grid(0, torch.rand(1, 3, 8, 8), ["a"])
+    tracker.begin(64)
     tracker.say("hello")
+    say("hello")
     tracker.close()
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr() == ("", "")
@@ -117,6 +120,30 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path: Path, monkeypatch: pyt
         tracker.log(line(first_iteration))
         tracker.close()
     assert ids == [None, "new"]
+
+
+@pytest.mark.parametrize("totals", [{"reward/total/mean": 0.75}, {}])
+def test_a_bar_of_100_columns_shows_the_total_and_the_speed(
+    totals: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((100, 24)))
+    rewards = {f"reward/{name}/mean": 0.125 for name in ("jpeg_compressibility", "shapes_alignment", "diversity")}
+    tracker = Tracker(tmp_path, CONFIG, 0)
+    tracker.log({**line(0), **rewards, **totals})
+    tracker.close()
+    shown = capfd.readouterr().err.split("\r")[-1].rstrip("\n")
+    assert len(shown) == 99  # tqdm leaves a column free
+    assert ("total=0.750, images/s=2.0, jpeg" if totals else "images/s=2.0, jpeg") in shown
+
+
+def test_the_first_iteration_is_announced_by_its_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for first_iteration, announced in ((0, "number 1 of 5, 64 images"), (3, "number 4 of 5"), (5, None)):
+        tracker = Tracker(tmp_path, CONFIG, first_iteration)
+        tracker.begin(64)
+        tracker.close()
+        said = capsys.readouterr().err
+        assert ("first iteration" in said) == (announced is not None)
+        assert announced is None or announced in said
 
 
 @pytest.mark.parametrize("mode", ["off", "regional"])
