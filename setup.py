@@ -32,7 +32,7 @@ REQUIREMENTS = [
     "matplotlib>=3.9,<4",
 ]
 DATA = ["datasets>=5.2,<6"]  # brings pyarrow and pandas, 265 MB, and leaves torch as it is
-TEST = ["pytest>=9,<10", "hypothesis>=6.130,<7", "kernels>=0.17,<1", *DATA]
+TEST = ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.130,<7", "kernels>=0.17,<1", *DATA]
 LINT = ["ruff>=0.15,<0.18", "pyright[nodejs]>=1.1.400,<2"]
 
 

@@ -1,20 +1,71 @@
-"""Folders of random pipelines, small enough for every test and made without a download."""
+"""What all tests share: one thread a process, two workers for the whole suite, folders of random pipelines.
+
+Workers: `python -m pytest` hands whole files to two of them, since a file shares what it makes once for its tests.
+Tests named on the command line, `-k`, `--lf` and `--pdb` run in this process, as two workers need ten seconds before
+their first test. `-n` has the last word: `-n 0`, `-n 4`.
+
+Slow: the suite without them ends in five minutes on two cores. What crashes processes through the launcher, tries many
+inputs or many engines, or takes a minute is slow, if a quicker test fails where the same promise breaks. Those that are
+also `telling` run in CI, `python -m pytest -m "slow and telling"`: what no quick test can show as it really is.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: they run in Triton's interpreter
+# Before torch is imported, for processes that tests start, too. Two workers share two cores, and sums over several
+# threads round differently.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # No deadlines: the first example pays for what is set up once, and machines that run tests are busy.
 settings.register_profile("rlcm_fast", deadline=None, derandomize=True)
 settings.load_profile("rlcm_fast")
+
+NUM_WORKERS = 2
+# The files that take longest, begun first, so that no worker ends with one of them alone.
+LONGEST = (
+    "test_processes.py",
+    "test_resume.py",
+    "test_resize.py",
+    "backbones/test_acceleration.py",
+    "shapes/test_shipped_models.py",
+    "test_recipes.py",
+    "planner/test_remedies.py",
+    "planner/test_estimate.py",
+    "test_lora.py",
+    "test_names.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Hand the whole suite to workers, unless the command line says how many."""
+    option = config.option
+    is_worker = hasattr(config, "workerinput")
+    if is_worker or not config.pluginmanager.has_plugin("xdist") or option.numprocesses is not None or option.usepdb:
+        return
+    is_whole = all(Path(argument).is_dir() for argument in config.args) and not option.keyword and not option.lf
+    if is_whole:
+        option.numprocesses, option.dist, option.loadscopereorder = NUM_WORKERS, "loadfile", False
+
+
+def pytest_collection() -> None:
+    """Choose where kernels run before a test imports one; the process that hands out work collects nothing."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    rank = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="module")
