@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,24 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from rlcm_fast.shapes.pretrain import __main__ as pretrain
-from rlcm_fast.shapes.pretrain import vae
+from rlcm_fast.shapes.pretrain import report, vae
+
+
+def pretrain(*arguments: str) -> None:
+    """What `python -m rlcm_fast.shapes.pretrain` does, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain", *arguments])
+        runpy.run_module("rlcm_fast.shapes.pretrain", run_name="__main__")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All stages, each with a step or two; its report draws with few steps too."""
     out = tmp_path_factory.mktemp("pretrain")
-    sizes = ["--fraction", "0.0003", "--num-images", "64", "--num-scored", "4"]
-    command = [sys.executable, "-m", "rlcm_fast.shapes.pretrain", "all", "--out", str(out), *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_TEACHER_STEPS", (2, 3))
+        patch.setattr(report, "_GRID_ROWS", (("lcm", 1), ("teacher", 2)))
+        pretrain("all", "--out", str(out), "--fraction", "0.0003", "--num-images", "64", "--num-scored", "4")
     return out
 
 
@@ -41,11 +48,10 @@ def test_its_report_has_a_row_for_every_sampler_split_and_kind_of_caption(made: 
     assert (made / "grid.png").exists()
 
 
-def test_a_finished_stage_is_not_trained_again(made: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_finished_stage_is_not_trained_again(made: Path):
     states = sorted(made.glob("*.pt"))
     before = [path.stat().st_mtime_ns for path in states]
-    monkeypatch.setattr(sys, "argv", ["pretrain", "lcm", "--out", str(made), "--fraction", "0.0003"])
-    pretrain.main()
+    pretrain("lcm", "--out", str(made), "--fraction", "0.0003")
     assert [path.stat().st_mtime_ns for path in states] == before
     assert {path.stem for path in states} >= {"vae_joint", "vae_decoder", "teacher", "teacher_2", "lcm", "lcm_2"}
 

@@ -23,6 +23,7 @@ from rlcm_fast.shapes.grammar import Caption, one_shape_captions, two_shape_capt
 
 TEACHER_GUIDANCE, LCM_GUIDANCE = 4.0, 4.0
 _TEACHER_STEPS, _LCM_STEPS = (25, 50), (1, 2, 4, 8)
+_GRID_ROWS = (("lcm", 1), ("lcm", 2), ("lcm", 4), ("lcm", 8), ("teacher", 50))
 _BATCH_SIZE = 50
 _KINDS = {"one": one_shape_captions, "two": two_shape_captions}
 
@@ -97,7 +98,7 @@ def _write_grid(folder: Path, seed: int) -> None:
     captions = _captions("one", False, 2, seed) + _captions("one", True, 1, seed)
     captions += _captions("two", False, 3, seed) + _captions("two", True, 2, seed)
     images, texts = [], []
-    for name, steps in [("lcm", 1), ("lcm", 2), ("lcm", 4), ("lcm", 8), ("teacher", 50)]:
+    for name, steps in _GRID_ROWS:
         pictures = draw(_load(folder, name), captions, steps, _guidance(name), seed)
         scores = score_images(pictures, captions).tolist()
         images.append(pictures)
