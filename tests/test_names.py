@@ -77,18 +77,25 @@ def test_the_folder_kernels_never_shadows_an_installed_package():
     assert not (ROOT / "kernels" / "__init__.py").exists(), "with it, `import kernels` would find ours from the root"
 
 
-@pytest.mark.parametrize("cwd", [ROOT, ROOT / "rlcm_fast"], ids=["root", "rlcm_fast"])
-def test_transformers_finds_the_installed_kernels(path_with_kernels: str, cwd: Path):
-    run(["-c", f"from transformers import CLIPModel; {IS_THE_STAND_IN}"], path_with_kernels, cwd)
+def test_ours_and_the_installed_kernels_are_both_found(path_with_kernels: str):
+    """On the path are both folders with a kernels of ours in them: the root and, as for a script there, rlcm_fast."""
+    code = (
+        "import sys; sys.path.insert(0, 'rlcm_fast')\n"
+        f"from transformers import CLIPModel; {IS_THE_STAND_IN}\n"
+        f"from rlcm_fast.kernels import functional; {IS_THE_STAND_IN}; assert hasattr(functional, 'gaussian_step')"
+    )
+    run(["-c", code], path_with_kernels)
 
 
 def test_transformers_works_from_the_root_as_this_environment_is():
-    run(["-c", "from transformers import CLIPModel"])
+    """This process has the root on its path, and with it the folder kernels/."""
+    from transformers import CLIPModel
 
+    import kernels
 
-def test_rlcm_fast_kernels_stays_ours_beside_the_installed_one(path_with_kernels: str):
-    code = f"from rlcm_fast.kernels import functional; {IS_THE_STAND_IN}; assert hasattr(functional, 'gaussian_step')"
-    run(["-c", code], path_with_kernels)
+    assert ROOT in {Path(entry).resolve() for entry in sys.path}
+    assert ROOT / "kernels" not in {Path(folder) for folder in kernels.__path__}
+    assert CLIPModel.__module__.startswith("transformers.")
 
 
 def test_train_py_runs_as_a_script_beside_the_installed_kernels(path_with_kernels: str, tiny_lcm_folder: str):

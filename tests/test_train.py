@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,11 @@ def door(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def _seconds_of_processes() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_the_door_prints_the_plan_of_a_dry_run_as_a_config_file(tiny_lcm_folder: str):
     done = door("--dry_run", "--model.path", tiny_lcm_folder, "--seed", "9", "--num_iterations", "5")
     assert done.returncode == 0, done.stderr
@@ -39,9 +44,9 @@ def test_the_door_prints_the_plan_of_a_dry_run_as_a_config_file(tiny_lcm_folder:
 
 
 def test_the_door_answers_a_mistake_with_one_line_without_loading_torch():
-    start = time.perf_counter()
+    before = _seconds_of_processes()
     done = door("--update.clip_rage", "1")
-    assert time.perf_counter() - start < 5
+    assert _seconds_of_processes() - before < 5  # of its processor: the machine may be busy with other tests
     assert done.returncode == 2
     assert done.stdout == ""
     expected = (
@@ -136,12 +141,16 @@ def test_one_process_of_several_speaks(tiny_lcm_folder: str):
         assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_the_first_process_of_another_machine_says_what_is_missing_there():
+def test_the_first_process_of_another_machine_says_what_is_missing_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     first_there = {"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    done = door("--prompts.source", "no.txt", "--update.micro_batch_size", "12", **first_there)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: prompts.source=no.txt") and done.stderr.endswith("(rank 8)\n")
-    assert done.stderr.count("\n") == 1
+    for name, value in first_there.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--prompts.source", "no.txt", "--update.micro_batch_size", "12"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: prompts.source=no.txt") and said.endswith("(rank 8)\n")
+    assert said.count("\n") == 1
 
 
 def test_runs_that_begin_together_are_given_no_port_to_meet_at(monkeypatch: pytest.MonkeyPatch):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,23 +39,38 @@ def test_triton_refuses_float64_where_auto_takes_torch():
         functional.gaussian_log_prob(wide, wide, wide, COEF.double())
 
 
-def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    plain = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", dispatch.ENVIRONMENT)}
-    command = [sys.executable, "-c", f"import torch; from rlcm_fast.kernels import dispatch; {code}"]
-    return subprocess.run(command, env={**plain, **environment}, capture_output=True, text=True)
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """dispatch.py, run anew as a process with this environment would run it: what it reads, it reads at import."""
+
+    def run(**environment: str) -> Any:
+        for name in ("TRITON_INTERPRET", dispatch.ENVIRONMENT):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        spec = importlib.util.spec_from_file_location("dispatch_started_anew", dispatch.__file__)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return run
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")
-def test_triton_on_a_cpu_without_the_interpreter_says_what_is_missing():
-    done = in_a_process("dispatch.is_triton(torch.zeros(1))", RLCM_FAST_KERNELS="triton")
-    assert "ValueError: kernels=triton cannot run on cpu: start with TRITON_INTERPRET=1" in done.stderr
+def test_triton_on_a_cpu_without_the_interpreter_says_what_is_missing(started: Callable[..., Any]):
+    with pytest.raises(ValueError, match="^kernels=triton cannot run on cpu: start with TRITON_INTERPRET=1"):
+        started(RLCM_FAST_KERNELS="triton").is_triton(torch.zeros(1))
 
 
-def test_the_environment_variable_holds_where_the_choice_is_auto_as_in_a_config_without_one():
-    asks = "print(dispatch.is_triton(torch.zeros(1)))"
-    code = f"dispatch.set_default('auto'); {asks}\nwith dispatch.use('torch'): {asks}"
-    done = in_a_process(code, RLCM_FAST_KERNELS="triton", TRITON_INTERPRET="1")
-    assert done.stdout.split() == ["True", "False"], done.stderr
+def test_the_environment_variable_holds_where_the_choice_is_auto_as_in_a_config_without_one(
+    started: Callable[..., Any],
+):
+    anew = started(RLCM_FAST_KERNELS="triton", TRITON_INTERPRET="1")
+    anew.set_default("auto")
+    assert anew.is_triton(torch.zeros(1))
+    with anew.use("torch"):
+        assert not anew.is_triton(torch.zeros(1))
 
 
 @pytest.mark.usefixtures("one_process")
@@ -71,6 +86,6 @@ def test_training_refuses_what_cannot_run_in_one_line(
     assert said.splitlines()[-1].startswith("error: kernels=triton cannot run on cpu: start with TRITON_INTERPRET=1")
 
 
-def test_a_wrong_environment_variable_fails_at_import():
-    done = in_a_process("", RLCM_FAST_KERNELS="fast")
-    assert "ValueError: RLCM_FAST_KERNELS=fast is unknown; use one of auto, torch, triton" in done.stderr
+def test_a_wrong_environment_variable_fails_at_import(started: Callable[..., Any]):
+    with pytest.raises(ValueError, match="^RLCM_FAST_KERNELS=fast is unknown; use one of auto, torch, triton$"):
+        started(RLCM_FAST_KERNELS="fast")
