@@ -20,7 +20,15 @@ from rlcm_fast.trajectory import Prompt
 
 STAGES = (0, 1, 2, 3)
 # A large eps keeps Adam from blowing up the rounding noise of gradients that are zero but for it.
-SETTINGS = {"prompts.num_prompts": 4, "num_iterations": 2, "optimizer.eps": 1e-3, "evaluation.every": 1}
+SETTINGS = {
+    "prompts.num_prompts": 4,
+    "num_iterations": 2,
+    "optimizer.eps": 1e-3,
+    "rollout.micro_batch_size": 4,
+    "evaluation.every": 2,
+}
+FEW = {"policy.num_steps": 2, "prompts.num_prompts": 2, "update.micro_batch_size": 1, "evaluation.every": 0}
+ADAPTERS = {**FEW, "engine.zero_stage": 3, "lora.rank": 2, "lora.targets": ["to_q"], "update.kl_weight": 0.1}
 SETS = {"num_iterations": 1, "rewards": [{"name": "diversity", "group_size": 2}], "evaluation.num_images": 4}
 ONE = {"source": "shapes:one", "rewards": [{"name": tiny_runs.REWARD}]}
 TASKS = {"tasks": [{"name": name, **ONE} for name in "ab"], "num_iterations": 1, "engine.zero_stage": 1}
@@ -38,7 +46,7 @@ RUNS: dict[str, dict[str, object]] = {
         for i in range(2)
     },
     "average": {**SETTINGS, "engine.zero_stage": 1, "ema.decay": 0.9},
-    "adapters": {**SETTINGS, "engine.zero_stage": 3, "lora.rank": 2, "update.kl_weight": 0.1},
+    "adapters": {**SETTINGS, **ADAPTERS},
     "sets": {**SETTINGS, **SETS},
     **{f"tasks_{every}": {**SETTINGS, **TASKS, "tracking.task_gradients_every": every} for every in (0, 1)},
     "few_images": {**SETTINGS, "evaluation.num_images": 2, "num_iterations": 1, "tracking.grid_every": 1},

@@ -38,6 +38,8 @@ SMALL = {
         "--policy.num_steps=7",
         "--pretraining.batch_size=16",
         "--pretraining.workers=0",
+        "--pretraining.micro_batch_size=16",
+        "--update.micro_batch_size=16",
         "--evaluation.num_images=16",
     ],
 }

@@ -137,6 +137,36 @@ def test_a_run_killed_and_interrupted_again_and_again_equals_one_left_alone(
     assert checkpoints(run_dir)[-2:] == ["iteration_000008", "iteration_000010"]
 
 
+ENDLESS: dict[str, object] = {**SETTINGS, "num_iterations": 10_000}
+
+
+def assert_stopped_with_a_checkpoint(run_dir: Path, said: str) -> None:
+    finished = len(tiny_runs.metrics(run_dir))
+    assert f"stopped after {finished} iterations; go on with --resume latest" in said
+    assert checkpoints(run_dir)[-1] == f"iteration_{finished:06d}"
+
+
+def test_two_processes_that_are_interrupted_and_told_to_end_save_a_checkpoint(tiny_lcm_folder: str, tmp_path: Path):
+    """A terminal's SIGINT reaches both, the one a little after the other, and a launcher sends SIGTERM after it."""
+    argv = tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run", ENDLESS)
+    logs, group = [tmp_path / f"{rank}.log" for rank in range(2)], (2, run_processes.free_port())
+    processes = [
+        run_processes.start(run_processes.train, argv, log=log, rank=rank, group=group) for rank, log in enumerate(logs)
+    ]
+    wait_for_lines(processes[0], tmp_path / "run", 2)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for process in processes:
+            assert process.pid is not None
+            os.kill(process.pid, number)
+            time.sleep(0.05)
+    for process, log in zip(processes, logs):
+        process.join(timeout=100)
+        assert process.exitcode == 0, log.read_text()[-3000:]
+    assert_stopped_with_a_checkpoint(tmp_path / "run", logs[0].read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.telling
 def test_ctrl_c_under_the_launcher_saves_a_checkpoint(tiny_lcm_folder: str, tmp_path: Path):
     """The terminal's SIGINT reaches all processes of the group, and the launcher sends SIGTERM after it."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
@@ -146,11 +176,7 @@ def test_ctrl_c_under_the_launcher_saves_a_checkpoint(tiny_lcm_folder: str, tmp_
         f"--master_port={run_processes.free_port()}",
     ]
     script = str(Path(rlcm_fast.__file__).parent / "train.py")  # type: ignore[arg-type]
-    command = [
-        *launcher,
-        script,
-        *tiny_runs.arguments(tiny_lcm_folder, run_dir, {**SETTINGS, "num_iterations": 10_000}),
-    ]
+    command = [*launcher, script, *tiny_runs.arguments(tiny_lcm_folder, run_dir, ENDLESS)]
     environment = tiny_runs.clean_environment(OMP_NUM_THREADS="1")
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
@@ -164,9 +190,7 @@ def test_ctrl_c_under_the_launcher_saves_a_checkpoint(tiny_lcm_folder: str, tmp_
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    finished = len(tiny_runs.metrics(run_dir))
-    assert f"stopped after {finished} iterations; go on with --resume latest" in log.read_text()
-    assert checkpoints(run_dir)[-1] == f"iteration_{finished:06d}"
+    assert_stopped_with_a_checkpoint(run_dir, log.read_text())
 
 
 @pytest.mark.usefixtures("one_process")

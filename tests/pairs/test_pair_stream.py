@@ -252,8 +252,10 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, num_w
     write_captioned_files(tmp_path)
     (tmp_path / "03.png").write_bytes(b"no image")
     message = r"^pretraining.data=[^\n]*: [^\n]*03.png cannot be read [^\n]*; take it out of the data, or repair it$"
+    stream = PairStream(str(tmp_path), 8, 4, seed=0, num_workers=num_workers)
     with pytest.raises(ValueError, match=message) as raised:
-        texts_of(PairStream(str(tmp_path), 8, 4, seed=0, num_workers=num_workers), NUM_PAIRS // 4)
+        texts_of(stream, NUM_PAIRS // 4)
+    stream.close()  # or a later test waits seconds for the worker, while the garbage collector ends it
     assert is_worded_by_us(raised.value)
 
 
