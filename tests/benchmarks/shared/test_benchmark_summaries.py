@@ -26,7 +26,7 @@ SCRIPTS = (
     "learning/inference_steps",
     "learning/last_step",
     "learning/learning_curves",
-    "compatibility/support_matrix",
+    "compatibility/matrix",
 )
 CONFIG = os.path.relpath(FOLDER.parent / "configs" / "shapes" / "compressibility.yaml")
 DETECTOR, JPEG = "eval/shapes_alignment/mean", "eval/jpeg_compressibility/mean"

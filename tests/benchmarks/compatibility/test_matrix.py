@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.compatibility import support_matrix
-from benchmarks.compatibility.support_cells import AXES, Cell, all_cells, config_of, refusal
+from benchmarks.compatibility import matrix
+from benchmarks.compatibility.cells import AXES, Cell, all_cells, config_of, refusal
 from rlcm_fast.engine import optimizers
 from rlcm_fast.engine.zero import ZeroEngine
 
@@ -20,7 +20,7 @@ PLAIN = Cell("all weights", "adamw", 1, "fp32", offload=False, in_backward=False
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, str]]:
-    return support_matrix.read_rows()
+    return matrix.read_rows()
 
 
 def test_every_combination_has_its_row_and_none_fails(rows: list[dict[str, str]]):
@@ -37,7 +37,7 @@ def test_refused_is_what_validate_refuses_today_and_in_its_words(rows: list[dict
 
 
 def test_the_tables_of_the_docs_are_those_of_the_results(rows: list[dict[str, str]]):
-    assert support_matrix.markdown(rows) in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert matrix.markdown(rows) in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
 
 
 def test_a_failure_shows_in_the_table(rows: list[dict[str, str]]):
@@ -46,23 +46,21 @@ def test_a_failure_shows_in_the_table(rows: list[dict[str, str]]):
         row for row in spoilt if row["outcome"] == "works" and row["dtype"] == "bf16" and row["processes"] == "2"
     )
     bad["outcome"] = "FAILS"
-    assert "bf16 FAILS" in support_matrix.markdown(spoilt)
-    assert "FAILS" not in support_matrix.markdown(rows)
+    assert "bf16 FAILS" in matrix.markdown(spoilt)
+    assert "FAILS" not in matrix.markdown(rows)
 
 
 def test_cells_are_chosen_by_their_values():
-    chosen = [
-        cell for cell in all_cells() if support_matrix.matches(cell, ["dtype=bf16", "dtype=fp32", "zero_stage=3"])
-    ]
+    chosen = [cell for cell in all_cells() if matrix.matches(cell, ["dtype=bf16", "dtype=fp32", "zero_stage=3"])]
     assert Counter((cell.dtype, cell.zero_stage) for cell in chosen) == {("fp32", 3): 80, ("bf16", 3): 80}
     with pytest.raises(ValueError, match=r"only=zero_stage=4 names no cell; the axes are "):
-        support_matrix.matches(PLAIN, ["zero_stage=4"])
+        matrix.matches(PLAIN, ["zero_stage=4"])
 
 
 def judged(model: str, folder: Path, cell: Cell = PLAIN) -> str:
-    from benchmarks.compatibility import support_trial
+    from benchmarks.compatibility import trial
 
-    return support_trial.train_cell(config_of(cell, model, str(folder / "run"))).wrong
+    return trial.train_cell(config_of(cell, model, str(folder / "run"))).wrong
 
 
 @pytest.mark.usefixtures("one_process")
@@ -96,7 +94,7 @@ def test_a_checkpoint_without_moments_is_noticed(tiny_lcm_folder: str, tmp_path:
 
 @pytest.mark.slow
 def test_a_cell_that_breaks_or_hangs_is_recorded_and_the_next_is_trained(tiny_lcm_folder: str, tmp_path: Path):
-    crew = support_matrix.Crew(2, tmp_path)
+    crew = matrix.Crew(2, tmp_path)
     pair = Cell(**{**vars(PLAIN), "processes": 2})
     broken = Cell(**{**vars(pair), "optimizer": "bnb_adamw_8bit", "zero_stage": 0, "in_backward": True})
     try:
@@ -118,5 +116,5 @@ def test_a_sample_of_the_matrix_works_still():
     sample = accepted[::11]
     for axis, values in AXES.items():
         assert {getattr(cell, axis) for cell in sample} == set(values)
-    wrong = [row for row in support_matrix.run(sample, limit=300.0) if row["outcome"] != "works"]
+    wrong = [row for row in matrix.run(sample, limit=300.0) if row["outcome"] != "works"]
     assert not wrong

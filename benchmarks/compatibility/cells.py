@@ -1,4 +1,4 @@
-"""The cells of support_matrix.py: all combinations, the run that each stands for, and who is refused."""
+"""The cells of matrix.py: all combinations, the run that each stands for, and who is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one process of support_matrix.py does: it trains cells, each by the real trainer, and judges them.
+"""What one process of matrix.py does: it trains cells, each by the real trainer, and judges them.
 
 A cell is two iterations of `rlcm_fast.trainer.Trainer` on a random pipeline of 30,000 weights: an update of two
 micro-batches each (one in the backward pass), the KL term included, a checkpoint after each, and an export. Then

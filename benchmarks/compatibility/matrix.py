@@ -1,11 +1,11 @@
 """Which settings of the engine go together: every combination is refused with its reason, or trained and judged.
 
-    python benchmarks/compatibility/support_matrix.py                                       # all of it; on a CPU
-    python benchmarks/compatibility/support_matrix.py --only dtype=bf16 zero_stage=3 --out runs/matrix.csv   # a part
+    python benchmarks/compatibility/matrix.py                                       # all of it; on a CPU
+    python benchmarks/compatibility/matrix.py --only dtype=bf16 zero_stage=3 --out runs/matrix.csv   # a part
 
 engine.dtype x engine.zero_stage x optimizer.name x engine.offload_optimizer x engine.optimizer_in_backward x processes
 x all weights or adapters. `config.checks.validate` is asked first, since it is what a user meets; what it accepts is
-trained by support_trial.py, which says how it is judged. Many cells share a process, or a pair, as starting one takes
+trained by trial.py, which says how it is judged. Many cells share a process, or a pair, as starting one takes
 longer than a cell. A cell that breaks, or is not done within --limit seconds, takes its processes with it, and the next
 one gets new ones. Offloading compiles DeepSpeedCPUAdam at its first use, which needs g++ and ninja.
 
@@ -32,12 +32,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.compatibility.support_cells import AXES, Cell, all_cells, config_of, refusal
+from benchmarks.compatibility.cells import AXES, Cell, all_cells, config_of, refusal
 from benchmarks.shared.reporting import ROOT, print_summary, write_csv
 from rlcm_fast.config import Config
 
 if TYPE_CHECKING:
-    from benchmarks.compatibility.support_trial import Verdict
+    from benchmarks.compatibility.trial import Verdict
 
 
 RESULTS = ROOT / "benchmarks" / "results" / "support_matrix.csv"
@@ -133,7 +133,7 @@ class Crew:
         return verdicts, ""
 
     def _start(self) -> None:
-        from benchmarks.compatibility import support_trial
+        from benchmarks.compatibility import trial
         from benchmarks.shared import run_processes
 
         group = (self._num_processes, run_processes.free_port())
@@ -141,7 +141,7 @@ class Crew:
             ours, theirs = Pipe()
             log = self._folder / f"{rank}.log"
             log.unlink(missing_ok=True)
-            self._members[ours] = run_processes.start(support_trial.serve, theirs, log=log, rank=rank, group=group)
+            self._members[ours] = run_processes.start(trial.serve, theirs, log=log, rank=rank, group=group)
             theirs.close()
 
     def _last_words(self, connection: Connection) -> str:
