@@ -1,7 +1,7 @@
 """The door to training: `deepspeed rlcm_fast/train.py --config FILE`, or `python rlcm_fast/train.py` for one process.
 
-Reads and checks the config before it imports torch, so that a mistake costs a second and one line on stderr (exit
-code 2). The loop itself is in `trainer.py`.
+It reads and checks the config before it imports torch, so a mistake costs a second and one line on stderr (exit code
+2). The loop is in `trainer.py`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, train.
+    """Parses, checks and trains.
 
     Returns the exit code: 0 done, 1 a full disk or a lost process, 2 a mistake in the config, 130 interrupted.
     """
+    # Read and check the config; a dry run prints it and ends here.
     rank, world_size = set_process_environment()
     try:
         config = _read_run(sys.argv[1:] if argv is None else argv, rank, world_size).config
     except ValueError as error:
-        if int(os.environ.get("LOCAL_RANK", rank)) == 0:  # once a machine: files may be missing on one of them
+        if int(os.environ.get("LOCAL_RANK", rank)) == 0:  # once per machine: files may be missing on one of them
             _print_mistake(error, rank)
         return 2
     if config.dry_run:
         return 0
+
+    # Train; what the user or the machine caused becomes one line.
     try:
         _train(config)
     except ValueError as error:
@@ -55,19 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def set_process_environment() -> tuple[int, int]:
-    """(rank, world size); describes a single process to DeepSpeed where no launcher did, or it would want MPI."""
+    """Returns (rank, world size); describes a single process to DeepSpeed, which would otherwise ask for MPI."""
     if "RANK" not in os.environ:
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")  # torch takes a free one, which no other run can take before it
+        os.environ.setdefault("MASTER_PORT", "0")  # torch takes a free port, which no other run can take first
     return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def find_own_package() -> None:
-    """Takes rlcm_fast/ itself off sys.path, where Python puts the folder of a script: its modules are no top level."""
+    """Removes rlcm_fast/ from sys.path, where Python puts a script's folder: its modules are not top-level names."""
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
-    if importlib.util.find_spec("rlcm_fast") is None:  # not installed: last, so that it shadows nothing
+    if importlib.util.find_spec("rlcm_fast") is None:  # not installed: goes last, so it shadows nothing
         sys.path.append(str(here.parent))
 
 
@@ -82,7 +85,7 @@ def _train(config: Config) -> None:
 
 
 def _outer_cause(error: Exception, config: Config) -> str | None:
-    """What happened, where neither config nor code is to blame, and how to go on."""
+    """Returns what happened and how to go on, if neither the config nor the code is to blame; else None."""
     from rlcm_fast import parallel
     from rlcm_fast.run_folder.checkpoint import is_full_disk
 
@@ -101,19 +104,19 @@ def _outer_cause(error: Exception, config: Config) -> str | None:
 
 
 def is_worded_by_us(error: BaseException) -> bool:
-    """Whether rlcm_fast itself raised it: then the message says it all, while a library's needs its traceback."""
+    """Tells whether rlcm_fast raised the error: its message is enough, while a library's error needs its traceback."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    # By the module's name: the files of rlcm_fast.kernels lie in another folder.
+    # Compare module names, because the files of rlcm_fast.kernels are in another folder.
     module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
     return module == __name__ or module.startswith("rlcm_fast.")
 
 
 def _read_run(argv: Sequence[str], rank: int, world_size: int) -> ResolvedRun:
-    """The checked config and what follows from it.
+    """Returns the checked config and what follows from it.
 
-    Raises ValueError for everything that can be known to fail before weights load.
+    Raises ValueError for everything that is known to fail before weights load.
     """
     from rlcm_fast import quiet
     from rlcm_fast.backbones.loading import resolve_model
@@ -132,20 +135,23 @@ def _read_run(argv: Sequence[str], rank: int, world_size: int) -> ResolvedRun:
 
 
 def _check_plugins(run: ResolvedRun) -> None:
-    """Rewards, prompts and pairs exist; needs torch, so it comes after all other checks.
+    """Checks that rewards, prompts and pairs exist; it needs torch, so it comes after all other checks.
 
-    Rewards come first, since prompts may be on a network. A dry run opens no dataset, and lets rewards wait for models.
-    Pairs are looked into only when rewards have been built (pretraining.check_pairs).
+    Rewards come first, because prompts may be on a network. A dry run opens no dataset and accepts rewards whose models
+    are missing. Pairs are opened later, when the rewards are built (real_images.check_pairs).
     """
     from rlcm_fast.pairs import check_source
     from rlcm_fast.prompts import check_prompts, load_prompts
     from rlcm_fast.rewards import check_name
 
+    # Collect what the tasks and the evaluation name.
     config = run.config
     named, sources = [("evaluation.rewards", config.evaluation.rewards)], []
     for task in run.tasks:
         named.append((task.rewards_field, list(task.rewards)))
         sources += [(task.source, task.source_field), (task.evaluation, task.evaluation_field)]
+
+    # Check that all of it is there.
     for field, rewards in named:
         for index, reward in enumerate(rewards):
             check_name(reward.name, f"{field}[{index}].name", must_run=not config.dry_run)
@@ -156,7 +162,7 @@ def _check_plugins(run: ResolvedRun) -> None:
 
 
 def _print_plan(run: ResolvedRun) -> None:
-    """The resolved config, itself a file for --config, and the numbers that follow from it as comments."""
+    """Prints the resolved config as a file for --config, with the numbers that follow from it as comments."""
     from rlcm_fast.config import to_yaml
 
     print(to_yaml(replace(run.config, dry_run=False)) + "\n# derived")
@@ -166,7 +172,7 @@ def _print_plan(run: ResolvedRun) -> None:
 
 @contextlib.contextmanager
 def _silent_unless(speaks: bool) -> Iterator[None]:
-    """Drops what is printed to stdout on the processes that do not speak: --help and the plan appear once."""
+    """Drops stdout on processes that do not speak, so that --help and the plan appear once."""
     with contextlib.ExitStack() as stack:
         if not speaks:
             sink = stack.enter_context(open(os.devnull, "w"))

@@ -154,6 +154,7 @@ class GroupAdvantages:
         self._zero_variance = 0.0
 
     def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        # Group the images by prompt.
         values = _values(rewards, prompts)
         groups: dict[Prompt, list[int]] = {}
         for place, prompt in enumerate(prompts):
@@ -163,6 +164,8 @@ class GroupAdvantages:
                 "prompts.images_per_prompt=1 gives advantages.kind=group nothing to compare an image with; use at least"
                 " 2 images a prompt, or advantages.kind=prompt"
             )
+
+        # Centre each group and divide by the chosen standard deviation.
         spread = {prompt: _mean_and_std(values[i] for i in places) for prompt, places in groups.items()}
         self._zero_variance = sum(std == 0 for _, std in spread.values()) / len(groups)
         centred = [

@@ -4,8 +4,8 @@
     validate(config, world_size)  -> ResolvedRun   checks.py: ranges first, then what fields ask of each other
     resolve(config, world_size)   -> ResolvedRun   resolved.py: tasks, rounds and sizes, without the checks
 
-A new field is a line of sections.py, with its type, choices, range, default and docstring. Light on purpose: this room
-imports neither torch nor diffusers, so that a mistake is reported in under a second, before any weights load.
+To add a field, write it in sections.py with its type, choices, range, default and docstring. This room is light on
+purpose: it imports neither torch nor diffusers, so it reports a mistake in under a second, before any weights load.
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ class Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain YAML types, in the order of its fields."""
+    """Returns the config as plain YAML types, in the order of its fields."""
     return _plain(asdict(config))
 
 
 def to_yaml(config: Config) -> str:
-    """The config as a YAML file that `--config` reads back to an equal one."""
+    """Returns the config as a YAML file; `--config` reads it back to an equal config."""
     return f"{RESOLVED}\n{yaml.safe_dump(to_dict(config), sort_keys=False)}"
 
 
@@ -139,10 +139,10 @@ def _plain(value: Any) -> Any:
 
 
 def parse_config(argv: Sequence[str]) -> Config:
-    """The config that a command line asks for; raises ValueError with one line: the field, its value, the way out."""
+    """Returns the config of a command line; raises ValueError with one line: the field, its value, the way out."""
     return parse(argv, Config)
 
 
 def build_parser() -> ArgumentParser:
-    """The parser behind `--help`."""
+    """Returns the parser behind `--help`."""
     return parser_of(Config)

@@ -1,4 +1,4 @@
-"""What an algorithm asks of the other sections of the config."""
+"""Checks what an algorithm needs from the other sections of the config."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from rlcm_fast.config.resolved import ResolvedRun
 
 
 def check_algorithm(run: ResolvedRun) -> None:
-    """Raise ValueError "field=value ...; remedy" where the algorithm, or which steps are trained, cannot work."""
+    """Raises ValueError "field=value ...; remedy" if the algorithm, or the choice of trained steps, cannot work."""
+    # Each algorithm has needs of its own.
     config, update = run.config, run.config.update
     name = config.algorithm.name
     if name == "reinforce" and not update.is_on_policy:
         num_updates = update.num_passes * update.num_updates
         raise ValueError(
             f"algorithm.name=reinforce has no ratio to correct for weights that have moved, so only the first of "
-            f"{num_updates} updates a rollout would be right; set update.num_updates=1 and update.num_passes=1, or "
+            f"{num_updates} updates per rollout would be right; set update.num_updates=1 and update.num_passes=1, or "
             "algorithm.name=ppo"
         )
     if name == "dpok" and update.kl_weight == 0:
@@ -26,6 +27,8 @@ def check_algorithm(run: ResolvedRun) -> None:
     if name == "rebel":
         _check_pairs(run)
     _check_timesteps(run)
+
+    # The start model of the KL term must be able to wait in CPU memory.
     if update.kl_reference == "offload" and config.engine.zero_stage == 3:
         raise ValueError(
             "update.kl_reference=offload swaps whole weights, and engine.zero_stage=3 shares them out; set "
@@ -78,5 +81,5 @@ def _check_timesteps(run: ResolvedRun) -> None:
     if update.order == "by_step" and trained % update.num_updates:
         raise ValueError(
             f"update.num_updates={update.num_updates} does not divide the {trained} trained actions of a sample, which "
-            f"update.order=by_step hands out whole; try {trained}, one update a step"
+            f"update.order=by_step hands out whole; try {trained}, one update per step"
         )

@@ -1,4 +1,4 @@
-"""Whether a config can work, checked before any weights load; every message has the field, its value and the way out.
+"""Checks before any weights load whether a config can work; every message has the field, its value and the way out.
 
 `validate` is the one place: first each number by itself (ranges.py), then what fields ask of each other, by subject.
 """
@@ -27,7 +27,7 @@ _BESIDE_TASKS = (
 
 
 def validate(config: Config, world_size: int) -> ResolvedRun:
-    """The run that a config asks for, if it can work on that many processes.
+    """Returns the resolved run, if the config can work on that many processes.
 
     Raises ValueError "field=value ...; remedy" for the first value or combination that cannot.
     """
@@ -46,7 +46,7 @@ def validate(config: Config, world_size: int) -> ResolvedRun:
 
 
 def _check_use(config: Config) -> None:
-    """Nothing is set that another field leaves no meaning.
+    """Refuses a field that has no effect because of another field.
 
     A default passes, though a user may have written it: a resolved config has all of them.
     """
@@ -62,7 +62,7 @@ def _check_use(config: Config) -> None:
 
 
 def _check_beside_tasks(config: Config) -> None:
-    """What every task has of its own does nothing in its section."""
+    """Refuses top-level fields that every task overrides."""
     default, tasks, rewards = Config(), config.tasks, config.rewards
     source, prompts, kind = config.prompts.source, config.evaluation.prompts, config.advantages.kind
     has_prompts, has_kind = all(task.evaluation for task in tasks), all(task.advantages for task in tasks)

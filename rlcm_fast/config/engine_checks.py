@@ -1,4 +1,4 @@
-"""Which settings of the engine and the optimizer go together; the others are refused here, with the reason."""
+"""Refuses settings of the engine and the optimizer that do not go together, with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _8BIT = ("adamw_8bit", "bnb_adamw_8bit", "bnb_paged_adamw_8bit")
 
 
 def check_engine(run: ResolvedRun) -> None:
-    """Raise ValueError "field=value ...; remedy" for the first two settings that exclude each other."""
+    """Raises ValueError "field=value ...; remedy" for the first two settings that exclude each other."""
     config = run.config
     _check_dtype(config)
     _check_optimizer(config)
@@ -75,6 +75,8 @@ def _check_in_backward(run: ResolvedRun) -> None:
     engine, optimizer, update = config.engine, config.optimizer, config.update
     if not engine.optimizer_in_backward:
         return
+
+    # Only one engine and one optimizer step weight by weight.
     if engine.zero_stage > 0:
         raise ValueError(
             f"engine.optimizer_in_backward=true leaves engine.zero_stage={engine.zero_stage} no gradients to share "
@@ -85,6 +87,8 @@ def _check_in_backward(run: ResolvedRun) -> None:
             f"optimizer.name={optimizer.name} steps all weights at once, engine.optimizer_in_backward=true one by one; "
             "set optimizer.name=adamw_8bit"
         )
+
+    # Weights move during the backward pass, so an update has only one.
     if config.pretraining.weight > 0:
         raise ValueError(
             "engine.optimizer_in_backward=true moves weights in the backward pass, so an update must be one, and "
@@ -101,6 +105,7 @@ def _check_in_backward(run: ResolvedRun) -> None:
 
 
 def _check_network(config: Config) -> None:
+    # What cannot work with partitioned or flattened weights.
     engine, optimizer = config.engine, config.optimizer
     if engine.compile != "off" and engine.zero_stage == 3:
         raise ValueError(
@@ -112,6 +117,8 @@ def _check_network(config: Config) -> None:
             f"engine.channels_last=true does not last with engine.zero_stage={engine.zero_stage}: ZeRO flattens the "
             "weights; set engine.zero_stage=0, or engine.channels_last=false"
         )
+
+    # What another package undoes, or does not bring.
     if engine.channels_last and optimizer.name.startswith("bnb_"):
         raise ValueError(
             f"optimizer.name={optimizer.name} makes channels_last weights contiguous at its first step, so "

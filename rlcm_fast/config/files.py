@@ -1,8 +1,8 @@
-"""Files by name: which YAML file `--config` means, and which files a YAML file means.
+"""Finds the YAML file that `--config` means, and the files that a YAML file means.
 
 --config my.yaml                 a path, from the current folder
 --config shapes/compressibility  a config that ships with rlcm_fast, from any folder; a path that exists wins
-source: animals.txt              in a YAML file: the file beside it, else the one in the current folder
+source: animals.txt              in a YAML file: the file beside it, or else the file in the current folder
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-# The first line of every config that we write. A run's config.yaml must mean the files that the command meant which
-# started the run, and not what lies beside it in the run's folder.
+# The first line of every config that we write. A run's config.yaml must mean the same files as the command that started
+# the run, and not files beside it in the run's folder.
 RESOLVED = "# Written by rlcm_fast. Relative paths begin at the folder that a command runs in, not at this file's."
 
 _SHIPPED = (Path(__file__).parent.parent / "configs").resolve()  # in a checkout a symbolic link to ../configs
@@ -23,14 +23,14 @@ _BRACES = re.compile(r"\{[^{}]*\}")
 
 
 class MayBeFile:
-    """Marks a field whose text may name a file, which a YAML file may name by its place beside itself."""
+    """Marks a field whose text may name a file; in a YAML file, the name may be relative to the YAML file."""
 
 
 Source = Annotated[str, MayBeFile()]  # shapes:one, hf:PATH, package.module:function, or a file, a folder, a pattern
 
 
 def find_config(name: str) -> Path:
-    """The YAML file of a path, or of the name of a config that ships; raises ValueError where there is neither."""
+    """Returns the YAML file of a path or of a shipped config's name; raises ValueError if there is neither."""
     if Path(name).is_file():
         return Path(name)
     shipped = shipped_configs()
@@ -46,23 +46,23 @@ def find_config(name: str) -> Path:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The files of the configs that ship, by name, as shapes/compressibility."""
+    """Returns the files of the shipped configs, by name, as shapes/compressibility."""
     files = sorted(_SHIPPED.glob("*/*.yaml"))
     return {file.relative_to(_SHIPPED).with_suffix("").as_posix(): file for file in files}
 
 
 def summary_of(file: Path) -> str:
-    """What a config is for: the first sentence of its first line, which is a comment."""
+    """Returns what a config is for: the first sentence of its first line, which is a comment."""
     with file.open(encoding="utf-8") as lines:
         sentence, period, _ = lines.readline().removeprefix("#").strip().partition(". ")
     return sentence + period.strip()
 
 
 def beside(folder: Path, text: str) -> str:
-    """The path of what `text` names in `folder`, where a YAML file lies; the text itself where that is nothing.
+    """Returns the path of what `text` names in `folder`, that of a YAML file; the text itself if nothing is there.
 
-    Names with a colon (shapes:one, hf:PATH, package.module:function) are no paths. Shards of pairs may be a pattern
-    with braces and globs, which is there if anything matches it.
+    Names with a colon (shapes:one, hf:PATH, package.module:function) are not paths. Shards of pairs may be a pattern
+    with braces and globs; it is there if anything matches it.
     """
     if not text or ":" in text or os.path.isabs(os.path.expanduser(text)):
         return text
@@ -75,6 +75,6 @@ def _matches(folder: Path, pattern: str) -> bool:
 
 
 def _closest(name: str, shipped: list[str]) -> list[str]:
-    """Up to two names that are near: the name itself, those with its last part, or those that look like it."""
+    """Returns up to two similar names: the name itself, names with the same last part, or names that look alike."""
     same = [other for other in shipped if other.rpartition("/")[2] == name.rpartition("/")[2]]
     return [name] if name in shipped else same[:2] or difflib.get_close_matches(name, shipped, n=2)

@@ -1,10 +1,10 @@
-"""The mistakes in a YAML file or on the command line, worded for the person who made them.
+"""Words the mistakes in a YAML file or on the command line for the person who made them.
 
-jsonargparse checks types and merges; this file finds unknown keys first, so that the message can name the closest
-known one, and turns jsonargparse's messages into one line. It knows nothing of the config but its dataclass. What it
-corrects on the way in: the launcher's option and bare switches (`split_arguments`); lists of rewards, whose items get
-every field spelt out (`read_file`, `complete_items`), since jsonargparse would take what an item leaves out from the
-item that an earlier file has in its place; and files that a YAML file names by their place beside it (`read_file`).
+jsonargparse checks types and merges. This file finds unknown keys first, so that the message can name the closest known
+key, and turns jsonargparse's messages into one line. It knows only the dataclass of the config. It also corrects input:
+it drops the launcher's option and completes bare switches (`split_arguments`). It writes out every field of list items
+(`read_file`, `complete_items`), because jsonargparse would take a missing field from the item that an earlier file has
+in the same place. And it resolves files that a YAML file names relative to itself (`read_file`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OUTSIDE_CONFIG = {"--config", "--help", "-h"}
 
 
 def split_arguments(argv: Sequence[str], config_class: type) -> tuple[list[str], list[str]]:
-    """(config files, the other arguments); drops the launcher's --local_rank and gives bare switches their true."""
+    """Returns (config files, other arguments); drops the launcher's --local_rank and sets bare switches to true."""
     switches = {f"--{name}" for name, hint in _fields(config_class) if hint is bool}
     files, arguments, rest = [], [], list(argv)
     while rest:
@@ -51,7 +51,7 @@ def split_arguments(argv: Sequence[str], config_class: type) -> tuple[list[str],
 
 
 def read_file(file: str, config_class: type) -> str:
-    """The content of a YAML file as JSON, items of lists complete and paths from the current folder.
+    """Returns the content of a YAML file as JSON, with complete list items and paths from the current folder.
 
     Raises ValueError unless it is a mapping with known keys only.
     """
@@ -68,7 +68,7 @@ def read_file(file: str, config_class: type) -> str:
 
 
 def check_arguments(arguments: Sequence[str], config_class: type) -> None:
-    """Raise ValueError for an option that is no field, or a list of rewards with an unknown key."""
+    """Raises ValueError for an option that is not a field, or a list of rewards with an unknown key."""
     known = dict(_fields(config_class))
     helps = {f"{name}.help" for name, hint in known.items() if _item_class(hint)}
     option = ""
@@ -88,7 +88,7 @@ def check_arguments(arguments: Sequence[str], config_class: type) -> None:
 
 
 def complete_items(arguments: Sequence[str], config_class: type) -> list[str]:
-    """The arguments, with the items of lists complete."""
+    """Returns the arguments with complete list items."""
     known = dict(_fields(config_class))
     completed: list[str] = []
     option = ""
@@ -103,7 +103,7 @@ def complete_items(arguments: Sequence[str], config_class: type) -> list[str]:
 
 
 def _complete_fields(node: dict[str, Any], config_class: type, folder: Path | None) -> dict[str, Any]:
-    """The fields of a section, items of lists complete; files that lie in `folder` by their path."""
+    """Returns the fields of a section with complete list items; files in `folder` become paths."""
     hints, sources = types_of(config_class), marks_of(config_class, MayBeFile)
     completed = dict(node)
     for key, value in node.items():
@@ -118,7 +118,7 @@ def _complete_fields(node: dict[str, Any], config_class: type, folder: Path | No
 
 
 def _complete(items: list[dict[str, Any]], item_class: type, folder: Path | None) -> list[dict[str, Any]]:
-    """Every field of every item, the default where it leaves one out."""
+    """Returns the items with every field; defaults fill in what an item leaves out."""
     defaults: dict[str, Any] = {}
     for item in dataclasses.fields(item_class):
         if item.default is not dataclasses.MISSING:
@@ -129,7 +129,7 @@ def _complete(items: list[dict[str, Any]], item_class: type, folder: Path | None
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, as YAML 1.2 and jsonargparse do; to PyYAML it is a text."""
+    """Reads 1e-4 as a number, as YAML 1.2 and jsonargparse do; PyYAML reads a text."""
 
 
 _Loader.add_implicit_resolver(
@@ -146,7 +146,7 @@ def _to_json(content: Any) -> str:
 
 
 def explain(message: str, prefix: str = "") -> str:
-    """jsonargparse's message as one line: field=value, what was expected, the way out; prefix: of the field."""
+    """Returns jsonargparse's message as one line: field=value, what was expected, the way out."""
     found = re.match(r'Parser key "(?P<field>[^"]+)":\s*(?P<rest>.*)', message, re.DOTALL)
     if not found:
         return f"{_one_line(message)}; {_HELP}"
@@ -158,7 +158,7 @@ def explain(message: str, prefix: str = "") -> str:
 
 
 def _fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, type) of every field below, sections left out."""
+    """Yields (dotted name, type) of every field below, without sections."""
     for name, hint in types_of(config_class).items():
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from _fields(hint, f"{prefix}{name}.")
@@ -202,7 +202,7 @@ def _check_items(value: Any, item_class: type, name: str, where: str) -> None:
 
 
 def _check_types(item: dict[str, Any], item_class: type, prefix: str) -> None:
-    """One item at a time, as jsonargparse's message about a list does not say which."""
+    """Checks one item at a time, because jsonargparse's message about a list does not name the item."""
     hints = types_of(item_class)
     parser = ArgumentParser(exit_on_error=False)
     for key in item:
@@ -222,13 +222,13 @@ def _check_item_text(field: str, text: str, item_class: type) -> None:
 
 
 def _item_class(hint: Any) -> type | None:
-    """The dataclass D of list[D]."""
+    """Returns the dataclass D of list[D], or None."""
     items = typing.get_args(hint) if typing.get_origin(hint) is list else ()
     return items[0] if items and dataclasses.is_dataclass(items[0]) and isinstance(items[0], type) else None
 
 
 def _closest(name: str, known: list[str], dashes: str = "") -> str:
-    """'did you mean ...? ', by the whole name or by its last part; empty where nothing is near."""
+    """Returns 'did you mean ...? ', by the whole name or its last part; empty if no name is close."""
     leaves = {}
     for candidate in known:
         leaves.setdefault(candidate.rpartition(".")[2], candidate)

@@ -1,6 +1,6 @@
-"""From files and a command line to a dataclass of typed sections: defaults < YAML files < dotted overrides.
+"""Reads files and a command line into a dataclass of typed sections: defaults < YAML files < dotted overrides.
 
-Knows nothing of the config but its dataclass, whose docstrings are the texts of --help.
+It knows only the dataclass of the config, whose docstrings are the texts of --help.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ConfigClass = TypeVar("ConfigClass")
 
 
 def parse(argv: Sequence[str], config_class: type[ConfigClass]) -> ConfigClass:
-    """Defaults < the files of `--config`, in order < dotted overrides, wherever they stand on the command line.
+    """Merges defaults < the files of `--config`, in order < dotted overrides anywhere on the command line.
 
     Raises ValueError with one line: the field, its value and the way out. `--local_rank=N` of the launcher is ignored.
     """
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str], config_class: type[ConfigClass]) -> ConfigClass:
 
 
 def parser_of(config_class: type) -> ArgumentParser:
-    """The parser behind `--help`: one group a section, one dotted option a field.
+    """Returns the parser behind `--help`: one group per section, one dotted option per field.
 
     A field's help is its docstring, and in brackets which numbers it may have.
     """
@@ -74,12 +74,12 @@ def _add_fields(parser: ArgumentParser, group: Any, config_class: type, prefix: 
 
 @cache
 def _help_texts(config_class: type) -> dict[str, Any]:
-    """The docstrings of the fields, by field; they are read from the source."""
+    """Reads the docstrings of the fields from the source, by field."""
     return {item.arg_name: item.description for item in parse_from_object(config_class).params}
 
 
 def _build(config_class: type, values: Any) -> Any:
-    """Sections from the parser's nested namespaces, whose leaves have their types already."""
+    """Builds the sections from the parser's nested namespaces, whose leaves already have their types."""
     hints = types_of(config_class)
     arguments = {item.name: values[item.name] for item in fields(config_class)}
     return config_class(**{k: _build(hints[k], v) if is_dataclass(hints[k]) else v for k, v in arguments.items()})

@@ -1,4 +1,4 @@
-"""Ranges of numbers, which stand beside their fields: `lr: Annotated[float, positive("1e-4")] = 1e-4`."""
+"""Ranges of numbers, written beside their fields: `lr: Annotated[float, positive("1e-4")] = 1e-4`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlcm_fast.config.marks import marks_of
 
 @dataclass(frozen=True)
 class Range:
-    """An interval; `remedy` ends the message about a number outside of it: "... is out of range; give {remedy}"."""
+    """An interval; `remedy` ends the message about a number outside: "... is out of range; give {remedy}"."""
 
     low: float
     high: float
@@ -21,14 +21,14 @@ class Range:
     remedy: str
 
     def allows(self, value: float) -> bool:
-        """Whether the value lies within; NaN and infinity never do."""
+        """Tells whether the value lies in the interval; NaN and infinity never do."""
         above = self.low <= value if self.includes_low else self.low < value
         below = value <= self.high if self.includes_high else value < self.high
         return above and below and math.isfinite(value)
 
 
 def within(interval: str, remedy: str) -> Range:
-    """The range that mathematicians write as "(0, 1]": a round bracket leaves out its end."""
+    """Returns the range written as "(0, 1]"; a round bracket excludes its end."""
     low, high = interval[1:-1].split(",")
     return Range(float(low), float(high), interval[0] == "[", interval[-1] == "]", remedy)
 
@@ -47,9 +47,9 @@ ZeroIsOff = Annotated[float, at_least(0, "0 (off) or more")]
 
 
 def check_ranges(section: Any) -> None:
-    """Raise ValueError "field=value is out of range; give ..." for the first number of a dataclass that is outside.
+    """Raises ValueError "field=value is out of range; give ..." for the first number of a dataclass that is outside.
 
-    Sections are searched too, and lists of dataclasses; the range of a list or tuple holds for each of its numbers.
+    It searches sections and lists of dataclasses too; the range of a list or tuple holds for each of its numbers.
     """
     for name, value, allowed in _numbers(section, ""):
         if not allowed.allows(value):
@@ -57,7 +57,7 @@ def check_ranges(section: Any) -> None:
 
 
 def _numbers(section: Any, prefix: str) -> Iterator[tuple[str, float, Range]]:
-    """(dotted name, value, range) of every number that has a range."""
+    """Yields (dotted name, value, range) of every number that has a range."""
     ranges = marks_of(type(section), Range)
     for item in fields(section):
         name, value, allowed = prefix + item.name, getattr(section, item.name), ranges.get(item.name)

@@ -1,6 +1,6 @@
-"""What follows from a config on a number of processes: tasks, rounds and sizes, worked out once.
+"""Works out once what follows from a config and a number of processes: tasks, rounds and sizes.
 
-    config -> checks.validate -> ResolvedRun -> build.py gives each part what it needs of it
+    config -> checks.validate -> ResolvedRun -> build.py gives each part what it needs
 
 A batch has prompts.num_prompts x prompts.images_per_prompt images; several tasks divide it by their shares.
 """
@@ -15,7 +15,7 @@ from rlcm_fast.config import Config, RewardConfig, TaskConfig
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt source, its rewards, its share of the batch, its kind of advantages and what it is evaluated on."""
+    """A prompt source with its rewards, its share of the batch, its kind of advantages and its evaluation prompts."""
 
     name: str
     source: str
@@ -24,7 +24,7 @@ class Task:
     images_per_prompt: int
     advantages: str
     evaluation: str
-    # Where these were set, for messages.
+    # The fields that set these, for messages.
     source_field: str = field(default="prompts.source", compare=False)
     rewards_field: str = field(default="rewards", compare=False)
     images_field: str = field(default="prompts.images_per_prompt", compare=False)
@@ -39,9 +39,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much an iteration has to do; counts are over all processes unless the name says otherwise.
+    """The amount of work in an iteration; counts are over all processes unless the name says otherwise.
 
-    Where updates differ in size (tasks one by one), the largest is meant.
+    If updates differ in size (tasks one by one), the sizes are those of the largest.
     """
 
     num_processes: int
@@ -64,13 +64,13 @@ class ResolvedRun:
     """A config and what follows from it."""
 
     config: Config
-    tasks: tuple[Task, ...]  # in the order of the config; one called "default" where it names none
+    tasks: tuple[Task, ...]  # in the order of the config; one task called "default" if it names none
     rounds: tuple[tuple[Task, ...], ...]  # which tasks share a rollout and its updates; an iteration is all rounds
     sizes: Sizes
 
     @property
     def has_tasks(self) -> bool:
-        """Whether the config names tasks, which are then part of the keys of metrics."""
+        """Tells whether the config names tasks; then task names are part of the keys of metrics."""
         return bool(self.config.tasks)
 
 
@@ -82,7 +82,7 @@ def resolve(config: Config, world_size: int) -> ResolvedRun:
 
 
 def _tasks_of(config: Config) -> list[Task]:
-    """In the order of the config; one called "default" where it names none."""
+    """In the order of the config; one task called "default" if it names none."""
     prompts = config.prompts
     if config.tasks:
         return [_task(config, index, task) for index, task in enumerate(config.tasks)]
@@ -100,12 +100,15 @@ def _tasks_of(config: Config) -> list[Task]:
 
 
 def _task(config: Config, index: int, task: TaskConfig) -> Task:
-    """One of several; what it leaves out is the section's."""
+    """Returns one of several tasks; the top-level sections fill in what it leaves out."""
+    # Count its prompts; a fraction is an error that `check_tasks` words.
     prompts, place = config.prompts, f"tasks[{index}]"
     images_per_prompt = task.images_per_prompt or prompts.images_per_prompt
     images = prompts.num_prompts * prompts.images_per_prompt
     num_prompts = images * task.share / sum(other.share for other in config.tasks) / images_per_prompt
     is_whole = abs(num_prompts - round(num_prompts)) < 1e-9
+
+    # Take each setting from the task or from its section, and note which of the two.
     return Task(
         name=task.name,
         source=task.source,
@@ -123,6 +126,7 @@ def _task(config: Config, index: int, task: TaskConfig) -> Task:
 
 
 def _sizes(config: Config, rounds: tuple[tuple[Task, ...], ...], world_size: int) -> Sizes:
+    # Count samples, trained actions, updates and pairs of real images.
     samples = [sum(task.num_samples for task in tasks) for tasks in rounds]
     actions = config.policy.num_steps - (config.policy.last_step == "deterministic")
     trained = config.update.num_timesteps or actions
@@ -130,6 +134,8 @@ def _sizes(config: Config, rounds: tuple[tuple[Task, ...], ...], world_size: int
     updates = config.update.num_passes * config.update.num_updates * len(rounds)
     real_images = config.pretraining
     pairs = real_images.batch_size if real_images.weight > 0 else 0
+
+    # Multiply them out.
     return Sizes(
         num_processes=world_size,
         samples_per_iteration=sum(samples),

@@ -1,4 +1,4 @@
-"""Whether rewards can work: each has a name, once, and a weight; what is only watched is not trained everywhere."""
+"""Checks rewards: each has a name, once, and a weight; evaluation.rewards holds only rewards that need watching."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from rlcm_fast.config.resolved import ResolvedRun
 
 
 def check_rewards(run: ResolvedRun) -> None:
-    """Raise ValueError "field=value ...; remedy" for the first reward that cannot be trained or watched."""
+    """Raises ValueError "field=value ...; remedy" for the first reward that cannot be trained or watched."""
+    # Rewards to train on.
     watched = run.config.evaluation.rewards
     trained = {task.rewards_field: list(task.rewards) for task in run.tasks}
     for field, rewards in trained.items():
@@ -20,6 +21,8 @@ def check_rewards(run: ResolvedRun) -> None:
                 remedy = "give another, or move the reward to evaluation.rewards to only measure it"
                 raise ValueError(f"{field}[{index}].weight={reward.weight} of {reward.name} has no use; {remedy}")
         _check_names(field, rewards)
+
+    # Rewards to watch.
     _check_names("evaluation.rewards", watched)
     if watched and run.config.evaluation.every == 0:
         names = ", ".join(reward.name for reward in watched)
@@ -41,18 +44,19 @@ def _check_names(field: str, rewards: list[RewardConfig]) -> None:
 
 
 def _check_watched(field: str, reward: RewardConfig, trained: dict[str, list[RewardConfig]]) -> None:
-    """A task lacks it; where others have it they measure the same, as a name is a key of the metrics."""
-    placed = [(f"{at}[{index}]", one) for at, own in trained.items() for index, one in enumerate(own)]
-    same = [(at, one) for at, one in placed if one.name == reward.name]
+    """Refuses a reward that every task trains already, or that shares its name with a different one."""
+    same = []  # (field, reward) of each trained reward with this name
+    for at, rewards in trained.items():
+        same += [(f"{at}[{index}]", other) for index, other in enumerate(rewards) if other.name == reward.name]
     if len(same) == len(trained):
         of = "rewards" if len(trained) == 1 else "the rewards of every task"
         raise ValueError(
             f"{field}.name={reward.name} is already in {of}, and what is trained is always evaluated; drop one"
         )
-    for other, one in same:
-        if (one.arguments, one.group_size) != (reward.arguments, reward.group_size):
+    for at, other in same:
+        if (other.arguments, other.group_size) != (reward.arguments, reward.group_size):
             raise ValueError(
-                f"{field} has arguments={reward.arguments} and group_size={reward.group_size}, and {other} of the same "
-                f"name {reward.name} arguments={one.arguments} and group_size={one.group_size}; give it those, or drop "
-                "it"
+                f"{field} has arguments={reward.arguments} and group_size={reward.group_size}, and {at} of the same "
+                f"name {reward.name} arguments={other.arguments} and group_size={other.group_size}; give it those, or "
+                "drop it"
             )

@@ -1,4 +1,4 @@
-"""Whether batches, groups, updates and micro-batches come out even, over all processes."""
+"""Checks that batches, groups, updates and micro-batches divide evenly, over all processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlcm_fast.config.resolved import ResolvedRun, Task
 
 
 def check_sizes(run: ResolvedRun) -> None:
-    """Raise ValueError "field=value ...; remedy" for the first number that another does not divide."""
+    """Raises ValueError "field=value ...; remedy" for the first number that another does not divide."""
     for tasks in run.rounds:
         _check_updates(run, tasks)
     _check_groups(run)
@@ -17,7 +17,8 @@ def check_sizes(run: ResolvedRun) -> None:
 
 
 def _check_updates(run: ResolvedRun, tasks: Sequence[Task]) -> None:
-    """Updates share a round's transitions evenly, and micro-batches fill an update (check_tasks: whole prompts)."""
+    """Refuses updates that do not share a round's transitions evenly, and micro-batches that do not fill an update."""
+    # Transitions of a pass divide into updates; check_tasks has seen to it that prompts are whole.
     update, world_size = run.config.update, run.sizes.num_processes
     of = f" of task {tasks[0].name}" if run.config.task_schedule == "by_task" and run.has_tasks else ""
     samples = sum(task.num_samples for task in tasks)
@@ -27,12 +28,16 @@ def _check_updates(run: ResolvedRun, tasks: Sequence[Task]) -> None:
             f"update.num_updates={update.num_updates} does not divide the {transitions} transitions of a pass "
             f"on each process{of}; try {_near_divisors(transitions, update.num_updates)}"
         )
+
+    # So do pairs of images, if the algorithm takes pairs.
     pairs = samples // world_size // 2
     if run.config.algorithm.name == "rebel" and pairs % update.num_updates:
         raise ValueError(
             f"update.num_updates={update.num_updates} does not divide the {pairs} pairs of images that "
             f"algorithm.name=rebel has on each process{of}; try {_near_divisors(pairs, update.num_updates)}"
         )
+
+    # Transitions of an update divide into micro-batches.
     in_update = transitions // update.num_updates
     if in_update % update.micro_batch_size:
         raise ValueError(
@@ -42,7 +47,7 @@ def _check_updates(run: ResolvedRun, tasks: Sequence[Task]) -> None:
 
 
 def _check_groups(run: ResolvedRun) -> None:
-    """Groups of set rewards are whole, in a rollout on each process, in an evaluation of all (rewards/groups.py)."""
+    """Refuses groups of set rewards that are not whole, in a rollout on each process or in an evaluation of all."""
     evaluation = run.config.evaluation
     watched = {f"evaluation.rewards[{i}]": reward for i, reward in enumerate(evaluation.rewards)}
     for task in run.tasks:
@@ -68,7 +73,8 @@ def _check_group(field: str, reward: RewardConfig, num_images: int, images: str)
 
 
 def _check_pretraining(config: Config, world_size: int) -> None:
-    """There are pairs to train on, shared evenly, in whole micro-batches."""
+    """Refuses a loss on real images without pairs, or with pairs that do not divide evenly."""
+    # There must be pairs.
     pretraining = config.pretraining
     if pretraining.weight == 0:
         return
@@ -77,6 +83,8 @@ def _check_pretraining(config: Config, world_size: int) -> None:
             f"pretraining.weight={pretraining.weight} needs pretraining.data: a folder of captioned images, a .jsonl"
             " file, .tar shards, hf:PATH or shapes:all; name one, or set pretraining.weight=0"
         )
+
+    # Pairs of an update divide into processes and micro-batches.
     size = pretraining.batch_size
     if size % world_size:
         up = -(-size // world_size) * world_size
@@ -90,7 +98,7 @@ def _check_pretraining(config: Config, world_size: int) -> None:
 
 
 def _near_divisors(number: int, wish: int) -> str:
-    """The divisors of `number` around `wish`, as '32 or 48'."""
+    """Returns the divisors of `number` next to `wish`, as '32 or 48'."""
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     below = [n for n in divisors if n < wish][-1:]
     above = [n for n in divisors if n > wish][:1]

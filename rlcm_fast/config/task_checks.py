@@ -1,4 +1,4 @@
-"""Whether the tasks of a run can work: names, whole prompts for every process, enough images for their advantages."""
+"""Checks the tasks of a run: names, whole prompts for every process, enough images for their advantages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rlcm_fast.config.resolved import ResolvedRun, Task
 
 
 def check_tasks(run: ResolvedRun) -> None:
-    """Raise ValueError "field=value ...; remedy" for the first task that cannot work on that many processes."""
+    """Raises ValueError "field=value ...; remedy" for the first task that cannot work on that many processes."""
     _check_names(run.config)
     for index, task in enumerate(run.tasks):
         _check_prompts(run, index)
@@ -20,7 +20,7 @@ def check_tasks(run: ResolvedRun) -> None:
 
 
 def _check_names(config: Config) -> None:
-    """Each task has a name of its own, which becomes part of the keys of metrics."""
+    """Refuses tasks without a distinct name, because names become part of the keys of metrics."""
     names = [task.name for task in config.tasks]
     for index, name in enumerate(names):
         where = f"tasks[{index}]"
@@ -31,7 +31,7 @@ def _check_names(config: Config) -> None:
 
 
 def _check_prompts(run: ResolvedRun, index: int) -> None:
-    """Every process has as many whole prompts of a task as every other."""
+    """Refuses prompts that the processes cannot share evenly."""
     config, world_size = run.config, run.sizes.num_processes
     task, prompts = run.tasks[index], config.prompts
     num_prompts = task.num_prompts
@@ -48,7 +48,7 @@ def _check_prompts(run: ResolvedRun, index: int) -> None:
 
 
 def _check_advantages(config: Config, task: Task) -> None:
-    """A prompt has enough images, or enough earlier ones, to be compared with."""
+    """Refuses a task whose prompts have too few images, or too few earlier ones, to compare with."""
     images, advantages = task.images_per_prompt, config.advantages
     if task.advantages in ("group", "leave_one_out") and images < 2:
         raise ValueError(

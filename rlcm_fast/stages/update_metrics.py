@@ -31,6 +31,7 @@ class UpdateMetrics:
 
     def metrics(self, advantages: Tensor) -> dict[str, float]:
         """Returns means and the largest deviation over all processes; advantages (B,) belong to this process."""
+        # Average what every process has; take the maximum of the deviation.
         means = {
             "advantage/abs_mean": advantages.abs().mean().to(self.loss.device),
             "ratio/mean": self.ratio_mean,

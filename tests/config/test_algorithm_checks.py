@@ -15,7 +15,7 @@ def options(text: str) -> list[str]:
 @pytest.mark.parametrize(
     "text, problem",
     [
-        ("algorithm.name=reinforce update.num_updates=2", "only the first of 2 updates a rollout would be right"),
+        ("algorithm.name=reinforce update.num_updates=2", "only the first of 2 updates per rollout would be right"),
         ("algorithm.name=dpok", "update.kl_weight=0 switches it off"),
         ("algorithm.name=grpo", "advantages.kind=prompt does not; set advantages.kind=group"),
         ("algorithm.name=rebel prompts.images_per_prompt=3", "images_per_prompt=3 leaves an image without another"),
