@@ -59,7 +59,8 @@ def test_each_image_is_scored_by_its_own_tasks_rewards(tiny_lcm_folder: str, tmp
 
 
 def test_a_reward_of_one_task_is_watched_on_the_prompts_of_another(tiny_lcm_folder: str, tmp_path: Path):
-    config = make_config(tiny_lcm_folder, tmp_path, evaluation__rewards=[SMALL, {"name": "diversity"}])
+    watched = [SMALL, {"name": "diversity"}]
+    config = make_config(tiny_lcm_folder, tmp_path, evaluation__rewards=watched, evaluation__every=3)
     validate(config, 1)
     run = resolve(config, 1)
     tasks = Tasks(run)
