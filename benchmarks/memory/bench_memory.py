@@ -211,6 +211,7 @@ def _short(run_dir: str) -> list[str]:
     """The options for two iterations without evaluations, grids, checkpoints and plan."""
     return [
         "--evaluation.every=0",
+        "--evaluation.rewards=[]",
         "--tracking.grid_every=0",
         "--tracking.tensorboard=false",
         "--tracking.plan=false",
