@@ -202,9 +202,9 @@ def test_a_stop_in_the_middle_of_an_iteration_undoes_it_and_the_resumed_run_does
 
     config = parse_config(tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run", SETTINGS))
     trainer = Trainer(config)
-    # An iteration decodes 2 micro-batches and takes 4 steps of backward; evaluations hold a decode of their own.
+    # An iteration decodes 2 micro-batches and runs 4 backward passes; the evaluation before the first decodes 2, too.
     part, name, at_call = {
-        "rollout": (trainer.images.backbone, "decode", 2 + 1),
+        "rollout": (trainer.images.backbone, "decode", 2 + 2 + 1),
         "update": (trainer.engine, "backward", 4 + 1),
     }[moment]
     original, calls = getattr(part, name), []
