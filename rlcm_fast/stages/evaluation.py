@@ -1,8 +1,8 @@
-"""Held-out images at fixed seeds, scored by the trained rewards and by rewards that the run does not optimise.
+"""Scores held-out images at fixed seeds, with the trained rewards and with rewards that the run does not optimise.
 
-The same prompts and noise every time, so that a difference is the policy's. Micro-batch i has the noise of (seed, i)
-and goes to rank i mod world size, so the numbers do not depend on how many processes share the work. Groups of set
-rewards are made of all images together, and measured by their value, whatever the credit of their members.
+Prompts and noise are the same every time, so a difference comes from the policy. Micro-batch i has the noise of
+(seed, i) and goes to rank i mod world size, so the numbers do not depend on how many processes share the work. Set
+rewards make groups of all images together and report the value of each group, whatever its members are credited.
 """
 
 # B images of this process, N of all, F numbers that describe one
@@ -32,17 +32,17 @@ NamedRewards = Mapping[str, tuple[Reward, float]]  # name -> reward and its weig
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is drawn: an image for each of `prompts`, noise from `seed`, so many at a time."""
+    """The images to draw: one for each of `prompts`, with noise from `seed`, `micro_batch_size` at a time."""
 
     prompts: Sequence[Prompt]
     seed: int
     micro_batch_size: int
 
     def draw(self, images: TextToImage) -> Iterator[tuple[Tensor, list[Prompt]]]:
-        """This rank's share of the images (B, 3, H, W) and their prompts by micro-batches.
+        """Yields this rank's share of the images (B, 3, H, W) and their prompts, one micro-batch at a time.
 
-        Under ZeRO-3 a forward pass needs all ranks: each takes part in every round, and keeps its own micro-batches
-        only.
+        Under ZeRO-3 a forward pass needs all ranks: each rank takes part in every round and keeps only its
+        micro-batches.
         """
         size = self.micro_batch_size
         micro_batches = [list(self.prompts[i : i + size]) for i in range(0, len(self.prompts), size)]
@@ -57,13 +57,13 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What is drawn and what scores it: the rewards of each prefix of the metrics. Several tasks may share one draw."""
+    """Held-out images and the rewards that score them, by prefix of the metrics; several tasks may share the images."""
 
     held_out: HeldOut
     rewards: Mapping[str, NamedRewards]
 
     def __call__(self, images: TextToImage, iteration: int) -> dict[str, float]:
-        """`<prefix>/<reward>/mean`, `<prefix>/<reward>/std` and `<prefix>/diversity`, the same on every rank."""
+        """Returns `<prefix>/<reward>/mean`, `<prefix>/<reward>/std` and `<prefix>/diversity`, equal on every rank."""
         raw_scores, thumbnails = self._raw_scores(images, iteration)
         diversity = Diversity().value(self._gathered(thumbnails)[None]).item()
         metrics: dict[str, float] = {}
@@ -77,15 +77,18 @@ class Evaluator:
         return metrics
 
     def _raw_scores(self, images: TextToImage, iteration: int) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
-        """The raw scores of this rank's images, by prefix and reward, and thumbnails, one micro-batch at a time.
+        """Returns the raw scores of this rank's images, by prefix and reward, and thumbnails of the images.
 
-        Groups may go across ranks, so none are made here. Nothing and None with fewer micro-batches than ranks.
+        It makes no groups, because groups may span ranks. A rank without a micro-batch returns nothing and None.
         """
+        # Start the reward workers; prefixes share their threads.
         services: dict[str, RewardService] = {}
         for prefix, rewards in self.rewards.items():
             first = next(iter(services.values()), None)
             services[prefix] = RewardService(rewards, num_workers=1, beside=first)
         thumbnails: list[Tensor] = []
+
+        # Draw one micro-batch at a time and hand it to every reward.
         try:
             for batch, prompts in self.held_out.draw(images):
                 thumbnails.append(Thumbnails()(batch, prompts))
@@ -99,9 +102,9 @@ class Evaluator:
             for service in services.values():
                 service.shutdown()
 
-    def _gathered(self, mine: Tensor | None) -> Tensor:
-        """The rows of all ranks (N, ...), in the order of the prompts; None where this rank has none."""
-        gathered = torch.cat(parallel.all_gather_list([] if mine is None else [mine.cpu()]))
+    def _gathered(self, of_rank: Tensor | None) -> Tensor:
+        """Returns the rows of all ranks (N, ...), in the order of the prompts; None stands for no rows."""
+        gathered = torch.cat(parallel.all_gather_list([] if of_rank is None else [of_rank.cpu()]))
         micro_batches = torch.arange(len(self.held_out.prompts)).split(self.held_out.micro_batch_size)
         size = parallel.world_size()
         order = torch.cat([rows for rank in range(size) for rows in micro_batches[rank::size]])
@@ -112,7 +115,7 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that a run looks at, of the averaged weights where there is an average."""
+    """Everything that a run looks at; it uses the averaged weights if there is an average."""
 
     images: TextToImage
     engine: AveragingEngine
@@ -120,13 +123,13 @@ class Evaluation:
     grid: HeldOut
 
     def __call__(self, iteration: int, tracker: Tracker, is_scored: bool, is_drawn: bool) -> dict[str, float]:
-        """Scores held-out images and draws the grid, where one is due; of the weights after `iteration` iterations."""
+        """Scores held-out images and draws the grid, with the weights after `iteration` iterations."""
         if not (is_scored or is_drawn):
             return {}
         metrics: dict[str, float] = {}
         with self.engine.averaged():
             if is_drawn:
-                for pictures, prompts in self.grid.draw(self.images):  # one micro-batch: the main process's
+                for pictures, prompts in self.grid.draw(self.images):  # one micro-batch, on the main process
                     tracker.grid(iteration, pictures, [prompt.text for prompt in prompts])
             for evaluator in self.evaluators if is_scored else ():
                 metrics |= evaluator(self.images, iteration)
@@ -134,9 +137,9 @@ class Evaluation:
 
 
 def build_evaluation(run: ResolvedRun, tasks: Tasks, images: TextToImage, engine: AveragingEngine) -> Evaluation:
-    """An evaluator for each source of prompts, of the rewards of its tasks and those to watch that no task trains.
+    """Builds an evaluator for each source of prompts, with the rewards of its tasks and the rewards to watch.
 
-    Several tasks have keys `eval/TASK/...`; those with one source share its images.
+    With several tasks the keys are `eval/TASK/...`; tasks with the same source share its images.
     """
     rewards: dict[str, dict[str, NamedRewards]] = {}  # source -> prefix -> rewards
     for task in run.tasks:
@@ -149,7 +152,7 @@ def build_evaluation(run: ResolvedRun, tasks: Tasks, images: TextToImage, engine
 
 
 def build_evaluator(config: EvaluationConfig, rewards: Mapping[str, NamedRewards]) -> Evaluator:
-    """rewards: by prefix; on ShapesWorld always of the detector, too: a reward alone proves nothing."""
+    """Builds an evaluator with rewards by prefix; on ShapesWorld it adds the detector, which no reward replaces."""
     if config.prompts.startswith("shapes:"):
         detector: NamedRewards = {"shapes_alignment": (build_reward("shapes_alignment", {}), 1.0)}
         rewards = {prefix: {**detector, **own} for prefix, own in rewards.items()}
@@ -158,7 +161,7 @@ def build_evaluator(config: EvaluationConfig, rewards: Mapping[str, NamedRewards
 
 
 def grid_prompts(sources: Sequence[str], num_images: int) -> list[Prompt]:
-    """Those of an image grid, from all over what the tasks are evaluated on."""
+    """Returns the prompts of an image grid, spread over all prompts that the tasks are evaluated on."""
     share = max(1, num_images // len(sources))
     found: list[Prompt] = []
     for source in sources:
