@@ -51,6 +51,7 @@ def test_its_evaluation_compares_images_of_one_prompt_that_training_never_sees()
 
 
 @pytest.mark.slow
+@pytest.mark.telling
 def test_the_plan_of_the_page_is_the_planners(capsys: pytest.CaptureFixture[str]):
     assert command(["plan", "--config", GUARDED, "--gpu", "rtx4090"]) == 0
     said, page = capsys.readouterr().out, PAGE.read_text(encoding="utf-8")

@@ -123,9 +123,10 @@ def test_a_recipe_fits_on_the_gpus_it_is_for(recipe: str, capsys: pytest.Capture
         assert "it fits: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "recipe", [r if r == "large_scale/joint" else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES]
-)
+SLOW = (pytest.mark.slow, pytest.mark.telling)
+
+
+@pytest.mark.parametrize("recipe", [r if r == "large_scale/joint" else pytest.param(r, marks=SLOW) for r in RECIPES])
 @pytest.mark.usefixtures("one_process")
 def test_a_recipe_runs_with_a_small_model_of_its_layout(recipe: str, tmp_path: Path, request: pytest.FixtureRequest):
     line = smoke_run(recipe, tmp_path, request)
@@ -139,6 +140,7 @@ def test_a_recipe_runs_with_a_small_model_of_its_layout(recipe: str, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.telling
 @pytest.mark.parametrize("name", RLCM)
 @pytest.mark.usefixtures("one_process")
 def test_a_recipes_adapters_run_with_a_small_model(name: str, tmp_path: Path, request: pytest.FixtureRequest):

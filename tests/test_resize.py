@@ -140,6 +140,7 @@ def test_a_run_of_two_processes_goes_on_as_one(tiny_lcm_folder: str, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.telling
 def test_a_run_of_two_processes_goes_on_as_one_and_as_four_at_every_stage(tiny_lcm_folder: str, tmp_path: Path):
     stages = (0, 1, 2, 3)
     resume_runs(stages, (1, 4), tiny_lcm_folder, tmp_path)
