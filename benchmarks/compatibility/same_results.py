@@ -12,8 +12,8 @@ either tree's root. A case that resumes is begun by the old tree; each tree goes
 run_differences.py compares metrics.jsonl (without times and memory), all weights of export and checkpoints, state.json
 and the grids. Prints a line a case, writes OUT (JSON); the exit code is 1 where anything differs.
 
-Takes about 15 seconds a case and tree, 10 minutes for all of them with --jobs 2 on two cores; with --cache, in which
-the old tree's runs are kept for later comparisons, half of that from the second time on.
+Takes about 20 seconds a case and tree, 10 minutes for all of them with --jobs 2 on two idle cores; with --cache, in
+which the old tree's runs are kept for later comparisons, half of that from the second time on.
 """
 
 from __future__ import annotations
