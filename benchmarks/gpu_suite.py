@@ -112,7 +112,7 @@ def environment_with(wheels: Path | None, target: Path) -> dict[str, str]:
 
 
 def lacking_packages() -> list[str]:
-    """Those of gpu_wheels.txt that are nowhere on Python's path; found before minutes of a GPU are spent."""
+    """The packages of gpu_wheels.txt that Python does not find; looked for before minutes of a GPU are spent."""
     lines = (Path(__file__).parent / "gpu_wheels.txt").read_text(encoding="utf-8").splitlines()
     names = [re.split(r"[<>=]", line)[0] for line in lines if not line.startswith("#")]
     return [name for name in names if not list(importlib.metadata.distributions(name=name))]

@@ -199,7 +199,7 @@ def _place(row: Mapping[str, str]) -> tuple[str, str, str]:
 
 
 def _working(rows: Sequence[Mapping[str, str]]) -> str:
-    """As "fp32 o, bf16 o": a dtype, and o, b or ob where it works offloaded, in the backward pass or both."""
+    """The dtypes that work, e.g. "fp32 o, bf16 o": o offloaded, b in the backward pass, ob both at once."""
     texts = []
     for dtype in AXES["dtype"]:
         outcomes: dict[str, set[str]] = {}  # by mark, over the numbers of processes

@@ -108,7 +108,7 @@ class Case:
 
     @property
     def labels(self) -> Row:
-        """As in the CSV; an operation on N numbers has no size and no dtype of latents."""
+        """The case's columns in the CSV; an operation on N numbers has no size and no dtype of latents."""
         latents = {"size": self.size, "dtype": self.dtype} if self.operation.has_latents else {"size": "", "dtype": ""}
         return {"operation": self.operation.name, "rows": self.num_rows, **latents}
 

@@ -34,7 +34,7 @@ _HIDDEN_SIZES = ("1280x16x16", "640x64x64", "320x64x64")  # of SD1.5's and SDXL'
 
 @dataclass(frozen=True)
 class Operation:
-    """With `wanted`, the last input is the gradient that comes from above, and `call` takes the others."""
+    """An entry of the table. If `wanted` is set, the last input is the incoming gradient, not for `call`."""
 
     name: str
     make: Callable[[int, Shape, torch.dtype, torch.device], Inputs]
@@ -167,14 +167,14 @@ def _group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _bytes_of_training(inputs: Inputs) -> int:
-    """Of log-probs and their gradient in the network's output m."""
+    """Bytes of the log-probs and of their gradient in the network's output m."""
     x, m, x_next, coef, *of_rows = inputs
     between = 2 * _FLOAT * m.numel()
     return size_in_bytes(x, m, x_next, m, *of_rows) + between + 2 * size_in_bytes(coef) + _FLOAT * len(x)
 
 
 def _bytes_of_policy_loss(inputs: Inputs) -> int:
-    """Of `_bytes_of_training`, but in place of the log-probs their gradient, written and read, the loss and 6 stats."""
+    """`_bytes_of_training` with the log-probs' gradient (written and read), the loss and 6 stats for the log-probs."""
     return _bytes_of_training(inputs) + _FLOAT * len(inputs[0]) + 7 * _FLOAT
 
 
@@ -259,7 +259,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def find_operations(names: Sequence[str]) -> list[Operation]:
-    """Those whose names begin with one of `names`; ValueError where a name fits none."""
+    """The operations whose names begin with one of `names`; ValueError if a name fits none."""
     known = [operation.name for operation in OPERATIONS]
     for name in names:
         if not any(each.startswith(name) for each in known):

@@ -84,7 +84,7 @@ def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def num_copies(num_bytes: int, device: torch.device) -> int:
-    """Of inputs for `graph_ms`, when a call moves `num_bytes`; 2 or more, so that no call finds its own."""
+    """Number of copies of the inputs that `graph_ms` needs if a call moves `num_bytes`; at least 2."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return min(_MOST_COPIES, 1 + -(-4 * cache // num_bytes))
 

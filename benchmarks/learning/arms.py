@@ -49,11 +49,11 @@ class Arm:
     overrides: tuple[str, ...] = ()
 
     def but(self, *overrides: str) -> Arm:
-        """With further overrides, which win."""
+        """The same arm with further overrides, which win."""
         return replace(self, overrides=(*self.overrides, *overrides))
 
     def arguments(self, seed: int, folder: Path) -> list[str]:
-        """Of train.py."""
+        """The arguments of train.py."""
         config = str(ROOT / "configs" / "shapes" / f"{self.config}.yaml")
         return train_arguments(config, [*_QUIET, *self.overrides], seed, folder)
 
@@ -131,7 +131,7 @@ def study_curve(folder: Path, seed: int) -> list[Row]:
 
 
 def weighted(row: Row, rewards: Sequence[RewardConfig], prefix: str) -> float:
-    """Of the rewards' means; of a set reward that of its values, so that credits do not matter."""
+    """The weighted sum of the rewards' means; a set reward's mean is over its values, so credits do not matter."""
     return sum(reward.weight * row[f"{prefix}/{reward.name}/mean"] for reward in rewards)
 
 
@@ -198,7 +198,7 @@ def _in_deviations(value: float, values: Sequence[float]) -> float:
 
 
 def best_lr(rows: Sequence[Row], arm: str) -> str:
-    """Of the sweep's rows: where the arm's reward is highest."""
+    """The learning rate at which the arm's reward is highest, among the sweep's rows."""
     runs = [row for row in rows if row["arm"] == arm]
     return max(runs, key=lambda row: row["reward"])["lr"]
 

@@ -80,7 +80,7 @@ def measure(config: Config, num_batches: int) -> list[list[Tensor]]:
 
 
 def gradients(trainer: Trainer, batch: int) -> list[Tensor]:
-    """Of each action k, the gradient (number of weights,) of -mean(advantage * w_k log_prob_k) over one rollout.
+    """The gradient (number of weights,) of -mean(advantage * w_k log_prob_k) over one rollout, for each action k.
 
     w_k: update.step_weights.
     """

@@ -91,7 +91,7 @@ def _timed(arm: Arm, scale: Scale) -> Arm:
 
 
 def _with_rates(trying: list[Arm], arguments: argparse.Namespace) -> dict[str, Arm]:
-    """By name, at the rates of the sweep; without the arm that is in the sweep only."""
+    """The arms by name, at the rates of the sweep, without the arm that is in the sweep only."""
     scale = SCALE[arguments.reward]
     chosen = tuned(trying, scale.lrs, scale.tuning_share, arguments)
     chosen.pop(_IN_SWEEP_ONLY, None)

@@ -85,7 +85,7 @@ def short_name(metric: str) -> str:
 
 
 def summarise(curves: Curves) -> dict[str, Any]:
-    """For each arm what it took, and start, end and change of every metric: mean and standard error over seeds."""
+    """What each arm took, and start, end and change of every metric: mean and standard error over seeds."""
     return {arm: _of_arm(seeds) for arm, seeds in curves.items()}
 
 
@@ -222,7 +222,7 @@ def named(name: str, found: Mapping[str, Statistics], digits: int = 3) -> list[s
 
 
 def shown(statistics: Statistics, digits: int = 3) -> str:
-    """As "0.123 +- 0.004"."""
+    """Writes mean and standard error, e.g. "0.123 +- 0.004"; "-" if there is no mean."""
     mean, error = statistics["mean"], statistics["standard_error"]
     if mean is None:
         return "-"

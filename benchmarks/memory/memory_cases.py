@@ -16,7 +16,7 @@ class Case:
     overrides: tuple[str, ...]
 
     def options(self) -> list[str]:
-        """Of train.py."""
+        """The options of train.py."""
         return [f"--{override}" for override in self.overrides]
 
 
@@ -64,7 +64,7 @@ _OF_SDXL = {
 
 
 def _of_shapes(strategies: dict[str, str]) -> dict[str, str]:
-    """With what the full-size configs set and the small ones do not."""
+    """Adds what the full-size configs set and the small ones do not."""
     base = (
         "engine.dtype=pure_bf16 optimizer.name=adamw_8bit engine.channels_last=true engine.offload_idle=true "
         "policy.last_step=deterministic"

@@ -57,7 +57,7 @@ class Meter(ABC):
 
 
 class CudaMeter(Meter):
-    """By torch's allocator: bytes of tensors."""
+    """Reads bytes of tensors from torch's allocator."""
 
     _reserved = 0
 
@@ -80,7 +80,7 @@ class CudaMeter(Meter):
 
 
 class StorageMeter(LiveBytes, Meter):
-    """By the storages of tensors that are made in a `with` block of it."""
+    """Counts the storages of tensors that are made in its `with` block."""
 
     def __init__(self) -> None:
         Meter.__init__(self)
@@ -96,7 +96,7 @@ class StorageMeter(LiveBytes, Meter):
 
 
 def _all_tensors() -> list[Tensor]:
-    """That Python can reach."""
+    """All tensors on the CPU that Python can reach."""
     gc.collect()
     found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     return [tensor for tensor in found if tensor.device.type == "cpu"]

@@ -40,7 +40,7 @@ class BarePasses:
 
     @classmethod
     def beside(cls, trainer: Trainer) -> BarePasses:
-        """With the shapes, settings and kind of optimizer of `trainer`, whose state is not touched."""
+        """Makes passes with the shapes, settings and kind of optimizer of `trainer`, whose state is not touched."""
         import torch
 
         from rlcm_fast.config.resolved import resolve

@@ -40,7 +40,7 @@ def random_weights(device: str) -> Iterator[None]:
 
 
 def random_pipeline(architecture: Architecture, dtype: torch.dtype, device: str) -> Any:
-    """As `assemble` makes it: the UNet in `dtype`, the rest in float32; a consistency model's scheduler.
+    """A pipeline as `assemble` makes it: the UNet in `dtype`, the rest in float32, a consistency model's scheduler.
 
     Its tokenizer is the shipped models', which knows few words, but gives as many tokens as the text encoders take.
     """

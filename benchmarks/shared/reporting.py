@@ -53,7 +53,7 @@ def print_summary(summary: Mapping[str, Any], path: Path | None = None) -> None:
 
 
 def machine() -> str:
-    """As "Intel(R) Xeon(R) ..., 2 cores" and the GPU where torch is loaded and has one."""
+    """Names the machine, e.g. "Intel(R) Xeon(R) ..., 2 cores", and its GPU if torch is loaded and has one."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

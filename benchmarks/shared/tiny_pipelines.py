@@ -28,14 +28,14 @@ WIDTH, WIDTH_2, POOLED = 24, 16, 12  # of the first text encoder, of the second,
 
 
 def save_lcm(folder: Path) -> str:
-    """As SimianLuo/LCM_Dreamshaper_v7: a LatentConsistencyModelPipeline, guidance an input of the UNet."""
+    """Saves a LatentConsistencyModelPipeline like SimianLuo/LCM_Dreamshaper_v7: its UNet has a guidance input."""
     parts = {**_parts(), "unet": unet(time_cond_proj_dim=16), "scheduler": LCMScheduler(**BETAS)}
     LatentConsistencyModelPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
     return str(folder)
 
 
 def save_sd(folder: Path) -> str:
-    """A StableDiffusionPipeline with DDIM's scheduler."""
+    """Saves a StableDiffusionPipeline with DDIM's scheduler."""
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1)
     parts = {**_parts(), "unet": unet(), "scheduler": scheduler}
     StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
@@ -43,7 +43,7 @@ def save_sd(folder: Path) -> str:
 
 
 def save_sdxl(folder: Path) -> str:
-    """As stabilityai/stable-diffusion-xl-base-1.0: two text encoders, time ids, Euler's scheduler."""
+    """Saves a pipeline like stabilityai/stable-diffusion-xl-base-1.0: two text encoders, time ids, Euler."""
     parts = _parts()
     del parts["safety_checker"]
     torch.manual_seed(2)
@@ -60,13 +60,13 @@ def save_sdxl(folder: Path) -> str:
 
 
 def save_unet_alone(folder: Path) -> str:
-    """As latent-consistency/lcm-sdxl: config and weights of a UNet with a guidance input, and nothing else."""
+    """Saves config and weights of a UNet with a guidance input, and nothing else, like latent-consistency/lcm-sdxl."""
     unet(time_cond_proj_dim=16, is_sdxl=True, seed=5).save_pretrained(folder)
     return str(folder)
 
 
 def save_lora(folder: Path, of: UNet2DConditionModel, pipeline_class: Any = StableDiffusionPipeline) -> str:
-    """As latent-consistency/lcm-lora-sdv1-5: random adapters on the attention of a UNet, rank 2, scaled by 1.5."""
+    """Saves random adapters on a UNet's attention, rank 2, scaled by 1.5, like latent-consistency/lcm-lora-sdv1-5."""
     of.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     generator = torch.Generator().manual_seed(7)
     for name, weight in of.named_parameters():

@@ -61,7 +61,7 @@ def read_config(arguments: argparse.Namespace, *options: str) -> Config:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, config: str) -> None:
-    """Those of `add_config_arguments` and of `add_seed_arguments`."""
+    """Adds the options of `add_config_arguments` and of `add_seed_arguments`."""
     add_config_arguments(parser, config)
     add_seed_arguments(parser)
 

@@ -257,7 +257,7 @@ def _sized(config: Config, size: int) -> dict[str, Any]:
 
 
 def _forget_peak() -> None:
-    """And frees what an earlier trainer took, whose parts point at each other."""
+    """Resets the peak, and frees what an earlier trainer took, whose parts point at each other."""
     import torch
 
     gc.collect()

@@ -78,7 +78,7 @@ def rewards_of(config: Config) -> list[tuple[Reward, float]]:
 
 
 def some_prompts(config: Config) -> Sequence[Prompt]:
-    """As many as an iteration has."""
+    """Returns as many prompts as an iteration has."""
     return load_prompts(config.prompts.source)[: config.prompts.num_prompts]
 
 
@@ -96,7 +96,7 @@ def watched(trainer: Trainer) -> StageClock:
 
 
 def new_profiler() -> profile:
-    """Of the processor, and of the GPU where there is one."""
+    """A profiler of the processor, and of the GPU if there is one."""
     gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     return profile(activities=[ProfilerActivity.CPU, *gpu])
 

@@ -226,7 +226,7 @@ def _drop_from_page_cache(path: Path) -> None:
 
 
 def summarise(rows: list[dict[str, Any]], lines: int) -> dict[str, Any]:
-    """With the targets, and whether every source meets them, a folder also when it is resumed."""
+    """The summary: the targets, and whether every source meets them, a folder also when it is resumed."""
     met = True
     for row in rows:
         peak = max(row["memory_growth_at_peak_mb"], row.get("memory_growth_at_resume_peak_mb", 0.0))
