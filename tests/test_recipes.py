@@ -123,10 +123,9 @@ def test_a_recipe_fits_on_the_gpus_it_is_for(recipe: str, capsys: pytest.Capture
         assert "it fits: " in capsys.readouterr().out
 
 
-SLOW = (pytest.mark.slow, pytest.mark.telling)
-
-
-@pytest.mark.parametrize("recipe", [r if r == "large_scale/joint" else pytest.param(r, marks=SLOW) for r in RECIPES])
+@pytest.mark.slow
+@pytest.mark.telling
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.usefixtures("one_process")
 def test_a_recipe_runs_with_a_small_model_of_its_layout(recipe: str, tmp_path: Path, request: pytest.FixtureRequest):
     line = smoke_run(recipe, tmp_path, request)

@@ -93,6 +93,8 @@ def checkpoints(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").glob("*"))
 
 
+@pytest.mark.slow
+@pytest.mark.telling
 def test_a_run_killed_and_interrupted_again_and_again_equals_one_left_alone(
     tiny_lcm_folder: str, tmp_path: Path, uninterrupted: Path
 ):

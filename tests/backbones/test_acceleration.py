@@ -12,6 +12,8 @@ from torch import Tensor
 from rlcm_fast.backbones.acceleration import accelerate
 from rlcm_fast.config import EngineConfig
 
+SLOW = (pytest.mark.slow, pytest.mark.telling)
+
 
 @pytest.fixture(scope="module")
 def unet(tiny_lcm_folder: str) -> UNet2DConditionModel:
@@ -28,7 +30,7 @@ def output(unet: UNet2DConditionModel, batch_size: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", [EngineConfig(channels_last=True), EngineConfig(compile="regional"),
-                                    EngineConfig(compile="whole")])  # fmt: skip
+                                    pytest.param(EngineConfig(compile="whole"), marks=SLOW)])  # fmt: skip
 def test_outputs_gradients_and_names_stay(unet: UNet2DConditionModel, engine: EngineConfig):
     fast = copy.deepcopy(unet)
     accelerate(fast, engine, backend="aot_eager")
@@ -53,7 +55,7 @@ def test_compiled_blocks_are_called_compiled(unet: UNet2DConditionModel):
     assert calls
 
 
-@pytest.mark.parametrize("compile_", ["regional", "whole"])
+@pytest.mark.parametrize("compile_", ["regional", pytest.param("whole", marks=SLOW)])
 @pytest.mark.parametrize(
     ("num_shapes", "limit"), [(2, 2), pytest.param(6, 8, marks=pytest.mark.slow)], ids=["two shapes", "six shapes"]
 )

@@ -78,6 +78,8 @@ def test_a_plan_that_is_not_wanted_is_not_made(gpu: SimpleNamespace, monkeypatch
     assert memory.metrics() == {"memory/peak_gib": 1.0}
 
 
+@pytest.mark.slow
+@pytest.mark.telling
 def test_the_plan_comes_from_a_process_of_its_own(gpu: SimpleNamespace, tmp_path: Path):
     config = parse_config(["--model.path=shapes/lcm", f"--run_dir={tmp_path}", "--update.micro_batch_size=16"])
     memory, said = MemoryReport(config, GPU), []

@@ -50,6 +50,8 @@ def test_no_config_names_the_machine_they_were_made_on():
         assert "/tmp" not in json.dumps(json.loads(path.read_text())), path
 
 
+@pytest.mark.slow
+@pytest.mark.telling
 def test_stock_diffusers_draws_with_them(tmp_path: Path):
     command = [sys.executable, "-c", STOCK, *(str(MODELS / name) for name in ("lcm", "teacher"))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -81,6 +83,8 @@ def test_the_autoencoder_keeps_what_a_scene_shows(captions: list[Caption], least
     assert score_images(drawn / 2 + 0.5, chosen).mean() >= least
 
 
+@pytest.mark.slow
+@pytest.mark.telling
 def test_four_steps_show_most_captions_of_one_shape_and_some_of_two():
     """Bounds: 0.85, and 0.3 to 0.8, less and plus two standard errors of 200 images (0.025)."""
     one, two = (every_caption[:: max(1, len(every_caption) // 200)] for every_caption in (_one(), _two()))

@@ -66,6 +66,8 @@ def test_inputs_are_the_same_in_every_call():
         assert [i for i, tensor in enumerate(first) if tensor.requires_grad] == list(operation.wanted)
 
 
+@pytest.mark.slow
+@pytest.mark.telling
 def test_a_run_on_the_cpu_writes_table_picture_and_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tiny = ["--rows", "3", "2", "--sizes", "1x2x2", "--dtypes", "bfloat16", "--operations", "policy_loss", "rebel"]
     script = FOLDER / "kernels" / "bench_kernels.py"

@@ -32,6 +32,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["--config", str(config), *words, "--out", str(tmp_path / "out")]
 
 
+@pytest.mark.slow
+@pytest.mark.telling
 @pytest.mark.usefixtures("one_process")
 def test_an_iteration_is_measured_beside_its_bare_passes(command: list[str], tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_full_size.py", *command])

@@ -44,6 +44,8 @@ def run(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> int:
     return bench_peers.main()
 
 
+@pytest.mark.slow
+@pytest.mark.telling
 def test_a_run_gives_ratios_ladder_stages_and_traces(one_process: None, options, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed
     assert run(monkeypatch, ["--profile", str(tmp_path / "trace"), *options]) == 0
