@@ -3,7 +3,7 @@
     for each pass:    the chosen transitions, shuffled and cut into `num_updates` equal parts (selection.py)
     for each part:    the algorithm's signals; transitions without a signal are left out
                       micro-batches -> log_prob -> loss (+ kl_weight * KL to the start model) -> backward
-                      [micro-batches of real image-text pairs -> weight * pretraining loss -> backward]; step
+                      [micro-batches of real image-text pairs -> weight * their loss -> backward]; step
 
 Each micro-batch is weighted by its share of the part, so the sum is the mean over the part, whatever the size of
 micro-batches and whatever was left out: K micro-batches give the gradient of one.

@@ -24,10 +24,10 @@ class UpdateMetrics:
     loss: Tensor
     kl_to_start: Tensor  # 0 if update.kl_weight is 0
     skipped: float  # share of the chosen transitions without a signal, which the network did not run on
-    pretraining_loss: float | None  # weighted, mean over updates; None without real images
+    real_image_loss: float | None  # weighted, mean over updates; None without real images
     grad_norm: float  # of the last update, before clipping, over all processes
     seconds: float
-    pretraining_seconds: float  # the part of `seconds` spent on the extra loss
+    real_image_seconds: float  # the part of `seconds` spent on the extra loss
 
     def metrics(self, advantages: Tensor) -> dict[str, float]:
         """Returns means and the largest deviation over all processes; advantages (B,) belong to this process."""
@@ -41,8 +41,8 @@ class UpdateMetrics:
             "kl_to_start": self.kl_to_start,
             "skipped_transitions": self.loss.new_tensor(self.skipped),
         }
-        if self.pretraining_loss is not None:
-            means["pretraining/loss"] = self.loss.new_tensor(self.pretraining_loss)
+        if self.real_image_loss is not None:
+            means["pretraining/loss"] = self.loss.new_tensor(self.real_image_loss)
         averaged = parallel.all_gather(torch.stack(list(means.values()))[None]).mean(dim=0).tolist()
         deviation = parallel.all_gather(self.ratio_max_deviation[None]).max().item()
         return {
@@ -53,8 +53,8 @@ class UpdateMetrics:
 
     def timings(self) -> dict[str, float]:
         seconds = {"seconds/update": self.seconds}
-        if self.pretraining_loss is not None:
-            seconds["seconds/pretraining"] = self.pretraining_seconds
+        if self.real_image_loss is not None:
+            seconds["seconds/pretraining"] = self.real_image_seconds
         return seconds
 
 
@@ -94,8 +94,8 @@ class Record:
             loss=torch.stack(self.losses).mean(),
             kl_to_start=torch.stack(self.kls).mean(),
             skipped=1 - self.num_trained / self.num_chosen,
-            pretraining_loss=extra,
+            real_image_loss=extra,
             grad_norm=self.grad_norm,
             seconds=seconds,
-            pretraining_seconds=self.extra_seconds,
+            real_image_seconds=self.extra_seconds,
         )

@@ -65,7 +65,7 @@ def test_an_update_adds_the_gradient_of_the_other_loss_to_its_own():
         weights = advantages * has_rewards
         updater = Updater(policy, PPO(), engine, config, real_images=extra)
         metrics = updater.update(trajectory, weights, Turn(0))
-        assert (metrics.pretraining_loss is not None) == has_other
+        assert (metrics.real_image_loss is not None) == has_other
         after = engine.full_weights()
         step = torch.cat([(before[name] - after[name]).flatten().double() for name in before])
         gradients.append(step / (1 - step.abs()))  # undoes Adam's first step g / (|g| + 1)
