@@ -157,8 +157,9 @@ def stored(node: ast.AST) -> set[str]:
     """The attributes of self that are assigned inside."""
     found = set()
     for inner in ast.walk(node):
-        is_of_self = isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name) and inner.value.id == "self"
-        if is_of_self and isinstance(inner.ctx, ast.Store):
+        if not (isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store)):
+            continue
+        if isinstance(inner.value, ast.Name) and inner.value.id == "self":
             found.add(inner.attr)
     return found
 
