@@ -37,6 +37,8 @@ def train(run_dir: Path, kernels: str) -> tuple[list[dict[str, float]], dict[str
     return lines, trainer.engine.full_weights()
 
 
+@pytest.mark.slow
+@pytest.mark.telling
 def test_twenty_updates_are_the_same_in_torch_and_in_triton(tmp_path: Path):
     ours, our_weights = train(tmp_path / "triton", "triton")
     theirs, their_weights = train(tmp_path / "torch", "torch")

@@ -36,6 +36,8 @@ def test_targets_and_at_least_twelve_configurations_are_among_the_cases():
         assert wanted in names
 
 
+@pytest.mark.slow
+@pytest.mark.telling
 @pytest.mark.usefixtures("one_process")
 def test_a_real_run_takes_what_the_plan_says():
     case = next(case for case in CASES["shapes"] if case.name == "shapes fp32 adamw block")
