@@ -26,5 +26,5 @@ typecheck:
 ci:
 	bash .ci/run
 
-docs: # the page of every config field, from the dataclasses
-	python -m rlcm_fast.config.reference docs/config.md
+docs: # the pages of every config field, from the dataclasses
+	python -m rlcm_fast.config.reference docs

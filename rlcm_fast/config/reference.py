@@ -1,6 +1,6 @@
-"""Writes docs/config.md: every field of a config with its type, default, range and meaning, from the dataclasses.
+"""Writes docs/config.md and its second half: every field of a config with its type, default, range and meaning.
 
-python -m rlcm_fast.config.reference docs/config.md
+python -m rlcm_fast.config.reference docs
 """
 
 from __future__ import annotations
@@ -18,27 +18,46 @@ from rlcm_fast.config import Config
 from rlcm_fast.config.marks import marks_of
 from rlcm_fast.config.ranges import Range
 
-_HEAD = """# Every field of a config
+_HEAD = """# Every field of a config: {title}
 
-*What can a YAML file or the command line set, with which type and default, and what does it do?*
+*{question}*
 
-`python -m rlcm_fast.config.reference docs/config.md` writes this page from the dataclasses in `rlcm_fast/config/`; a
-test checks that it is current.
+`python -m rlcm_fast.config.reference docs` writes this page from the dataclasses in `rlcm_fast/config/`; a test checks
+that it is current. The other fields are in [{other}]({other}).
 
 Write a field of a section as `--section.field VALUE` on the command line, and as an indented line in YAML. Several
 `--config` files and options override each other from left to right. `rlcm-fast configs` lists the configs that ship.
 """
+_PAGES = {
+    "config.md": (
+        "the run, its model and its data",
+        "Which fields say what is trained, on which prompts and for which rewards, with which types and defaults?",
+    ),
+    "config_training.md": (
+        "training",
+        "Which fields say how a run draws, learns, saves and logs, with which types and defaults?",
+    ),
+}
+_ABOUT_DATA = ("model", "lora", "policy", "prompts", "rewards", "tasks", "pretraining", "evaluation")
 _NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text", dict: "mapping"}
 
 
-def markdown() -> str:
-    """Returns the page."""
-    parts = [_HEAD, *_table("The run", "", Config)]
-    hints = get_type_hints(Config)
-    meanings = _meanings(Config)
+def pages() -> dict[str, str]:
+    """Returns the text of each page, by its file name."""
+    first, second = _PAGES
+    return {first: _page(first, second, True), second: _page(second, first, False)}
+
+
+def _page(name: str, other: str, is_about_data: bool) -> str:
+    """Returns the page of the sections about data, after the fields of no section; or of all other sections."""
+    title, question = _PAGES[name]
+    parts = [_HEAD.format(title=title, question=question, other=other)]
+    if is_about_data:
+        parts += _table("The run", "", Config)
+    hints, meanings = get_type_hints(Config), _meanings(Config)
     for item in fields(Config):
         kind = _section_class(hints[item.name])
-        if kind is not None:
+        if kind is not None and (item.name in _ABOUT_DATA) == is_about_data:
             parts += _table(f"`{item.name}`", meanings[item.name], kind)
     return "\n".join(parts)
 
@@ -99,4 +118,5 @@ def _default(item: Field[Any]) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(markdown(), encoding="utf-8")
+    for file_name, text in pages().items():
+        (Path(sys.argv[1]) / file_name).write_text(text, encoding="utf-8")
