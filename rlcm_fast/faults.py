@@ -10,10 +10,8 @@ from __future__ import annotations
 class Fault(RuntimeError):
     """A fault of data, a reward, the machine or the numbers; its message is one line that names the way out."""
 
-    weights_are_good = True  # the trainer may save the weights of the finished iterations
+    is_on_all_processes = False  # every process raised it at the same place, so that all can save together
 
 
 class Diverged(Fault):
     """The weights, or what they draw, are unusable: the run stops, and its last good checkpoint stays the newest."""
-
-    weights_are_good = False

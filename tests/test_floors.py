@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "kernels": 0,
-    **dict.fromkeys(("config", "trajectory", "parallel", "plugins", "grids", "quiet", "faults"), 1),
+    "faults": 0,
+    **dict.fromkeys(("config", "trajectory", "parallel", "plugins", "grids", "quiet"), 1),
     **dict.fromkeys(("policies", "prompts", "pairs", "backbones", "rewards", "algorithms", "engine", "shapes"), 2),
     **dict.fromkeys(("tasks", "run_folder", "planner"), 3),
     "stages": 4,
