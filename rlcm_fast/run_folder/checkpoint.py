@@ -15,16 +15,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.engine.base import Engine
 
+FORMAT = 2  # of the checkpoints that this version writes; 1, without a number in state.json, was DeepSpeed's pickles
+
 _PREFIX = "iteration_"
+_NAME = re.compile(_PREFIX + r"\d{6,}")
 
 
 def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
@@ -53,8 +59,8 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
         if folder.exists():
             _set_aside(folder)
         os.replace(partial, folder)
-        earlier = [other for other in _complete(run_dir) if other <= folder]
-        abandoned = [other for other in _complete(run_dir) if other > folder]
+        earlier = [other for other in complete(run_dir) if _iteration(other) <= iteration]
+        abandoned = [other for other in complete(run_dir) if _iteration(other) > iteration]
         for old in [*earlier[:-keep], *abandoned]:
             _set_aside(old)
         for trash in folder.parent.glob(".trash_*"):
@@ -72,7 +78,51 @@ def is_full_disk(error: BaseException) -> bool:
 def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
     """Restores the engine, on any number of processes, and returns the state that was saved with it."""
     engine.load(folder)
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Returns what `save_checkpoint` was given as `state`, and the checkpoint's format and number of processes."""
     return json.loads((folder / "state.json").read_text())
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """Lists the checkpoints, oldest first; unfinished ones and folders that a user put there have other names."""
+    folders = (run_dir / "checkpoints").glob(f"{_PREFIX}*")
+    return sorted((folder for folder in folders if _NAME.fullmatch(folder.name)), key=_iteration)
+
+
+def damage(folder: Path) -> str | None:
+    """Returns what is wrong with a checkpoint's files, as "state.json is empty"; None if it is whole."""
+    state = folder / "state.json"
+    if not state.is_file():
+        return "state.json is missing"
+    try:
+        json.loads(state.read_text())
+    except ValueError:
+        return "state.json is no JSON" if state.stat().st_size else "state.json is empty"
+    return None
+
+
+def newest_whole(run_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """Returns the newest checkpoint that is whole, and says in one line each which newer ones are damaged."""
+    for folder in reversed(complete(run_dir)):
+        fault = damage(folder)
+        if fault is None:
+            return folder
+        say(f"checkpoint {folder} is damaged ({fault}): the one before is taken")
+    return None
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Returns a checkpoint's weights alone, float32 on the CPU, by name; those of its adapters if it trained those."""
+    adapters = folder / "adapters.safetensors"
+    return load_file(adapters if adapters.is_file() else folder / "unet.safetensors")
+
+
+def has_average(folder: Path) -> bool:
+    """Tells whether the checkpoint also holds a moving average of its weights."""
+    return (folder / "ema.safetensors").is_file()
 
 
 def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
@@ -86,7 +136,7 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
         return Path(resume)
     if not run_dir.is_dir():
         raise ValueError(f"resume=latest finds no run in run_dir={run_dir}; check run_dir, or leave resume out")
-    return (_complete(run_dir) or [None])[-1]
+    return (complete(run_dir) or [None])[-1]
 
 
 def starting_point(resume: str | None, run_dir: Path) -> Path | None:
@@ -131,6 +181,5 @@ def _set_aside(folder: Path) -> None:
     os.replace(folder, trash)
 
 
-def _complete(run_dir: Path) -> list[Path]:
-    """Lists the complete checkpoints, oldest first; an incomplete one has another name."""
-    return sorted((run_dir / "checkpoints").glob(f"{_PREFIX}*"))
+def _iteration(folder: Path) -> int:
+    return int(folder.name.removeprefix(_PREFIX))
