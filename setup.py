@@ -28,6 +28,7 @@ REQUIREMENTS = [
     "PyYAML>=6,<7",
     "Pillow>=11,<14",
     "tqdm>=4.66,<5",
+    "psutil>=5.9,<8",
     "tensorboard>=2.20,<3",
     "matplotlib>=3.9,<4",
 ]

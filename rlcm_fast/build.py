@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from rlcm_fast.kernels import dispatch
 from rlcm_fast.planner.report import MemoryReport
 from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.run_folder.export import Exporter
+from rlcm_fast.run_folder.progress import Progress
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.evaluation import Evaluation, build_evaluation
 from rlcm_fast.stages.images import TextToImage
@@ -37,6 +39,7 @@ from rlcm_fast.stages.rollout import Collector
 from rlcm_fast.stages.start_model import StartModel
 from rlcm_fast.stages.task_gradients import TaskGradients
 from rlcm_fast.stages.update import Updater
+from rlcm_fast.stages.weight_check import WeightCheck
 from rlcm_fast.tasks import Tasks
 
 
@@ -53,6 +56,7 @@ class Parts:
     task_gradients: TaskGradients
     evaluation: Evaluation
     memory: MemoryReport
+    progress: Progress
     export: Exporter
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,6 +114,10 @@ def build(config: Config, device: torch.device) -> Parts:
     start_model = _start_model(start_network, images, policy_around)
 
     # Bind the stages to what they need.
+    evaluation = build_evaluation(run, tasks, images, engine)
+    # With torch.compile, another batch size would be another graph.
+    num_checked = 1 if config.engine.compile == "off" else config.rollout.micro_batch_size
+    check_weights = WeightCheck(images, evaluation.grid.prompts[:1] * num_checked, config.evaluation.seed)
     algorithm = build_algorithm(config.algorithm, config.update)
     real_images = RealImages(config.pretraining, images, config.seed) if config.pretraining.weight > 0 else None
     return Parts(
@@ -120,8 +128,9 @@ def build(config: Config, device: torch.device) -> Parts:
         updater=Updater(images.policy, algorithm, engine, config.update, start_model, real_images),
         real_images=real_images,
         task_gradients=_task_gradients(policy_around(backbone.unet), algorithm, run),
-        evaluation=build_evaluation(run, tasks, images, engine),
+        evaluation=evaluation,
         memory=memory,
+        progress=Progress(Path(config.run_dir), engine, config.checkpoint.keep, check_weights),
         export=Exporter(backbone, engine),
     )
 

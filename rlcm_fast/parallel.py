@@ -76,6 +76,11 @@ def any_rank(flag: bool) -> bool:
     return any(all_gather_list([flag]))
 
 
+def leave() -> None:
+    """Goes on without the other processes, which are lost or wait in vain: from here on this is rank 0 of 1."""
+    dist.destroy_process_group()
+
+
 def lost_process(error: BaseException) -> str | None:
     """Returns what gloo or NCCL said if another process of the run is gone; None if something else happened."""
     texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, checks and trains.
 
-    Returns the exit code: 0 done, 1 a full disk or a lost process, 2 a mistake in the config, 130 interrupted.
+    Returns the exit code: 0 done or stopped, 1 something went wrong (the finished iterations are saved if that was
+    possible), 2 a mistake in the config, 130 interrupted.
     """
     # Read and check the config; a dry run prints it and ends here.
     rank, world_size = set_process_environment()
@@ -36,21 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.dry_run:
         return 0
 
-    # Train; what the user or the machine caused becomes one line.
+    # Train; whatever goes wrong becomes one line.
     try:
         _train(config)
     except ValueError as error:
         if not is_worded_by_us(error):
-            raise
+            return _report(error, config, rank)
         _print_mistake(error, rank)
         return 2
-    except Exception as error:
-        cause = _outer_cause(error, config)
-        if cause is None:
-            raise
-        print(f"error: {cause}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # before the trainer handles signals, or a second Ctrl-C
+    except Exception as error:  # noqa: BLE001 (the user gets one line, whatever it is)
+        return _report(error, config, rank)
+    except KeyboardInterrupt:  # before the trainer handles signals
         if rank == 0:
             print("interrupted", file=sys.stderr)
         return 130
@@ -84,23 +82,18 @@ def _train(config: Config) -> None:
     Trainer(config).run()
 
 
-def _outer_cause(error: Exception, config: Config) -> str | None:
-    """Returns what happened and how to go on, if neither the config nor the code is to blame; else None."""
-    from rlcm_fast import parallel
-    from rlcm_fast.run_folder.checkpoint import is_full_disk
+def _report(error: Exception, config: Config, rank: int) -> int:
+    """Prints an error of the run as one line, with --debug also its traceback, and returns the exit code."""
+    from rlcm_fast.faults import Fault
+    from rlcm_fast.run_folder.failures import explain
 
-    if is_full_disk(error):
-        return (
-            f"run_dir={config.run_dir} is on a full disk; its checkpoints are whole: free some space and "
-            "go on with --resume latest, or lower checkpoint.keep"
-        )
-    lost = parallel.lost_process(error)
-    if lost is None:
-        return None
-    return (
-        f"rank {parallel.rank()} of {parallel.world_size()} lost another process of the run ({lost}); the "
-        f"checkpoints in run_dir={config.run_dir} are whole: go on with --resume latest, on as many as are left"
-    )
+    if config.debug:
+        traceback.print_exception(error)
+    if rank == 0 or not (isinstance(error, Fault) and error.is_on_all_processes):
+        of_rank = f" (rank {rank})" if rank else ""
+        with contextlib.suppress(OSError):  # the terminal may be what went wrong
+            print(f"error: {explain(error, config)}{of_rank}", file=sys.stderr)
+    return 1
 
 
 def is_worded_by_us(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 from rlcm_fast import parallel
 from rlcm_fast.build import build, start_processes
 from rlcm_fast.config import Config
-from rlcm_fast.run_folder.checkpoint import load_checkpoint, save_checkpoint, starting_point
+from rlcm_fast.run_folder.checkpoint import starting_point
 from rlcm_fast.run_folder.interruption import Interrupted, Interruption
 from rlcm_fast.run_folder.tracking import Tracker, merged
 
@@ -42,32 +42,39 @@ class Trainer:
         self.collector = parts.collector  # draws images and scores them
         self.updater = parts.updater  # moves the weights
         self.evaluation = parts.evaluation  # scores held-out images, draws the grid
+        self.progress = parts.progress  # saves the finished iterations
         self.parts = parts
         self.iteration, self.queries = 0, 0  # finished iterations, scored images
         if checkpoint:
-            self.load_state_dict(load_checkpoint(checkpoint, self.engine))
-        self.before = self.state_dict()  # the state that a dropped iteration goes back to
+            self.load_state_dict(self.progress.load(checkpoint))
+        self.progress.note(self.state_dict())
         self.interruption = Interruption(self.run_dir / "stop")
         self.tracker = Tracker(self.run_dir, config, self.iteration)
 
     def run(self) -> None:
-        """Trains, evaluates and exports. Ctrl-C, SIGTERM or a file run_dir/stop save a checkpoint and stop the run."""
+        """Trains, evaluates and exports.
+
+        Ctrl-C, SIGTERM, SIGHUP or a file run_dir/stop save a checkpoint and stop the run. An error saves the finished
+        iterations, if it left good weights, and goes on to the caller.
+        """
         with self.interruption, contextlib.closing(self.tracker), contextlib.closing(self.parts):
             try:
                 self.parts.memory.verdict(self.tracker.say)
                 self.tracker.begin(self.tasks.num_samples)
                 for iteration in range(self.iteration, self.config.num_iterations):
-                    self.before = self.state_dict()
                     evaluated = self.evaluate(iteration)  # before this iteration's updates
                     metrics = self.train(iteration)
+                    self.progress.note(self.state_dict())
                     self.tracker.log({**metrics, **evaluated})
                     self.parts.memory.compare(self.tracker.say)
                     self.save_if_due()
                 self.finish()
             except Interrupted:
-                self.load_state_dict(self.before)
-                self.save()
+                self.progress.save()
                 self.tracker.say(f"stopped after {self.iteration} iterations; go on with --resume latest")
+            except Exception as error:
+                self.progress.rescue(error)
+                raise
 
     def train(self, iteration: int) -> dict[str, float]:
         """Runs one iteration: all tasks together or one task after another; returns its metrics."""
@@ -124,14 +131,9 @@ class Trainer:
         """Saves a checkpoint if one is due; stops the run if any process was asked to stop."""
         must_stop, is_last = self.interruption.agreed(), self.iteration == self.config.num_iterations
         if is_last or self.due(self.config.checkpoint.every, self.iteration):
-            self.save()
+            self.progress.save()
         if must_stop and not is_last:
-            self.before = self.state_dict()
             raise Interrupted
-
-    def save(self) -> None:
-        """Writes a checkpoint of the finished iterations."""
-        save_checkpoint(self.run_dir, self.iteration, self.engine, self.state_dict(), self.config.checkpoint.keep)
 
     def due(self, every: int, iteration: int) -> bool:
         """Tells whether something is due: every `every` iterations and for the final weights; never if `every` is 0."""

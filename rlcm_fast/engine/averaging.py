@@ -34,6 +34,7 @@ class AveragingEngine(Engine):
         self.engine = engine
         self.average = WeightAverage(network, config) if config.decay > 0 else None
         self.zero_stage = engine.zero_stage
+        self.num_updates = 0  # since the start of this process
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self.engine(*arguments, **keywords)
@@ -46,6 +47,7 @@ class AveragingEngine(Engine):
 
     def step(self) -> float | None:
         norm = self.engine.step()
+        self.num_updates += norm is not None
         if norm is not None and self.average:
             self.average.update()
         return norm

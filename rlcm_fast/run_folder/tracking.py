@@ -5,6 +5,8 @@ Only the main process writes. docs/runs.md has a table of all keys.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import platform
@@ -35,7 +37,29 @@ def merged(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def say(message: str) -> None:
     """Prints a line to stderr on the main process, before there is a bar."""
     if parallel.is_main():
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(message, file=_TERMINAL)
+
+
+class _Terminal(io.TextIOBase):
+    """Stderr, whose loss (a closed terminal, a pipe without a reader) costs the lines and not the run."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+
+_TERMINAL = _Terminal()  # one object, because tqdm compares files to find the bar that it writes above
 
 
 class Tracker:
@@ -65,7 +89,12 @@ class Tracker:
         if config.tracking.wandb:
             self._wandb = _start_wandb(run_dir, config)
         self._bar = tqdm(
-            initial=first_iteration, total=config.num_iterations, desc="train", unit="it", dynamic_ncols=True
+            initial=first_iteration,
+            total=config.num_iterations,
+            desc="train",
+            unit="it",
+            dynamic_ncols=True,
+            file=_TERMINAL,
         )
         if config.engine.compile != "off":
             self._bar.set_postfix_str("compiling")  # the first iteration compiles; the bar shows this until it ends
@@ -113,7 +142,7 @@ class Tracker:
     def say(self, message: str) -> None:
         """Prints a line above the bar, for the person at the terminal."""
         if self._bar is not None:
-            self._bar.write(message, file=sys.stderr)
+            self._bar.write(message, file=_TERMINAL)
 
     def close(self) -> None:
         """Ends the bar and closes all files."""

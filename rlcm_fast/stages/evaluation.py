@@ -34,7 +34,7 @@ NamedRewards = Mapping[str, tuple[Reward, float]]  # name -> reward and its weig
 class HeldOut:
     """The images to draw: one for each of `prompts`, with noise from `seed`, `micro_batch_size` at a time."""
 
-    prompts: Sequence[Prompt]
+    prompts: list[Prompt]
     seed: int
     micro_batch_size: int
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from benchmarks.shared import run_processes
 from rlcm_fast.run_folder import interruption
 from rlcm_fast.run_folder.interruption import Interrupted, Interruption
 
@@ -27,20 +32,90 @@ def test_what_a_launcher_sends_after_a_ctrl_c_is_the_same_wish(tmp_path: Path):
             stop.check()
 
 
-def test_a_second_ctrl_c_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(interruption, "_SAME_CTRL_C", 0.0)
-    with Interruption(tmp_path / "stop"):
-        send(signal.SIGTERM)
-        send(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGINT)
+def _wait_blocked(folder: str) -> int:
+    """Waits in a library call that no signal ends, as a run does whose reward never returns."""
+    with Interruption(Path(folder) / "stop"):
+        (Path(folder) / "waits").touch()
+        queue.Queue().get()
+    return 0
+
+
+def test_a_second_ctrl_c_ends_a_blocked_process_at_once_and_a_second_sigterm_does_not(tmp_path: Path):
+    process = run_processes.start(_wait_blocked, str(tmp_path), log=tmp_path / "log")
+    assert process.pid is not None
+    while not (tmp_path / "waits").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(interruption._SAME_CTRL_C + 0.2)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(timeout=0.5)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(timeout=5)
+    assert process.exitcode == 130
+    assert "interrupted" in (tmp_path / "log").read_text()
+
+
+def test_a_lost_terminal_asks_for_a_stop_unless_hangups_are_ignored(tmp_path: Path):
+    before = signal.getsignal(signal.SIGHUP)
+    with Interruption(tmp_path / "stop") as stop:
+        send(signal.SIGHUP)
+        assert stop.agreed()
+    assert signal.signal(signal.SIGHUP, signal.SIG_IGN) == before  # as nohup does
+    try:
+        with Interruption(tmp_path / "stop") as stop:
+            send(signal.SIGHUP)
+            assert not stop.agreed()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_death_of_a_launcher_asks_for_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    launcher = subprocess.Popen(["sleep", "100"])
+    monkeypatch.setattr(interruption, "_WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(interruption, "launchers_of_this_process", lambda: [psutil.Process(launcher.pid)])
+    with Interruption(tmp_path / "stop") as stop:
+        time.sleep(0.2)
+        assert not stop.agreed()
+        launcher.kill()  # and nobody waits for it, so it stays a zombie
+        deadline = time.monotonic() + 5
+        while not stop.agreed() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert stop.agreed()
+    launcher.wait()
+
+
+def test_launchers_are_known_by_their_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Process:
+        def __init__(self, *command: str) -> None:
+            self._command = list(command)
+
+        def cmdline(self) -> list[str]:
+            return self._command
+
+        def parents(self) -> list[Process]:
+            return parents
+
+    runner = Process("/usr/bin/python3", "/usr/bin/deepspeed", "rlcm_fast/train.py")
+    launch = Process("/usr/bin/python3", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x")
+    shell = Process("bash", "/home/me/deepspeed-runs/go.sh")
+    parents = [launch, runner, shell]
+    monkeypatch.setattr(interruption.psutil, "Process", lambda: Process())
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert interruption.launchers_of_this_process() == [launch, runner]
+    parents = [shell, runner]
+    assert interruption.launchers_of_this_process() == []
+    parents = [launch]
+    monkeypatch.delenv("LOCAL_RANK")
+    assert interruption.launchers_of_this_process() == []
 
 
 def test_handlers_are_the_old_ones_afterwards(tmp_path: Path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     with Interruption(tmp_path / "stop"):
         send(signal.SIGINT)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_file_asks_for_a_stop_between_iterations_and_one_of_an_earlier_run_does_not(tmp_path: Path):

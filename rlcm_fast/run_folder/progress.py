@@ -1,0 +1,96 @@
+"""Keeps what a run has finished: checkpoints that are due, and what can be saved when something goes wrong.
+
+A checkpoint is written only if its weights draw images. After an error the finished iterations are saved if weights,
+disk and processes allow it. The error gets a note (PEP 678) that says what was saved and how to go on.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlcm_fast import parallel
+from rlcm_fast.engine.averaging import AveragingEngine
+from rlcm_fast.faults import Diverged, Fault
+from rlcm_fast.run_folder.checkpoint import complete, is_full_disk, load_checkpoint, save_checkpoint
+from rlcm_fast.run_folder.failures import first_line
+
+
+@dataclass
+class Progress:
+    """The finished iterations of a run and their checkpoints; every rank must call its methods."""
+
+    run_dir: Path
+    engine: AveragingEngine
+    keep: int  # checkpoints
+    check_weights: Callable[[int], None]  # raises Diverged if the weights after so many iterations draw no images
+    state: dict[str, Any] = field(default_factory=dict)
+    """The state after the last finished iteration, which a dropped iteration goes back to."""
+    _num_updates: int = 0
+
+    def note(self, state: dict[str, Any]) -> None:
+        """Notes the state after a finished iteration."""
+        self.state, self._num_updates = state, self.engine.num_updates
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restores the engine from a checkpoint and returns the state that was saved with it."""
+        return load_checkpoint(folder, self.engine)
+
+    def save(self) -> None:
+        """Writes a checkpoint of the finished iterations; raises Diverged if their weights draw no images any more."""
+        iteration = self.state["iteration"]
+        self.check_weights(iteration)
+        save_checkpoint(self.run_dir, iteration, self.engine, self.state, self.keep)
+
+    def rescue(self, error: Exception) -> None:
+        """Saves the iterations that were finished before `error`, if that is possible, and notes on it how to go on."""
+        error.add_note(self._rescued(error))
+
+    def _rescued(self, error: Exception) -> str:
+        # Name the checkpoint that is there, if nothing newer can be saved.
+        iteration = self.state["iteration"]
+        newest = next(reversed(complete(self.run_dir)), None)
+        there = f"go on from {newest} with --resume latest" if newest else "the run has no checkpoint yet"
+        if isinstance(error, Diverged):
+            return f"the last good checkpoint is {newest}: --resume latest goes on from it" if newest else there
+        if newest is not None and newest.name.endswith(f"_{iteration:06d}"):
+            return f"all {iteration} finished iterations are saved: {there}"
+        if iteration == 0 or not self._can_save(error):
+            return there
+
+        # Save without the memory that the broken iteration holds.
+        _free_memory(error)
+        try:
+            self.save()
+        except Exception as second:  # noqa: BLE001 (the first error must be shown, whatever the second is)
+            return f"saving the finished iterations failed, too ({first_line(second)}); {there}"
+        num_extra = self.engine.num_updates - self._num_updates
+        extra = f", with {num_extra} updates of the next one in their weights" if num_extra else ""
+        return f"the {iteration} finished iterations are saved{extra}: go on with --resume latest"
+
+    def _can_save(self, error: Exception) -> bool:
+        """Tells whether all that a checkpoint needs is here: every process, or this one if it holds the whole state."""
+        if is_full_disk(error):
+            return False
+        if parallel.world_size() == 1 or (isinstance(error, Fault) and error.is_on_all_processes):
+            return True
+        if self.engine.zero_stage > 0 or not parallel.is_main():
+            return False
+        parallel.leave()  # the others are lost, or wait for this process
+        return True
+
+
+def _free_memory(error: BaseException | None) -> None:
+    """Drops the tensors that the frames of the error hold: after "out of memory", saving needs room."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
