@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlcm_fast.cli.arguments import add_sampling_arguments, positive_int
+from rlcm_fast.cli.output import check_device, check_out, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,24 +38,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    # Check the arguments before anything is drawn.
+    out = None if arguments.out is None else check_out(arguments.out)
+    check_device(arguments.device)
     from rlcm_fast.cli.pipelines import load_pipeline
     from rlcm_fast.prompts import load_prompts, prompts_for_images
-    from rlcm_fast.rewards import build_rewards
+    from rlcm_fast.rewards import build_rewards, check_groups
 
     built = build_rewards(reward_configs(arguments.rewards))
     rewards = {name: reward for name, (reward, _) in built.items()}
+    check_groups(rewards, arguments.num_images)
     prompts = prompts_for_images(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
+
+    # Draw and score at each number of steps, and write the report.
     pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)
     settings = ("model", "lora", "prompts", "num_images", "guidance_scale", "seed")
     report = {name: getattr(arguments, name) for name in settings} | {
         "results": [measure(pipeline, prompts, rewards, steps, arguments) for steps in arguments.num_steps]
     }
     text = json.dumps(report, indent=2)
-    if arguments.out is None:
+    if out is None:
         print(text)
-        return
-    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(arguments.out).write_text(text + "\n", encoding="utf-8")
+    else:
+        write(out, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
 def reward_configs(entries: Sequence[str]) -> list[RewardConfig]:
@@ -75,22 +80,25 @@ def measure(
 ) -> dict[str, Any]:
     """Draws images at one number of steps and scores them by every reward; set rewards score groups.
 
-    The time includes the drawing only.
+    The time includes the drawing only. A reward that fails does so on the first image, before the others are drawn.
     """
     from rlcm_fast.cli.pipelines import draw
-    from rlcm_fast.rewards import check_raw_scores, evaluate, score
+    from rlcm_fast.rewards import evaluate, scored
 
-    # Draw the images. The first call sets up the pipeline, so it is not timed.
+    # Draw one image, which sets up the pipeline and is not timed, and try the rewards on it.
     texts = [prompt.text for prompt in prompts]
     settings = (num_steps, arguments.guidance_scale, arguments.seed, arguments.batch_size)
-    draw(pipeline, texts[:1], *settings)
+    first, _ = draw(pipeline, texts[:1], *settings)
+    for name, reward in rewards.items():
+        scored(name, reward, first, prompts[:1])
+
+    # Draw all images.
     images, seconds = draw(pipeline, texts, *settings)
 
     # Score them.
     scores = {}
     for name, reward in rewards.items():
-        raw_scores = check_raw_scores(name, reward, score(reward, images, prompts), prompts, iteration=0)
-        scores[name] = evaluate(name, reward, raw_scores, prompts, iteration=0)
+        scores[name] = evaluate(name, reward, scored(name, reward, images, prompts), prompts, iteration=0)
     return {
         "num_steps": num_steps,
         "seconds_per_image": seconds / len(images),

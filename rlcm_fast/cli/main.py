@@ -9,10 +9,14 @@ from typing import NoReturn
 
 from rlcm_fast import quiet
 from rlcm_fast.cli import configs, evaluate, plan, sample
+from rlcm_fast.faults import Fault
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand and returns the exit code: 0 done, 2 a user's mistake (one line on stderr), 130 interrupted."""
+    """Runs a subcommand and returns the exit code.
+
+    0: done; 1: a reward or a disk failed; 2: a user's mistake (both one line on stderr); 130: interrupted.
+    """
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.takes_overrides:
@@ -25,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Fault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -6,9 +6,9 @@ An image depends on its prompt, its place and the seed only, not on how many ima
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rlcm_fast.cli.arguments import add_sampling_arguments, positive_int
+from rlcm_fast.cli.output import PICTURES, check_device, check_out, write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,17 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    out = Path(arguments.out)
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ValueError(f"out={out} is no image file; give a name that ends in .png or .jpg")
+    # Check the arguments before anything is drawn.
+    out = check_out(arguments.out, PICTURES)
+    check_device(arguments.device)
     from rlcm_fast.cli.pipelines import draw, load_pipeline
     from rlcm_fast.grids import captioned_grid
 
+    # Draw the images and write the grid.
     texts = [text for text in arguments.prompt for _ in range(arguments.num_images)]
     pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)
     images, _ = draw(
         pipeline, texts, arguments.num_steps, arguments.guidance_scale, arguments.seed, arguments.batch_size
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    captioned_grid(images, texts, columns=arguments.num_images).save(out)
+    write(out, captioned_grid(images, texts, columns=arguments.num_images).save)
     print(f"{len(images)} images in {out}")

@@ -12,7 +12,7 @@ from rlcm_fast.config import RewardConfig
 from rlcm_fast.plugins import build, load_class
 from rlcm_fast.rewards.base import Reward, RewardError, SetReward, check_scores
 from rlcm_fast.rewards.groups import GroupReward
-from rlcm_fast.rewards.service import Rewards, RewardService, check_raw_scores, evaluate, score
+from rlcm_fast.rewards.service import Rewards, RewardService, check_raw_scores, evaluate, score, scored
 
 __all__ = [
     "BUILT_IN",
@@ -25,6 +25,7 @@ __all__ = [
     "SetReward",
     "build_reward",
     "build_rewards",
+    "check_groups",
     "check_name",
     "check_raw_scores",
     "check_scores",
@@ -32,6 +33,7 @@ __all__ = [
     "grouped",
     "make_reward",
     "score",
+    "scored",
 ]
 
 BUILT_IN = {
@@ -120,6 +122,13 @@ def grouped(
             "or name a set reward"
         )
     return reward
+
+
+def check_groups(rewards: Mapping[str, Reward], num_images: int) -> None:
+    """Raises ValueError if a set reward's groups do not divide `num_images`."""
+    for reward in rewards.values():
+        if isinstance(reward, GroupReward):
+            reward.groups(num_images)
 
 
 def build_rewards(configs: Sequence[RewardConfig]) -> dict[str, tuple[Reward, float]]:

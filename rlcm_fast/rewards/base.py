@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from rlcm_fast.faults import Fault
 from rlcm_fast.trajectory import Prompt
 
 
@@ -71,7 +72,7 @@ class ScoreError(ValueError):
         self.index = index
 
 
-class RewardError(RuntimeError):
+class RewardError(Fault):
     """A reward failed, or returned something other than scores; the message names reward, prompt and iteration."""
 
     def __init__(self, reward_name: str, prompt: Prompt, iteration: int, problem: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,27 @@ def test_statistics_are_those_of_a_sample():
     [
         (["sample", "--model", "/no/where", "--prompt", "x"], "model=/no/where does not exist; give"),
         (["sample", "--model", ".", "--prompt", "x"], "not a diffusers folder: it has no model_index.json; give"),
-        (["sample", "--model", "shapes/lcm", "--prompt", "x", "--out", "grid.txt"], "out=grid.txt is no image file"),
+        (
+            ["sample", "--model", "shapes/lcm", "--prompt", "x", "--out", "grid.txt"],
+            "out=grid.txt has no known ending",
+        ),
+        (
+            ["sample", "--model", "shapes/lcm", "--prompt", "x", "--out", "a.png/b.png"],
+            "b.png cannot be written (",
+        ),
+        (["sample", "--model", "shapes/lcm", "--prompt", "x", "--out", "runs.png"], "out=runs.png is a folder;"),
+        (
+            ["sample", "--model", "shapes/lcm", "--prompt", "x", "--device", "gpu"],
+            "device=gpu cannot be used (",
+        ),
+        (
+            ["evaluate", "--model", ".", "--rewards", "diversity", "--out", "runs"],
+            "out=runs is a folder",
+        ),
+        (
+            ["evaluate", "--model", ".", "--rewards", "{name: diversity, group_size: 3}"],
+            "does not divide the 64",
+        ),
         (["evaluate", "--model", ".", "--rewards", "jpeg_size"], "=jpeg_size is not known; "),
         (["evaluate", "--model", ".", "--rewards", "aesthetic"], "name=aesthetic needs the LAION aesthetic predictor"),
         (["evaluate", "--model", ".", "--rewards", "{name: diversity, groups: 2}"], "rewards[0].groups is no field of"),
@@ -110,13 +131,44 @@ def test_a_mistake_is_one_line_with_the_way_out(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
+    for folder in ("runs", "runs.png"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a.png").touch()
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ")
     assert message in printed.err
     assert printed.err.count("\n") == 1
     assert printed.out == ""
+
+
+def test_what_was_drawn_is_not_lost_when_the_disk_fills_meanwhile(
+    tiny_lcm_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    save = Image.Image.save
+
+    def save_elsewhere(image: Image.Image, path: Path, **settings: object) -> None:
+        if path == tmp_path / "grid.png":
+            raise OSError(28, "No space left on device")
+        save(image, path, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "save", save_elsewhere)
+    arguments = ["--model", tiny_lcm_folder, "--num-steps", "1", "--num-images", "1", "--prompt", "a star"]
+    assert main(["sample", *arguments, "--out", str(tmp_path / "grid.png")]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: out={tmp_path}/grid.png could not be written (No space left on device); the result")
+    assert Image.open(said.rpartition(" ")[2]).size[0] > 0
+
+
+def test_a_reward_that_fails_does_so_before_all_images_are_drawn(
+    tiny_lcm_folder: str, capsys: pytest.CaptureFixture[str]
+):
+    faulty = "{name: plugin_rewards:Faulty, arguments: {fault: exception, good_calls: 0}}"
+    start = time.perf_counter()
+    assert main(["evaluate", "--model", tiny_lcm_folder, "--rewards", faulty, "--num-images", "1000000"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: reward 'plugin_rewards:Faulty', prompt")
+    assert time.perf_counter() - start < 60
 
 
 @pytest.mark.parametrize(
