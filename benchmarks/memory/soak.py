@@ -64,11 +64,16 @@ class SoakingTrainer(Trainer):
         return seen
 
 
-def slope_of(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the slope of a line through the means of `NUM_BLOCKS` blocks, per value, and its standard error."""
+def means_of(values: Sequence[float]) -> list[float]:
+    """Returns the means of `NUM_BLOCKS` blocks of neighbours."""
     size = len(values) // NUM_BLOCKS
-    means = [statistics.fmean(values[i * size : (i + 1) * size]) for i in range(NUM_BLOCKS)]
-    places = [float(i * size) for i in range(NUM_BLOCKS)]
+    return [statistics.fmean(values[i * size : (i + 1) * size]) for i in range(NUM_BLOCKS)]
+
+
+def slope_of(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the slope of a line through the means of the blocks, per value, and its standard error."""
+    means = means_of(values)
+    places = [float(i * (len(values) // NUM_BLOCKS)) for i in range(NUM_BLOCKS)]
     slope, intercept = statistics.linear_regression(places, means)
     squares = sum((mean - intercept - slope * place) ** 2 for place, mean in zip(places, means, strict=True))
     spread = sum((place - statistics.fmean(places)) ** 2 for place in places)
@@ -97,8 +102,7 @@ def main() -> None:
     print_summary(
         {
             "iterations": len(seen),
-            "mib_after_warm_up": mib[0],
-            "mib_at_the_end": mib[-1],
+            "mib_of_blocks": [round(mean, 2) for mean in means_of(mib)],
             "mib_per_1000_iterations": 1000 * slope,
             "standard_error": 1000 * error,
             "open_files": [steady[0][1], steady[-1][1]],
