@@ -15,7 +15,7 @@ the backward pass. It is not capturable: lr and the step count are numbers on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -106,7 +106,9 @@ class AdamW8bit(torch.optim.Optimizer):
         # Sort the weights by their step count: a weight without a gradient in some update lags behind.
         by_step: dict[int, list[tuple[int, Tensor]]] = {}
         for index, param in weights:
-            state = self.state[param] or self._begin(param)
+            state = self.state[param]
+            if not state:
+                state.update(self.first_state(param))
             state["step"] += 1
             by_step.setdefault(state["step"], []).append((index, param))
 
@@ -126,14 +128,14 @@ class AdamW8bit(torch.optim.Optimizer):
                 counts=self.counts,
             )
 
-    def _begin(self, param: Tensor) -> dict[str, Any]:
+    def first_state(self, param: Tensor) -> dict[str, Any]:
+        """Returns the states of a weight before its first step: zeros."""
         is_quantized = param.numel() >= self.min_8bit_size
         dtype = torch.uint8 if is_quantized else torch.float32
         state = {"step": 0, **{name: torch.zeros_like(param, dtype=dtype) for name in ("state1", "state2")}}
         if is_quantized:
             num_blocks = -(-param.numel() // BLOCK)
             state |= {name: torch.zeros(num_blocks, device=param.device) for name in ("absmax1", "absmax2")}
-        self.state[param] = state
         return state
 
     @torch.no_grad()
@@ -142,10 +144,15 @@ class AdamW8bit(torch.optim.Optimizer):
 
         If the memory format differs from that of the saved weight, so do the blocks, and the states are quantised anew.
         """
-        super().load_state_dict(state_dict)
+        # torch gets no states, because it would cast them to the dtype of the weight: 4 bytes each, and other values
+        super().load_state_dict({**state_dict, "state": {}})
         for param, saved in self._saved_states(state_dict):
-            # torch casts states to the dtype of the weight, which would destroy codes and scales
-            self.state[param] = {"step": int(saved["step"]), **_relaid(_moments_of(saved), param)}
+            self.load_state(param, saved)
+
+    @torch.no_grad()
+    def load_state(self, param: Tensor, saved: Mapping[str, Any]) -> None:
+        """Load the states of one weight, as `load_state_dict` does; they are copied in their own dtypes."""
+        self.state[param] = {"step": int(saved["step"]), **_relaid(_moments_of(saved), param)}
 
     def bitsandbytes_state_dict(self) -> dict[str, Any]:
         """A state_dict for bitsandbytes.optim.AdamW8bit over the same weights; channels_last states are requantised."""
@@ -187,7 +194,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
 
-def _moments_of(state: dict[str, Any]) -> Moments:
+def _moments_of(state: Mapping[str, Any]) -> Moments:
     return Moments(state["state1"], state["state2"], state.get("absmax1"), state.get("absmax2"))
 
 

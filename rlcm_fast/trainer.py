@@ -46,7 +46,7 @@ class Trainer:
         self.parts = parts
         self.iteration, self.queries = 0, 0  # finished iterations, scored images
         if checkpoint:
-            self.load_state_dict(self.progress.load(checkpoint))
+            self.load_state_dict(self.progress.load(checkpoint, config.trust_old_checkpoint))
         self.progress.note(self.state_dict())
         self.interruption = Interruption(self.run_dir / "stop")
         self.tracker = Tracker(self.run_dir, config, self.iteration)

@@ -70,16 +70,14 @@ def assert_equal_runs(run_dir: Path, other: Path) -> None:
     assert (run_dir / last / "state.json").read_text() == (other / last / "state.json").read_text()
     weights, expected = (load_file(folder / last / "unet.safetensors") for folder in (run_dir, other))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    moments, expected = (_optimizer_state(folder / last) for folder in (run_dir, other))
-    assert moments.keys() == expected.keys()
-    for index in expected:
-        for name in ("step", "exp_avg", "exp_avg_sq"):
-            assert torch.equal(moments[index][name], expected[index][name])
-
-
-def _optimizer_state(checkpoint: Path) -> dict[int, dict[str, Any]]:
-    file = checkpoint / "deepspeed" / "mp_rank_00_model_states.pt"
-    return torch.load(file, weights_only=False)["optimizer"]["state"]
+    # All that the engine saved: master weights, moments, step counts, and which of them there are.
+    for name in ("weights", "states"):
+        file = f"{last}/engine/{name}_00000_of_00001.safetensors"
+        saved, expected = (load_file(folder / file) for folder in (run_dir, other))
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    shard = f"{last}/engine/shard_00000_of_00001.json"
+    assert (run_dir / shard).read_text() == (other / shard).read_text()
 
 
 def wait_for_lines(process: BaseProcess, run_dir: Path, count: int) -> None:

@@ -114,6 +114,8 @@ class Config:
     """Seed of everything random; each process derives its random numbers from it."""
     resume: str | None = None
     """Continue from a checkpoint: latest (the newest in run_dir) or its folder; null starts a new run."""
+    trust_old_checkpoint: bool = False
+    """Resume from a checkpoint of format 1 (no `format` in state.json): pickles, so any code in its files runs."""
     dry_run: bool = False
     """Print the resolved config and the derived numbers, and stop."""
     debug: bool = False

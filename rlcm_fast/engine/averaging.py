@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlcm_fast import parallel
 from rlcm_fast.config import EmaConfig
 from rlcm_fast.engine.base import Engine
+from rlcm_fast.engine.shards import check_same_weights
+from rlcm_fast.engine.tensor_files import read_metadata, read_tensors, write_tensors
 
 _FILE = "ema.safetensors"
 
@@ -80,8 +80,8 @@ class AveragingEngine(Engine):
         if self.average and parallel.is_main():
             self.average.save(folder)
 
-    def load(self, folder: Path) -> None:
-        self.engine.load(folder)
+    def load(self, folder: Path, trusts_old: bool = False) -> None:
+        self.engine.load(folder, trusts_old)
         if self.average:
             self.average.load(folder)
 
@@ -119,16 +119,17 @@ class WeightAverage:
         return {name: value.cpu().clone() for name, value in self._named().items()}
 
     def save(self, folder: Path) -> None:
-        save_file(self.weights(), folder / _FILE, metadata={"num_updates": str(self._ema.optimization_step)})
+        write_tensors(folder / _FILE, self._named(), {"num_updates": str(self._ema.optimization_step)})
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote."""
         if not (folder / _FILE).is_file():
             raise ValueError(f"resume={folder} holds no {_FILE}: its run had ema.decay=0; set it to 0, or start anew")
-        with safe_open(folder / _FILE, framework="pt") as file:
-            self._ema.optimization_step = int(file.metadata()["num_updates"])
-            for name, value in self._named().items():
-                value.copy_(file.get_tensor(name))
+        saved = read_tensors(folder / _FILE)
+        check_same_weights(*({name: value.shape for name, value in named.items()} for named in (saved, self._named())))
+        self._ema.optimization_step = int(read_metadata(folder / _FILE)["num_updates"])
+        for name, value in self._named().items():
+            value.copy_(saved[name])
 
     def _named(self) -> dict[str, Tensor]:
         return dict(zip(self._trained, self._ema.shadow_params, strict=True))

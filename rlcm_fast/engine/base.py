@@ -10,7 +10,6 @@ bfloat16 weights without a master copy and for an optimizer that steps within th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +64,20 @@ class Engine(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes the trained weights and the optimizer's state, but no frozen weights; every rank must call."""
+        """Writes the trained weights and the optimizer's state, but no frozen weights; every rank must call.
+
+        All of it is on the disk when the call returns. Ranks do not wait for each other.
+        """
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote with the same settings, on any number of processes.
+    def load(self, folder: Path, trusts_old: bool = False) -> None:
+        """Restores what `save` wrote, on any number of processes; every rank must call.
+
+        trusts_old: also read pickles, which run code, if a version without shards wrote the folder.
 
         Raises:
-            ValueError: the folder holds no such checkpoint, it was saved for other weights, or its states cannot be
-                partitioned for another number of processes.
+            ValueError: the folder holds no such checkpoint, it was saved for other weights or by another kind of
+                optimizer, or its states cannot be partitioned for this number of processes.
         """
 
 
@@ -82,24 +86,3 @@ def copied_to_cpu(network: nn.Module) -> dict[str, Tensor]:
     contiguous = torch.contiguous_format
     weights = network.state_dict().items()
     return {name: weight.detach().float().cpu().clone(memory_format=contiguous) for name, weight in weights}
-
-
-def frozen_names(network: nn.Module) -> set[str]:
-    """Names of the weights that no update changes; with adapters these are the start model's."""
-    return {name for name, weight in network.named_parameters() if not weight.requires_grad}
-
-
-def load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
-    """Loads a state_dict that may lack frozen weights, which then stay as they are.
-
-    DeepSpeed passes the arguments by these names.
-    """
-    present, frozen = dst.state_dict(), frozen_names(dst)
-    misfits = (present.keys() - frozen - src.keys()) | (src.keys() - present.keys())
-    misfits |= {name for name in src.keys() & present.keys() if src[name].shape != present[name].shape}
-    if misfits:
-        raise ValueError(
-            f"resume: the checkpoint and this run do not train the same weights ({min(misfits)}, for example); keep "
-            "the model and the lora settings that the checkpoint was saved with"
-        )
-    dst.load_state_dict({name: present[name] for name in frozen} | dict(src))

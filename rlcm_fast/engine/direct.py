@@ -26,11 +26,11 @@ from torch import Tensor, distributed, nn
 
 from rlcm_fast import parallel
 from rlcm_fast.config import EngineConfig, OptimizerConfig
-from rlcm_fast.engine.base import Engine, UpdatePlan, copied_to_cpu, frozen_names, load_trained
-from rlcm_fast.engine.optimizers import build_optimizer, lr_factor, settings_kept
+from rlcm_fast.engine.base import Engine, UpdatePlan, copied_to_cpu
+from rlcm_fast.engine.old_checkpoints import read_engine
+from rlcm_fast.engine.optimizers import build_optimizer, lr_factor
+from rlcm_fast.engine.replicas import load_replica, save_replica
 from rlcm_fast.kernels.adamw import AdamW8bit
-
-_FILE = "engine.pt"
 
 
 class DirectEngine(Engine):
@@ -130,23 +130,12 @@ class DirectEngine(Engine):
         return copied_to_cpu(self._network)
 
     def save(self, folder: Path) -> None:
-        weights, frozen = self._network.state_dict(), frozen_names(self._network)
-        state = {
-            "network": {name: weight for name, weight in weights.items() if name not in frozen},
-            "optimizer": self._optimizer.state_dict(),
-            "num_updates": self._num_updates,
-        }
-        if parallel.is_main():
-            torch.save(state, folder / _FILE)
+        save_replica(folder, self._network, self._optimizer, {"schedule": self._num_updates})
 
-    def load(self, folder: Path) -> None:
-        if not (folder / _FILE).is_file():
-            raise ValueError(f"resume={folder} holds no {_FILE}, so it was made with other engine settings; keep those")
-        state = torch.load(folder / _FILE, map_location="cpu", weights_only=True)
-        load_trained(state["network"], self._network)
-        with settings_kept(self._optimizer):
-            self._optimizer.load_state_dict(state["optimizer"])
-        self._num_updates = state["num_updates"]
+    def load(self, folder: Path, trusts_old: bool = False) -> None:
+        saved = read_engine(folder, self._network, trusts_old)
+        load_replica(self._network, self._optimizer, saved)
+        self._num_updates = saved.counters["schedule"]
         self._set_lr()
 
 

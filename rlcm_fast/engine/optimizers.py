@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from rlcm_fast.config import EngineConfig, OptimizerConfig
 from rlcm_fast.kernels.adamw import AdamW8bit
-
-_SET_BY_CONFIG = ("initial_lr", "betas", "eps", "weight_decay")
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig, engine: EngineConfig, seed: int) -> Optimizer:
@@ -45,16 +44,46 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, engine: EngineC
     return {"adamw": AdamW, "adam": Adam}[config.name](parameters, **settings)
 
 
-@contextmanager
-def settings_kept(optimizer: Optimizer) -> Iterator[None]:
-    """Keeps the config's settings while a checkpoint is loaded inside the block, so that a resumed run may change them.
+def load_state(optimizer: Optimizer, parameter: nn.Parameter, saved: Mapping[str, Tensor], step: int | None) -> None:
+    """Gives a weight the states of a checkpoint, in their own dtypes; without a step, as before the first update.
 
-    The optimizer's states come from the checkpoint. The engine that schedules the learning rate sets it afterwards.
+    `Optimizer.load_state_dict` would cast 8-bit states to the weight's dtype for a moment, and copy its settings.
+
+    Raises:
+        ValueError: another kind of optimizer saved the states.
     """
-    kept = [{key: group[key] for key in _SET_BY_CONFIG if key in group} for group in optimizer.param_groups]
-    yield
-    for group, settings in zip(optimizer.param_groups, kept, strict=True):
-        group.update(settings)
+    # Start as before the first update.
+    optimizer.state.pop(parameter, None)
+    if step is None:
+        return
+    state = _first_state(optimizer, parameter)
+    if state.keys() - {"step"} != saved.keys():
+        kept, found = (", ".join(sorted(names - {"step"})) for names in (state.keys(), saved.keys()))
+        raise ValueError(
+            f"resume: the checkpoint's optimizer keeps other states ({found}) than this run's optimizer.name ({kept}); "
+            "keep the optimizer that it was saved with, or start a new run from its weights"
+        )
+
+    # Fill the states in place, so that each keeps its kind of memory.
+    if isinstance(optimizer, AdamW8bit):
+        optimizer.load_state(parameter, {**saved, "step": step})
+        return
+    for name, values in saved.items():
+        state[name].copy_(values)
+    state["step"] = torch.tensor(float(step)) if isinstance(state["step"], Tensor) else step
+    optimizer.state[parameter] = state
+
+
+def _first_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """Returns the states that the optimizer would give a weight in its first step."""
+    if isinstance(optimizer, AdamW8bit):
+        return optimizer.first_state(parameter)
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        bitsandbytes: Any = optimizer
+        bitsandbytes.init_state(optimizer.param_groups[0], parameter, 0, 0)  # the indices only matter to overrides
+        return optimizer.state[parameter]
+    step = torch.tensor(0.0) if isinstance(optimizer, (Adam, AdamW)) else 0  # DeepSpeedCPUAdam counts with an int
+    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
 def lr_factor(config: OptimizerConfig, num_updates: int) -> Callable[[int], float]:

@@ -1,182 +1,181 @@
-"""Loads a checkpoint of ZeRO 1 to 3 on another number of processes: it cuts the shards anew and writes nothing.
+"""Saves and loads what each process holds under ZeRO 1 to 3; any number of processes may load it, at any of the stages.
 
-Every shard records which part of which weight it holds. So each process picks its new share out of all shards: float32
-weights and moments by the weight's name, bit for bit. Files are mapped, not read: a process touches little more than
-its share.
+DeepSpeed lays the weights of a group end to end, in float32, and gives each process a stretch of that (stages 1 and 2),
+or of every weight one of as many equal parts as there are processes (stage 3). Its optimizer sees one flat tensor a
+group. A shard (shards.py) names the weights in it, so loading cuts the flat tensors anew and writes nothing.
 
-DeepSpeed's universal checkpoint is no substitute. It is a converter that writes every state twice (12 bytes per weight
-each time). When it loads ZeRO-3, the groups of weights share one step count, so a model of more than one group (1e9
-weights) counts every update several times. DeepSpeed's safe_set_full_... functions are none either: under ZeRO-3 they
-fail if a weight's size does not divide by the number of processes.
+DeepSpeed's own checkpoints are pickles: whoever reads them runs code. Its universal checkpoint is no substitute: it is
+a converter that writes every state twice (12 bytes per weight each time), and it pickles, too. When it loads ZeRO-3,
+the groups of weights share one step count, so a model of more than one group (1e9 weights) counts every update several
+times. DeepSpeed's safe_set_full_... functions are none either: under ZeRO-3 they fail if a weight's size does not
+divide by the number of processes.
 """
+
+# N elements of a share
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from rlcm_fast.engine.base import load_trained
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-Pieces = dict[str, dict[str, list[Tensor]]]  # kind (fp32 or a moment) -> name of a weight -> its flat parts in order
+from rlcm_fast import parallel
+from rlcm_fast.engine.optimizers import load_state
+from rlcm_fast.engine.replicas import buffer_parts, persistent_buffers
+from rlcm_fast.engine.shards import BY_ELEMENT, Group, Part, Saved, Shard, check_same_weights, write_shard
 
 
 class _Share(NamedTuple):
-    """The part of a weight that this process holds: from element `start` on, at `target` in its flat group."""
+    """The part of a weight that this process holds: from element `start` on, at `target` in a flat group."""
 
     name: str
+    shape: tuple[int, ...]  # of the whole weight
     start: int
-    target: slice
+    group: int
+    target: slice  # N elements
 
 
-def shard_files(folder: Path) -> list[Path]:
-    """Lists DeepSpeed's optimizer files in the order of ranks; none for ZeRO-0, whose state is in one piece."""
-    files = folder.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt")
-    return sorted(files, key=lambda file: int(re.findall(r"zero_pp_rank_(\d+)_", file.name)[0]))
+def save_partition(folder: Path, engine: Any, counters: Mapping[str, int]) -> None:
+    """Writes this process's shard of what DeepSpeed's engine holds: master weights and states."""
+    flat, optimizer = _flat_groups(engine), engine.optimizer.optimizer
+    are_by_element = all(_states(optimizer, group).keys() <= BY_ELEMENT for group in flat)
+    parts = [_part(share, flat[share.group], optimizer, are_by_element) for share in _shares(engine)]
+    groups = [] if are_by_element else [_group(group, optimizer) for group in flat]
+    write_shard(folder, Shard(parts + buffer_parts(engine.module) * parallel.is_main(), counters, groups))
 
 
-def load_resharded(engine: Any, folder: Path) -> None:
-    """Loads a checkpoint's folder into DeepSpeed's engine; raises ValueError if its states cannot be cut anew."""
-    shards = [_mapped(file)["optimizer_state_dict"] for file in shard_files(folder)]
-    model = _mapped(sorted(folder.glob("*_model_states.pt"))[0])
+@torch.no_grad()
+def load_partition(engine: Any, saved: Saved) -> None:
+    """Restores this process's part of weights and states; raises ValueError if they are not those of this run."""
+    # Refuse what does not fit, before anything changes.
+    flat, optimizer, shares = _flat_groups(engine), engine.optimizer.optimizer, list(_shares(engine))
+    check_same_weights(saved.shapes, _shapes(engine.module))
+    groups = saved.groups_of_this_process() if saved.has_groups else _assembled(saved, shares, flat)
+    _check_groups(groups, flat)
+
+    # Fill the flat groups and the buffers.
     is_stage_3 = engine.zero_optimization_partition_weights()
-    pieces = _pieces_of_stage_3(shards, model["param_shapes"]) if is_stage_3 else _pieces_of_stages_1_and_2(shards)
     if is_stage_3:
         engine.optimizer.checkpoint_event_prologue()
-    engine.load_module_state_dict(model, custom_load_fn=load_trained)
-    state = _rank_state(engine.optimizer, shards[0], pieces, is_stage_3)
-    engine.optimizer.load_state_dict([state] * torch.distributed.get_world_size(), load_from_fp32_weights=True)
-    if is_stage_3:
-        engine.optimizer.checkpoint_event_epilogue()
-    engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
-    for counter in ("global_steps", "global_samples", "skipped_steps"):
-        setattr(engine, counter, model[counter])
-
-
-def _mapped(file: Path) -> dict[str, Any]:
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)  # DeepSpeed pickles its classes
-
-
-def _pieces_of_stages_1_and_2(shards: Iterable[dict[str, Any]]) -> Pieces:
-    pieces: Pieces = {}
-    for shard in shards:
-        for index, addresses in enumerate(shard["param_slice_mappings"]):
-            flat = _flat_states(shard["single_partition_of_fp32_groups"][index], shard["base_optimizer_state"], index)
-            _add(pieces, flat, ((name, at.start, at.numel) for name, at in addresses.items()))
-    return pieces
-
-
-def _pieces_of_stage_3(shards: list[dict[str, Any]], shapes: list[Mapping[str, torch.Size]]) -> Pieces:
-    """Collects the parts of each weight; stage 3 cuts it into equal ones and pads the last."""
-    pieces: Pieces = {}
-    for rank, shard in enumerate(shards):
-        for index, group in enumerate(shapes):
-            flat = _flat_states(shard["fp32_flat_groups"][index], shard["optimizer_state_dict"], index)
-            _add(pieces, flat, _cut(group, rank, len(shards)))
-    return pieces
-
-
-def _cut(group: Mapping[str, torch.Size], rank: int, num_shards: int) -> Iterator[tuple[str, int, int]]:
-    """Yields the name, the place in the shard and the number of elements of each weight."""
-    offset = 0
-    for name, shape in group.items():
-        length = -(-shape.numel() // num_shards)
-        yield name, offset, max(0, min(length, shape.numel() - rank * length))
-        offset += length
-
-
-def _flat_states(weights: Tensor, optimizer: dict[str, Any], index: int) -> dict[str, Tensor]:
-    state = optimizer["state"][index]
-    if not {"step", *_MOMENTS} == set(state):
-        raise ValueError(
-            "resume: the checkpoint's optimizer has 8-bit states in blocks, which another number of processes would "
-            "cut; start as many processes as saved it, or start a new run from its export"
-        )
-    return {"fp32": weights, **{name: state[name] for name in _MOMENTS}}
-
-
-def _add(pieces: Pieces, flat: dict[str, Tensor], places: Iterable[tuple[str, int, int]]) -> None:
-    for name, start, length in places:
-        for kind, values in flat.items():
-            pieces.setdefault(kind, {}).setdefault(name, []).append(values.flatten()[start : start + length])
-
-
-def _rank_state(optimizer: Any, saved: dict[str, Any], pieces: Pieces, is_stage_3: bool) -> dict[str, Any]:
-    """Builds this rank's state as DeepSpeed would have saved it on this number of processes."""
-    # Look up what DeepSpeed calls the parts of its state, and which share of each weight this rank holds.
-    present = optimizer.state_dict()
-    fp32, of_torch = (
-        ("fp32_flat_groups", "optimizer_state_dict")
-        if is_stage_3
-        else ("single_partition_of_fp32_groups", "base_optimizer_state")
-    )
-    shares = _shares_of_stage_3(optimizer) if is_stage_3 else _shares_of_stages_1_and_2(optimizer)
-    flat = optimizer.fp32_partitioned_groups_flat if is_stage_3 else optimizer.single_partition_of_fp32_groups
-
-    # Fill this rank's flat groups from the pieces; each group gets its tensor of the step count, as each counts alone.
-    kinds = {kind: [_assembled(pieces[kind], group, like) for group, like in zip(shares, flat)] for kind in pieces}
-    step = saved[of_torch]["state"][0]["step"]
-    states = {
-        index: {"step": step.clone() if isinstance(step, Tensor) else step, **{m: kinds[m][index] for m in _MOMENTS}}
-        for index in range(len(flat))
-    }
-
-    # Keep the saved settings of each group of parameters, with the parameters that it has here.
-    groups = [
-        {**saved_group, "params": group["params"]}
-        for saved_group, group in zip(saved[of_torch]["param_groups"], present[of_torch]["param_groups"], strict=True)
-    ]
-    return {**present, fp32: kinds["fp32"], of_torch: {"state": states, "param_groups": groups}}
-
-
-def _assembled(pieces: Mapping[str, list[Tensor]], shares: Iterable[_Share], like: Tensor) -> Tensor:
-    """Builds this process's flat group (N,) float32; padding is 0."""
-    flat = torch.zeros(like.numel())
     for share in shares:
-        _copy_range(pieces[share.name], share.start, flat[share.target])
-    return flat
+        saved.copy("weight", share.name, share.start, flat[share.group].detach()[share.target])
+    for name, buffer in persistent_buffers(engine.module).items():
+        buffer.copy_(saved.whole("weight", name))
+    for group, states in zip(flat, groups, strict=True):
+        load_state(optimizer, group, states.states if states else {}, states.step if states else None)
+
+    # Give the network its weights from them, as DeepSpeed does after a step.
+    if is_stage_3:
+        for index in range(len(flat)):
+            engine.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        engine.optimizer.checkpoint_event_epilogue()
+    else:
+        engine.optimizer.update_lp_params()
 
 
-def _copy_range(pieces: list[Tensor], start: int, target: Tensor) -> None:
-    """Copies elements of the joined pieces to `target`, from element `start` on, as many as both have."""
-    offset, end = 0, start + len(target)
-    for piece in pieces:
-        first, last = max(start, offset), min(end, offset + len(piece))
-        if first < last:
-            target[first - start : last - start] = piece[first - offset : last - offset]
-        offset += len(piece)
+def _flat_groups(engine: Any) -> list[nn.Parameter]:
+    """Returns this process's float32 stretches of all groups; what the optimizer steps, and what its states belong to.
+
+    Stages 1 and 2 have two implementations, by the dtype in which gradients add up; both tell their optimizer so.
+    """
+    if engine.zero_optimization_partition_weights():
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return [group["params"][0] for group in engine.optimizer.optimizer.param_groups]
 
 
-def _shares_of_stages_1_and_2(optimizer: Any) -> list[list[_Share]]:
-    """Lists this process's shares by group: it holds a stretch of all weights of the group, laid end to end."""
-    shares = []
-    for group in optimizer.bit16_groups:
-        mapped = [(optimizer.param_names[weight], weight._hp_mapping) for weight in group if weight._hp_mapping]
-        shares.append(
-            [
-                _Share(name, at.lp_fragment_address.start, slice(first, first + at.hp_fragment_address.numel))
-                for name, at in mapped
-                for first in [at.hp_fragment_address.start]
-            ]
-        )
-    return shares
+def _shares(engine: Any) -> Iterator[_Share]:
+    if engine.zero_optimization_partition_weights():
+        return _shares_of_stage_3(engine)
+    return _shares_of_stages_1_and_2(engine.module)
 
 
-def _shares_of_stage_3(optimizer: Any) -> list[list[_Share]]:
-    """Lists this process's shares by group: it holds one of the equal parts of every weight."""
-    rank, num_shards = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    shares = []
-    for group in optimizer.fp16_groups:
-        offset, of_group = 0, []
+def _shares_of_stages_1_and_2(network: nn.Module) -> Iterator[_Share]:
+    """Yields this process's shares: it holds a stretch of all weights of the group, laid end to end."""
+    for name, weight in network.named_parameters():
+        if weight.requires_grad and weight._hp_mapping:
+            mapping: Any = weight._hp_mapping
+            first, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+            start, group = mapping.lp_fragment_address.start, mapping.param_group_index
+            yield _Share(name, tuple(weight.shape), start, group, slice(first, first + length))
+
+
+def _shares_of_stage_3(engine: Any) -> Iterator[_Share]:
+    """Yields this process's shares: it holds one of the equal parts of every weight, and the last one is padded."""
+    rank, num_shards = parallel.rank(), parallel.world_size()
+    for index, group in enumerate(engine.optimizer.fp16_groups):
+        offset = 0
         for weight in group:
             length = -(-weight.ds_numel // num_shards)
-            of_group.append(_Share(optimizer.param_names[weight], rank * length, slice(offset, offset + length)))
+            start = min(rank * length, weight.ds_numel)
+            held = slice(offset, offset + min(length, weight.ds_numel - start))
+            yield _Share(engine.optimizer.param_names[weight], tuple(weight.ds_shape), start, index, held)
             offset += length
-        shares.append(of_group)
-    return shares
+
+
+def _shapes(network: Any) -> dict[str, Sequence[int]]:
+    """Returns the shapes of what is saved; stage 3 leaves a weight only an empty tensor and the note of its shape."""
+    weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    shapes = {name: vars(weight).get("ds_shape", weight.shape) for name, weight in weights.items()}
+    return shapes | {name: tensor.shape for name, tensor in persistent_buffers(network).items()}
+
+
+def _states(optimizer: Optimizer, group: Tensor) -> dict[str, Tensor]:
+    state = optimizer.state.get(group, {})
+    return {kind: value for kind, value in state.items() if kind != "step"}
+
+
+def _step(optimizer: Optimizer, group: Tensor) -> int | None:
+    state = optimizer.state.get(group, {})
+    return int(state["step"]) if state else None
+
+
+def _part(share: _Share, flat: Tensor, optimizer: Optimizer, with_states: bool) -> Part:
+    states = _states(optimizer, flat) if with_states else {}
+    cut = {kind: state[share.target] for kind, state in states.items()}
+    weight = flat.detach()[share.target]
+    return Part(share.name, share.shape, share.start, weight, cut, _step(optimizer, flat))
+
+
+def _group(flat: Tensor, optimizer: Optimizer) -> Group:
+    step = _step(optimizer, flat)
+    assert step is not None, "all groups step together"
+    return Group(_states(optimizer, flat), step)
+
+
+def _assembled(saved: Saved, shares: Sequence[_Share], flat: Sequence[Tensor]) -> list[Group | None]:
+    """Returns the states of this process's flat groups, cut out of the weights' states; None before the first update.
+
+    Padding is 0, as in a run that never stopped.
+    """
+    # One step count and one kind of states for all weights: those of a flat group step together.
+    names = [name for name in saved.shapes if saved.kinds(name) or saved.steps[name] is not None]
+    steps, kinds = {saved.steps[name] for name in names}, set().union(*(saved.kinds(name) for name in names))
+    if not names:
+        return [None] * len(flat)
+    if len(steps) > 1 or not kinds <= BY_ELEMENT:
+        raise ValueError(
+            f"resume: the checkpoint's optimizer has states of each weight ({', '.join(sorted(kinds))}) that ZeRO "
+            "cannot join; keep engine.zero_stage and optimizer.name, or start a new run from its weights"
+        )
+
+    # Copy this process's share of every weight.
+    groups = [{kind: torch.zeros_like(group.detach()) for kind in kinds} for group in flat]
+    for share in shares:
+        for kind in kinds:
+            saved.copy(kind, share.name, share.start, groups[share.group][kind][share.target])
+    return [Group(states, max(step for step in steps if step is not None)) for states in groups]
+
+
+def _check_groups(groups: Sequence[Group | None], flat: Sequence[Tensor]) -> None:
+    """Refuses states in blocks of groups that this run cuts in another way."""
+    saved = [states.states["state1"].numel() for states in groups if states and "state1" in states.states]
+    present = [group.numel() for group in flat]
+    if saved and saved != present:
+        raise ValueError(
+            f"resume: the checkpoint's optimizer has 8-bit states of flat groups of {saved} elements, and this run's "
+            f"have {present}; keep engine.zero_stage, or start a new run from its weights"
+        )

@@ -16,11 +16,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlcm_fast import parallel
 from rlcm_fast.config import EngineConfig, OptimizerConfig
-from rlcm_fast.engine.base import Engine, UpdatePlan, copied_to_cpu, load_trained
-from rlcm_fast.engine.optimizers import build_optimizer, lr_factor, settings_kept
-from rlcm_fast.engine.resharding import load_resharded, shard_files
+from rlcm_fast.engine.base import Engine, UpdatePlan, copied_to_cpu
+from rlcm_fast.engine.old_checkpoints import read_engine
+from rlcm_fast.engine.optimizers import build_optimizer, lr_factor
+from rlcm_fast.engine.replicas import load_replica, save_replica
+from rlcm_fast.engine.resharding import load_partition, save_partition
 
-_TAG = "deepspeed"
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
 
 
 class ZeroEngine(Engine):
@@ -98,24 +100,30 @@ class ZeroEngine(Engine):
             return copied_to_cpu(module)
 
     def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        counters = {name: getattr(self._engine, name) for name in _COUNTERS}
+        counters["schedule"] = self._engine.lr_scheduler.last_epoch
+        if self.zero_stage == 0:
+            save_replica(folder, self._engine.module, self._optimizer, counters)
+        else:
+            save_partition(folder, self._engine, counters)
 
-    def load(self, folder: Path) -> None:
-        with settings_kept(self._optimizer):
-            self._load(folder)
-        scheduler = self._engine.lr_scheduler
-        scheduler.base_lrs = [self._base_lr] * len(scheduler.base_lrs)
+    def load(self, folder: Path, trusts_old: bool = False) -> None:
+        # Restore weights and states.
+        saved = read_engine(folder, self._engine.module, trusts_old)
+        if self.zero_stage == 0:
+            load_replica(self._engine.module, self._optimizer, saved)
+        else:
+            load_partition(self._engine, saved)
+
+        # Go on with the schedule from the same update, at this run's learning rate.
+        for name in _COUNTERS:
+            setattr(self._engine, name, saved.counters.get(name, saved.counters["schedule"]))
+        scheduler, update = self._engine.lr_scheduler, saved.counters["schedule"]
+        scheduler.last_epoch, scheduler._step_count = update, update + 1
+        lr = self._base_lr * self._factor(update)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._base_lr * self._factor(scheduler.last_epoch)
-
-    def _load(self, folder: Path) -> None:
-        shards = shard_files(folder / _TAG)
-        if shards and self.zero_stage > 0 and len(shards) != parallel.world_size():
-            load_resharded(self._engine, folder / _TAG)
-            return
-        is_there = (folder / _TAG).is_dir()  # otherwise DeepSpeed fails an assertion
-        if not is_there or self._engine.load_checkpoint(str(folder), _TAG, custom_load_fn=load_trained)[0] is None:
-            raise ValueError(f"resume={folder} holds no state that DeepSpeed can read; give another checkpoint")
+            group["lr"] = lr
+        scheduler._last_lr = [lr] * len(scheduler.base_lrs)
 
 
 def _refuse_large_partitions(network: nn.Module, optimizer: str, zero_stage: int) -> None:

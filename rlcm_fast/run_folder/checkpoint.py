@@ -1,14 +1,15 @@
 """Checkpoints: each one is complete or absent, and the last K are kept.
 
     run_dir/checkpoints/iteration_000050/     after 50 iterations
-        deepspeed/       trained weights and their optimizer's state as DeepSpeed writes them
+        engine/          shards of each process: trained weights, the optimizer's state (engine/shards.py); no pickles
         unet.safetensors the weights alone, float32, for people; adapters.safetensors if only adapters are trained
         ema.safetensors  the moving average of the trained weights, if ema.decay is not 0
-        state.json       iteration, queries, prompt cursor, advantage statistics, number of processes
+        state.json       format, iteration, queries, prompt cursor, advantage statistics, number of processes
+        index.json       all these files, their lengths and checksums (wholeness.py)
 
-A checkpoint is written under a temporary name and renamed when all ranks are done. So a run that is killed at any
-moment, or a full disk, leaves the earlier checkpoints intact. The next checkpoint deletes an unfinished one, if the
-run that failed could not do so.
+All ranks write a checkpoint under a temporary name; when all files and their folder are on the disk, it is renamed. So
+a run that is killed at any moment, a loss of power or a full disk leaves the earlier checkpoints intact. The next
+checkpoint deletes an unfinished one, if the run that failed could not do so.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.engine.base import Engine
+from rlcm_fast.engine.old_checkpoints import check_trust
+from rlcm_fast.engine.tensor_files import sync_folder, write_json, write_tensors
+from rlcm_fast.run_folder.tracking import say
+from rlcm_fast.run_folder.wholeness import STATE, damage, write_index
 
-FORMAT = 2  # of the checkpoints that this version writes; 1, without a number in state.json, was DeepSpeed's pickles
+FORMAT = 2  # of the checkpoints that this version writes; 1 has no number in state.json, and is pickles
 
 _PREFIX = "iteration_"
 _NAME = re.compile(_PREFIX + r"\d{6,}")
@@ -37,10 +42,10 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
     """Writes the state after `iteration` iterations and deletes all but the last `keep`; every rank must call.
 
     Raises:
-        OSError: the disk is full or not writable; torch and safetensors raise errors of other types, see
-            `is_full_disk`. Earlier checkpoints are untouched, and nothing is left of this one.
+        OSError: the disk of any rank is full or not writable, see `is_full_disk`; all ranks raise it. Earlier
+            checkpoints are untouched, and nothing is left of this one.
     """
-    # Write everything under a temporary name, on all ranks.
+    # Write everything under a temporary name, on all ranks; under ZeRO-3 all must help to gather the weights.
     folder = run_dir / "checkpoints" / f"{_PREFIX}{iteration:06d}"
     partial = folder.with_name(f".partial_{folder.name}")
     if parallel.is_main():
@@ -48,23 +53,19 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
         partial.mkdir(parents=True)
     parallel.barrier()
     try:
-        _write(partial, engine, state)
+        whole = engine.full_weights() if parallel.is_main() or engine.zero_stage == 3 else {}
+        _on_all_ranks(lambda: _write(partial, engine, whole, state))
+        _on_all_ranks(lambda: write_index(partial))
+        _on_all_ranks(lambda: _publish(partial, folder))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    parallel.barrier()
 
-    # Give it its final name. Then delete the oldest, and those that a resumed run left behind by starting before them.
+    # Delete the oldest, and those that a resumed run left behind by starting before them.
     if parallel.is_main():
-        if folder.exists():
-            _set_aside(folder)
-        os.replace(partial, folder)
         earlier = [other for other in complete(run_dir) if _iteration(other) <= iteration]
         abandoned = [other for other in complete(run_dir) if _iteration(other) > iteration]
-        for old in [*earlier[:-keep], *abandoned]:
-            _set_aside(old)
-        for trash in folder.parent.glob(".trash_*"):
-            shutil.rmtree(trash)
+        _delete([*earlier[:-keep], *abandoned], folder.parent)
     parallel.barrier()
     return folder
 
@@ -75,15 +76,31 @@ def is_full_disk(error: BaseException) -> bool:
     return any(text in str(error) for text in texts)
 
 
-def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
+def load_checkpoint(folder: Path, engine: Engine, trusts_old: bool = False) -> dict[str, Any]:
     """Restores the engine, on any number of processes, and returns the state that was saved with it."""
-    engine.load(folder)
+    check_format(folder, trusts_old)
+    engine.load(folder, trusts_old)
     return read_state(folder)
+
+
+def check_format(folder: Path, trusts_old: bool) -> None:
+    """Raises ValueError if this version cannot read the checkpoint, or if it is pickles and the user does not trust it.
+
+    `damage` comes first: it tells whether state.json can be read at all.
+    """
+    format_ = read_state(folder).get("format", 1)
+    if format_ > FORMAT:
+        raise ValueError(
+            f"resume={folder} has format {format_}, and this version reads up to {FORMAT}; install the version of "
+            "rlcm_fast that wrote it"
+        )
+    if format_ == 1:
+        check_trust(folder, trusts_old)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Returns what `save_checkpoint` was given as `state`, and the checkpoint's format and number of processes."""
-    return json.loads((folder / "state.json").read_text())
+    return json.loads((folder / STATE).read_text())
 
 
 def complete(run_dir: Path) -> list[Path]:
@@ -92,25 +109,13 @@ def complete(run_dir: Path) -> list[Path]:
     return sorted((folder for folder in folders if _NAME.fullmatch(folder.name)), key=_iteration)
 
 
-def damage(folder: Path) -> str | None:
-    """Returns what is wrong with a checkpoint's files, as "state.json is empty"; None if it is whole."""
-    state = folder / "state.json"
-    if not state.is_file():
-        return "state.json is missing"
-    try:
-        json.loads(state.read_text())
-    except ValueError:
-        return "state.json is no JSON" if state.stat().st_size else "state.json is empty"
-    return None
-
-
 def newest_whole(run_dir: Path, say: Callable[[str], None]) -> Path | None:
     """Returns the newest checkpoint that is whole, and says in one line each which newer ones are damaged."""
     for folder in reversed(complete(run_dir)):
         fault = damage(folder)
         if fault is None:
             return folder
-        say(f"checkpoint {folder} is damaged ({fault}): the one before is taken")
+        say(f"checkpoint {folder} is damaged ({fault}): the one before it is looked at")
     return None
 
 
@@ -164,14 +169,50 @@ def starting_point(resume: str | None, run_dir: Path) -> Path | None:
     return checkpoint
 
 
-def _write(folder: Path, engine: Engine, state: dict[str, Any]) -> None:
+def _write(folder: Path, engine: Engine, whole: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Writes this rank's files; all of them are on the disk when the call returns."""
     engine.save(folder)
-    # This copies all weights to the CPU, so only one process does it; under ZeRO-3 all must help to gather them.
-    weights = engine.full_weights() if parallel.is_main() or engine.zero_stage == 3 else {}
     if parallel.is_main():
-        adapters = {name: weight for name, weight in weights.items() if ".lora_" in name}
-        save_file(adapters or weights, folder / ("adapters.safetensors" if adapters else "unet.safetensors"))
-        (folder / "state.json").write_text(json.dumps({**state, "num_processes": parallel.world_size()}))
+        adapters = {name: weight for name, weight in whole.items() if ".lora_" in name}
+        write_tensors(folder / ("adapters.safetensors" if adapters else "unet.safetensors"), adapters or whole)
+        write_json(folder / STATE, {**state, "format": FORMAT, "num_processes": parallel.world_size()})
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Gives a checkpoint its final name, which lasts; it may replace one of the same iteration."""
+    if not parallel.is_main():
+        return
+    sync_folder(partial)
+    if folder.exists():
+        _set_aside(folder)
+    os.replace(partial, folder)
+    sync_folder(folder.parent)
+
+
+def _on_all_ranks(write: Callable[[], None]) -> None:
+    """Writes on every rank, and raises OSError on all of them if one could not: none waits for one that is gone."""
+    failed: OSError | None = None
+    try:
+        write()
+    except OSError as error:
+        failed = error
+    said = [text for text in parallel.all_gather_list([str(failed or "")]) if text]
+    if said:
+        raise failed or OSError(said[0])
+
+
+def _delete(folders: list[Path], parent: Path) -> None:
+    """Deletes checkpoints and what earlier deletions left; what cannot be deleted is said and stays."""
+    for folder in folders:
+        try:
+            _set_aside(folder)
+        except OSError as error:
+            say(f"checkpoint {folder} could not be deleted ({error}); the run goes on, delete it yourself")
+    for trash in parent.glob(".trash_*"):
+        try:
+            shutil.rmtree(trash)
+        except OSError as error:
+            say(f"{trash} could not be deleted ({error}); the run goes on, delete it yourself")
 
 
 def _set_aside(folder: Path) -> None:

@@ -38,9 +38,9 @@ class Progress:
         """Notes the state after a finished iteration."""
         self.state, self._num_updates = state, self.engine.num_updates
 
-    def load(self, folder: Path) -> dict[str, Any]:
+    def load(self, folder: Path, trusts_old: bool) -> dict[str, Any]:
         """Restores the engine from a checkpoint and returns the state that was saved with it."""
-        return load_checkpoint(folder, self.engine)
+        return load_checkpoint(folder, self.engine, trusts_old)
 
     def save(self) -> None:
         """Writes a checkpoint of the finished iterations; raises Diverged if their weights draw no images any more."""

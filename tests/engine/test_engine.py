@@ -113,8 +113,8 @@ def test_a_loaded_engine_has_the_settings_of_its_config(stage: int, dtype: torch
     assert (tuple(group["betas"]), group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-5, 0.1)
 
 
-def test_a_folder_without_deepspeed_files_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="holds no state that DeepSpeed can read; give another checkpoint"):
+def test_a_folder_without_an_engines_files_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="holds no state of an engine: it has no engine/; give another checkpoint"):
         engine_of(TinyNetwork(), 1).load(tmp_path)
 
 

@@ -207,7 +207,7 @@ class TinyLike(Large):
 
 def test_a_checkpoint_of_other_engine_settings_is_refused(tmp_path: Path):
     engine = engine_of(TinyNetwork().bfloat16(), 1, dtype="pure_bf16", **OURS)
-    with pytest.raises(ValueError, match=r"holds no engine.pt, so it was made with other engine settings; keep those"):
+    with pytest.raises(ValueError, match=r"holds no state of an engine: it has no engine/; give another checkpoint"):
         engine.load(tmp_path)
 
 

@@ -35,7 +35,7 @@ class FakeEngine:
         if self.disk_is_full:
             raise OSError(28, "No space left on device")
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, trusts_old: bool = False) -> None:
         self.value = float((folder / "deepspeed" / "value").read_text())
 
     def full_weights(self) -> dict[str, Tensor]:

@@ -1,0 +1,95 @@
+"""Tells whether a checkpoint is whole, by the list of its files that is written when all of them are.
+
+    index.json    {"files": {"engine/weights_00000_of_00001.safetensors": {"bytes": 7982936}, ...}}
+
+The index holds the length of every file, and the CRC-32 of those that are no tensors; files of tensors hold their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rlcm_fast import parallel
+from rlcm_fast.engine.old_checkpoints import fault_of_old
+from rlcm_fast.engine.shards import is_of_this_process
+from rlcm_fast.engine.tensor_files import fault_of_tensors, write_json
+
+STATE, INDEX = "state.json", "index.json"
+_TENSORS = ".safetensors"
+
+
+def write_index(folder: Path) -> None:
+    """Lists what all processes wrote; every rank must call.
+
+    Each describes its own files, because a shared file system may show another's late.
+    """
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and is_of_this_process(file)]
+    own = [(file.relative_to(folder).as_posix(), _described(file)) for file in files]
+    entries = parallel.all_gather_list(own)
+    if parallel.is_main():
+        write_json(folder / INDEX, {"files": dict(entries)})
+
+
+def damage(folder: Path) -> str | None:
+    """Returns what is wrong with a checkpoint's files, as "state.json is empty"; None if it is whole.
+
+    It reads all files once, to compare their checksums. Checkpoints of format 1 have none.
+    """
+    # Without its state it is no checkpoint; the state's format says what else must be there.
+    state = _read_json(folder / STATE)
+    if isinstance(state, str):
+        return state
+    if "format" not in state:
+        return fault_of_old(folder, state.get("num_processes", 1)) or _fault_of_all(folder.glob(f"*{_TENSORS}"), folder)
+    index = _read_json(folder / INDEX)
+    if isinstance(index, str):
+        return index
+
+    # Compare lengths before contents, which takes longer.
+    for name, entry in index["files"].items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size:,} of {entry['bytes']:,} bytes"
+        if "crc32" in entry and entry["crc32"] != _checksum(file):
+            return f"{name} does not hold the bytes that were written (another CRC-32)"
+    return _fault_of_all((folder / name for name in index["files"] if name.endswith(_TENSORS)), folder)
+
+
+def _described(file: Path) -> dict[str, Any]:
+    entry: dict[str, Any] = {"bytes": os.path.getsize(file)}
+    return entry if file.suffix == _TENSORS else {**entry, "crc32": _checksum(file)}
+
+
+def _checksum(file: Path) -> str:
+    return f"{zlib.crc32(file.read_bytes()):08x}"
+
+
+def _read_json(file: Path) -> Mapping[str, Any] | str:
+    """Returns what a file of JSON holds, or what is wrong with it."""
+    if not file.is_file():
+        return f"{file.name} is missing"
+    text = file.read_bytes()
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        return value
+    return f"{file.name} is {'no JSON' if text else 'empty'}"
+
+
+def _fault_of_all(files: Iterable[Path], folder: Path) -> str | None:
+    """Returns the first fault of files of tensors; they are read at the same time."""
+    paths = list(files)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        faults = list(pool.map(fault_of_tensors, paths))
+    named = (f"{path.relative_to(folder).as_posix()} {fault}" for path, fault in zip(paths, faults) if fault)
+    return next(named, None)
