@@ -101,7 +101,8 @@ def _unwrapped(optimizer: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the states by the weight's number; those before a first update are empty."""
     numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
     states = [dict(optimizer["state"].get(number, {})) for number in numbers]
-    return [{**state, **state.pop(_OF_BITSANDBYTES, {})} for state in states]
+    hidden = [state.pop(_OF_BITSANDBYTES, {}) for state in states]
+    return [state | more for state, more in zip(states, hidden)]
 
 
 def _whole(name: str, weight: Tensor, state: Mapping[str, Any] | None = None) -> Part:

@@ -83,7 +83,7 @@ def test_an_optimizer_that_leaves_out_the_weight_decay_is_noticed(
 def test_a_checkpoint_without_moments_is_noticed(tiny_lcm_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     load = ZeroEngine.load
 
-    def load_and_forget(engine: ZeroEngine, folder: Path) -> None:
+    def load_and_forget(engine: ZeroEngine, folder: Path, trusts_old: bool = False) -> None:
         load(engine, folder)
         for state in engine._engine.optimizer.optimizer.state.values():
             state["exp_avg"].zero_()
