@@ -1,6 +1,6 @@
 """Makes every part of a run from its config, in the one order that works; `trainer.py` is what they do together.
 
-    processes -> tasks -> pipeline -> start model -> engine -> policy -> stages
+    processes -> run folder -> tasks -> pipeline -> start model -> engine -> policy -> stages
 
 It first refuses what it can refuse without weights. It copies the start model before the engine takes the network.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from rlcm_fast.config.resolved import ResolvedRun, resolve
 from rlcm_fast.engine.averaging import AveragingEngine, WeightAverage
 from rlcm_fast.engine.base import UpdatePlan
 from rlcm_fast.engine.direct import DirectEngine
-from rlcm_fast.engine.processes import init_processes
+from rlcm_fast.engine.processes import init_processes, set_deterministic
 from rlcm_fast.engine.recomputation import set_recomputation
 from rlcm_fast.engine.zero import ZeroEngine
 from rlcm_fast.kernels import dispatch
@@ -31,6 +30,7 @@ from rlcm_fast.planner.report import MemoryReport
 from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.run_folder.export import Exporter
 from rlcm_fast.run_folder.progress import Progress
+from rlcm_fast.run_folder.resume import RunFolder, begin, put_weights, start_weights
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.evaluation import Evaluation, build_evaluation
 from rlcm_fast.stages.images import TextToImage
@@ -71,14 +71,17 @@ class Parts:
             self.real_images.load_state_dict(state["pretraining"])
 
     def close(self) -> None:
-        """Stops the threads and processes that compute rewards and decode images."""
+        """Stops the threads and processes that compute rewards and decode images, and lets go of the run's folder."""
         self.tasks.rewards.shutdown()
         if self.real_images:
             self.real_images.close()
+        self.progress.folder.close()
 
 
 def start_processes(config: Config) -> torch.device:
     """Joins the processes of the run and returns the device of this one; refuses settings that it cannot run."""
+    if config.engine.deterministic:
+        set_deterministic()  # before the GPU is first used
     device = init_processes()
     dispatch.set_default(config.engine.kernels)
     dispatch.is_triton(torch.empty(0, device=device))
@@ -86,8 +89,22 @@ def start_processes(config: Config) -> torch.device:
     return device
 
 
-def build(config: Config, device: torch.device) -> Parts:
-    """Builds the parts; raises ValueError for what the config alone cannot show: prompts, rewards, pairs, the model."""
+def build(config: Config) -> Parts:
+    """Joins the processes, takes the run's folder and builds the parts.
+
+    Raises:
+        ValueError: what the config alone cannot show: the folder, prompts, rewards, pairs, the model.
+    """
+    device = start_processes(config)
+    folder = begin(config)
+    try:
+        return _build(config, device, folder)
+    except BaseException:
+        folder.close()  # the next start may have it
+        raise
+
+
+def _build(config: Config, device: torch.device, folder: RunFolder) -> Parts:
     # Start the memory plan in the background; read prompts, build rewards, open pairs. No weights yet.
     run = resolve(config, parallel.world_size())
     memory = MemoryReport(config, device)
@@ -130,7 +147,7 @@ def build(config: Config, device: torch.device) -> Parts:
         task_gradients=_task_gradients(policy_around(backbone.unet), algorithm, run),
         evaluation=evaluation,
         memory=memory,
-        progress=Progress(Path(config.run_dir), engine, config.checkpoint.keep, check_weights),
+        progress=Progress(folder, engine, check_weights),
         export=Exporter(backbone, engine),
     )
 
@@ -144,8 +161,15 @@ def _load_backbone(config: Config, device: torch.device) -> Backbone:
         offload_idle=config.engine.offload_idle,
         decode_batch_size=config.rollout.decode_batch_size,
     )
+    # Put in the weights that the run starts from; all weights come before the adapters beside them.
+    weights, named = start_weights(config), f"resume_weights_only={config.resume_weights_only}"
+    is_adapters = any(".lora_" in name for name in weights)
+    if weights and not is_adapters:
+        put_weights(weights, backbone.unet, named)
     if config.lora.rank > 0:
         backbone.add_adapters(config.lora)
+    if is_adapters:
+        put_weights(weights, backbone.unet, named)
     return backbone
 
 

@@ -15,3 +15,7 @@ class Fault(RuntimeError):
 
 class Diverged(Fault):
     """The weights, or what they draw, are unusable: the run stops, and its last good checkpoint stays the newest."""
+
+
+class SharedMistake(ValueError):
+    """A mistake in the config that all processes found together; the main process alone prints it."""

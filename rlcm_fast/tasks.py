@@ -72,15 +72,16 @@ class Tasks:
         return {"prompts": prompts, "advantages": self.advantages.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from the place where `state_dict` was taken."""
+        """Continues from the place where `state_dict` was taken; prompts without a state begin anew."""
         if state["prompts"].keys() != self._samplers.keys():
             saved = ", ".join(state["prompts"])
             raise ValueError(
                 f"resume: the checkpoint is of tasks {saved}, and this run has {', '.join(self._samplers)}; keep the "
-                "tasks, or start a new run from its export"
+                "tasks, or start a new run with --resume_weights_only PATH"
             )
         for name, sampler in self._samplers.items():
-            sampler.load_state_dict(state["prompts"][name])
+            if state["prompts"][name] is not None:
+                sampler.load_state_dict(state["prompts"][name])
         self.advantages.load_state_dict(state["advantages"])
 
     def _sampler(self, task: Task, seed: int, rank: int, world_size: int) -> Sampler:

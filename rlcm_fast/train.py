@@ -73,7 +73,10 @@ def find_own_package() -> None:
 
 
 def _print_mistake(error: ValueError, rank: int) -> None:
-    print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
+    from rlcm_fast.faults import SharedMistake
+
+    if rank == 0 or not isinstance(error, SharedMistake):
+        print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
 
 
 def _train(config: Config) -> None:

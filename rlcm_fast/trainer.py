@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from rlcm_fast import parallel
-from rlcm_fast.build import build, start_processes
+from rlcm_fast.build import build
 from rlcm_fast.config import Config
-from rlcm_fast.run_folder.checkpoint import starting_point
 from rlcm_fast.run_folder.interruption import Interrupted, Interruption
 from rlcm_fast.run_folder.tracking import Tracker, merged
 
@@ -33,9 +32,7 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config, self.run_dir = config, Path(config.run_dir)
-        device = start_processes(config)
-        checkpoint = starting_point(config.resume, self.run_dir)
-        parts = build(config, device)
+        parts = build(config)
         self.tasks = parts.tasks  # prompts, rewards and advantages
         self.images = parts.images  # the policy and the pipeline around its network
         self.engine = parts.engine  # the trained weights and their optimizer
@@ -45,8 +42,9 @@ class Trainer:
         self.progress = parts.progress  # saves the finished iterations
         self.parts = parts
         self.iteration, self.queries = 0, 0  # finished iterations, scored images
-        if checkpoint:
-            self.load_state_dict(self.progress.load(checkpoint, config.trust_old_checkpoint))
+        resumed = self.progress.load()
+        if resumed:
+            self.load_state_dict(resumed)
         self.progress.note(self.state_dict())
         self.interruption = Interruption(self.run_dir / "stop")
         self.tracker = Tracker(self.run_dir, config, self.iteration)

@@ -116,6 +116,8 @@ class Config:
     """Continue from a checkpoint: latest (the newest in run_dir) or its folder; null starts a new run."""
     trust_old_checkpoint: bool = False
     """Resume from a checkpoint of format 1 (no `format` in state.json): pickles, so any code in its files runs."""
+    resume_weights_only: str | None = None
+    """Start a new run from the trained weights alone of a checkpoint, or of the newest one in the folder of a run."""
     dry_run: bool = False
     """Print the resolved config and the derived numbers, and stop."""
     debug: bool = False

@@ -95,3 +95,13 @@ def _check_resume(config: Config) -> None:
     resume = config.resume
     if resume is not None and resume != "latest" and not Path(resume).is_dir():
         raise ValueError(f"resume={resume} is no folder; give 'latest' or a folder in {config.run_dir}/checkpoints")
+    weights = config.resume_weights_only
+    if weights is not None and resume is not None:
+        raise ValueError(
+            f"resume={resume} goes on with a run, and resume_weights_only={weights} starts a new one; leave out one of "
+            "them (--resume_weights_only null)"
+        )
+    if weights is not None and not Path(weights).is_dir():
+        raise ValueError(
+            f"resume_weights_only={weights} is no folder; give a checkpoint, a run's folder or its checkpoints/"
+        )

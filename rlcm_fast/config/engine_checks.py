@@ -124,6 +124,11 @@ def _check_network(config: Config) -> None:
             f"optimizer.name={optimizer.name} makes channels_last weights contiguous at its first step, so "
             "engine.channels_last=true would be lost; set optimizer.name=adamw_8bit, which keeps them"
         )
+    if engine.attention == "xformers" and engine.deterministic:
+        raise ValueError(
+            "engine.attention=xformers sums gradients in no fixed order, so engine.deterministic=true cannot be kept; "
+            "set engine.attention=sdpa"
+        )
     if engine.attention == "xformers" and find_spec("xformers") is None:
         raise ValueError(
             "engine.attention=xformers needs the package xformers, which is not installed: pip install "

@@ -27,6 +27,8 @@ class ModelConfig:
     """An LCM-LoRA to fuse into the UNet before training: a folder, a .safetensors file or a hub id."""
     image_size: NonNegativeInt = 0
     """Height and width of an image in pixels, as 512; 0 takes the size in the UNet's config. An export draws it too."""
+    hash_files: bool = False
+    """Note the SHA-256 of the model's files in checkpoints, not only sizes, times and headers; reads them all once."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,8 @@ class EngineConfig:
     """sdpa: torch's scaled_dot_product_attention; xformers needs: pip install 'rlcm_fast[xformers]'."""
     compile: Literal["off", "regional", "whole"] = "off"
     """torch.compile of each transformer block (quick to compile), or of the whole network in one graph."""
+    deterministic: bool = False
+    """Use only deterministic algorithms of torch, which are slower: on a GPU, nothing else is promised to repeat."""
     offload_idle: bool = False
     """Keep text encoders and VAE in CPU memory, and move them to the GPU only while they encode and decode."""
 

@@ -29,3 +29,14 @@ def init_processes() -> torch.device:
     device = torch.device("cuda", deepspeed.comm.get_local_rank())
     torch.cuda.set_device(device)
     return device
+
+
+def set_deterministic() -> None:
+    """Makes torch use deterministic algorithms alone in this process; an operation that has none raises an error.
+
+    Call it before cuBLAS is first used, which reads its workspace setting once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False

@@ -130,45 +130,6 @@ def has_average(folder: Path) -> bool:
     return (folder / "ema.safetensors").is_file()
 
 
-def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
-    """Finds the folder that `resume` names; None if it is "latest" and the run stopped before its first checkpoint."""
-    if resume != "latest":
-        if not (Path(resume) / "state.json").is_file():
-            raise ValueError(
-                f"resume={resume} is no checkpoint: it has no state.json; give latest or a folder in "
-                f"{run_dir}/checkpoints"
-            )
-        return Path(resume)
-    if not run_dir.is_dir():
-        raise ValueError(f"resume=latest finds no run in run_dir={run_dir}; check run_dir, or leave resume out")
-    return (complete(run_dir) or [None])[-1]
-
-
-def starting_point(resume: str | None, run_dir: Path) -> Path | None:
-    """Finds the checkpoint that all processes start from; None if the run is new or has no checkpoint yet.
-
-    Raises:
-        ValueError: processes see different checkpoints, or a new run would write over another's folder.
-    """
-    # Refuse a new run in an old folder.
-    if resume is None:
-        if (run_dir / "metrics.jsonl").exists():
-            raise ValueError(
-                f"run_dir={run_dir} already holds a run; go on with --resume latest, or give another --run_dir"
-            )
-        return None
-
-    # Compare what the processes see: a file system may show a new folder later on some machines.
-    checkpoint = find_checkpoint(resume, run_dir)
-    found = dict.fromkeys(parallel.all_gather_list([str(checkpoint)]))
-    if len(found) > 1:
-        raise ValueError(
-            f"resume={resume} is another checkpoint on some processes ({', '.join(found)}): their file system is behind"
-            " or run_dir is not shared; name one of them, or start again when all processes see the same"
-        )
-    return checkpoint
-
-
 def _write(folder: Path, engine: Engine, whole: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes this rank's files; all of them are on the disk when the call returns."""
     engine.save(folder)

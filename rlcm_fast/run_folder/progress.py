@@ -10,7 +10,6 @@ import gc
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,17 +17,17 @@ import torch
 from rlcm_fast import parallel
 from rlcm_fast.engine.averaging import AveragingEngine
 from rlcm_fast.faults import Diverged, Fault
-from rlcm_fast.run_folder.checkpoint import complete, is_full_disk, load_checkpoint, save_checkpoint
+from rlcm_fast.run_folder.checkpoint import complete, is_full_disk
 from rlcm_fast.run_folder.failures import first_line
+from rlcm_fast.run_folder.resume import RunFolder
 
 
 @dataclass
 class Progress:
     """The finished iterations of a run and their checkpoints; every rank must call its methods."""
 
-    run_dir: Path
+    folder: RunFolder
     engine: AveragingEngine
-    keep: int  # checkpoints
     check_weights: Callable[[int], None]  # raises Diverged if the weights after so many iterations draw no images
     state: dict[str, Any] = field(default_factory=dict)
     """The state after the last finished iteration, which a dropped iteration goes back to."""
@@ -38,15 +37,15 @@ class Progress:
         """Notes the state after a finished iteration."""
         self.state, self._num_updates = state, self.engine.num_updates
 
-    def load(self, folder: Path, trusts_old: bool) -> dict[str, Any]:
-        """Restores the engine from a checkpoint and returns the state that was saved with it."""
-        return load_checkpoint(folder, self.engine, trusts_old)
+    def load(self) -> dict[str, Any] | None:
+        """Restores the engine and returns the rest of the state for `load_state_dict`; None if the run is new."""
+        return self.folder.load(self.engine)
 
     def save(self) -> None:
         """Writes a checkpoint of the finished iterations; raises Diverged if their weights draw no images any more."""
         iteration = self.state["iteration"]
         self.check_weights(iteration)
-        save_checkpoint(self.run_dir, iteration, self.engine, self.state, self.keep)
+        self.folder.save(iteration, self.engine, self.state)
 
     def rescue(self, error: Exception) -> None:
         """Saves the iterations that were finished before `error`, if that is possible, and notes on it how to go on."""
@@ -55,7 +54,7 @@ class Progress:
     def _rescued(self, error: Exception) -> str:
         # Name the checkpoint that is there, if nothing newer can be saved.
         iteration = self.state["iteration"]
-        newest = next(reversed(complete(self.run_dir)), None)
+        newest = next(reversed(complete(self.folder.run_dir)), None)
         there = f"go on from {newest} with --resume latest" if newest else "the run has no checkpoint yet"
         if isinstance(error, Diverged):
             return f"the last good checkpoint is {newest}: --resume latest goes on from it" if newest else there

@@ -15,6 +15,7 @@ from saved_engines import ENGINES, assert_equal_weights, build, update
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlcm_fast.engine.base import Engine
 from rlcm_fast.engine.shards import Part, Saved, Shard, check_same_weights
 from rlcm_fast.kernels.adamw import AdamW8bit
 

@@ -13,14 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlcm_fast import parallel
 from rlcm_fast.run_folder import checkpoint
 from rlcm_fast.run_folder.checkpoint import (
-    find_checkpoint,
     is_full_disk,
     load_checkpoint,
     save_checkpoint,
-    starting_point,
 )
 
 
@@ -53,7 +50,7 @@ def names(run_dir: Path) -> list[str]:
 
 def latest(run_dir: Path) -> tuple[int, float]:
     """The iteration and the weight that a resumed run finds."""
-    folder = find_checkpoint("latest", run_dir)
+    folder = checkpoint.newest_whole(run_dir, print)
     assert folder is not None
     engine: Any = FakeEngine()
     return load_checkpoint(folder, engine)["iteration"], engine.value
@@ -63,7 +60,6 @@ def test_the_latest_checkpoint_brings_back_state_and_weights(tmp_path: Path):
     folder = save(tmp_path, 9)
     save(tmp_path, 10)
     assert latest(tmp_path) == (10, 10.0)
-    assert find_checkpoint(str(folder), tmp_path) == folder
     assert load_file(folder / "unet.safetensors")["weight"].item() == 9.0
 
 
@@ -117,25 +113,7 @@ def test_a_run_killed_while_it_deletes_still_has_a_whole_checkpoint(
     assert names(tmp_path) == ["iteration_000002", "iteration_000003"][-keep:]
 
 
-def test_latest_is_none_for_a_run_stopped_before_its_first_checkpoint(tmp_path: Path):
-    assert find_checkpoint("latest", tmp_path) is None
-
-
-def test_where_there_is_no_run_or_no_checkpoint_the_message_says_what_to_give(tmp_path: Path):
-    with pytest.raises(ValueError, match="resume=latest finds no run in run_dir=.*typo; check run_dir"):
-        find_checkpoint("latest", tmp_path / "typo")
-    with pytest.raises(ValueError, match="is no checkpoint: it has no state.json; give latest or a folder"):
-        find_checkpoint(str(tmp_path), tmp_path)
-
-
 def test_unfinished_folders_are_no_checkpoints(tmp_path: Path):
     folder = save(tmp_path, 1)
     shutil.copytree(folder, folder.with_name(".partial_iteration_000002"))
     assert latest(tmp_path) == (1, 1.0)
-
-
-def test_processes_that_see_different_checkpoints_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert starting_point("latest", tmp_path) is None
-    monkeypatch.setattr(parallel, "all_gather_list", lambda mine: [*mine, "runs/a/checkpoints/iteration_000002"])
-    with pytest.raises(ValueError, match=r"resume=latest is another checkpoint on some processes \(None, runs/a/"):
-        starting_point("latest", tmp_path)
