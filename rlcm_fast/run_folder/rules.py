@@ -105,7 +105,8 @@ def _shown(value: Any) -> str:
 # What fields with the same fate share.
 _MODEL = "weights go on from the model that they were trained in"
 _ADAPTERS = "adapters fit only the layers, the rank and the scale that they were trained with"
-_STATES = "the optimizer's states in the checkpoint have another form"
+_STATES = "the optimizer's states in the checkpoint are of another kind"
+_BLOCKS = "8-bit states lie in blocks, which another stage would cut"
 _IMAGES = "images change at once, so the advantage buffers are emptied"
 _REWARDS = "the advantage buffers of its task are emptied"
 _PROMPTS = "the prompts of its task begin their first pass anew"
@@ -125,18 +126,18 @@ def _has_no_adapters(before: Fingerprint, now: Fingerprint) -> bool:
     return before["fields"]["lora.rank"] == now["fields"]["lora.rank"] == 0
 
 
-def _trains_adapters(before: Fingerprint, now: Fingerprint) -> bool:
-    return min(before["fields"]["lora.rank"], now["fields"]["lora.rank"]) > 0
-
-
 def _is_torchs_adam(before: Fingerprint, now: Fingerprint) -> bool:
     names = {before["fields"]["optimizer.name"], now["fields"]["optimizer.name"]}
     return names <= {"adam", "adamw"}
 
 
-def _is_pure_bf16(before: Fingerprint, now: Fingerprint) -> bool:
-    dtypes = {before["fields"]["engine.dtype"], now["fields"]["engine.dtype"]}
-    return dtypes == {"pure_bf16"} and not _trains_adapters(before, now)
+def _has_states_in_no_blocks(before: Fingerprint, now: Fingerprint) -> bool:
+    """Tells whether each state is a number of one weight: then the stages of ZeRO may cut them as they like.
+
+    Stages 1 and 2 cut in the same way, so between them blocks do not matter.
+    """
+    stages = {before["fields"]["engine.zero_stage"], now["fields"]["engine.zero_stage"]}
+    return _is_torchs_adam(before, now) or stages <= {1, 2}
 
 
 def _keeps_an_average(before: Fingerprint, now: Fingerprint) -> bool:
@@ -146,7 +147,6 @@ def _keeps_an_average(before: Fingerprint, now: Fingerprint) -> bool:
 _EFFECT, _SILENT = Rule("effect"), Rule("silent")
 _SAME_MODEL = Rule("refused", _MODEL, _has_same_files, "the files are the same, or the hub's commit")
 _SAME_ADAPTERS = Rule("refused", _ADAPTERS, _has_no_adapters, "`lora.rank` is 0 in both", way_out=_EXPORT)
-_SAME_STATES = Rule("refused", _STATES)
 _NEW_IMAGES = Rule("handled", _IMAGES, voids="buffers")
 _NEW_REWARDS, _NEW_PROMPTS, _NEW_TASKS = (Rule("handled", text) for text in (_REWARDS, _PROMPTS, _TASK))
 
@@ -227,11 +227,13 @@ RULES: dict[str, Rule] = {
     "optimizer.warmup_updates": _EFFECT,
     "optimizer.final_lr_fraction": _EFFECT,
     # The engine.
-    "engine.zero_stage": _SAME_STATES,
-    "engine.dtype": Rule("refused", _STATES, _trains_adapters, "both train adapters, which are float32"),
+    "engine.zero_stage": Rule(
+        "refused", _BLOCKS, _has_states_in_no_blocks, "both optimizers are `adam` or `adamw`, or both stages 1 or 2"
+    ),
+    "engine.dtype": _EFFECT,
     "engine.kernels": _EFFECT,
-    "engine.offload_optimizer": _SAME_STATES,
-    "engine.optimizer_in_backward": Rule("refused", _STATES, _is_pure_bf16, "both are `pure_bf16`"),
+    "engine.offload_optimizer": _EFFECT,
+    "engine.optimizer_in_backward": _EFFECT,
     "engine.recompute": _EFFECT,
     "engine.channels_last": _EFFECT,
     "engine.attention": _EFFECT,

@@ -101,7 +101,8 @@ def section(config: Config, section_: str, **values: Any) -> Config:
     return replace(config, **{section_: replace(getattr(config, section_), **values)})
 
 
-ADAPTERS, PURE = section(Config(), "lora", rank=2), section(Config(), "engine", dtype="pure_bf16")
+ADAPTERS = section(Config(), "lora", rank=2)
+BITS = section(section(Config(), "optimizer", name="adamw_8bit"), "engine", zero_stage=1)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +111,9 @@ ADAPTERS, PURE = section(Config(), "lora", rank=2), section(Config(), "engine", 
         (Config(), section(Config(), "lora", alpha=1.0), False),
         (ADAPTERS, section(ADAPTERS, "lora", alpha=1.0), True),
         (Config(), section(Config(), "optimizer", name="adam"), False),
-        (Config(), section(Config(), "engine", dtype="bf16"), True),
-        (ADAPTERS, section(ADAPTERS, "engine", dtype="bf16"), False),
-        (Config(), section(Config(), "engine", optimizer_in_backward=True), True),
-        (PURE, section(PURE, "engine", optimizer_in_backward=True), False),
+        (Config(), section(Config(), "engine", zero_stage=3), False),
+        (BITS, section(BITS, "engine", zero_stage=0), True),
+        (BITS, section(BITS, "engine", zero_stage=2), False),
         (Config(), section(Config(), "ema", decay=0.9), True),
         (section(Config(), "ema", decay=0.9), Config(), False),
     ],
