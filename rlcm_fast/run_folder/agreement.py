@@ -113,7 +113,9 @@ def _refuse_blind(named: str, is_there: bool, remedy: str) -> None:
     blind = {host: rank for rank, (host, sees) in reversed(list(enumerate(everyone))) if not sees}
     if blind:
         nodes = _listed([f"{host} (rank {rank})" for host, rank in sorted(blind.items(), key=lambda item: item[1])])
-        raise SharedMistake(f"{named} is not shared: {nodes} do not see what {everyone[0][0]} wrote there; {remedy}")
+        raise SharedMistake(
+            f"{named} is not shared: what {everyone[0][0]} wrote there is not seen on {nodes}; {remedy}"
+        )
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

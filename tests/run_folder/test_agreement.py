@@ -76,8 +76,8 @@ def test_a_run_dir_that_is_not_shared_names_the_nodes(monkeypatch: pytest.Monkey
     with pytest.raises(SharedMistake) as caught:
         check_folder(Path("runs/x"), "token", lambda: "token", patience=0.0)
     assert str(caught.value) == (
-        "run_dir=runs/x is not shared: node2 (rank 2), node3 (rank 4) do not see what node1 wrote there; give a run_dir"
-        " on a file system that all nodes mount"
+        "run_dir=runs/x is not shared: what node1 wrote there is not seen on node2 (rank 2), node3 (rank 4); give a "
+        "run_dir on a file system that all nodes mount"
     )
 
 
@@ -85,5 +85,5 @@ def test_a_file_that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatch: pyt
     answers = iter([None, "an old one", "token"])
     monkeypatch.setattr(agreement.time, "sleep", lambda seconds: None)
     check_folder(tmp_path / "run", "token", lambda: next(answers), patience=60.0)
-    with pytest.raises(SharedMistake, match="resume=latest is not shared: .* do not see what"):
+    with pytest.raises(SharedMistake, match="resume=latest is not shared: what .* wrote there is not seen on"):
         check_visible(tmp_path / "state.json", "resume=latest", patience=0.0)
