@@ -6,6 +6,7 @@ tests/run_folder/test_rules.py has the rules alone.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -329,6 +330,23 @@ def test_the_second_start_in_a_folder_ends_with_one_line_and_exit_code_2(
     assert "\n" not in line
 
 
+def test_deterministic_algorithms_alone_change_no_number_on_a_cpu(
+    tiny_lcm_folder: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        trained(tiny_lcm_folder, tmp_path / "run", engine__deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+    assert tiny_runs.metrics(tmp_path / "run") == tiny_runs.metrics(finished)
+    with pytest.raises(ValueError, match="xformers sums gradients in no fixed order, so engine.deterministic=true"):
+        make_config(tiny_lcm_folder, tmp_path / "x", engine__deterministic=True, engine__attention="xformers")
+
+
 EVERY: dict[str, tuple[object, dict[str, object]]] = {
     "model.image_size": (32, {}),
     "policy.num_steps": (5, {}),
@@ -404,6 +422,8 @@ def test_every_field_that_takes_effect_is_resumed_with():
 @pytest.mark.parametrize("field", EVERY)
 def test_a_run_goes_on_with_another_value_and_says_so(tiny_lcm_folder: str, run_dir: Path, said: list[str], field: str):
     value, more = EVERY[field]
+    if field == "engine.offload_optimizer" and shutil.which("c++") is None:
+        pytest.skip("no compiler for DeepSpeedCPUAdam")
     if "tasks" in more:
         source = str(Path(tiny_lcm_folder) / "prompts.txt")
         tasks = [{"name": name, "source": source, "rewards": [{"name": tiny_runs.REWARD}]} for name in "ab"]

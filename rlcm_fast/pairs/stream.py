@@ -75,7 +75,7 @@ class PairStream:
         if (state["data"], state["seed"]) != (self._source.text, self._seed):
             raise ValueError(
                 f"{FIELD}={self._source.text} or seed={self._seed} differs from the checkpoint ({state['data']},"
-                f" {state['seed']}); resume with its values, or start a new run from its export"
+                f" {state['seed']}); resume with its values, or start a new run with --resume_weights_only PATH"
             )
         self.close()
         if len(state["cursors"]) == parallel.world_size():

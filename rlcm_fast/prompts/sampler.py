@@ -155,7 +155,7 @@ class PromptSampler:
             raise ValueError(
                 f"{self._where}: the checkpoint was made with prompts other than these {len(self._prompts)}, a seed"
                 f" other than {self._share.seed} or other than {self._share.num_per_iteration} prompts per iteration;"
-                " resume with those of the checkpoint, or start a new run from its export"
+                " resume with those of the checkpoint, or start a new run with --resume_weights_only PATH"
             )
         # Replay the passes, one permutation each, so that a state needs only two integers.
         self._restart()

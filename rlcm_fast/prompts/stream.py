@@ -139,8 +139,8 @@ class StreamSampler:
             raise ValueError(
                 f"{self._where}: the checkpoint was made with another dataset or window (its first window differs), a"
                 f" seed other than {self._share.seed}, other than {self._share.num_per_iteration} prompts per iteration"
-                " or by an earlier version of rlcm_fast; resume with those of the checkpoint, or start a new run from"
-                " its export"
+                " or by an earlier version of rlcm_fast; resume with those of the checkpoint, or start a new run with"
+                " --resume_weights_only PATH"
             )
         self._stream.load_state_dict(state["stream"])
         self._enter(self._stream.next_window() or [], state["window"])
