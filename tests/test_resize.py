@@ -20,10 +20,17 @@ ENGINES: dict[str, dict[str, Any]] = {
     "direct": {"dtype": "pure_bf16", "name": "adamw_8bit"},
     "in_backward": {"name": "adamw_8bit", "in_backward": True},
     **{f"adapters_{stage}": {"stage": stage, "frozen": True} for stage in (0, 1, 2, 3)},
+    **{f"old_{stage}": {"stage": stage, "old": True} for stage in (0, 1, 2, 3)},
+    "old_many_groups": {"stage": 3, "group_size": 2000, "old": True},
+    "old_bf16": {"stage": 1, "dtype": "bf16", "old": True},
     "adapters_in_backward": {"name": "adamw_8bit", "in_backward": True, "frozen": True},
 }
 QUICK = ("stage_1", "stage_3", "many_groups", "direct", "adapters_3")
-EIGHT_BIT = {"eight_bit": {"stage": 1, "name": "adamw_8bit"}}
+EIGHT_BIT: dict[str, dict[str, Any]] = {
+    "eight_bit": {"stage": 1, "name": "adamw_8bit"},
+    "old_eight_bit": {"stage": 1, "name": "adamw_8bit", "old": True},
+    "bitsandbytes": {"stage": 2, "name": "bnb_adamw_8bit"},
+}
 
 # 4 of the 5 prompts an iteration, so that a pass ends within the second; one image each.
 SETTINGS: dict[str, Any] = {
@@ -68,7 +75,7 @@ def resize_engines(folder: Path, names: Iterable[str]) -> None:
     run(2, folder, resized_runs.train_engines, folder, {**engines, **EIGHT_BIT})
     run(1, folder, resized_runs.train_and_load_engines, folder, of_one, engines)
     run(4, folder, resized_runs.load_engines, folder, engines)
-    run(2, folder, resized_runs.load_engines, folder, of_one)
+    run(2, folder, resized_runs.load_engines, folder, {**of_one, **EIGHT_BIT})
 
 
 def assert_engine_goes_on(folder: Path, name: str, size: int) -> None:
@@ -104,6 +111,13 @@ def test_so_they_are_with_the_other_engines(tmp_path: Path):
         assert_engine_goes_on(tmp_path, name, 1)
         assert_engine_goes_on(tmp_path, name, 4)
         assert_engine_goes_on(tmp_path, f"one_{name}", 2)
+
+
+def test_8_bit_states_that_were_shared_out_go_on_on_as_many_processes(engines: Path):
+    for name in EIGHT_BIT:
+        saved, resumed = states(engines / f"{name}.pt"), states(engines / f"{name}_on_2.pt")
+        assert_same(resumed["loaded"], saved)
+        assert_same(resumed["after"], states(engines / f"{name}_after.pt"))
 
 
 @pytest.mark.usefixtures("one_process")

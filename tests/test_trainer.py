@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from rlcm_fast import parallel
 from rlcm_fast.algorithms import build_algorithm
 from rlcm_fast.config import Config, parse_config
+from rlcm_fast.engine.tensor_files import write_tensors
 from rlcm_fast.engine.zero import ZeroEngine
 from rlcm_fast.rewards import RewardError
 from rlcm_fast.stages.update import Updater
@@ -283,7 +284,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_the_last_checkpoint_stays_g
         save(engine, folder)
         saved.append(folder)
         if len(saved) == 2:
-            torch.save(torch.zeros(100_000), "/dev/full")
+            write_tensors(Path("/dev/full"), {"weight": torch.zeros(100_000)})
 
     with monkeypatch.context() as patch:
         patch.setattr(ZeroEngine, "save", save_until_full)

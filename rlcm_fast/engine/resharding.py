@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from rlcm_fast import parallel
 from rlcm_fast.engine.optimizers import load_state
-from rlcm_fast.engine.replicas import buffer_parts, persistent_buffers
+from rlcm_fast.engine.replicas import buffer_parts, persistent_buffers, trained_weights
 from rlcm_fast.engine.shards import BY_ELEMENT, Group, Part, Saved, Shard, check_same_weights, write_shard
 
 
@@ -95,9 +95,9 @@ def _shares(engine: Any) -> Iterator[_Share]:
 
 def _shares_of_stages_1_and_2(network: nn.Module) -> Iterator[_Share]:
     """Yields this process's shares: it holds a stretch of all weights of the group, laid end to end."""
-    for name, weight in network.named_parameters():
-        if weight.requires_grad and weight._hp_mapping:
-            mapping: Any = weight._hp_mapping
+    for name, weight in trained_weights(network).items():
+        mapping = vars(weight)["_hp_mapping"]
+        if mapping:  # None if another process holds all of it
             first, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
             start, group = mapping.lp_fragment_address.start, mapping.param_group_index
             yield _Share(name, tuple(weight.shape), start, group, slice(first, first + length))
@@ -116,10 +116,9 @@ def _shares_of_stage_3(engine: Any) -> Iterator[_Share]:
             offset += length
 
 
-def _shapes(network: Any) -> dict[str, Sequence[int]]:
+def _shapes(network: nn.Module) -> dict[str, Any]:
     """Returns the shapes of what is saved; stage 3 leaves a weight only an empty tensor and the note of its shape."""
-    weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
-    shapes = {name: vars(weight).get("ds_shape", weight.shape) for name, weight in weights.items()}
+    shapes = {name: vars(weight).get("ds_shape", weight.shape) for name, weight in trained_weights(network).items()}
     return shapes | {name: tensor.shape for name, tensor in persistent_buffers(network).items()}
 
 

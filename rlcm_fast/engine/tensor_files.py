@@ -53,6 +53,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     head = len(head).to_bytes(8, "little") + head
+    place = _place_of_checksum(head)
+    assert place is not None
 
     # Write the tensors, then the checksum into its place in the header.
     with path.open("wb") as file:
@@ -62,7 +64,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             data = _bytes_of(tensors[name])
             file.write(data)
             checksum = zlib.crc32(data, checksum)
-        file.seek(_place_of_checksum(head))
+        file.seek(place)
         file.write(b"%08x" % checksum)
         _sync(file)
 
@@ -97,38 +99,47 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def fault_of_tensors(path: Path) -> str | None:
+def checksum_in(path: Path) -> str | None:
+    """Returns the CRC-32 that a file of tensors holds of itself; None for one that another program wrote."""
+    return (read_metadata(path) or {}).get(_CHECKSUM)
+
+
+def fault_of_tensors(path: Path, checksum: str | None) -> str | None:
     """Returns what is wrong with a file of tensors, as "is truncated"; None if it is whole, to its last byte.
 
-    Files without a checksum, as other programs write them, are compared with their header alone.
+    checksum: what `checksum_in` was when the file was written; None compares the file with its header alone.
     """
     try:
-        expected = read_metadata(path) or {}
+        read_metadata(path)
     except (SafetensorError, OSError) as error:
         return f"is missing, truncated or no safetensors file ({error})"
-    if _CHECKSUM in expected and expected[_CHECKSUM] != _checksum_of(path):
+    if checksum is not None and checksum != _checksum_of(path):
         return "does not hold the bytes that were written (another CRC-32)"
     return None
 
 
-def _checksum_of(path: Path) -> str:
+def _checksum_of(path: Path) -> str | None:
+    """Computes the CRC-32 of a file of tensors, if its header still has the place of one."""
     with path.open("rb") as file:
         length = file.read(8)
         head = length + file.read(int.from_bytes(length, "little"))
         place = _place_of_checksum(head)
+        if place is None:
+            return None
         checksum = zlib.crc32(head[:place] + _BLANK + head[place + len(_BLANK) :])
         while chunk := file.read(_CHUNK):
             checksum = zlib.crc32(chunk, checksum)
-    return f"{checksum:08x}"
+    return f"{checksum:08x}" if f"{checksum:08x}".encode() == head[place : place + len(_BLANK)] else None
 
 
-def _place_of_checksum(head: bytes) -> int:
+def _place_of_checksum(head: bytes) -> int | None:
     key = f'"{_CHECKSUM}": "'.encode()
-    return head.index(key) + len(key)
+    return head.index(key) + len(key) if key in head else None
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    flat: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def _sync(file: IO[Any]) -> None:

@@ -1,8 +1,9 @@
 """Tells whether a checkpoint is whole, by the list of its files that is written when all of them are.
 
-    index.json    {"files": {"engine/weights_00000_of_00001.safetensors": {"bytes": 7982936}, ...}}
+    index.json    {"files": {"engine/weights_00000_of_00001.safetensors": {"bytes": 7982936, "crc32": "0a5b..."}, ...}}
 
-The index holds the length of every file, and the CRC-32 of those that are no tensors; files of tensors hold their own.
+A file of tensors holds its CRC-32 itself (engine/tensor_files.py), computed while it was written; of the others, which
+are small, the index has one of all bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from rlcm_fast import parallel
 from rlcm_fast.engine.old_checkpoints import fault_of_old
 from rlcm_fast.engine.shards import is_of_this_process
-from rlcm_fast.engine.tensor_files import fault_of_tensors, write_json
+from rlcm_fast.engine.tensor_files import checksum_in, fault_of_tensors, write_json
 
 STATE, INDEX = "state.json", "index.json"
 _TENSORS = ".safetensors"
@@ -46,7 +47,8 @@ def damage(folder: Path) -> str | None:
     if isinstance(state, str):
         return state
     if "format" not in state:
-        return fault_of_old(folder, state.get("num_processes", 1)) or _fault_of_all(folder.glob(f"*{_TENSORS}"), folder)
+        weights = {file.name: None for file in folder.glob(f"*{_TENSORS}")}
+        return fault_of_old(folder, state.get("num_processes", 1)) or _fault_of_all(weights, folder)
     index = _read_json(folder / INDEX)
     if isinstance(index, str):
         return index
@@ -58,14 +60,15 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != entry["bytes"]:
             return f"{name} has {file.stat().st_size:,} of {entry['bytes']:,} bytes"
-        if "crc32" in entry and entry["crc32"] != _checksum(file):
+        if file.suffix != _TENSORS and entry["crc32"] != _checksum(file):
             return f"{name} does not hold the bytes that were written (another CRC-32)"
-    return _fault_of_all((folder / name for name in index["files"] if name.endswith(_TENSORS)), folder)
+    tensors = {name: entry["crc32"] for name, entry in index["files"].items() if name.endswith(_TENSORS)}
+    return _fault_of_all(tensors, folder)
 
 
 def _described(file: Path) -> dict[str, Any]:
-    entry: dict[str, Any] = {"bytes": os.path.getsize(file)}
-    return entry if file.suffix == _TENSORS else {**entry, "crc32": _checksum(file)}
+    checksum = checksum_in(file) if file.suffix == _TENSORS else _checksum(file)
+    return {"bytes": os.path.getsize(file), "crc32": checksum}
 
 
 def _checksum(file: Path) -> str:
@@ -86,10 +89,9 @@ def _read_json(file: Path) -> Mapping[str, Any] | str:
     return f"{file.name} is {'no JSON' if text else 'empty'}"
 
 
-def _fault_of_all(files: Iterable[Path], folder: Path) -> str | None:
-    """Returns the first fault of files of tensors; they are read at the same time."""
-    paths = list(files)
+def _fault_of_all(checksums: Mapping[str, str | None], folder: Path) -> str | None:
+    """Returns the first fault of files of tensors, which are read at the same time."""
     with ThreadPoolExecutor(max_workers=4) as pool:
-        faults = list(pool.map(fault_of_tensors, paths))
-    named = (f"{path.relative_to(folder).as_posix()} {fault}" for path, fault in zip(paths, faults) if fault)
-    return next(named, None)
+        paths = [folder / name for name in checksums]
+        faults = list(pool.map(fault_of_tensors, paths, checksums.values()))
+    return next((f"{name} {fault}" for name, fault in zip(checksums, faults) if fault), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlcm_fast import parallel
 from rlcm_fast.run_folder import checkpoint
 from rlcm_fast.run_folder.checkpoint import (
     is_full_disk,
@@ -117,3 +119,65 @@ def test_unfinished_folders_are_no_checkpoints(tmp_path: Path):
     folder = save(tmp_path, 1)
     shutil.copytree(folder, folder.with_name(".partial_iteration_000002"))
     assert latest(tmp_path) == (1, 1.0)
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_a_line_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    replace, remove = checkpoint.os.replace, checkpoint.shutil.rmtree
+
+    def no_replace(source: Path, target: Path) -> None:
+        if target.name == ".trash_iteration_000001":
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    def no_remove(folder: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors and folder.exists():
+            raise OSError(16, "Device or resource busy")
+        remove(folder, ignore_errors)
+
+    save(tmp_path, 1, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", no_replace)
+        save(tmp_path, 2, keep=1)
+    first = tmp_path / "checkpoints" / "iteration_000001"
+    assert f"checkpoint {first} could not be deleted ([Errno 13] Permission denied); the run" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", no_remove)
+        save(tmp_path, 3, keep=1)
+    assert ".trash_iteration_000001 could not be deleted ([Errno 16]" in capsys.readouterr().err
+    assert latest(tmp_path) == (3, 3.0)
+    save(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["iteration_000004"], "what was left is deleted next time"
+
+
+def test_files_and_folders_are_on_the_disk_before_the_name_and_the_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    events: list[str] = []
+    replace, sync = checkpoint.os.replace, os.fsync
+
+    def noted_sync(number: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        sync(number)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        events.append(f"rename {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(checkpoint.os, "replace", noted_replace)
+    save(tmp_path, 1)
+    rename = events.index("rename iteration_000001")
+    before = ["unet.safetensors", "state.json", "index.json", ".partial_iteration_000001"]
+    assert events[:rename] == before and events[rename + 1 :] == ["checkpoints"]
+
+
+def test_all_ranks_raise_what_one_could_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else they would wait for it in vain."""
+    other = "[Errno 28] No space left on device: 'engine/weights_00001_of_00002.safetensors'"
+    monkeypatch.setattr(parallel, "all_gather_list", lambda mine: [*mine, other])
+    with pytest.raises(OSError, match="No space left on device: 'engine/weights_00001") as caught:
+        save(tmp_path, 1)
+    assert is_full_disk(caught.value)
+    assert names(tmp_path) == []

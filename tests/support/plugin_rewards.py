@@ -69,7 +69,7 @@ class DiesOnRank1(Brightness):
 
 
 class KilledWhileSaving(Brightness):
-    """Has the process killed in the middle of its first checkpoint: DeepSpeed's files are written, the rest is not."""
+    """Has the process killed in the middle of its first checkpoint: its shards are written, the rest is not."""
 
     def __init__(self) -> None:
         def kill(*_: object) -> None:

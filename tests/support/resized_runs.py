@@ -12,6 +12,7 @@ from unittest.mock import patch
 import deepspeed
 import tiny_runs
 import torch
+from old_checkpoints import save_old
 from tiny_policies import engine_of
 from torch import Tensor, nn
 
@@ -45,15 +46,17 @@ class Odd(nn.Module):
 
 
 def train_engines(folder: Path, engines: Mapping[str, Mapping[str, Any]]) -> int:
-    """Two updates of each engine, saved in folder/<name>, and what its state then was in folder/<name>.pt."""
+    """Two updates of each engine, saved in folder/<name>; its states in <name>.pt, those of a third in _after.pt."""
     init_processes()
     for name, settings in engines.items():
         engine = _engine(0, settings)
         _update(engine, 2)
         (folder / name).mkdir(exist_ok=True)
         parallel.barrier()
-        engine.save(folder / name)
+        save_old(engine, folder / name) if settings.get("old") else engine.save(folder / name)
         _leave(folder / f"{name}.pt", full_states(engine))
+        _update(engine, 1)
+        _leave(folder / f"{name}_after.pt", full_states(engine))
     return 0
 
 
@@ -62,7 +65,7 @@ def load_engines(folder: Path, engines: Mapping[str, Mapping[str, Any]]) -> int:
     init_processes()
     for name, settings in engines.items():
         engine = _engine(9, settings)
-        engine.load(folder / name)
+        engine.load(folder / name, trusts_old=settings.get("old", False))
         loaded = full_states(engine)
         _update(engine, 1)
         states = {"loaded": loaded, "after": full_states(engine)}
@@ -121,9 +124,9 @@ def _full(inner: Any, weight: Any, kind: str) -> Tensor:
 
 
 def _engine(seed: int, settings: Mapping[str, Any]) -> Engine:
-    """settings: of `engine_of`, frozen, and group_size: weights of a group under ZeRO-3, of which there are several."""
+    """settings: of `engine_of`, frozen, old (saved in format 1), and group_size: weights of a group under ZeRO-3."""
     settings = {"num_updates": 5, "warmup_updates": 1, "final_lr_fraction": 0.1, "weight_decay": 0.01, **settings}
-    group_size = settings.pop("group_size", None)
+    group_size, _ = settings.pop("group_size", None), settings.pop("old", False)
     dtype = torch.float32 if settings.get("dtype", "fp32") == "fp32" else torch.bfloat16
     network = Odd(seed, settings.pop("frozen", False)).to(dtype)
     config_of = zero._deepspeed_config
