@@ -87,6 +87,13 @@ def kill_at_random(process: BaseProcess, run_dir: Path, chance: random.Random) -
     process.join(timeout=60)
 
 
+def to_resume(run_dir: Path) -> list[str]:
+    """Returns what a next start needs; a run that was killed before its first checkpoint, but with metrics, is gone."""
+    if tiny_runs.metrics(run_dir) and not list((run_dir / "checkpoints").glob("iteration_*")):
+        shutil.rmtree(run_dir)
+    return ["--resume=latest"] if (run_dir / "metrics.jsonl").exists() else []
+
+
 @pytest.fixture(scope="module")
 def alone(tiny_lcm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process that was left alone."""
@@ -109,7 +116,7 @@ def test_fifty_random_kills_lose_nothing(tiny_lcm_folder: str, tmp_path: Path, a
         kill_at_random(process, tmp_path / "run", chance)
         num_kills += process.exitcode == -signal.SIGKILL
         finished.append(len(tiny_runs.metrics(tmp_path / "run")))
-        resumed = ["--resume=latest"] if (tmp_path / "run" / "metrics.jsonl").exists() else []
+        resumed = to_resume(tmp_path / "run")
     finish([*argv, *resumed], tmp_path)
     assert_equal(tmp_path, alone)
     print(f"{num_kills} kills, after iterations {finished}: metrics and checkpoint bitwise equal")
@@ -130,7 +137,7 @@ def test_ten_random_kills_of_one_of_two_processes_lose_nothing(tiny_lcm_folder: 
         other.join(timeout=120)
         assert other.exitcode not in (None, 0), "a rank went on without the other"
         num_kills += 1
-        resumed = ["--resume=latest"] if (killed / "run" / "metrics.jsonl").exists() else []
+        resumed = to_resume(killed / "run")
     finish([*argv, *resumed], killed, num_processes=2)
     assert_equal(killed, alone)
     print(f"{num_kills} kills of one of two processes under ZeRO-1: metrics and checkpoint bitwise equal")
@@ -149,7 +156,7 @@ def test_a_disk_that_fills_loses_nothing(tiny_lcm_folder: str, tmp_path: Path, a
     for num_bytes in (20_000, 100_000):
         process = start(argv, tmp_path)
         kill_at_random(process, tmp_path / "run", chance)
-        resumed = ["--resume=latest"] if (tmp_path / "run" / "metrics.jsonl").exists() else []
+        resumed = to_resume(tmp_path / "run")
         log = tmp_path / f"{num_bytes}.log"
         process = run_processes.start(_train_with_little_disk, [*argv, *resumed], num_bytes, log=log)
         process.join(timeout=120)
