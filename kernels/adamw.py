@@ -73,7 +73,10 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None) -> Any:
-        """Update every weight that has a gradient; gradients are multiplied by grad_scale (), if you give it."""
+        """Update every weight that has a gradient; gradients are multiplied by grad_scale (), if you give it.
+
+        A grad_scale that is not finite leaves the weights and moments as they are, and only counts the step.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

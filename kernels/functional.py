@@ -218,7 +218,8 @@ def adamw_8bit_(
 
     params: float32 or bfloat16, dense, in any memory format. grads: float32 or bfloat16; a gradient is copied if its
     strides differ from those of its weight. Arithmetic is float32. step: counts from 1. grad_scale: () float32 on the
-    device, multiplies the gradients, so that clipping need not wait for their norm. counts: (2,) int64, incremented by
+    device, multiplies the gradients, so that clipping need not wait for their norm; one that is not finite leaves
+    weights, moments and counts as they are. counts: (2,) int64, incremented by
     the number of weights that should have changed, and by how many of those kept their value because of rounding.
     stochastic_rounding: applies to bfloat16 weights. An update below half of their last unit is not lost, but happens
     with a probability proportional to its size. The random numbers have key `seed` and counter (place, step, index).

@@ -94,13 +94,19 @@ def adamw_8bit_(
             value = rounded.as_strided(exact.shape, exact.stride())
         if counts is not None:
             is_wanted = exact != param
-            counts += torch.stack([is_wanted.sum(), (is_wanted & (value == param)).sum()])
-        param.copy_(value)
+            lost = torch.stack([is_wanted.sum(), (is_wanted & (value == param)).sum()])
+            counts += lost if grad_scale is None else lost * grad_scale.isfinite()
+        _store(param, value, grad_scale)
 
         # Store the moments.
         if absmax_1:
             (m, largest_m), (v, largest_v) = quantize(m, is_signed=True), quantize(v, is_signed=False)
-            absmax_1[i].copy_(largest_m)
-            absmax_2[i].copy_(largest_v)
-        state_1.copy_(m)
-        state_2.copy_(v)
+            _store(absmax_1[i], largest_m, grad_scale)
+            _store(absmax_2[i], largest_v, grad_scale)
+        _store(state_1, m, grad_scale)
+        _store(state_2, v, grad_scale)
+
+
+def _store(target: Tensor, value: Tensor, grad_scale: Tensor | None) -> None:
+    """Write `value` to `target`, but not if there is a scale and it is not finite; nothing waits for the device."""
+    target.copy_(value if grad_scale is None else torch.where(grad_scale.isfinite(), value, target))

@@ -62,11 +62,13 @@ class Parts:
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of all parts but the engine as JSON, the same on every rank; every rank must call this."""
         real_images = self.real_images.state_dict() if self.real_images else None
-        return {"tasks": self.tasks.state_dict(), "pretraining": real_images}
+        skipped = self.updater.skipped.in_a_row
+        return {"tasks": self.tasks.state_dict(), "pretraining": real_images, "skipped_updates_in_a_row": skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from the place where `state_dict` was taken."""
         self.tasks.load_state_dict(state["tasks"])
+        self.updater.skipped.in_a_row = state.get("skipped_updates_in_a_row", 0)  # earlier versions did not count
         if self.real_images and state["pretraining"]:
             self.real_images.load_state_dict(state["pretraining"])
 

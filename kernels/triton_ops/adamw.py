@@ -102,6 +102,9 @@ def _adamw_kernel(
     state_1, state_2 = _address(row, 2, state_dtype, is_aligned), _address(row, 3, state_dtype, is_aligned)
     absmax_1, absmax_2 = _address(row, 4, tl.float32, False), _address(row, 5, tl.float32, False)
     size, index = tl.load(row + 6), tl.load(row + 7)
+    if scales:
+        scale = tl.load(grad_scale)
+        size = tl.where(tl.abs(scale) < float("inf"), size, 0)  # a scale that is not finite: nothing is inside
     if is_aligned:
         size = tl.multiple_of(size, 16)
 
@@ -115,7 +118,7 @@ def _adamw_kernel(
     # Load the gradient and the moments.
     g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     if scales:
-        g = g * tl.load(grad_scale)
+        g = g * scale
     m = tl.load(state_1 + place, mask=inside, other=0)
     v = tl.load(state_2 + place, mask=inside, other=0)
     if is_quantized:

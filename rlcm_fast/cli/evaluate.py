@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlcm_fast.cli.arguments import add_sampling_arguments, positive_int
 from rlcm_fast.cli.output import check_device, check_out, write
+from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     report = {name: getattr(arguments, name) for name in settings} | {
         "results": [measure(pipeline, prompts, rewards, steps, arguments) for steps in arguments.num_steps]
     }
-    text = json.dumps(report, indent=2)
+    text = finite_json(report, indent=2)
     if out is None:
         print(text)
     else:

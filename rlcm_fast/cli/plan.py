@@ -7,10 +7,10 @@ memory.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
 from rlcm_fast.cli.arguments import positive_int
+from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
     from rlcm_fast.config import Config
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     # Print the plan, for programs or for people.
     if arguments.json:
-        print(json.dumps(_report(config, planner, strategy, gpus), indent=2))
+        print(finite_json(_report(config, planner, strategy, gpus), indent=2))
         return
     print("\n".join(_head(planner, strategy, config.model.path)))
     print("\n".join(_memory_table(planner.memory(strategy))))

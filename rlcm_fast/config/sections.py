@@ -178,6 +178,8 @@ class UpdateConfig:
     """Weight of the KL divergence to the frozen start model, in closed form; 0 is off."""
     kl_reference: Literal["copy", "offload"] = "copy"
     """Where the start model is: a second copy on the device, or in CPU memory and swapped in once per rollout."""
+    max_skipped_updates: PositiveInt = 3
+    """Updates in a row whose gradient is not finite, each skipped, after which the run stops."""
 
     @property
     def is_on_policy(self) -> bool:

@@ -8,6 +8,7 @@ weights; sampling and training never do. Every process holds the whole average.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from rlcm_fast import parallel
 from rlcm_fast.config import EmaConfig
-from rlcm_fast.engine.base import Engine
+from rlcm_fast.engine.base import Engine, are_finite
 from rlcm_fast.engine.shards import check_same_weights
 from rlcm_fast.engine.tensor_files import read_metadata, read_tensors, write_tensors
 
@@ -35,6 +36,7 @@ class AveragingEngine(Engine):
         self.average = WeightAverage(network, config) if config.decay > 0 else None
         self.zero_stage = engine.zero_stage
         self.num_updates = 0  # since the start of this process
+        self.skips_whole_updates = engine.skips_whole_updates
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self.engine(*arguments, **keywords)
@@ -48,7 +50,7 @@ class AveragingEngine(Engine):
     def step(self) -> float | None:
         norm = self.engine.step()
         self.num_updates += norm is not None
-        if norm is not None and self.average:
+        if norm is not None and math.isfinite(norm) and self.average:
             self.average.update()
         return norm
 
@@ -58,6 +60,10 @@ class AveragingEngine(Engine):
 
     def metrics(self) -> dict[str, float]:
         return self.engine.metrics()
+
+    def weights_are_finite(self) -> bool:
+        """Tells whether all trained weights are finite on every process, and the average as well."""
+        return self.engine.weights_are_finite() and (self.average is None or self.average.is_finite())
 
     def full_weights(self) -> dict[str, Tensor]:
         return self.engine.full_weights()
@@ -117,6 +123,10 @@ class WeightAverage:
     def weights(self) -> dict[str, Tensor]:
         """Returns the average by name, in float32 on the CPU, not rounded to the network's dtype."""
         return {name: value.cpu().clone() for name, value in self._named().items()}
+
+    def is_finite(self) -> bool:
+        """Tells whether the average is finite on every process; every process must call this."""
+        return are_finite(self._ema.shadow_params)
 
     def save(self, folder: Path) -> None:
         write_tensors(folder / _FILE, self._named(), {"num_updates": str(self._ema.optimization_step)})

@@ -2,6 +2,14 @@
 
     begin_update(n) -> n times: engine(x, ...) -> loss -> backward(loss) -> step()      [full_weights, save, load]
 
+An update whose gradient is not finite moves nothing: no weight, no moment, no random number of the rounding. It counts
+as an update for the learning rate's schedule, which depends only on how many updates the run has had. All processes
+agree on it, because it is decided by the gradient that they average. The number that decides it is the norm, which
+every engine reads once per update before it steps, so this costs no other wait for the device.
+
+A loss that is not finite makes its whole gradient so (`gradient_fails_with`): a clip, a mask or a maximum on the way to
+the weights could otherwise turn the NaN of a loss into a gradient of zeros.
+
 Everything else (VAE, text encoder, rewards, the frozen start model) is plain torch and never partitioned.
 zero.py uses DeepSpeed, which partitions the weights and keeps float32 master weights. direct.py does without it, for
 bfloat16 weights without a master copy and for an optimizer that steps within the backward pass. build.py chooses.
@@ -10,12 +18,15 @@ bfloat16 weights without a master copy and for an optimizer that steps within th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rlcm_fast import parallel
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Engine(ABC):
     """The trained network; call it like the network."""
 
     zero_stage: int
+    skips_whole_updates: bool = True  # False: weights step before the whole gradient exists, see direct.py
 
     @abstractmethod
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -47,7 +59,10 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self) -> float | None:
-        """Ends a micro-batch. The last one of an update steps the optimizer and returns the norm before clipping."""
+        """Ends a micro-batch. The last one of an update steps the optimizer and returns the norm before clipping.
+
+        A norm that is not finite says that the update was skipped; it is so on every process.
+        """
 
     @property
     @abstractmethod
@@ -57,6 +72,13 @@ class Engine(ABC):
     def metrics(self) -> dict[str, float]:
         """Returns what the engine measured since the last call."""
         return {}
+
+    @abstractmethod
+    def weights_are_finite(self) -> bool:
+        """Tells whether all trained weights are finite, on every process; every process must call this.
+
+        It reads the weights once where they are, takes no memory, and waits for the device once.
+        """
 
     @abstractmethod
     def full_weights(self) -> dict[str, Tensor]:
@@ -79,6 +101,18 @@ class Engine(ABC):
             ValueError: the folder holds no such checkpoint, it was saved for other weights or by another kind of
                 optimizer, or its states cannot be partitioned for this number of processes.
         """
+
+
+def gradient_fails_with(loss: Tensor) -> Tensor:
+    """Returns the loss (); its gradient is NaN everywhere if the loss is not finite, and else bitwise the same."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tells whether all elements are finite on every process; the largest absolute value shows NaN and infinity."""
+    whole = [tensor.detach() for tensor in tensors if tensor.numel() > 0]
+    largest = torch.stack([norm.float() for norm in torch._foreach_norm(whole, torch.inf)]) if whole else torch.zeros(1)
+    return not parallel.any_rank(not bool(largest.isfinite().all()))
 
 
 def copied_to_cpu(network: nn.Module) -> dict[str, Tensor]:

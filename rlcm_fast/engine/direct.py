@@ -14,10 +14,15 @@ Within the backward pass the first weight steps before the norm over all gradien
 alone: its gradient's norm is brought to at most max_grad_norm. A tensor's norm never exceeds the global norm, so
 gradients that global clipping leaves unchanged stay unchanged here, too. An update must be one backward pass, because
 weights move during it.
+
+For the same reason such an update cannot be skipped whole. A tensor whose gradient is not finite does not step, which
+the device decides, and the norm of the update tells at its end that there was one: the run goes back to its last
+checkpoint, because the other tensors have moved.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +31,7 @@ from torch import Tensor, distributed, nn
 
 from rlcm_fast import parallel
 from rlcm_fast.config import EngineConfig, OptimizerConfig
-from rlcm_fast.engine.base import Engine, UpdatePlan, copied_to_cpu
+from rlcm_fast.engine.base import Engine, UpdatePlan, are_finite, copied_to_cpu, gradient_fails_with
 from rlcm_fast.engine.old_checkpoints import read_engine
 from rlcm_fast.engine.optimizers import build_optimizer, lr_factor
 from rlcm_fast.engine.replicas import load_replica, save_replica
@@ -56,6 +61,7 @@ class DirectEngine(Engine):
         self._base_lr, self._factor = optimizer.lr, lr_factor(optimizer, plan.num_updates)
         self._set_lr()
         self._steps_in_backward = engine.optimizer_in_backward
+        self.skips_whole_updates = not engine.optimizer_in_backward
         self._square_norm = torch.zeros((), device=self._parameters()[0].device)
 
         # Start all processes from the same weights.
@@ -75,23 +81,32 @@ class DirectEngine(Engine):
         return self._network(*arguments, **keywords)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        gradient_fails_with(loss).backward()
         self._num_backwards += 1
 
     def step(self) -> float | None:
         if self._num_backwards < self._num_micro_batches:
             return None
-        if self._steps_in_backward:
-            norm = self._square_norm.sqrt()
-            self._square_norm = torch.zeros_like(norm)
-        else:
-            gradients = [p.grad for p in self._parameters() if p.grad is not None]
-            _average(gradients)
-            norm = torch.nn.utils.get_total_norm(gradients).float()
-            self._optimizer.step(grad_scale=self._scale(norm))
-            self._optimizer.zero_grad()
+        norm = self._end_backward() if self._steps_in_backward else self._step_all()
         self._num_backwards, self._num_updates = 0, self._num_updates + 1
         self._set_lr()
+        return norm
+
+    def _step_all(self) -> float:
+        """Steps all weights if the norm over all gradients is finite, and returns it."""
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        _average(gradients)
+        total = torch.nn.utils.get_total_norm(gradients).float()
+        norm = total.item()
+        if math.isfinite(norm):
+            self._optimizer.step(grad_scale=self._scale(total))
+        self._optimizer.zero_grad()
+        return norm
+
+    def _end_backward(self) -> float:
+        """Returns the norm over all gradients of the backward pass that has ended."""
+        norm = self._square_norm.sqrt()
+        self._square_norm = torch.zeros_like(norm)
         return norm.item()
 
     def _step_parameter(self, parameter: Tensor) -> None:
@@ -102,7 +117,9 @@ class DirectEngine(Engine):
         self._optimizer.step_parameter(parameter, self._scale(norm))
 
     def _scale(self, norm: Tensor) -> Tensor:
-        return (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        """Returns the factor that clips a gradient of this norm; NaN, which means no step, if that is not finite."""
+        scale = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        return torch.where(norm.isfinite(), scale, torch.nan)
 
     def _set_lr(self) -> None:
         for group in self._optimizer.param_groups:
@@ -125,6 +142,9 @@ class DirectEngine(Engine):
         wanted, lost = self._optimizer.counts.tolist()
         self._optimizer.counts.zero_()
         return {"lost_updates": lost / max(1, wanted)}
+
+    def weights_are_finite(self) -> bool:
+        return are_finite(self._parameters())
 
     def full_weights(self) -> dict[str, Tensor]:
         return copied_to_cpu(self._network)

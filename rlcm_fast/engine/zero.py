@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlcm_fast import parallel
 from rlcm_fast.config import EngineConfig, OptimizerConfig
-from rlcm_fast.engine.base import Engine, UpdatePlan, copied_to_cpu
+from rlcm_fast.engine.base import Engine, UpdatePlan, are_finite, copied_to_cpu, gradient_fails_with
 from rlcm_fast.engine.old_checkpoints import read_engine
 from rlcm_fast.engine.optimizers import build_optimizer, lr_factor
 from rlcm_fast.engine.replicas import load_replica, save_replica
 from rlcm_fast.engine.resharding import load_partition, save_partition
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
+_MOST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 class ZeroEngine(Engine):
@@ -58,6 +61,8 @@ class ZeroEngine(Engine):
         )
         if self.zero_stage == 0 and parallel.world_size() == 1:
             self._engine.enable_backward_allreduce = False  # it copies all gradients to a flat buffer and back
+        if self.zero_stage == 3:
+            _bound_norms(self._engine.optimizer)
         if engine.channels_last:
             module.to(memory_format=torch.channels_last)
         self._num_micro_batches = self._num_left = plan.num_micro_batches
@@ -71,7 +76,7 @@ class ZeroEngine(Engine):
         return self._engine(*arguments, **keywords)
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.backward(gradient_fails_with(loss), scale_wrt_gas=False)
 
     def step(self) -> float | None:
         self._num_left -= 1
@@ -79,10 +84,31 @@ class ZeroEngine(Engine):
             self._engine.step()
             self._engine.set_gradient_accumulation_boundary(self._num_left == 1)
             return None
-        norm = self._clip() if self.zero_stage == 0 else None
-        self._engine.step()
+        norm = self._step_whole() if self.zero_stage == 0 else self._step_partitioned()
         self.begin_update(self._num_micro_batches)
-        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+        return norm
+
+    def _step_whole(self) -> float:
+        """Steps at stage 0 and returns the norm; without gradients optimizers do nothing, and the schedule goes on."""
+        norm = self._clip()
+        if not math.isfinite(norm):
+            self._engine.zero_grad()
+        self._engine.step()
+        return norm
+
+    def _step_partitioned(self) -> float:
+        """Steps at stages 1 to 3 and returns the norm.
+
+        DeepSpeed 0.19.8 reads the norm over all processes, skips a step whose norm is not finite, and sets `overflow`.
+        It then leaves out the schedule's step too, which is made up here: schedules are the same for every engine.
+        """
+        self._engine.step()
+        if self._engine.optimizer.overflow:
+            with warnings.catch_warnings():  # torch expects that no update is skipped before the first step
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self._engine.lr_scheduler.step()
+            return math.inf
+        return float(self._engine.get_global_grad_norm())
 
     def _clip(self) -> float:
         """Clips the gradients, averaged over ranks by now, and returns their norm: at stage 0 DeepSpeed hides it."""
@@ -92,6 +118,10 @@ class ZeroEngine(Engine):
     @property
     def lr(self) -> float:
         return self._engine.get_lr()[0]
+
+    def weights_are_finite(self) -> bool:
+        trained = [weight for weight in self._engine.module.parameters() if weight.requires_grad]
+        return are_finite([weight.ds_tensor for weight in trained] if self.zero_stage == 3 else trained)
 
     def full_weights(self) -> dict[str, Tensor]:
         module = self._engine.module
@@ -124,6 +154,20 @@ class ZeroEngine(Engine):
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         scheduler._last_lr = [lr] * len(scheduler.base_lrs)
+
+
+def _bound_norms(optimizer: Any) -> None:
+    """Makes a norm infinite if its square is, as it is at stages 0 to 2.
+
+    DeepSpeed 0.19.8 computes the norms of stage 3 in float64. A gradient beyond 2^64 would pass, and its square, which
+    is infinite in Adam's float32, would stop its weights for good without a word.
+    """
+    norms_of_groups = optimizer._get_norm_groups
+
+    def bounded() -> list[Tensor]:
+        return [torch.where(norm < _MOST_NORM, norm, torch.inf) for norm in norms_of_groups()]
+
+    optimizer._get_norm_groups = bounded
 
 
 def _refuse_large_partitions(network: nn.Module, optimizer: str, zero_stage: int) -> None:

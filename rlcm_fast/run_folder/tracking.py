@@ -22,16 +22,21 @@ from tqdm import tqdm
 
 from rlcm_fast import parallel
 from rlcm_fast.config import Config, to_dict, to_yaml
+from rlcm_fast.finite_json import finite_json, not_finite
 from rlcm_fast.grids import captioned_grid
 
 _PACKAGES = ("rlcm_fast", "torch", "diffusers", "transformers", "deepspeed", "safetensors", "numpy", "pillow")
 
 
 def merged(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Merges the metrics of an iteration's rounds: sums of seconds, and means of the rest with equal weights."""
+    """Merges the metrics of an iteration's rounds: sums of seconds and skipped updates, equally weighted means else."""
     keys = dict.fromkeys(key for metrics in rounds for key in metrics)
     values = {key: [metrics[key] for metrics in rounds if key in metrics] for key in keys}
-    return {key: sum(all_) if key.startswith("seconds/") else sum(all_) / len(all_) for key, all_ in values.items()}
+    return {key: sum(all_) if _is_sum(key) else sum(all_) / len(all_) for key, all_ in values.items()}
+
+
+def _is_sum(key: str) -> bool:
+    return key.startswith("seconds/") or key == "skipped_updates"
 
 
 def say(message: str) -> None:
@@ -77,7 +82,7 @@ class Tracker:
         # Write what the run is, and open the file of its metrics.
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
-        (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=2))
+        (run_dir / "environment.json").write_text(finite_json(_environment(), indent=2))
         _drop_lines_from(run_dir / "metrics.jsonl", first_iteration)
         self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1)
 
@@ -102,17 +107,21 @@ class Tracker:
     def log(self, metrics: Mapping[str, float | int]) -> None:
         """Adds a line to metrics.jsonl, the scalars, and a step of the bar.
 
-        `metrics` holds `iteration` and `reward/<name>/mean`.
+        `metrics` holds `iteration` and `reward/<name>/mean`. A value that is not finite is null in the line, whose
+        `not_finite` names it, and a gap in the curves of TensorBoard and W&B.
         """
         if self._bar is None:
             return
-        self._lines.write(json.dumps(metrics) + "\n")
+        missing = not_finite(metrics)
+        said = {"not_finite": missing} if missing else {}
+        self._lines.write(finite_json({**metrics, **said}) + "\n")
         iteration = int(metrics["iteration"])
+        curves = {key: value for key, value in metrics.items() if key not in missing}
         if self._events:
-            for key, value in metrics.items():
+            for key, value in curves.items():
                 self._events.add_scalar(key, value, iteration)
         if self._wandb:
-            self._wandb.log(dict(metrics), step=iteration)
+            self._wandb.log(curves, step=iteration)
         if "images_per_second" in metrics:  # the line after the last iteration has only an evaluation
             self._bar.set_postfix(_postfix(metrics), refresh=False)
             self._bar.update(1)

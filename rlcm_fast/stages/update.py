@@ -7,15 +7,19 @@
 
 Each micro-batch is weighted by its share of the part, so the sum is the mean over the part, whatever the size of
 micro-batches and whatever was left out: K micro-batches give the gradient of one.
+
+An update whose gradient is not finite moves nothing (engine/base.py); skipped_updates.py counts such updates and stops
+the run.
 """
 
 # N transitions of an update on this process, B samples
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -28,7 +32,9 @@ from rlcm_fast.engine.base import Engine
 from rlcm_fast.kernels import functional
 from rlcm_fast.parallel import Stream, Turn
 from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.selection import Selection, step_weights
+from rlcm_fast.stages.skipped_updates import SkippedUpdates
 from rlcm_fast.stages.start_model import StartModel
 from rlcm_fast.stages.update_metrics import Record, UpdateMetrics
 from rlcm_fast.trajectory import Trajectory
@@ -54,6 +60,11 @@ class Updater:
     config: UpdateConfig
     start_model: StartModel | None = None
     real_images: ExtraLoss | None = None
+    say: Callable[[str], None] = say  # prints a line on the main process
+    skipped: SkippedUpdates = field(init=False)  # goes on from rollout to rollout
+
+    def __post_init__(self) -> None:
+        self.skipped = SkippedUpdates(self.config.max_skipped_updates, self.engine.skips_whole_updates, self.say)
 
     def update(
         self, trajectory: Trajectory, sample_weights: Tensor, turn: Turn, may_stop: Callable[[], None] = lambda: None
@@ -61,8 +72,12 @@ class Updater:
         """Trains on the chosen transitions `num_passes` times; sample_weights (B,) come from the algorithm.
 
         may_stop: is called before every micro-batch of the first update; stopping there loses nothing.
+
+        Raises:
+            Diverged: too many updates in a row had a gradient that is not finite, or weights have moved by one.
         """
         start, config = time.perf_counter(), self.config
+        self.skipped.begin(turn)
 
         # Choose transitions, and run the start model on them if there is a KL term.
         selection = Selection(trajectory, config, self.algorithm.samples_together, turn.generator(Stream.UPDATE))
@@ -128,6 +143,7 @@ class _RolloutUpdates:
         self._updater = updater
         self._trajectory, self._sample_weights = trajectory, sample_weights
         self._may_stop = may_stop
+        self._norm = 0.0  # of the gradient of the last update
         self._step_weights = step_weights(policy.schedule, config.step_weights).to(sample_weights.device)
         start_model = updater.start_model
         self._start_outputs = start_model and start_model.outputs(trajectory, rows, config.micro_batch_size)
@@ -161,6 +177,12 @@ class _RolloutUpdates:
             self._backward(rows[places], signals[places.to(signals.device)], len(places) / len(rows))
         if updater.real_images:
             self._backward_extra(updater.real_images)
+        if math.isfinite(self._norm):
+            self.record.grad_norm = self._norm
+            updater.skipped.taken()
+        else:
+            self.record.num_skipped += 1
+            updater.skipped.skipped(self.record.not_finite(len(micro_batches), num_extra))
         self.record.update(num_chosen=len(rows), num_trained=len(kept))
 
     def _kept(self, signals: Tensor) -> Tensor:
@@ -205,4 +227,4 @@ class _RolloutUpdates:
     def _step(self) -> None:
         norm = self._updater.engine.step()
         if norm is not None:
-            self.record.grad_norm = norm
+            self._norm = norm

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,8 @@ class UpdateMetrics:
     kl_to_start: Tensor  # 0 if update.kl_weight is 0
     skipped: float  # share of the chosen transitions without a signal, which the network did not run on
     real_image_loss: float | None  # weighted, mean over updates; None without real images
-    grad_norm: float  # of the last update, before clipping, over all processes
+    grad_norm: float  # of the last update that was not skipped, before clipping, over all processes; NaN without one
+    skipped_updates: int  # updates whose gradient was not finite, the same on every process
     seconds: float
     real_image_seconds: float  # the part of `seconds` spent on the extra loss
 
@@ -49,6 +51,7 @@ class UpdateMetrics:
             **dict(zip(means, averaged, strict=True)),
             "ratio/max_deviation": deviation,
             "grad_norm": self.grad_norm,
+            "skipped_updates": self.skipped_updates,
         }
 
     def timings(self) -> dict[str, float]:
@@ -67,7 +70,8 @@ class Record:
     kls: list[Tensor] = field(default_factory=list)
     extra_losses: list[Tensor] = field(default_factory=list)
     extra_seconds: float = 0.0
-    grad_norm: float = 0.0
+    grad_norm: float = math.nan
+    num_skipped: int = 0
     num_updates: int = 0
     num_chosen: int = 0
     num_trained: int = 0
@@ -77,6 +81,15 @@ class Record:
         self.stats.append(stats)
         self.losses.append(loss)
         self.kls.append(kl)
+
+    def not_finite(self, num_micro_batches: int, num_extra: int) -> list[str]:
+        """Names what was not finite in the last micro-batches of this process, by the key of its metric."""
+        found = {
+            "loss": self.losses[-num_micro_batches:],
+            "kl_to_start": self.kls[-num_micro_batches:],
+            "pretraining/loss": self.extra_losses[-num_extra:] if num_extra else [],
+        }
+        return [name for name, values in found.items() if values and not torch.stack(values).isfinite().all()]
 
     def update(self, num_chosen: int, num_trained: int) -> None:
         """Notes that an update has ended, of so many transitions."""
@@ -96,6 +109,7 @@ class Record:
             skipped=1 - self.num_trained / self.num_chosen,
             real_image_loss=extra,
             grad_norm=self.grad_norm,
+            skipped_updates=self.num_skipped,
             seconds=seconds,
             real_image_seconds=self.extra_seconds,
         )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from engine_cases import COMPILED, OURS, Large, distance
 from tiny_policies import TinyNetwork, engine_of
 from torch import Tensor, nn
 
@@ -22,22 +21,6 @@ from rlcm_fast.engine.direct import DirectEngine
 from rlcm_fast.engine.recomputation import set_recomputation
 
 pytestmark = pytest.mark.usefixtures("one_process")
-COMPILED = (
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler for DeepSpeedCPUAdam"),
-)
-
-
-class Large(nn.Module):
-    """Two weights of more than 4,096 elements, so that their moments have 8 bits, and two of fewer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(48, 100), nn.Linear(100, 48)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.nn.functional.silu(self.first(x)))
 
 
 def train(engine: Engine, num_updates: int, num_micro_batches: int = 2, dtype: torch.dtype = torch.float32) -> list:
@@ -55,10 +38,6 @@ def train(engine: Engine, num_updates: int, num_micro_batches: int = 2, dtype: t
 def length(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     """Of the way from one to the other."""
     return torch.cat([(first[name] - second[name]).flatten() for name in first]).norm().item()
-
-
-def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
 @pytest.mark.parametrize("offload", [False, pytest.param(True, marks=COMPILED)])
@@ -130,9 +109,6 @@ def test_a_config_gives_its_seed_to_the_rounding(tiny_lcm_folder: str):
     engine = build_engine(unet, resolve(config, 1)).engine
     assert isinstance(engine, DirectEngine)
     assert engine._optimizer.seed == 5
-
-
-OURS: dict[str, Any] = {"name": "adamw_8bit", "lr": 1e-3}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "pure_bf16"])

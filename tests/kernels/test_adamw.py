@@ -72,6 +72,25 @@ def test_triton_is_the_reference(dtype: torch.dtype, memory_format: torch.memory
             assert torch.equal(theirs, ours)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+def test_a_scale_that_is_not_finite_writes_nothing(choice: str, scale: float):
+    """As of a gradient whose norm is NaN or infinite: the device decides it, nothing waits."""
+    params = weights(torch.bfloat16)
+    optimizer = AdamW8bit(params, seed=7, counts_lost_updates=True)
+    assert optimizer.counts is not None
+    with dispatch.use(choice):
+        set_gradients(params, 0)
+        optimizer.step(grad_scale=torch.tensor(0.5))
+        before = [tensor.clone() for tensor in (*everything(optimizer), optimizer.counts)]
+        for param in params:
+            param.grad = torch.full_like(param, torch.nan)
+        optimizer.step(grad_scale=torch.tensor(scale))
+    after = (*everything(optimizer), optimizer.counts)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert optimizer.counts[0] > 0
+
+
 def test_a_step_from_one_state_is_that_of_bitsandbytes():
     """Weights to float32's rounding, moments to the codebook's gaps: on a CPU theirs are not always the nearest."""
     params = weights(torch.float32)

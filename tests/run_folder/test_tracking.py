@@ -16,7 +16,7 @@ from PIL import Image
 
 from rlcm_fast import parallel
 from rlcm_fast.config import Config, TrackingConfig, parse_config
-from rlcm_fast.run_folder.tracking import Tracker, say
+from rlcm_fast.run_folder.tracking import Tracker, merged, say
 
 CONFIG = Config(tracking=TrackingConfig(tensorboard=False), num_iterations=5)
 
@@ -153,3 +153,26 @@ def test_the_bar_says_that_a_network_is_compiled_until_it_is(mode: str, tmp_path
     tracker.log(line(0))
     tracker.close()
     assert "compiling" not in capsys.readouterr().err.rpartition("jpeg=0.250")[2]
+
+
+def test_a_value_that_is_not_finite_is_null_and_named_and_every_line_is_json(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is not JSON")
+
+    tracker = Tracker(tmp_path, replace(CONFIG, tracking=TrackingConfig(tensorboard=True)), 0)
+    tracker.log({**line(0), "loss": float("nan"), "grad_norm": float("-inf")})
+    tracker.log(line(1))
+    tracker.close()
+    lines = [json.loads(t, parse_constant=refuse) for t in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{**line(0), "loss": None, "grad_norm": None, "not_finite": ["loss", "grad_norm"]}, line(1)]
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert "loss" not in events.Tags()["scalars"] and len(events.Scalars("reward/jpeg/mean")) == 2
+    Tracker(tmp_path, CONFIG, 1).close()
+    assert logged(tmp_path) == [0]
+
+
+def test_skipped_updates_of_rounds_add_up():
+    rounds = [{"skipped_updates": 1, "loss": 1.0}, {"skipped_updates": 2, "loss": 3.0}]
+    assert merged(rounds) == {"skipped_updates": 3, "loss": 2.0}

@@ -1,0 +1,28 @@
+"""JSON that every reader accepts: NaN and infinities become null, because JSON has no word for them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def not_finite(values: Mapping[str, Any]) -> list[str]:
+    """Lists the keys whose value is NaN or infinite."""
+    return [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+
+
+def finite_json(value: Any, indent: int | None = None) -> str:
+    """Returns `value` as JSON with null in place of every number that is NaN or infinite, at any depth."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

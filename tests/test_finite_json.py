@@ -1,0 +1,27 @@
+"""JSON without NaN and infinities."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from pathlib import Path
+
+from rlcm_fast.finite_json import finite_json, not_finite
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_numbers_that_are_not_finite_become_null_at_any_depth():
+    value = {"a": math.nan, "b": [1.5, -math.inf, {"c": math.inf}], "d": "nan", "e": 3, "f": (True, None)}
+    expected = {"a": None, "b": [1.5, None, {"c": None}], "d": "nan", "e": 3, "f": [True, None]}
+    assert json.loads(finite_json(value)) == expected
+    assert not_finite({"a": math.nan, "b": 1.0, "c": math.inf, "d": 2}) == ["a", "c"]
+
+
+def test_what_a_run_and_its_commands_write_is_never_nan():
+    """Nothing else in these rooms calls json.dumps but on text."""
+    allowed = {"finite_json.py", "mistakes.py", "evaluate.py", "checkpoint.py", "folders.py"}
+    for file in sorted((ROOT / "rlcm_fast").glob("**/*.py")):
+        names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
+        assert not {"dumps", "dump"} & names or file.name in allowed, file
