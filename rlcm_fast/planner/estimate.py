@@ -15,6 +15,7 @@ If an update has a single micro-batch, the estimate is an upper bound: gradients
 
 The estimate follows DeepSpeed 0.19. From ZeRO 1 on there is a flat float32 master copy, even of float32 weights. The
 step holds the gradients beside it, flat and in float32. Backward passes use a gradient bucket of fixed size.
+bfloat16 gradients of several micro-batches add up in float32 (engine/zero.py), and are sent as bfloat16 copies.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Strategy:
     real_image_micro_batch_size: int = 0  # pairs of the loss on real images, without guidance; 0: no such loss
     rows_per_sample: int = 1  # rows of the network's batch; 2 under classifier-free guidance
     image_size: int | None = None  # pixels; None: the model's default
+    sums_in_float32: bool = False  # gradients of bfloat16 weights; estimate_memory finds it out from the workload
 
     @property
     def has_start_model(self) -> bool:
@@ -204,6 +206,7 @@ def estimate_memory(
     itemsize = DTYPES[strategy.dtype].itemsize
     trained = sum(unet.trainable)
     training = replace(strategy, dtype="fp32") if strategy.lora_rank > 0 else strategy
+    training = replace(training, sums_in_float32=_sums_in_float32(training, workload))
     master, moments = _optimizer_bytes(training, unet.trainable, processes)
     gradients = _gradient_bytes(training, unet.trainable, processes)
 
@@ -226,7 +229,7 @@ def estimate_memory(
         ema=trained * 4 if strategy.ema == "gpu" else 0,
         rewards=reward_bytes,
         trajectory=_trajectory_states(strategy, workload) * profiles.latent_bytes,
-        bucket=BUCKET_ELEMENTS * DTYPES[training.dtype].itemsize if strategy.zero_stage >= 1 else 0,
+        bucket=_bucket_bytes(training, trained),
         activations=round(activations),
         sampling=round(unet.sampling_peak(sampled * strategy.rows_per_sample)),
         decoding=round(with_workspace * profiles.vae.decoder.peak(images)),
@@ -260,8 +263,31 @@ def _optimizer_bytes(strategy: Strategy, sizes: Sequence[int], processes: int) -
     return master, moment_bytes(strategy.optimizer, partition, itemsize)
 
 
+def _sums_in_float32(training: Strategy, workload: Workload) -> bool:
+    """Whether gradients of bfloat16 weights are float32: under ZeRO, if an update has several micro-batches."""
+    passes = -(-workload.transitions_per_update // training.micro_batch_size)
+    is_several = passes > 1 or training.real_image_micro_batch_size > 0
+    return training.dtype == "bf16" and training.zero_stage >= 1 and is_several
+
+
+def _bucket_bytes(strategy: Strategy, trained: int) -> int:
+    """Bytes of DeepSpeed's gradient bucket, and of the bfloat16 copy that is sent where sums are float32.
+
+    The bucket has the dtype of what fills it: at stage 1 the sums, at stages 2 and 3 a micro-batch's gradients.
+    """
+    if strategy.zero_stage == 0:
+        return 0
+    bucket = BUCKET_ELEMENTS * _gradient_itemsize(strategy, is_bucket=True)
+    return bucket + (min(trained, BUCKET_ELEMENTS) * 2 if strategy.sums_in_float32 else 0)
+
+
+def _gradient_itemsize(strategy: Strategy, is_bucket: bool = False) -> int:
+    is_float32 = strategy.sums_in_float32 and (strategy.zero_stage == 1 or not is_bucket)
+    return 4 if is_float32 else DTYPES[strategy.dtype].itemsize
+
+
 def _gradient_bytes(strategy: Strategy, sizes: Sequence[int], processes: int) -> int:
-    itemsize = DTYPES[strategy.dtype].itemsize
+    itemsize = _gradient_itemsize(strategy)
     if strategy.optimizer_in_backward:
         return max(sizes) * itemsize
     return -(-sum(sizes) // (processes if strategy.zero_stage >= 2 else 1)) * itemsize
@@ -294,6 +320,12 @@ def _step_bytes(strategy: Strategy, sizes: Sequence[int], processes: int, gradie
     if not _has_master(strategy):
         is_copied = processes > 1 and strategy.dtype == "fp32" and not strategy.optimizer_in_backward
         return max(temporaries, min(sum(partition), BUCKET_ELEMENTS) * itemsize if is_copied else 0)
+
+    # Float32 sums: stage 1 fills a flat share of them from its bucket; stage 3 keeps them beside their flat copy.
+    if strategy.sums_in_float32:
+        flat = sum(partition) * 4
+        stepping = temporaries + (flat if strategy.zero_stage == 3 else flat - gradients)
+        return max(_bucket_bytes(strategy, sum(sizes)) + flat if strategy.zero_stage == 1 else 0, stepping)
 
     # With a master copy: flat gradients are cast to float32, or the step runs beside them.
     flat = sum(partition) * DTYPES[strategy.dtype].itemsize

@@ -146,11 +146,13 @@ def test_encoding_real_images_comes_on_top_of_an_update():
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32")])
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16")])
 def test_weights_states_and_gradients_are_those_of_a_real_engine(stage: Any, dtype: Any):
-    memory = memory_of(Strategy(dtype=dtype, zero_stage=stage))
+    memory = memory_of(Strategy(dtype=dtype, zero_stage=stage, micro_batch_size=8))  # two micro-batches of an update
     before = live_storages()
     unet = ARCHITECTURE.build_unet().to_empty(device="cpu").to(estimate.DTYPES[dtype])
+    for weight in unet.parameters():
+        nn.init.zeros_(weight)  # an update of what lay in memory might be skipped
     engine = ZeroEngine(unet, EngineConfig(stage, dtype), OptimizerConfig(), UpdatePlan(2, 10, 1.0), 0)
     in_update = 0
     for micro_batch in range(4):  # two of each update
@@ -159,8 +161,10 @@ def test_weights_states_and_gradients_are_those_of_a_real_engine(stage: Any, dty
         engine.step()
     everything = memory.weights + memory.master + memory.moments
     assert bytes_since(before) == close(everything)
-    # at stage 1 DeepSpeed keeps its bucket between the micro-batches of an update, at others while it goes backwards
-    assert in_update == close(everything + memory.gradients + (memory.bucket if stage == 1 else 0))
+    # at stage 1 DeepSpeed keeps its bucket between the micro-batches of an update, at others while it goes backwards;
+    # the copy that it sends comes at the end
+    bucket = 4 * estimate.BUCKET_ELEMENTS if stage == 1 else 0
+    assert in_update == close(everything + memory.gradients + bucket)
 
 
 def live_storages() -> dict[int, int]:
@@ -168,6 +172,8 @@ def live_storages() -> dict[int, int]:
     gc.collect()
     found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     found += [thing.grad for thing in found if thing.is_leaf and thing.grad is not None]
+    sums = [getattr(thing, "grad_accum", None) for thing in found]  # of DeepSpeed's stage 1
+    found += [thing for thing in sums if thing is not None]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found if t.device.type == "cpu"}
 
 
@@ -226,6 +232,21 @@ def test_zero_shares_out_what_its_stage_says():
         for name in ("weights", "gradients", "master", "moments"):
             share = 4 if name in shared else 1
             assert getattr(memory, name) == pytest.approx(getattr(whole, name) / share, abs=16), name
+
+
+def test_gradients_of_several_micro_batches_add_up_in_float32_under_zero():
+    for stage, in_bucket in ((1, 4), (2, 2), (3, 2)):
+        strategy = Strategy(dtype="bf16", zero_stage=stage)  # pyright: ignore[reportArgumentType]
+        one, several = (memory_of(replace(strategy, micro_batch_size=size), 2) for size in (16, 8))
+        assert several.gradients == 2 * one.gradients
+        copy = 2 * sum(profiles_of("none").unet.trainable)
+        assert one.bucket == 2 * estimate.BUCKET_ELEMENTS
+        assert several.bucket == in_bucket * estimate.BUCKET_ELEMENTS + copy
+        assert several.stages["step"] >= several.always + several.gradients
+    pairs = Strategy(dtype="bf16", zero_stage=2, micro_batch_size=16, real_image_micro_batch_size=4)
+    assert memory_of(pairs).gradients == 2 * memory_of(replace(pairs, real_image_micro_batch_size=0)).gradients
+    for alone in (Strategy(), Strategy(dtype="pure_bf16", optimizer="adamw_8bit"), Strategy(zero_stage=2)):
+        assert memory_of(replace(alone, micro_batch_size=8)).gradients == memory_of(alone).gradients
 
 
 def test_what_costs_more_memory_is_said_to():
