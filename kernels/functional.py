@@ -27,6 +27,7 @@ __all__ = [
     "Moments",
     "RatioStats",
     "adamw_8bit_",
+    "add_rounded_",
     "clipped_ratio_loss",
     "gaussian_kl",
     "gaussian_log_prob",
@@ -253,6 +254,26 @@ def _step_kind(params, grads, moments, indices, scalars, *step_and_rest) -> None
 
         return adamw.adamw_8bit_(params, grads, *states, indices, list(astuple(scalars)), *step_and_rest)
     return reference_adamw.adamw_8bit_(params, grads, *states, indices, scalars, *step_and_rest)
+
+
+@torch.no_grad()
+def add_rounded_(total: Tensor, addend: Tensor, *, seed: int, step: int, index: int, number: int) -> None:
+    """Add the bfloat16 tensor `addend` to `total` in place, so that the expected result equals the exact sum.
+
+    The sum is rounded stochastically, as weights are in adamw_8bit_. Rounding to nearest loses what is added to a sum
+    256 times as large; this keeps it on average, without memory for more digits. number: which addition of this step
+    it is, from 1; the random numbers have key `seed` and counter (place, step, index, number), and those of adamw_8bit_
+    have number 0. Raises ValueError for other dtypes and for tensors with gaps in memory.
+    """
+    for name, tensor in (("total", total), ("addend", addend)):
+        if tensor.dtype != torch.bfloat16:
+            raise ValueError(f"add_rounded_ needs a bfloat16 {name}, not {tensor.dtype}; float32 sums need no rounding")
+    addend = _strided_like(total, addend)
+    if dispatch.is_triton(total, addend):
+        from rlcm_fast.kernels.triton_ops import accumulation
+
+        return accumulation.add_rounded_(total, addend, seed, step, index, number)
+    return reference_adamw.add_rounded_(total, addend, seed, step, index, number)
 
 
 def _check_dtypes(param: Tensor, grad: Tensor) -> None:

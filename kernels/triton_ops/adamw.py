@@ -69,11 +69,11 @@ def _word(numbers):
 
 
 @triton.jit
-def _random_halves(seed, step, index, first_block, blocks: tl.constexpr):
+def _random_halves(seed, step, index, first_block, blocks: tl.constexpr, number=0):
     """Random numbers (blocks, 256) int32 in [0, 2^16), the same as those of reference_adamw.philox_halves."""
     eights = (first_block + tl.arange(0, blocks)[:, None]) * 32 + tl.arange(0, 32)[None, :]
     zero = tl.zeros((blocks, 32), dtype=tl.int32)
-    words = tl.philox(seed, _word(eights), _word(zero + step), _word(zero + index), _word(zero))
+    words = tl.philox(seed, _word(eights), _word(zero + step), _word(zero + index), _word(zero + number))
     joined = tl.join(tl.join(words[0], words[1]), tl.join(words[2], words[3]))
     halves = tl.join(joined & 0xFFFF, joined >> 16)
     return tl.reshape(halves, (blocks, 256)).to(tl.int32)

@@ -72,11 +72,10 @@ def test_triton_is_the_reference(dtype: torch.dtype, memory_format: torch.memory
             assert torch.equal(theirs, ours)
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("choice", ["torch", "triton"])
-def test_a_scale_that_is_not_finite_writes_nothing(choice: str, scale: float):
+def test_a_scale_that_is_not_finite_writes_nothing(choice: str):
     """As of a gradient whose norm is NaN or infinite: the device decides it, nothing waits."""
-    params = weights(torch.bfloat16)
+    params = weights(torch.bfloat16)[1:3]  # one with 8-bit moments, one with float32 ones
     optimizer = AdamW8bit(params, seed=7, counts_lost_updates=True)
     assert optimizer.counts is not None
     with dispatch.use(choice):
@@ -85,7 +84,8 @@ def test_a_scale_that_is_not_finite_writes_nothing(choice: str, scale: float):
         before = [tensor.clone() for tensor in (*everything(optimizer), optimizer.counts)]
         for param in params:
             param.grad = torch.full_like(param, torch.nan)
-        optimizer.step(grad_scale=torch.tensor(scale))
+        for scale in ("nan", "inf", "-inf"):
+            optimizer.step(grad_scale=torch.tensor(float(scale)))
     after = (*everything(optimizer), optimizer.counts)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert optimizer.counts[0] > 0

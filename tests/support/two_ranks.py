@@ -9,10 +9,12 @@ from typing import Any
 
 import tiny_runs
 import torch
-from tiny_policies import TEXTS, TinyNetwork, images_of, policy_of
+from engine_cases import Large
+from tiny_policies import TEXTS, TinyNetwork, engine_of, images_of, policy_of
 
 from rlcm_fast import parallel
 from rlcm_fast.config import parse_config
+from rlcm_fast.engine.processes import init_processes
 from rlcm_fast.rewards import GroupReward
 from rlcm_fast.rewards.diversity import Diversity
 from rlcm_fast.stages.evaluation import Evaluator, HeldOut
@@ -43,6 +45,46 @@ def run_evaluation(num_images: int, folder: Path) -> int:
     torch.distributed.init_process_group("gloo")
     (folder / f"{parallel.rank()}.json").write_text(json.dumps(evaluate_groups(num_images)))
     torch.distributed.destroy_process_group()
+    return 0
+
+
+def update_with_a_fault(engines: Mapping[str, Mapping[str, Any]], folder: Path) -> int:
+    """Makes an update with a NaN on rank 1 alone, then one without; writes what this rank has after each."""
+    init_processes()
+    for name, settings in engines.items():
+        is_fp32 = settings.get("dtype", "fp32") == "fp32"
+        engine = engine_of(Large().to(torch.float32 if is_fp32 else torch.bfloat16), 2, **settings)
+        num_micro_batches = 1 if settings.get("in_backward") else 2
+        engine.begin_update(num_micro_batches)
+        x = torch.randn(4, 48, generator=torch.Generator().manual_seed(parallel.rank()))
+        seen: dict[str, Any] = {"start": engine.full_weights(), "finite": []}
+        for update in ("bad", "good"):
+            for rows in x.chunk(num_micro_batches):
+                loss = (engine(rows if is_fp32 else rows.bfloat16()).float() - 1).square().mean()
+                if update == "bad" and parallel.rank() == 1:
+                    loss = loss + torch.tensor(torch.nan)
+                engine.backward(loss)
+                norm = engine.step()
+            seen |= {update: engine.full_weights(), f"{update} norm": norm}
+            seen["finite"].append(engine.weights_are_finite())
+        torch.save(seen, folder / f"{name}_{parallel.rank()}.pt")
+    return 0
+
+
+def add_up(folder: Path) -> int:
+    """Adds up 256 equal micro-batches at every stage, and writes the gradient by stage."""
+    init_processes()
+    gradients = {}
+    for stage in (1, 2, 3):
+        network = torch.nn.Linear(64, 64, bias=False)
+        torch.nn.init.zeros_(network.weight)
+        engine = engine_of(network.bfloat16(), 256, stage, "bf16", lr=1e4, eps=1e4)
+        x = (torch.rand(64, 64, generator=torch.Generator().manual_seed(parallel.rank())) + 0.5).bfloat16()
+        for _ in range(256):
+            engine.backward((engine(x).float() * torch.eye(64)).sum() / 256)
+            engine.step()
+        gradients[stage] = -engine.full_weights()["weight"]
+    torch.save({"gradients": gradients, "x": x.float()}, folder / f"{parallel.rank()}.pt")
     return 0
 
 
