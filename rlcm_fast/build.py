@@ -136,7 +136,7 @@ def _build(config: Config, device: torch.device, folder: RunFolder) -> Parts:
     evaluation = build_evaluation(run, tasks, images, engine)
     # With torch.compile, another batch size would be another graph.
     num_checked = 1 if config.engine.compile == "off" else config.rollout.micro_batch_size
-    check_weights = WeightCheck(images, evaluation.grid.prompts[:1] * num_checked, config.evaluation.seed)
+    check_weights = WeightCheck(images, engine, evaluation.grid.prompts[:1] * num_checked, config.evaluation.seed)
     algorithm = build_algorithm(config.algorithm, config.update)
     real_images = RealImages(config.pretraining, images, config.seed) if config.pretraining.weight > 0 else None
     return Parts(

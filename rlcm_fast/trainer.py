@@ -116,6 +116,8 @@ class Trainer:
         """Scores held-out images and draws the grid, if they are due."""
         is_scored = self.due(self.config.evaluation.every, iteration)
         is_drawn = self.due(self.config.tracking.grid_every, iteration)
+        if is_scored or is_drawn:
+            self.progress.check_weights(iteration)
         return self.evaluation(iteration, self.tracker, is_scored, is_drawn)
 
     def finish(self) -> None:

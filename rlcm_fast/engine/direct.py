@@ -81,7 +81,7 @@ class DirectEngine(Engine):
 
         # Or add up the gradients of many micro-batches here, not by autograd.
         self._seed = seed
-        self._sums: dict[Tensor, Tensor] = {}  # of the present update
+        self._sums: dict[nn.Parameter, Tensor] = {}  # of the present update
         self._indices = {parameter: index for index, parameter in enumerate(self._parameters())}
         if plan.num_micro_batches > _MOST_TO_NEAREST:
             for parameter in self._parameters():
@@ -126,7 +126,7 @@ class DirectEngine(Engine):
         self._square_norm = torch.zeros_like(norm)
         return norm.item()
 
-    def _add_gradient(self, parameter: Tensor) -> None:
+    def _add_gradient(self, parameter: nn.Parameter) -> None:
         """Takes the gradient of a micro-batch away from autograd and adds it to the sum, if the update has many."""
         gradient = parameter.grad
         if gradient is None or self._num_micro_batches <= _MOST_TO_NEAREST:

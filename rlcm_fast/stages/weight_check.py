@@ -8,9 +8,11 @@ update, and NaN from 1e3 on; 0.01 raised it to 3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rlcm_fast import parallel
+from rlcm_fast.engine.averaging import AveragingEngine
 from rlcm_fast.faults import Diverged
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.trajectory import Prompt
@@ -21,14 +23,14 @@ MAX_GROWTH = 20.0
 class WeightCheck:
     """Draws with the trained weights, always from the same noise, on every process: ZeRO-3 needs all of them."""
 
-    def __init__(self, images: TextToImage, prompts: Sequence[Prompt], seed: int) -> None:
+    def __init__(self, images: TextToImage, engine: AveragingEngine, prompts: Sequence[Prompt], seed: int) -> None:
         """Notes what the start model draws; build this before a checkpoint is loaded."""
-        self._images, self._prompts, self._seed = images, prompts, seed
+        self._images, self._engine, self._prompts, self._seed = images, engine, prompts, seed
         self._start_rms = self._rms()
 
     def __call__(self, iteration: int) -> None:
         """Raises Diverged on every rank if the weights after `iteration` iterations draw no images."""
-        rms = self._rms()
+        rms = self._rms() if self._engine.weights_are_finite() else math.nan
         if not parallel.any_rank(not rms <= MAX_GROWTH * self._start_rms):  # not: NaN compares as False
             return
         error = Diverged(
