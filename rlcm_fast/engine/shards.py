@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from rlcm_fast import parallel
 from rlcm_fast.engine.tensor_files import read_tensors, sync_folder, write_json, write_tensors
 
 FOLDER = "engine"
+_SUFFIX = re.compile(r"_\d{5}_of_\d{5}$")
 BY_ELEMENT = {"exp_avg", "exp_avg_sq"}  # states that can be cut where their weight is cut
 
 
@@ -90,7 +92,7 @@ def write_shard(folder: Path, shard: Shard) -> None:
     groups = [{"step": group.step, "states": list(group.states)} for group in shard.groups]
 
     # Write the files, those with names last.
-    (folder / FOLDER).mkdir(exist_ok=True)
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)  # a shared file system may show the folder late
     write_tensors(_file(folder, "weights"), weights)
     write_tensors(_file(folder, "states"), states)
     counters = dict(shard.counters)
@@ -100,9 +102,8 @@ def write_shard(folder: Path, shard: Shard) -> None:
 
 def is_of_this_process(file: Path) -> bool:
     """Tells whether this process wrote a file of the checkpoint; files that are no shards are the main process's."""
-    if "_of_" not in file.stem:
-        return parallel.is_main()
-    return file.stem.endswith(_suffix())
+    shard = _SUFFIX.search(file.stem)
+    return shard[0] == _suffix() if shard else parallel.is_main()
 
 
 class Saved:
@@ -162,8 +163,10 @@ class Saved:
 
 
 def read_shards(folder: Path) -> Saved:
-    """Maps the shards of all processes that wrote a checkpoint."""
+    """Maps the shards of all processes that wrote a checkpoint; raises ValueError if one is missing."""
     files = sorted((folder / FOLDER).glob("shard_*_of_*.json"))
+    if not files or len(files) != int(files[0].stem[-5:]):
+        raise ValueError(f"resume={folder} lacks shards: {FOLDER}/ has {len(files)} of them; give another checkpoint")
     return Saved([_read_shard(file) for file in files])
 
 

@@ -134,6 +134,14 @@ def test_a_weight_of_which_a_shard_is_missing_is_refused():
         Saved([Shard([part], {})])
 
 
+def test_a_checkpoint_of_which_a_shard_is_missing_is_refused(tmp_path: Path):
+    build(0).save(tmp_path)
+    for file in (tmp_path / "engine").iterdir():
+        file.rename(file.with_name(file.name.replace("_of_00001", "_of_00002")))
+    with pytest.raises(ValueError, match="lacks shards: engine/ has 1 of them; give another checkpoint"):
+        build(0).load(tmp_path)
+
+
 class Made(TorchDispatchMode):
     """Notes (dtype, elements) of every tensor that torch makes in new memory."""
 

@@ -127,6 +127,17 @@ def test_a_changed_state_is_found_and_a_new_key_in_it_is_none(folders: tuple[Pat
     assert first_difference(old, new) == f"{CHECKPOINT}/state.json: {place} was [0.5, 0.25], now (missing)"
 
 
+def test_shards_are_compared_if_both_runs_have_them(folders: tuple[Path, Path]):
+    """Before them there were pickles, which are not compared."""
+    old, new = folders
+    shards = [folder / CHECKPOINT / "engine" / "weights_00000_of_00001.safetensors" for folder in (new, old)]
+    for shard, value in zip(shards, (1.0, 2.0)):
+        assert first_difference(old, new) == ""
+        shard.parent.mkdir()
+        save_file({"a": torch.full((1,), value)}, shard)
+    assert "weights_00000_of_00001.safetensors: a differs in 1 of 1 numbers" in first_difference(old, new)
+
+
 def test_another_picture_is_found(folders: tuple[Path, Path]):
     old, new = folders
     (new / "grids" / "000000.png").write_bytes(b"another")
