@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlcm_fast.faults import Diverged, Fault
+
 T = TypeVar("T")
 
 
@@ -79,6 +81,25 @@ def any_rank(flag: bool) -> bool:
 def leave() -> None:
     """Goes on without the other processes, which are lost or wait in vain: from here on this is rank 0 of 1."""
     dist.destroy_process_group()
+
+
+def raise_together(fault: Fault | None) -> None:
+    """Raises the first rank's fault on every rank, at one place, so that all can save together; every rank must call.
+
+    A Diverged comes first, because then no rank may save. With several processes the message names the rank. The class
+    of the fault must take its message alone.
+    """
+    # Find the ranks that have a fault.
+    mine = [] if fault is None else [(type(fault), str(fault), rank())]
+    found = all_gather_list(mine)
+    if not found:
+        return
+
+    # Raise the worst of them; the rank that has it keeps the cause and the traceback.
+    kind, message, where = min(found, key=lambda entry: not issubclass(entry[0], Diverged))
+    raised = kind(f"{message} (rank {where})") if world_size() > 1 or fault is None else fault
+    raised.is_on_all_processes = True
+    raise raised from (fault if raised is not fault else fault.__cause__)
 
 
 def lost_process(error: BaseException) -> str | None:

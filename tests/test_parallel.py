@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlcm_fast import parallel
+from rlcm_fast.faults import Diverged, Fault
 
 
 def draw(seed: int, *place: int) -> torch.Tensor:
@@ -75,3 +76,31 @@ def test_a_lost_process_is_known_by_what_the_libraries_say():
     assert parallel.lost_process(RuntimeError(said)) == "Connection closed by peer"
     assert parallel.lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert parallel.lost_process(OSError("Broken pipe")) is None, "of a file, say"
+
+
+@pytest.mark.parametrize(
+    ("faults", "expected", "message"),
+    [
+        ([None, Fault("a reward failed")], Fault, r"^a reward failed \(rank 1\)$"),
+        ([Fault("first"), Fault("second")], Fault, r"^first \(rank 0\)$"),
+        ([Fault("first"), Diverged("worst")], Diverged, r"^worst \(rank 1\)$"),
+    ],
+)
+def test_every_rank_raises_the_same_fault_at_one_place(
+    faults: list[Fault | None], expected: type[Fault], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    sent = [(type(fault), str(fault), number) for number, fault in enumerate(faults) if fault]
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "all_gather_list", lambda mine: sent)
+    for number, fault in enumerate(faults):
+        monkeypatch.setattr(parallel, "rank", lambda number=number: number)
+        with pytest.raises(expected, match=message) as raised:
+            parallel.raise_together(fault)
+        assert type(raised.value) is expected and raised.value.is_on_all_processes
+        assert raised.value.__cause__ is fault
+
+
+def test_one_process_raises_its_own_fault_and_none_is_no_fault():
+    parallel.raise_together(None)
+    with pytest.raises(Fault, match="^gone$"):
+        parallel.raise_together(Fault("gone"))
