@@ -5,6 +5,7 @@ This is a thin layer over torch.distributed. It also works in a single process w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeVar
@@ -100,6 +101,21 @@ def raise_together(fault: Fault | None) -> None:
     raised = kind(f"{message} (rank {where})") if world_size() > 1 or fault is None else fault
     raised.is_on_all_processes = True
     raise raised from (fault if raised is not fault else fault.__cause__)
+
+
+def together(work: Callable[[], T]) -> T:
+    """Returns what `work` returns on this rank; a Fault of any rank ends it on all, once all are through with it.
+
+    Every rank must call this, and no rank may wait for another after its fault.
+    """
+    returned: list[T] = []
+    fault = None
+    try:
+        returned.append(work())
+    except Fault as error:
+        fault = error
+    raise_together(fault)
+    return returned[0]
 
 
 def lost_process(error: BaseException) -> str | None:

@@ -12,15 +12,28 @@ advantages      each task standardises its rewards with its own statistics
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from rlcm_fast.algorithms import Advantages, TaskAdvantages, build_advantages
-from rlcm_fast.config import RewardConfig
+from rlcm_fast.config import RewardConfig, RolloutConfig
 from rlcm_fast.config.resolved import ResolvedRun, Task
 from rlcm_fast.prompts import Sampler, Share, build_sampler
-from rlcm_fast.rewards import GroupReward, Reward, Rewards, RewardService, SetReward, grouped, make_reward
+from rlcm_fast.rewards import (
+    Call,
+    DecodedImages,
+    GroupReward,
+    Reward,
+    Rewards,
+    RewardService,
+    SetReward,
+    Skipping,
+    Workers,
+    grouped,
+    make_reward,
+)
 from rlcm_fast.trajectory import Prompt
 
 _SEED_STEP = 1_000_003  # between the seeds of tasks, so that tasks with the same source draw different prompts
@@ -40,7 +53,8 @@ class Tasks:
         for task in run.tasks:
             _check_credits(task, self.trained[task.name], run.sizes.num_processes)
         self.watched = _shared(config.evaluation.rewards, built, "evaluation.rewards")
-        self.rewards = TaskRewards(self.trained, config.rollout.reward_workers, self._name_of)
+        self.skipping = {task.name: self._skipping(task.rewards, run) for task in run.tasks}
+        self.rewards = TaskRewards(self.trained, config.rollout, self._name_of, self.skipping)
         self._samplers = {
             task.name: self._sampler(task, config.seed + number * _SEED_STEP, rank, run.sizes.num_processes)
             for number, task in enumerate(run.tasks)
@@ -84,6 +98,9 @@ class Tasks:
                 sampler.load_state_dict(state["prompts"][name])
         self.advantages.load_state_dict(state["advantages"])
 
+    def _skipping(self, rewards: Sequence[RewardConfig], run: ResolvedRun) -> Skipping:
+        return Skipping(skipped_names(rewards), run.config.rollout.max_skipped, self.num_samples)
+
     def _sampler(self, task: Task, seed: int, rank: int, world_size: int) -> Sampler:
         num_prompts = round(task.num_prompts) // world_size
         label = task.name if self.are_several else ""
@@ -92,6 +109,11 @@ class Tasks:
 
     def _name_of(self, prompt: Prompt) -> str:
         return prompt.task if self.are_several else "default"  # a .jsonl file may label its prompts
+
+
+def skipped_names(rewards: Sequence[RewardConfig]) -> frozenset[str]:
+    """Returns the names of the rewards that may fail for single images."""
+    return frozenset(reward.name for reward in rewards if reward.on_failure == "skip")
 
 
 def _shared(
@@ -130,31 +152,53 @@ class TaskRewards:
     def __init__(
         self,
         trained: Mapping[str, Mapping[str, tuple[Reward, float]]],
-        num_workers: int,
+        config: RolloutConfig,
         name_of: Callable[[Prompt], str],
+        skipping: Mapping[str, Skipping] | None = None,
     ) -> None:
-        """trained: the rewards of each task and their weights, by name."""
-        self._services: dict[str, RewardService] = {}
-        service: RewardService | None = None
-        for task, rewards in trained.items():  # on the same threads, because tasks may share a reward
-            self._services[task] = service = RewardService(rewards, num_workers, beside=service)
+        """trained: the rewards of each task and their weights, by name; skipping: which of them may fail, by task."""
+        self._workers = Workers(config.reward_workers, config.reward_timeout)
+        self._decoded = DecodedImages(self._workers, config.decoded_batches)
+        self.skipping = dict(skipping or {})
+        self._services = {  # on the same threads, because tasks may share a reward
+            task: RewardService(rewards, self._workers, self.skipping.get(task)) for task, rewards in trained.items()
+        }
         self._name_of = name_of
         self._waiting: dict[str, None] = {}
+        self._blocked_seconds = 0.0
+
+    @property
+    def may_skip(self) -> bool:
+        """Tells whether any reward may fail for single images."""
+        return any(skipping.names for skipping in self.skipping.values())
+
+    def wait_for_room(self, may_stop: Callable[[], None] = lambda: None) -> None:
+        """Waits until one more micro-batch may be decoded; counts as waiting for rewards."""
+        self._blocked_seconds += self._decoded.wait_for_room(may_stop)
 
     def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
         """Starts to score images (B, 3, H, W); images of one task must lie side by side."""
         names = [self._name_of(prompt) for prompt in prompts]
+        calls: list[Call] = []
         for name in dict.fromkeys(names):
             first, count = names.index(name), names.count(name)
             assert names[first : first + count] == [name] * count, "a task's images are not side by side"
-            self._services[name].submit(images[first : first + count], prompts[first : first + count])
+            calls += self._services[name].submit(images[first : first + count], prompts[first : first + count])
             self._waiting[name] = None
+        self._decoded.add(calls)
 
-    def gather(self, iteration: int) -> dict[str, Rewards]:
-        """Waits for the scores and returns them by task, in the order of submission."""
+    def gather(self, iteration: int, may_stop: Callable[[], None] = lambda: None) -> dict[str, Rewards]:
+        """Waits for the scores and returns them by task, in the order of submission.
+
+        may_stop: is called now and then during the wait, and may raise.
+        """
         waiting, self._waiting = self._waiting, {}
-        return {name: self._services[name].gather(iteration) for name in waiting}
+        blocked, self._blocked_seconds = self._blocked_seconds, 0.0
+        found = {name: self._services[name].gather(iteration, may_stop) for name in waiting}
+        first = next(iter(found))
+        found[first] = replace(found[first], wait_seconds=found[first].wait_seconds + blocked)
+        return found
 
     def shutdown(self) -> None:
-        for service in self._services.values():
-            service.shutdown()
+        """Ends the threads; waits a second at most for what is running."""
+        self._workers.shutdown()

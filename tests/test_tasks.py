@@ -14,7 +14,7 @@ import pytest
 import tiny_runs
 import torch
 
-from rlcm_fast.config import Config, parse_config
+from rlcm_fast.config import Config, RolloutConfig, parse_config
 from rlcm_fast.config.checks import validate
 from rlcm_fast.config.resolved import resolve
 from rlcm_fast.rewards import GroupReward
@@ -281,7 +281,7 @@ def test_tasks_that_share_a_reward_call_it_from_the_same_workers(num_workers: in
         return images.mean(dim=(1, 2, 3))
 
     trained = {task: {"mean": (reward, 1.0)} for task in ("a", "b", "c")}
-    rewards = TaskRewards(trained, num_workers, lambda prompt: prompt.task)
+    rewards = TaskRewards(trained, RolloutConfig(reward_workers=num_workers), lambda prompt: prompt.task)
     rewards.submit(torch.ones(3, 3, 2, 2), [Prompt("x", task) for task in trained])
     scores = rewards.gather(0)
     rewards.shutdown()

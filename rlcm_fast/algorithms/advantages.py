@@ -15,6 +15,9 @@
 A group whose images all score the same carries no signal: A = 0. The metric `zero_variance_groups` is the share of such
 groups, and the update does not run the network on transitions with A = 0.
 
+An image without a score (NaN: its reward failed, on_failure: skip) has no advantage (NaN), and nothing else notices it:
+the advantages of the others, and the buffers, are those of a batch that never had it.
+
 Variances divide by n, not by n - 1; all statistics are computed in float64. Call an object of this module with the
 rewards and prompts of ALL ranks, gathered in rank order, and slice the result: then every rank holds the same
 statistics. They depend on the calls so far and on nothing random, and state_dict is JSON.
@@ -49,7 +52,7 @@ class Advantages(Protocol):
     """Turns the rewards and prompts of all ranks into advantages."""
 
     def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Returns (B,) float32 on the rewards' device, for finite rewards (B,) float32 with a prompt each."""
+        """Returns (B,) float32 on the rewards' device, for rewards (B,) float32 with a prompt each; NaN stays NaN."""
         ...
 
     def metrics(self) -> Mapping[str, Any]:
@@ -61,7 +64,34 @@ class Advantages(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-class PromptAdvantages:
+class _OfScoredImages:
+    """Leaves out the images without a score; subclasses compare the others in `_compare`."""
+
+    def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        if tuple(rewards.shape) != (len(prompts),) or not prompts:
+            raise ValueError(
+                f"rewards of shape {tuple(rewards.shape)} for {len(prompts)} prompts; give one reward per prompt, of "
+                "all ranks, at least one"
+            )
+        self._check(prompts)
+        values: list[float] = rewards.tolist()  # a Python float holds a float32 exactly
+        scored = [place for place, value in enumerate(values) if not math.isnan(value)]
+        advantages = [math.nan] * len(values)
+        if scored:
+            found = self._compare([values[place] for place in scored], [prompts[place] for place in scored])
+            for place, advantage in zip(scored, found, strict=True):
+                advantages[place] = advantage
+        return torch.tensor(advantages, dtype=torch.float32, device=rewards.device)
+
+    def _check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuses a batch that cannot be compared, with or without scores."""
+
+    def _compare(self, values: list[float], prompts: Sequence[Prompt]) -> list[float]:
+        """Returns an advantage for each of `values`, the rewards of the images that have one."""
+        raise NotImplementedError
+
+
+class PromptAdvantages(_OfScoredImages):
     """Standardises by the last rewards of the same prompt; by the batch until a prompt has `min_count` rewards.
 
     It keeps at most MAX_PROMPTS prompts and forgets those that it saw longest ago; each takes 1 kB on every process.
@@ -79,8 +109,7 @@ class PromptAdvantages:
         self._epsilon = epsilon
         self._buffers: dict[Prompt, deque[float]] = {}
 
-    def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        values = _values(rewards, prompts)
+    def _compare(self, values: list[float], prompts: Sequence[Prompt]) -> list[float]:
         for value, prompt in zip(values, prompts, strict=True):
             buffer = self._buffers.pop(prompt, deque(maxlen=self._buffer_size))
             buffer.append(value)
@@ -93,7 +122,7 @@ class PromptAdvantages:
         ]
         for prompt in list(islice(self._buffers, max(0, len(self._buffers) - MAX_PROMPTS))):
             del self._buffers[prompt]
-        return torch.tensor(advantages, dtype=torch.float32, device=rewards.device)
+        return advantages
 
     def _statistics(self, prompt: Prompt) -> tuple[float, float] | None:
         """Returns mean and standard deviation of the prompt's buffer; None below min_count rewards."""
@@ -123,15 +152,15 @@ class PromptAdvantages:
         }
 
 
-class BatchAdvantages:
+class BatchAdvantages(_OfScoredImages):
     """Standardises over the batch, whatever the prompts; use it for millions of prompts."""
 
     def __init__(self, epsilon: float = 1e-6) -> None:
         self._epsilon = epsilon
 
-    def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        mean, std = _mean_and_std(_values(rewards, prompts))
-        return ((rewards.double() - mean) / math.sqrt(std**2 + self._epsilon)).float()
+    def _compare(self, values: list[float], prompts: Sequence[Prompt]) -> list[float]:
+        mean, std = _mean_and_std(values)
+        return [(value - mean) / math.sqrt(std**2 + self._epsilon) for value in values]
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -143,7 +172,7 @@ class BatchAdvantages:
         pass
 
 
-class GroupAdvantages:
+class GroupAdvantages(_OfScoredImages):
     """Compares images of the same prompt in this batch; a group of equal rewards gets 0."""
 
     def __init__(self, scale: str = "batch", leaves_one_out: bool = False, epsilon: float = 1e-6) -> None:
@@ -153,17 +182,18 @@ class GroupAdvantages:
         self._epsilon = epsilon
         self._zero_variance = 0.0
 
-    def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        # Group the images by prompt.
-        values = _values(rewards, prompts)
-        groups: dict[Prompt, list[int]] = {}
-        for place, prompt in enumerate(prompts):
-            groups.setdefault(prompt, []).append(place)
-        if len(groups) == len(values):
+    def _check(self, prompts: Sequence[Prompt]) -> None:
+        if len(set(prompts)) == len(prompts):
             raise ValueError(
                 "prompts.images_per_prompt=1 gives advantages.kind=group nothing to compare an image with; use at least"
                 " 2 images a prompt, or advantages.kind=prompt"
             )
+
+    def _compare(self, values: list[float], prompts: Sequence[Prompt]) -> list[float]:
+        # Group the images by prompt.
+        groups: dict[Prompt, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            groups.setdefault(prompt, []).append(place)
 
         # Centre each group and divide by the chosen standard deviation.
         spread = {prompt: _mean_and_std(values[i] for i in places) for prompt, places in groups.items()}
@@ -178,8 +208,7 @@ class GroupAdvantages:
             "group": [spread[prompt][1] + self._epsilon for prompt in prompts],
             "none": [1.0] * len(values),
         }[self._scale]
-        advantages = [value / divisor for value, divisor in zip(centred, divisors, strict=True)]
-        return torch.tensor(advantages, dtype=torch.float32, device=rewards.device)
+        return [value / divisor for value, divisor in zip(centred, divisors, strict=True)]
 
     def _factor(self, size: int) -> float:
         """Returns size / (size - 1) for leave_one_out: r - mean of the others is so many times r - mean of all."""
@@ -230,16 +259,6 @@ def build_advantages(kind: str, config: AdvantagesConfig) -> Advantages:
     if kind in ("group", "leave_one_out"):
         return GroupAdvantages(config.scale, kind == "leave_one_out")
     raise ValueError(f"advantages.kind={kind} is unknown; use prompt, batch, group or leave_one_out")
-
-
-def _values(rewards: Tensor, prompts: Sequence[Prompt]) -> list[float]:
-    """Returns the rewards as Python floats, which hold a float32 exactly."""
-    if tuple(rewards.shape) != (len(prompts),) or not prompts:
-        raise ValueError(
-            f"rewards of shape {tuple(rewards.shape)} for {len(prompts)} prompts; give one reward per prompt, of all"
-            " ranks, at least one"
-        )
-    return rewards.tolist()
 
 
 def _mean_and_std(values: Iterable[float]) -> tuple[float, float]:

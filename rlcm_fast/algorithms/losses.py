@@ -14,6 +14,9 @@
 rho = exp(log_prob - log_prob_old). Log-probs are means over C, H, W, so a clip range of 1e-4 is 1e-4 C H W on the true
 log-ratio. There is no value network and no entropy bonus. Whatever the algorithm, the update adds the KL divergence to
 the start model (update.kl_weight).
+
+An image without an advantage (NaN: its reward failed, on_failure: skip) has no signal, and means are over the images
+that have one. Rebel leaves out the pair of such an image. The KL divergence, which needs no reward, counts every image.
 """
 
 # A samples of all processes, P pairs of them, N transitions of an update or of a micro-batch, K actions, C H W latent
@@ -55,7 +58,17 @@ class Algorithm:
             raise ValueError(f"update.advantage_clip={self.advantage_clip} must be above 0")
 
     def sample_weights(self, advantages: Tensor) -> Tensor:
-        """Returns the weight of each sample's actions (A,) for advantages (A,) float32 of all processes."""
+        """Returns the weight of each sample's actions (A,) for advantages (A,) float32 of all processes, NaN if none.
+
+        If some samples have no advantage, the others weigh so much more that a mean over all is a mean over these.
+        """
+        clamped = self._clamped(advantages)
+        has_one = ~clamped.isnan()
+        if has_one.all():
+            return clamped
+        return clamped.nan_to_num(nan=0.0) * (len(clamped) / has_one.sum().clamp(min=1))
+
+    def _clamped(self, advantages: Tensor) -> Tensor:
         return advantages.clamp(-self.advantage_clip, self.advantage_clip)
 
     def signals(self, weights: Tensor, change: Callable[[], Tensor], num_actions: int) -> Tensor:
@@ -162,7 +175,11 @@ class RewardWeightedRegression(Algorithm):
     temperature: float = 1.0
 
     def sample_weights(self, advantages: Tensor) -> Tensor:
-        return len(advantages) * (super().sample_weights(advantages) / self.temperature).softmax(dim=0)
+        clamped = self._clamped(advantages)
+        if clamped.isnan().all():
+            return torch.zeros_like(clamped)
+        scaled = (clamped / self.temperature).masked_fill(clamped.isnan(), -math.inf)  # their weights are 0
+        return len(advantages) * scaled.softmax(dim=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,10 +205,20 @@ class Rebel(Algorithm):
     eta: float = 1.0
     samples_together: ClassVar[int] = 2
 
+    def sample_weights(self, advantages: Tensor) -> Tensor:
+        """Returns the clamped advantages (A,); NaN for both images of a pair of which one has none."""
+        pairs = self._clamped(advantages).reshape(-1, 2)
+        return pairs.masked_fill(pairs.isnan().any(dim=1, keepdim=True), math.nan).flatten()
+
     def signals(self, weights: Tensor, change: Callable[[], Tensor], num_actions: int) -> Tensor:
         of_samples = change().reshape(-1, num_actions)  # (2 P, K)
         rewards = weights.reshape(-1, num_actions)[:, 0]  # (2 P,)
-        _, gradient = functional.rebel_residual(of_samples, torch.zeros_like(of_samples), rewards, self.eta)
+        is_there = ~rewards.isnan()  # the same for both images of a pair
+        gradient = torch.zeros_like(rewards)
+        if is_there.any():
+            changes = of_samples[is_there]
+            found = functional.rebel_residual(changes, torch.zeros_like(changes), rewards[is_there], self.eta)
+            gradient[is_there] = found[1]
         return -len(weights) * gradient.repeat_interleave(num_actions)
 
 

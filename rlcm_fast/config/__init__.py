@@ -79,7 +79,7 @@ class Config:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     """where prompts come from, and how many an iteration draws"""
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig("jpeg_compressibility")])
-    """The rewards: a YAML list of {name: NAME, weight: 1.0, arguments: {}, group_size: 0, credit: group}."""
+    """The rewards: a YAML list of {name: NAME, weight: 1.0, arguments: {}, group_size: 0, credit: group, ...}."""
     tasks: list[TaskConfig] = field(default_factory=list)
     """Tasks that replace prompts.source and rewards: a list of {name: NAME, source: SOURCE, rewards: [...]}."""
     task_schedule: Literal["mixed", "by_task"] = "mixed"

@@ -87,6 +87,8 @@ class RewardConfig:
     """Neighbouring images that a set reward scores as one group; 0: all images of a task on a process."""
     credit: Literal["group", "leave_one_out"] = "group"
     """What an image gets of its group's value: all of it, or the value minus the value without this image."""
+    on_failure: Literal["stop", "skip"] = "stop"
+    """What an exception of the reward does: stop the run, or leave out the image that it fails for."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,16 @@ class RolloutConfig:
     """Start all images of a prompt in an iteration from the same noise; only the noise of their steps differs."""
     decode_batch_size: NonNegativeInt = 0
     """Images that the VAE decodes at once, in evaluations too; 0 decodes the whole micro-batch."""
+    max_decoded_batches: NonNegativeInt = 0
+    """Decoded micro-batches that may wait for their scores, on each process; 0: two more than reward_workers."""
+    reward_timeout: Annotated[float, at_least(0, "seconds, or 0 to wait for ever")] = 1800.0
+    """Seconds that one call of a reward may take before the run stops; 0 waits for ever."""
+    max_skipped: Annotated[float, within("[0, 1]", "a share in [0, 1], as 0.01")] = 0.01
+    """Share of an iteration's or evaluation's images that on_failure=skip may leave out, but at least one; 0: none."""
+
+    @property
+    def decoded_batches(self) -> int:
+        return self.max_decoded_batches or self.reward_workers + 2
 
 
 @dataclass(frozen=True)
@@ -207,6 +219,8 @@ class PretrainingConfig:
     """Share of captions that become the empty text, which guidance needs."""
     workers: NonNegativeInt = 0
     """Worker processes that decode images ahead, for each process; 0 decodes in the training process."""
+    max_unreadable: Annotated[float, within("[0, 1]", "a share in [0, 1], as 0.01")] = 0.01
+    """Share of the pairs, of 1,000 or more, that may be unreadable and are skipped; 0 stops at the first."""
 
 
 @dataclass(frozen=True)

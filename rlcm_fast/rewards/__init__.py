@@ -10,19 +10,36 @@ from typing import Any, Literal
 
 from rlcm_fast.config import RewardConfig
 from rlcm_fast.plugins import build, load_class
-from rlcm_fast.rewards.base import Reward, RewardError, SetReward, check_scores
+from rlcm_fast.rewards.base import ImagesFailed, Reward, RewardError, SetReward, check_scores
+from rlcm_fast.rewards.failures import Skipping
 from rlcm_fast.rewards.groups import GroupReward
-from rlcm_fast.rewards.service import Rewards, RewardService, check_raw_scores, evaluate, score, scored
+from rlcm_fast.rewards.service import (
+    RawScores,
+    Rewards,
+    RewardService,
+    check_raw_scores,
+    evaluate,
+    joined,
+    score,
+    scored,
+)
+from rlcm_fast.rewards.workers import Call, DecodedImages, Workers
 
 __all__ = [
     "BUILT_IN",
     "NAMED",
+    "Call",
+    "DecodedImages",
     "GroupReward",
+    "ImagesFailed",
+    "RawScores",
     "Reward",
     "RewardError",
     "RewardService",
     "Rewards",
     "SetReward",
+    "Skipping",
+    "Workers",
     "build_reward",
     "build_rewards",
     "check_groups",
@@ -31,6 +48,7 @@ __all__ = [
     "check_scores",
     "evaluate",
     "grouped",
+    "joined",
     "make_reward",
     "score",
     "scored",

@@ -10,14 +10,16 @@ descriptions that a set reward gives of single images into scores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from rlcm_fast.faults import Fault
+from rlcm_fast.faults import Diverged, Fault
 from rlcm_fast.trajectory import Prompt
+
+_LONGEST = 300  # characters of what a reward's exception says
 
 
 @runtime_checkable
@@ -72,11 +74,45 @@ class ScoreError(ValueError):
         self.index = index
 
 
+class ImagesFailed(Exception):
+    """A reward raises this if it scored some images of a micro-batch and failed for others.
+
+    With `on_failure: skip` the run goes on without the images that failed; with `stop` it ends. Without this class a
+    reward can only fail for the whole micro-batch, and it is then called again for each image alone.
+    """
+
+    def __init__(self, scores: Tensor | None, problems: Mapping[int, str]) -> None:
+        """Say what failed.
+
+        scores      what the call would have returned, with any values for the images that failed; None if all failed
+        problems    the problem of each image that failed, by its index in the micro-batch
+        """
+        super().__init__("; ".join(f"image {index}: {problem}" for index, problem in problems.items()))
+        self.scores = scores
+        self.problems = {index: one_line(problem) for index, problem in problems.items()}
+
+
 class RewardError(Fault):
     """A reward failed, or returned something other than scores; the message names reward, prompt and iteration."""
 
-    def __init__(self, reward_name: str, prompt: Prompt, iteration: int, problem: str) -> None:
-        super().__init__(f"reward {reward_name!r}, prompt {prompt.text!r}, iteration {iteration}: {problem}")
+
+def reward_error(reward_name: str, prompt: Prompt, iteration: int, problem: str) -> RewardError:
+    """The error of a reward in one line; `problem` names the way out."""
+    return RewardError(f"reward {reward_name!r}, prompt {prompt.text!r}, iteration {iteration}: {problem}")
+
+
+def diverged(prompt: Prompt, iteration: int, index: int) -> Diverged:
+    """The fault of a model that draws images which are not finite, in one line."""
+    return Diverged(
+        f"prompt {prompt.text!r}, iteration {iteration}: image {index} of its micro-batch is not finite: the model has "
+        "diverged; go back to the last checkpoint with a lower optimizer.lr"
+    )
+
+
+def one_line(problem: object) -> str:
+    """The text of `problem` without line breaks, at most _LONGEST characters."""
+    text = " ".join(str(problem).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def expect(value: object, shape: tuple[int | None, ...], meaning: str) -> Tensor:
@@ -106,7 +142,7 @@ def check_scores(reward_name: str, values: object, prompts: Sequence[Prompt], it
             problem = f"returned {scores[first].item()} for image {first} of its micro-batch; scores must be finite"
             raise ScoreError(problem, first)
     except ScoreError as error:
-        raise RewardError(reward_name, prompts[error.index], iteration, str(error)) from error
+        raise reward_error(reward_name, prompts[error.index], iteration, str(error)) from error
     return scores
 
 
@@ -118,7 +154,7 @@ def check_descriptions(reward_name: str, described: object, prompts: Sequence[Pr
         if first is not None:
             raise ScoreError(f"returned a number that is not finite for image {first} of its micro-batch", first)
     except ScoreError as error:
-        raise RewardError(reward_name, prompts[error.index], iteration, f"describe() {error}") from error
+        raise reward_error(reward_name, prompts[error.index], iteration, f"describe() {error}") from error
     return rows
 
 

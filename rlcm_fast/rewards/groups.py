@@ -23,7 +23,7 @@ set reward balances an image reward of the same scale if its weight is k times a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -53,21 +53,34 @@ class GroupReward:
         return self.values_and_credits(described, self.groups(len(images)))[1]
 
     def values(self, described: Tensor, groups: Tensor) -> Tensor:
-        """The value (G,) float32 of each of `groups` (G, k) of rows of described (N, F).
+        """The value (G,) float32 of each of `groups` (G, k) of rows of described (N, F); NaN if no member is described.
 
-        Raises ScoreError if a value is not a finite number.
+        A row of NaN is an image without a description; its group goes on without it. Raises ScoreError if a value is
+        not a finite number.
         """
-        return self._value(described, groups, groups[:, 0])
+        values = torch.full((len(groups),), torch.nan)
+        for numbers, members in _described(described, groups):
+            values[numbers] = self._value(described, members, members[:, 0])
+        return values
 
     def values_and_credits(self, described: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """The value of each image's group and the credit of each image, both (N,) float32; described is (N, F)."""
-        values = self.values(described, groups).repeat_interleave(groups.shape[1])
+        """The value of each image's group and the credit of each image, both (N,) float32; described is (N, F).
+
+        Both are NaN for an image without a description, and the credit of an image whose group has nobody left to
+        leave one out of.
+        """
+        values = torch.full((len(described),), torch.nan)
         credits = values.clone()
-        if self.credit == "leave_one_out":
-            # One image at a time: all at once would need k times the memory of the descriptions.
-            for i in range(groups.shape[1]):
-                others = torch.cat([groups[:, :i], groups[:, i + 1 :]], dim=1)
-                credits[groups[:, i]] -= self._value(described, others, groups[:, i])
+        for _, members in _described(described, groups):
+            of_groups = self._value(described, members, members[:, 0])
+            values[members] = of_groups[:, None].expand_as(members)
+            if self.credit == "group":
+                credits[members] = values[members]
+            elif members.shape[1] > 1:
+                # One image at a time: all at once would need k times the memory of the descriptions.
+                for i in range(members.shape[1]):
+                    others = torch.cat([members[:, :i], members[:, i + 1 :]], dim=1)
+                    credits[members[:, i]] = of_groups - self._value(described, others, members[:, i])
         return values, credits
 
     def groups(self, num_images: int) -> Tensor:
@@ -98,6 +111,20 @@ class GroupReward:
             problem = f"value() returned {values[first].item()} for group {first} of {rows.shape[1]} images"
             raise ScoreError(f"{problem}; values must be finite", int(blamed[first]))
         return values
+
+
+def _described(described: Tensor, groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The members of `groups` (G, k) that have a description, in parts of groups with equally many.
+
+    Yields the numbers (P,) of the groups of a part and their members (P, s); s is k if no row of described (N, F) is
+    missing.
+    """
+    is_there = ~described.isnan().any(dim=1)[groups]  # (G, k)
+    sizes = is_there.sum(dim=1)
+    for size in sizes.unique().tolist():
+        if size > 0:
+            numbers = (sizes == size).nonzero()[:, 0]
+            yield numbers, groups[numbers][is_there[numbers]].reshape(-1, size)
 
 
 def side_by_side(prompts: Sequence[Prompt]) -> list[int]:

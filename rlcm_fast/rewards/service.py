@@ -5,7 +5,8 @@
 The scores come back in the order of submission, whatever order the work finishes in, so a run does not depend on the
 number of workers. `Rewards.wait_seconds` reports the seconds that the rollout still had to wait without any overlap.
 Workers describe the images of a set reward; gather groups the descriptions and values the groups. So the border of a
-micro-batch may lie inside a group.
+micro-batch may lie inside a group. A score that is missing, because its reward failed and may be skipped (failures.py),
+is NaN.
 
 On a GPU, the workers' copies queue behind the sampling kernels that are already launched. The scoring itself then runs
 beside the next micro-batch, and the rollout waits only for the last micro-batch.
@@ -15,128 +16,172 @@ beside the next micro-batch, and the rollout waits only for the last micro-batch
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rlcm_fast.rewards.base import (
+    ImagesFailed,
     Reward,
-    RewardError,
     ScoreError,
     check_descriptions,
     check_scores,
+    diverged,
     first_not_finite,
+    one_line,
+    reward_error,
 )
+from rlcm_fast.rewards.failures import Answer, Skipping, Tally, answer_with_skips
 from rlcm_fast.rewards.groups import GroupReward, side_by_side
+from rlcm_fast.rewards.workers import Call, Workers
 from rlcm_fast.trajectory import Prompt
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """The scores of all images submitted since the last gather, in order, on the CPU."""
+    """The scores of all images submitted since the last gather, in order, on the CPU; NaN where one is missing."""
 
     by_name: dict[str, Tensor]  # each (B,) float32, the score or credit of an image, without the reward's weight
     values: dict[str, Tensor]  # the same, but for a set reward the value of the image's group, whatever its credit
-    total: Tensor  # (B,) float32, the sum of weight * score
-    wait_seconds: float  # how long gather() was blocked
+    total: Tensor  # (B,) float32, the sum of weight * score; missing if one of them is
+    wait_seconds: float  # how long the rollout was blocked
+    problems: tuple[str, ...] = ()  # what failed and was skipped, a line per reward and image
+
+
+@dataclass(frozen=True)
+class RawScores:
+    """What the rewards said of all images submitted since the last gather, in order; NaN where something is missing."""
+
+    by_name: dict[str, Tensor]  # scores (B,) float32; descriptions (B, F) float32 of a set reward
+    wait_seconds: float
+    problems: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Batch:
     prompts: tuple[Prompt, ...]
-    raw_scores: dict[str, Future[object]]  # by reward name, not yet checked
+    calls: dict[str, Call]  # by reward name; the answers are not yet checked
 
 
 class RewardService:
-    """Runs rewards over submitted images in the background; `shutdown` ends its threads."""
+    """Runs rewards over submitted images in the background."""
 
     def __init__(
-        self, rewards: Mapping[str, tuple[Reward, float]], num_workers: int, beside: RewardService | None = None
+        self, rewards: Mapping[str, tuple[Reward, float]], workers: Workers, skipping: Skipping | None = None
     ) -> None:
-        """Start `num_workers` threads, at least 1; `rewards` maps each name to a reward and its weight in the total.
+        """Bind rewards to the threads that run them; several services may share `workers`, whose owner shuts them down.
 
-        If you give another service as `beside`, both share its threads, and `shutdown` of either ends them.
+        rewards     each name's reward and its weight in the total
+        skipping    the rewards that may fail for single images; None: none may
         """
         if not rewards:
             raise ValueError("rewards=[] leaves nothing to learn from; name at least one reward")
-        if num_workers < 1:
-            raise ValueError(f"rollout.reward_workers={num_workers} must be at least 1")
         self._rewards = dict(rewards)
-        self._executor = beside._executor if beside else ThreadPoolExecutor(num_workers, thread_name_prefix="reward")
+        self._workers = workers
+        self._skipping = skipping or Skipping()
+        self._tally = Tally(self._skipping.limit())
         self._batches: list[_Batch] = []
 
-    def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
-        """Start scoring images (B, 3, H, W) float32 in [0, 1], one prompt each; leave them unchanged until gather."""
+    def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Call]:
+        """Start scoring images (B, 3, H, W) float32 in [0, 1], one prompt each; leave them unchanged until gather.
+
+        Returns the calls, which keep the images until they are answered.
+        """
         if len(prompts) != len(images) or not prompts:
             raise ValueError(
                 f"prompts={len(prompts)} for {len(images)} images; give one prompt per image, at least one"
             )
-        prompts = tuple(prompts)
-        raw_scores = {
-            name: self._executor.submit(_score_in_worker, reward, images, prompts)
-            for name, (reward, _) in self._rewards.items()
-        }
-        self._batches.append(_Batch(prompts, raw_scores))
+        calls = {}
+        for name, (reward, _) in self._rewards.items():
+            tally = self._tally if name in self._skipping.names else None
+            calls[name] = Call(name, prompts, partial(_score_in_worker, reward=reward, images=images, tally=tally))
+            self._workers.submit(calls[name])
+        self._batches.append(_Batch(tuple(prompts), calls))
+        return list(calls.values())
 
-    def gather(self, iteration: int) -> Rewards:
+    def gather(self, iteration: int, may_stop: Callable[[], None] = lambda: None) -> Rewards:
         """Wait for the scores of all images submitted since the last call.
 
-        Raises RewardError for the first failure in the order of submission.
+        may_stop: is called now and then during the wait, and may raise. Raises RewardError for the first failure in the
+        order of submission, and Diverged for an image that is not finite.
         """
         # Wait for the workers.
-        start = time.perf_counter()
         prompts = [prompt for batch in self._batches for prompt in batch.prompts]
-        raw_scores = self.raw_scores(iteration)
-        wait_seconds = time.perf_counter() - start
+        raw_scores = self.raw_scores(iteration, may_stop)
 
         # Value the groups of set rewards and sum up all rewards.
         values, by_name = {}, {}
         for name, (reward, _) in self._rewards.items():
-            values[name], by_name[name] = _values_and_credits(name, reward, raw_scores[name], prompts, iteration)
+            of_reward = raw_scores.by_name[name]
+            values[name], by_name[name] = _values_and_credits(name, reward, of_reward, prompts, iteration)
         weighted = [weight * by_name[name] for name, (_, weight) in self._rewards.items()]
-        return Rewards(by_name, values, torch.stack(weighted).sum(dim=0), wait_seconds)
+        total = torch.stack(weighted).sum(dim=0)
+        return Rewards(by_name, values, total, raw_scores.wait_seconds, raw_scores.problems)
 
-    def raw_scores(self, iteration: int) -> dict[str, Tensor]:
-        """Wait as `gather` does, but make no groups.
-
-        Returns, by name, scores (B,) float32, and for a set reward descriptions (B, F) float32.
-        """
+    def raw_scores(self, iteration: int, may_stop: Callable[[], None] = lambda: None) -> RawScores:
+        """Wait as `gather` does, but make no groups."""
         batches, self._batches = self._batches, []
         if not batches:
             raise ValueError("gather() without a submit() before it has nothing to wait for; submit images first")
 
-        # Check the micro-batches in the order of submission; after a failure, nobody needs the rest.
+        # Wait, then check the micro-batches in the order of submission; after a failure, nobody needs the rest.
+        calls = [call for batch in batches for call in batch.calls.values()]
         try:
+            wait_seconds = self._workers.wait(calls, lambda: _is_settled(calls), may_stop)
             checked = [{name: self._result(name, batch, iteration) for name in self._rewards} for batch in batches]
-        except BaseException:
-            for batch in batches:
-                for future in batch.raw_scores.values():
-                    future.cancel()
-            raise
+        finally:
+            self._tally.clear()
+            for call in calls:
+                call.cancel()
 
         # Join them, reward by reward.
-        joined: dict[str, Tensor] = {}
+        by_name: dict[str, Tensor] = {}
         for name in self._rewards:
             parts = [raw_scores[name] for raw_scores in checked]
             _check_widths(name, parts, batches, iteration)
-            joined[name] = torch.cat(parts)
-        return joined
-
-    def shutdown(self) -> None:
-        """Drop the work that has not started, wait for the work that has, and end the threads."""
-        self._batches = []
-        self._executor.shutdown(wait=True, cancel_futures=True)
+            by_name[name] = joined(parts)
+        return RawScores(by_name, wait_seconds, tuple(_problems(calls)))
 
     def _result(self, name: str, batch: _Batch, iteration: int) -> Tensor:
-        """The checked raw scores of one reward on one batch: scores (B,) or descriptions (B, F)."""
+        """The checked raw scores of one reward on one batch, scores (B,) or descriptions (B, F), NaN if missing."""
+        answer = self._answer(name, batch, iteration)
+        reward, num_images = self._rewards[name][0], len(batch.prompts)
+        if not answer.problems:
+            return check_raw_scores(name, reward, answer.raw_scores, batch.prompts, iteration)
+
+        # Check those that are there, and put them into their places.
+        scored = answer.scored(num_images)
+        shape = (0,) if isinstance(reward, GroupReward) else ()
+        rows = torch.empty(0, *shape)
+        if scored:
+            prompts = [batch.prompts[index] for index in scored]
+            rows = check_raw_scores(name, reward, answer.raw_scores, prompts, iteration)
+        placed = torch.full((num_images, *rows.shape[1:]), torch.nan)
+        placed[scored] = rows
+        return placed
+
+    def _answer(self, name: str, batch: _Batch, iteration: int) -> Answer:
+        """What a reward answered; raises a Fault for an exception and for a call that has not come back in time."""
+        call = batch.calls[name]
+        if not call.answer.done() or call.answer.cancelled():
+            assert self._workers.overdue, "the wait ended without an answer"
+            late, prompt = self._workers.overdue
+            timeout = self._workers.timeout
+            raise reward_error(
+                late,
+                prompt,
+                iteration,
+                f"has not answered for rollout.reward_timeout={timeout:g} s; raise it, 0 waits for ever, or make "
+                "rollout.micro_batch_size smaller",
+            )
         with _named(name, batch.prompts, iteration):
-            raw_scores = batch.raw_scores[name].result()
-        return check_raw_scores(name, self._rewards[name][0], raw_scores, batch.prompts, iteration)
+            answer = call.answer.result()
+        assert isinstance(answer, Answer)
+        return answer
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> object:
@@ -162,8 +207,8 @@ def check_raw_scores(
 def evaluate(name: str, reward: Reward, raw_scores: Tensor, prompts: Sequence[Prompt], iteration: int) -> Tensor:
     """The scores (B,) float32 of all images, or for a set reward the values (G,) of its groups, whatever their credit.
 
-    raw_scores come from `RewardService.raw_scores` or `score`, in the order of `prompts`. Equal prompts count as
-    neighbours wherever they lie, so the groups are those of a rollout.
+    raw_scores come from `RewardService.raw_scores` or `score`, in the order of `prompts`; what is missing is NaN. Equal
+    prompts count as neighbours wherever they lie, so the groups are those of a rollout.
     """
     if not isinstance(reward, GroupReward):
         return raw_scores
@@ -186,35 +231,86 @@ def _values_and_credits(
 
 @contextmanager
 def _named(name: str, prompts: Sequence[Prompt], iteration: int) -> Iterator[None]:
-    """Turn every exception of a user's reward into a RewardError."""
+    """Turn every exception of a user's reward into a RewardError, and a broken image into a Diverged."""
+    way_out = "repair the reward, or let it fail for single images with on_failure: skip"
     try:
         yield
+    except _BrokenImage as error:
+        raise diverged(prompts[error.index], iteration, error.index) from error
     except ScoreError as error:
-        raise RewardError(name, prompts[error.index], iteration, str(error)) from error
+        raise reward_error(name, prompts[error.index], iteration, str(error)) from error
+    except ImagesFailed as error:
+        index = next((index for index in error.problems if index in range(len(prompts))), 0)
+        raise reward_error(name, prompts[index], iteration, f"failed for {one_line(error)}; {way_out}") from error
     except Exception as error:
-        raise RewardError(name, prompts[0], iteration, f"raised {type(error).__name__}: {error}") from error
+        problem = f"raised {type(error).__name__}: {one_line(error)}"
+        raise reward_error(name, prompts[0], iteration, f"{problem}; {way_out}") from error
 
 
-def _score_in_worker(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> object:
-    """The raw scores, unchecked; tensors move to the CPU here, so that the caller waits for no copy."""
+class _BrokenImage(Exception):
+    """An image that is not finite, by its index in the micro-batch."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
+
+
+def _score_in_worker(call: Call, reward: Reward, images: Tensor, tally: Tally | None) -> Answer:
+    """The raw scores, unchecked; tensors move to the CPU here, so that the caller waits for no copy.
+
+    tally: counts the failures of a reward that may fail for single images; None: it may not.
+    """
     if images.is_cuda:  # a new thread starts on device 0, even if the rank uses another device
         torch.cuda.set_device(images.device)
     with torch.no_grad():
         # A NaN image has a JPEG size like any other, so a reward would hide it. A sum needs no mask of all pixels.
         broken = first_not_finite(images.flatten(1).sum(dim=1))
         if broken is not None:
-            problem = f"image {broken} of its micro-batch is not finite: the model has diverged; lower optimizer.lr"
-            raise ScoreError(problem, broken)
-        raw_scores = score(reward, images, prompts)
+            raise _BrokenImage(broken)
+        if tally is None:
+            return Answer(_on_cpu(reward, images, call.prompts))
+        return answer_with_skips(call, partial(_on_cpu, reward), images, tally)
+
+
+def _on_cpu(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> object:
+    raw_scores = score(reward, images, prompts)
     return raw_scores.detach().cpu() if isinstance(raw_scores, Tensor) else raw_scores
 
 
+def _is_settled(calls: Sequence[Call]) -> bool:
+    """Tells whether all calls are answered, or one failed and all before it are answered."""
+    for call in calls:
+        if not call.answer.done():
+            return False
+        if call.answer.cancelled() or call.answer.exception() is not None:
+            return True
+    return True
+
+
+def _problems(calls: Sequence[Call]) -> Iterator[str]:
+    """The failures that were skipped, a line for each image and reward."""
+    for call in calls:
+        answer = call.answer.result()
+        assert isinstance(answer, Answer)
+        for index, problem in answer.problems.items():
+            yield f"reward {call.reward_name!r}, prompt {call.prompts[index].text!r}: {problem}"
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Joins scores (B,), or descriptions (B, F) of which a part without any description may have another F."""
+    if parts[0].ndim == 1:
+        return torch.cat(list(parts))
+    width = max(1, max(part.shape[1] for part in parts))
+    same = [part if part.shape[1] == width else torch.full((len(part), width), torch.nan) for part in parts]
+    return torch.cat(same)
+
+
 def _check_widths(name: str, descriptions: Sequence[Tensor], batches: Sequence[_Batch], iteration: int) -> None:
-    """Raise a RewardError unless the descriptions (B, F) of all micro-batches have the same F."""
+    """Raise a RewardError unless the descriptions (B, F) of all micro-batches have the same F, or none."""
+    found = 0
     for rows, batch in zip(descriptions, batches, strict=True):
-        if rows.shape[1:] != descriptions[0].shape[1:]:
-            problem = (
-                f"describe() returned {rows.shape[1]} numbers per image and {descriptions[0].shape[1]} before; return "
-                "the same number always"
-            )
-            raise RewardError(name, batch.prompts[0], iteration, problem)
+        width = rows.shape[1] if rows.ndim == 2 else 0
+        if found and width not in (0, found):
+            problem = f"describe() returned {width} numbers per image and {found} before; return the same number always"
+            raise reward_error(name, batch.prompts[0], iteration, problem)
+        found = found or width

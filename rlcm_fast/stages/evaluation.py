@@ -3,6 +3,9 @@
 Prompts and noise are the same every time, so a difference comes from the policy. Micro-batch i has the noise of
 (seed, i) and goes to rank i mod world size, so the numbers do not depend on how many processes share the work. Set
 rewards make groups of all images together and report the value of each group, whatever its members are credited.
+
+A reward that fails on one process ends the evaluation on all of them, once all have drawn their images. Images that a
+reward may skip and has no score for do not count in its mean.
 """
 
 # B images of this process, N of all, F numbers that describe one
@@ -10,21 +13,24 @@ rewards make groups of all images together and report the value of each group, w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from rlcm_fast import parallel
-from rlcm_fast.config import EvaluationConfig
+from rlcm_fast.config import EvaluationConfig, RolloutConfig
 from rlcm_fast.config.resolved import ResolvedRun
 from rlcm_fast.engine.averaging import AveragingEngine
 from rlcm_fast.prompts import load_prompts, prompts_for_images
-from rlcm_fast.rewards import Reward, RewardService, build_reward, evaluate
+from rlcm_fast.rewards import DecodedImages, Reward, RewardService, Skipping, Workers, build_reward, evaluate, joined
 from rlcm_fast.rewards.diversity import Diversity, Thumbnails
-from rlcm_fast.run_folder.tracking import Tracker
+from rlcm_fast.run_folder.tracking import Tracker, say
 from rlcm_fast.stages.images import TextToImage
-from rlcm_fast.tasks import Tasks
+from rlcm_fast.stages.rollout import mean_and_std
+from rlcm_fast.tasks import Tasks, skipped_names
 from rlcm_fast.trajectory import Prompt
 
 NamedRewards = Mapping[str, tuple[Reward, float]]  # name -> reward and its weight
@@ -56,55 +62,93 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class _Scored:
+    """What a rank knows of its images; nothing and None if it has none."""
+
+    raw_scores: Mapping[str, Mapping[str, Tensor]]  # by prefix and reward: (B,) or (B, F), NaN where one is missing
+    thumbnails: Tensor | None  # (B, F)
+    problems: tuple[str, ...]  # what failed and was skipped, a line per reward and image
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """Held-out images and the rewards that score them, by prefix of the metrics; several tasks may share the images."""
 
     held_out: HeldOut
     rewards: Mapping[str, NamedRewards]
+    config: RolloutConfig = field(default_factory=RolloutConfig)  # how long rewards may take, and how often fail
+    skipped: Mapping[str, frozenset[str]] = field(default_factory=dict)  # the rewards that may fail, by prefix
 
     def __call__(self, images: TextToImage, iteration: int) -> dict[str, float]:
-        """Returns `<prefix>/<reward>/mean`, `<prefix>/<reward>/std` and `<prefix>/diversity`, equal on every rank."""
-        raw_scores, thumbnails = self._raw_scores(images, iteration)
-        diversity = Diversity().value(self._gathered(thumbnails)[None]).item()
+        """Returns `<prefix>/<reward>/mean`, `<prefix>/<reward>/std` and `<prefix>/diversity`, equal on every rank.
+
+        A reward that may fail also has `<prefix>/<reward>/skipped`. Raises a Fault, on all ranks together, if a reward
+        fails and may not.
+        """
+        # Draw and score this rank's images, and join them with those of the others: groups may span ranks.
+        scored = parallel.together(lambda: self._score(images, iteration))
+        diversity = Diversity().value(self._gathered(scored.thumbnails)[None]).item()
+        raw_scores = {
+            prefix: {name: self._gathered(scored.raw_scores[prefix].get(name)) for name in sorted(rewards)}
+            for prefix, rewards in self.rewards.items()
+        }
+        problems = parallel.all_gather_list(list(scored.problems)) if any(self.skipped.values()) else []
+
+        # Measure them; every rank sees the same.
+        if problems:
+            say(f"evaluation of iteration {iteration} skipped images: {problems[-1]}")
         metrics: dict[str, float] = {}
-        for prefix, rewards in self.rewards.items():
-            for name in sorted(rewards):
-                reward, gathered = rewards[name][0], self._gathered(raw_scores[prefix].get(name))  # (N,) or (N, F)
-                values = evaluate(name, reward, gathered, self.held_out.prompts, iteration).double()
-                metrics[f"{prefix}/{name}/mean"] = values.mean().item()
-                metrics[f"{prefix}/{name}/std"] = values.std(correction=0).item()
+        for prefix, by_name in raw_scores.items():
+            for name, gathered in by_name.items():  # (N,) or (N, F)
+                if name in self.skipped.get(prefix, ()):
+                    metrics[f"{prefix}/{name}/skipped"] = self._num_skipped(gathered, iteration, problems)
+                values = parallel.together(partial(self._values, prefix, name, gathered, iteration))
+                metrics |= mean_and_std(f"{prefix}/{name}", values)
             metrics[f"{prefix}/diversity"] = diversity
         return metrics
 
-    def _raw_scores(self, images: TextToImage, iteration: int) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
-        """Returns the raw scores of this rank's images, by prefix and reward, and thumbnails of the images.
+    def _values(self, prefix: str, name: str, gathered: Tensor, iteration: int) -> Tensor:
+        return evaluate(name, self.rewards[prefix][name][0], gathered, self.held_out.prompts, iteration)
 
-        It makes no groups, because groups may span ranks. A rank without a micro-batch returns nothing and None.
-        """
+    def _score(self, images: TextToImage, iteration: int) -> _Scored:
+        """Draws this rank's images and scores them; it makes no groups, because groups may span ranks."""
         # Start the reward workers; prefixes share their threads.
-        services: dict[str, RewardService] = {}
-        for prefix, rewards in self.rewards.items():
-            first = next(iter(services.values()), None)
-            services[prefix] = RewardService(rewards, num_workers=1, beside=first)
+        workers = Workers(1, self.config.reward_timeout)
+        decoded = DecodedImages(workers, self.config.decoded_batches)
+        services = {prefix: self._service(prefix, workers) for prefix in self.rewards}
         thumbnails: list[Tensor] = []
 
         # Draw one micro-batch at a time and hand it to every reward.
         try:
             for batch, prompts in self.held_out.draw(images):
                 thumbnails.append(Thumbnails()(batch, prompts))
-                for service in services.values():
-                    service.submit(batch, prompts)
-            if not thumbnails:
-                return {prefix: {} for prefix in services}, None
-            raw_scores = {prefix: service.raw_scores(iteration) for prefix, service in services.items()}
-            return raw_scores, torch.cat(thumbnails)
+                calls = [service.submit(batch, prompts) for service in services.values()]
+                decoded.add(list(chain.from_iterable(calls)))
+                decoded.wait_for_room()
+            if not thumbnails:  # this rank has no micro-batch
+                return _Scored({prefix: {} for prefix in services}, None, ())
+            found = {prefix: service.raw_scores(iteration) for prefix, service in services.items()}
+            by_prefix = {prefix: raw_scores.by_name for prefix, raw_scores in found.items()}
+            problems = chain.from_iterable(raw_scores.problems for raw_scores in found.values())
+            return _Scored(by_prefix, torch.cat(thumbnails), tuple(problems))
         finally:
-            for service in services.values():
-                service.shutdown()
+            workers.shutdown()
+
+    def _service(self, prefix: str, workers: Workers) -> RewardService:
+        names, num_images = self.skipped.get(prefix, frozenset()), len(self.held_out.prompts)
+        return RewardService(self.rewards[prefix], workers, Skipping(names, self.config.max_skipped, num_images))
+
+    def _num_skipped(self, raw_scores: Tensor, iteration: int, problems: Sequence[str]) -> float:
+        """Counts missing rows of raw_scores (N,) or (N, F) of all ranks; raises a Fault if they are too many."""
+        num_images = len(raw_scores)
+        num_skipped = int(raw_scores.reshape(num_images, -1).isnan().any(dim=1).sum())
+        place = f"evaluation of iteration {iteration}"
+        Skipping(share=self.config.max_skipped).check(num_skipped, num_images, place, problems)
+        return float(num_skipped)
 
     def _gathered(self, of_rank: Tensor | None) -> Tensor:
         """Returns the rows of all ranks (N, ...), in the order of the prompts; None stands for no rows."""
-        gathered = torch.cat(parallel.all_gather_list([] if of_rank is None else [of_rank.cpu()]))
+        gathered = joined(parallel.all_gather_list([] if of_rank is None else [of_rank.cpu()]))
         micro_batches = torch.arange(len(self.held_out.prompts)).split(self.held_out.micro_batch_size)
         size = parallel.world_size()
         order = torch.cat([rows for rank in range(size) for rows in micro_batches[rank::size]])
@@ -142,11 +186,17 @@ def build_evaluation(run: ResolvedRun, tasks: Tasks, images: TextToImage, engine
     With several tasks the keys are `eval/TASK/...`; tasks with the same source share its images.
     """
     rewards: dict[str, dict[str, NamedRewards]] = {}  # source -> prefix -> rewards
+    skipped: dict[str, frozenset[str]] = {}  # prefix -> names
+    watched = skipped_names(run.config.evaluation.rewards)
     for task in run.tasks:
         prefix = f"eval/{task.name}" if run.has_tasks else "eval"
         rewards.setdefault(task.evaluation, {})[prefix] = {**tasks.watched, **tasks.trained[task.name]}
+        skipped[prefix] = skipped_names(task.rewards) | (watched - tasks.trained[task.name].keys())
     config = run.config.evaluation
-    evaluators = [build_evaluator(replace(config, prompts=source), by_prefix) for source, by_prefix in rewards.items()]
+    evaluators = [
+        replace(build_evaluator(replace(config, prompts=source), by_prefix), config=run.config.rollout, skipped=skipped)
+        for source, by_prefix in rewards.items()
+    ]
     prompts = grid_prompts(list(rewards), run.config.tracking.grid_images)
     return Evaluation(images, engine, evaluators, HeldOut(prompts, config.seed, len(prompts)))
 

@@ -3,6 +3,10 @@
     prompts -> conditioning -> [sample -> decode -> submit to the reward workers] per micro-batch -> gather
 
 Worker threads compute the rewards while the next micro-batch is sampled. The time that is left to wait is measured.
+Before it decodes a micro-batch, the rollout waits if too many others still wait for scores: they would fill the memory.
+
+A reward that fails on one process ends the rollout on all of them, once all have drawn their images. An image without a
+score (on_failure: skip) stays in the rollout; its total is NaN, and it gets no advantage.
 """
 
 # B samples of this process
@@ -19,7 +23,8 @@ from torch import Tensor
 from rlcm_fast import parallel
 from rlcm_fast.config import RolloutConfig
 from rlcm_fast.parallel import Stream, Turn
-from rlcm_fast.rewards import Rewards
+from rlcm_fast.rewards import Rewards, Skipping
+from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.tasks import TaskRewards
 from rlcm_fast.trajectory import Prompt, Trajectory
@@ -33,10 +38,11 @@ class Rollout:
     trajectory: Trajectory
     rewards: dict[str, Rewards]  # by task, in the order of the samples
     seconds: float  # sampling, decoding and waiting for rewards
+    num_skipped: int | None = None  # images without a score, on all processes; None if no reward may fail
 
     @property
     def total(self) -> Tensor:
-        """The reward of each sample, (B,) float32 on the CPU: the sum of weight * score."""
+        """The reward of each sample, (B,) float32 on the CPU: the sum of weight * score; NaN if a score is missing."""
         return torch.cat([rewards.total for rewards in self.rewards.values()])
 
     def gathered(self) -> tuple[Tensor, list[Prompt]]:
@@ -50,19 +56,25 @@ class Rollout:
     def metrics(self, has_tasks: bool) -> dict[str, float]:
         """Returns the mean and standard deviation of each reward and of the weighted sum, over all processes.
 
-        Keys are reward/NAME/mean; with `has_tasks` they are reward/TASK/NAME/mean.
+        Keys are reward/NAME/mean; with `has_tasks` they are reward/TASK/NAME/mean. Images without a score do not count.
         """
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float] = {} if self.num_skipped is None else {"skipped_images": float(self.num_skipped)}
         for task, rewards in self.rewards.items():
             prefix = f"reward/{task}" if has_tasks else "reward"
             for name, values in {**rewards.values, "total": rewards.total}.items():
-                gathered = parallel.all_gather(values).double()
-                metrics[f"{prefix}/{name}/mean"] = gathered.mean().item()
-                metrics[f"{prefix}/{name}/std"] = gathered.std(correction=0).item()
+                metrics |= mean_and_std(f"{prefix}/{name}", parallel.all_gather(values))
         return metrics
 
     def timings(self) -> dict[str, float]:
         return {"seconds/rollout": self.seconds, "seconds/reward_wait": self.wait_seconds}
+
+
+def mean_and_std(key: str, values: Tensor) -> dict[str, float]:
+    """Returns KEY/mean and KEY/std of the values (N,) that are there; nothing if all are missing (NaN)."""
+    known = values[~values.isnan()].double()
+    if len(known) == 0:
+        return {}
+    return {f"{key}/mean": known.mean().item(), f"{key}/std": known.std(correction=0).item()}
 
 
 @dataclass
@@ -76,7 +88,8 @@ class Collector:
     def rollout(self, prompts: Sequence[Prompt], turn: Turn, may_stop: Callable[[], None] = lambda: None) -> Rollout:
         """Draws and scores one image for each of the B prompts, in their order.
 
-        may_stop: is called before every micro-batch; stopping there loses nothing.
+        may_stop: is called before every micro-batch and while it waits for rewards; stopping there loses nothing.
+        Raises a Fault, on all processes together, if a reward fails and may not.
         """
         began = time.perf_counter()
         generator = turn.generator(Stream.ROLLOUT)
@@ -92,10 +105,28 @@ class Collector:
             texts = conditioning.take(rows.to(conditioning.index.device))
             start = None if first_states is None else first_states[texts.index]
             trajectory, x_0 = self.images.explore(texts, generator, start)
+            self.rewards.wait_for_room(may_stop)
             self.rewards.submit(self.images.decode(x_0), [prompts[row] for row in rows.tolist()])
             parts.append(trajectory)
 
         # Join the micro-batches and wait for the rewards that are still missing.
         trajectory = Trajectory.cat(parts)
-        rewards = self.rewards.gather(turn.iteration)
-        return Rollout(prompts, trajectory, rewards, time.perf_counter() - began)
+        rewards = parallel.together(lambda: self.rewards.gather(turn.iteration, may_stop))
+        num_skipped = self._num_skipped(rewards, turn.iteration) if self.rewards.may_skip else None
+        return Rollout(prompts, trajectory, rewards, time.perf_counter() - began, num_skipped)
+
+    def _num_skipped(self, rewards: dict[str, Rewards], iteration: int) -> int:
+        """Counts the images without a score, on all processes, and says so; raises a Fault if they are too many."""
+        # Count them on all processes.
+        totals = torch.cat([of_task.total for of_task in rewards.values()])
+        problems = [problem for of_task in rewards.values() for problem in of_task.problems]
+        skipped = parallel.all_gather(totals).isnan()
+        problems = parallel.all_gather_list(problems)
+        num_skipped, num_images = int(skipped.sum()), len(skipped)
+        if num_skipped == 0:
+            return 0
+
+        # Every process comes to the same verdict.
+        Skipping(share=self.config.max_skipped).check(num_skipped, num_images, f"iteration {iteration}", problems)
+        say(f"iteration {iteration} skipped {num_skipped} of {num_images} images: {problems[-1]}")
+        return num_skipped

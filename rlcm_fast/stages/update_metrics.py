@@ -32,10 +32,14 @@ class UpdateMetrics:
     real_image_seconds: float  # the part of `seconds` spent on the extra loss
 
     def metrics(self, advantages: Tensor) -> dict[str, float]:
-        """Returns means and the largest deviation over all processes; advantages (B,) belong to this process."""
+        """Returns means and the largest deviation over all processes; advantages (B,) belong to this process.
+
+        A NaN among the advantages is an image without one, which does not count.
+        """
         # Average what every process has; take the maximum of the deviation.
+        has_one = (~advantages.isnan()).float().mean().to(self.loss.device)
         means = {
-            "advantage/abs_mean": advantages.abs().mean().to(self.loss.device),
+            "advantage/abs_mean": advantages.nan_to_num(nan=0.0).abs().mean().to(self.loss.device),
             "ratio/mean": self.ratio_mean,
             "clip_fraction": self.clip_fraction,
             "approx_kl": self.approx_kl,
@@ -45,7 +49,9 @@ class UpdateMetrics:
         }
         if self.real_image_loss is not None:
             means["pretraining/loss"] = self.loss.new_tensor(self.real_image_loss)
-        averaged = parallel.all_gather(torch.stack(list(means.values()))[None]).mean(dim=0).tolist()
+        averaged = parallel.all_gather(torch.stack([*means.values(), has_one])[None]).mean(dim=0).tolist()
+        share = averaged.pop()
+        averaged[0] /= share or 1.0
         deviation = parallel.all_gather(self.ratio_max_deviation[None]).max().item()
         return {
             **dict(zip(means, averaged, strict=True)),

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlcm_fast.rewards import Reward, RewardError, RewardService
+from rlcm_fast.faults import Diverged
+from rlcm_fast.rewards import Reward, RewardError, RewardService, Workers
 from rlcm_fast.trajectory import Prompt
 
 
@@ -44,11 +45,11 @@ class Answer:
 
 @contextmanager
 def serving(rewards: Mapping[str, tuple[Reward, float]], num_workers: int = 2) -> Iterator[RewardService]:
-    service = RewardService(rewards, num_workers)
+    workers = Workers(num_workers)
     try:
-        yield service
+        yield RewardService(rewards, workers)
     finally:
-        service.shutdown()
+        workers.shutdown()
 
 
 def flat(*values: float) -> torch.Tensor:
@@ -183,7 +184,7 @@ def test_a_broken_image_is_the_models_fault_and_names_its_prompt():
     images[1, 2, 3, 3] = float("nan")
     with serving({"constant": (Answer(torch.zeros(2)), 1.0)}) as service:
         service.submit(images, named("a cat", "a dog"))
-        with pytest.raises(RewardError, match=r"prompt 'a dog', iteration 4: image 1 .* the model has diverged"):
+        with pytest.raises(Diverged, match=r"prompt 'a dog', iteration 4: image 1 .* the model has diverged"):
             service.gather(iteration=4)
 
 
@@ -206,17 +207,18 @@ def test_the_first_failure_in_submission_order_is_reported_and_the_service_goes_
 
 def test_bad_use_is_refused_at_once():
     with pytest.raises(ValueError, match="at least one reward"):
-        RewardService({}, num_workers=1)
+        RewardService({}, Workers(1))
     with pytest.raises(ValueError, match=r"rollout.reward_workers=0 must be at least 1"):
-        RewardService({"bright": (Brightness(), 1.0)}, num_workers=0)
+        Workers(0)
     with serving({"bright": (Brightness(), 1.0)}) as service, pytest.raises(ValueError, match="prompts=1 for 2 images"):
         service.submit(flat(0.5, 0.5), named("a cat"))
 
 
 def test_shutdown_ends_the_threads_without_waiting_for_what_has_not_started():
-    service = RewardService({"slow": (Brightness(seconds=0.2), 1.0)}, num_workers=1)
+    workers = Workers(1)
+    service = RewardService({"slow": (Brightness(seconds=0.2), 1.0)}, workers)
     for _ in range(20):
         service.submit(flat(1.0), named("a"))
     start = time.perf_counter()
-    service.shutdown()
+    workers.shutdown()
     assert time.perf_counter() - start < 3  # all 20 would take 4

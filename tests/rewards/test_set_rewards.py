@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlcm_fast.rewards import GroupReward, RewardError, RewardService, SetReward, build_reward, evaluate
+from rlcm_fast.rewards import GroupReward, RewardError, RewardService, SetReward, Workers, build_reward, evaluate
 from rlcm_fast.rewards.parity import DistributionParity
 from rlcm_fast.trajectory import Prompt
 
@@ -46,13 +46,14 @@ def grouped(group_size: int = 0, credit: Credit = "group", reward: SetReward | N
 
 
 def gather(reward: GroupReward, images: Tensor, prompts: Sequence[Prompt], cuts: Sequence[int] = (), weight=1.0):
-    service = RewardService({"spread": (reward, weight)}, num_workers=2)
+    workers = Workers(2)
+    service = RewardService({"spread": (reward, weight)}, workers)
     try:
         for first, last in zip([0, *cuts], [*cuts, len(images)], strict=True):
             service.submit(images[first:last], prompts[first:last])
         return service.gather(iteration=3)
     finally:
-        service.shutdown()
+        workers.shutdown()
 
 
 def brute_force(images: Tensor, groups: Sequence[Sequence[int]], credit: Credit) -> Tensor:
