@@ -52,6 +52,7 @@ class Call:
             self.answer.set_exception(error)
         else:
             self.attempt = None
+            del work  # and with it the images, before anybody hears that there is room for others
             self.answer.set_result(returned)
 
     def cancel(self) -> None:

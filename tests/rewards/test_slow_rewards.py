@@ -52,7 +52,8 @@ def test_no_more_micro_batches_are_decoded_than_may_wait():
 
     def open_gate() -> None:
         """The rollout looks up while it waits for room."""
-        assert num_alive() == 3
+        if not reward.gate.is_set():
+            assert num_alive() == 3
         reward.gate.set()
 
     for _ in range(6):
