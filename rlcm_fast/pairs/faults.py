@@ -7,7 +7,8 @@ import tarfile
 from itertools import islice
 from pathlib import Path
 
-from rlcm_fast.pairs.sources import FIELD, METADATA, Source, shards
+from rlcm_fast.faults import Fault
+from rlcm_fast.pairs.sources import FIELD, METADATA, Source, metadata_files, shards
 
 _REMEDIES = {
     "imagefolder": 'give each image its file_name and text, as {"file_name": "a/1.jpg", "text": "a cat"}',
@@ -15,6 +16,10 @@ _REMEDIES = {
     "webdataset": "make the shard again, or take it out",
     "hub": "check its name, what follows ? and, for hf:owner/name, the network",
 }
+
+
+class PairsFault(Fault):
+    """Pairs cannot be read while the run trains; the message is one line that names the way out."""
 
 
 def reading_errors() -> tuple[type[Exception], ...]:
@@ -48,10 +53,18 @@ def bad_line(source: Source, limit: int | None = None) -> str | None:
 
     None if every line is a pair (checking `limit` lines, or all), or if there is no such file.
     """
-    path = Path(source.path) / METADATA[0] if source.kind == "imagefolder" else Path(source.path)
-    if source.kind not in ("imagefolder", "jsonl") or not path.is_file():
+    if source.kind == "imagefolder":
+        files, keys = [path for path in metadata_files(Path(source.path)) if path.name == METADATA[0]], {"text"}
+    elif source.kind == "jsonl":
+        files, keys = [Path(source.path)], {"image", "text"}
+    else:
         return None
-    keys, line = {"text"} if source.kind == "imagefolder" else {"image", "text"}, b""
+    faults = (_bad_line_of(path, keys, limit) for path in files)
+    return next((fault for fault in faults if fault), None)
+
+
+def _bad_line_of(path: Path, keys: set[str], limit: int | None) -> str | None:
+    line = b""
     with path.open("rb") as file:
         filled = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         for number, line in islice(filled, limit):

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from rlcm_fast.pairs.faults import reading_errors, unreadable
-from rlcm_fast.pairs.sources import FIELD, IMAGE_ENDINGS, METADATA, Source, captioned_files, shards
+from rlcm_fast.pairs.sources import FIELD, IMAGE_ENDINGS, Source, captioned_files, metadata_files, shards
 
 _WINDOW_OF_PATHS = 16384
 _WINDOW_OF_BYTES = 1024  # holds 100 MB if images have 100 kB
@@ -37,6 +37,7 @@ class Row:
 
     image: int | dict[str, Any]
     text: str
+    problem: str = ""  # why the caption cannot be read; empty if it can
 
     @property
     def file(self) -> str | None:
@@ -46,8 +47,7 @@ class Row:
 
 def first_rows(source: Source, num_rows: int) -> Iterator[Row]:
     """The first rows; reads only the first shard or the metadata, however many shards and images there are."""
-    metadata = [str(Path(source.path) / name) for name in METADATA]
-    files = shards(source)[:1] if source.kind == "webdataset" else [path for path in metadata if Path(path).is_file()]
+    files = shards(source)[:1] if source.kind == "webdataset" else [str(p) for p in metadata_files(Path(source.path))]
     return (_row(record, source) for record in islice(_records(_load(source, files), source), num_rows))
 
 
@@ -188,7 +188,8 @@ def _load(source: Source, files: list[str] | None) -> Any:
         local = str(Path(source.path).expanduser()) if source.path.startswith("~") else source.path
         arguments = {"path": local, "name": source.name}
     elif files is None:
-        arguments = {"path": "imagefolder", "data_dir": source.path}
+        # All files, because datasets would take train/ and test/, and names with these words, for different splits.
+        arguments = {"path": "imagefolder", "data_dir": source.path, "data_files": "**"}
     else:
         arguments = {"path": "json" if source.kind == "jsonl" else source.kind, "data_files": files}
     try:
@@ -211,14 +212,19 @@ def _records(dataset: Any, source: Source) -> Iterator[dict[str, Any]]:
 
 
 def _row(record: dict[str, Any], source: Source) -> Row:
-    image, text = _image_of(record, source), _text_of(record, source)
+    problem, text = "", ""
+    try:
+        text = _text_of(record, source)
+    except _Unreadable as error:
+        problem = str(error)
+    image = _image_of(record, source)
     if isinstance(image, str):
         image = {"bytes": None, "path": str(Path(source.path).parent / image) if source.kind == "jsonl" else image}
     elif isinstance(image, bytes):
         image = {"bytes": image, "path": None}
     if not isinstance(image, dict) or not isinstance(text, str):
         raise _lacks_columns(source, record)
-    return Row({"bytes": image.get("bytes"), "path": image.get("path")}, text)
+    return Row({"bytes": image.get("bytes"), "path": image.get("path")}, text, problem)
 
 
 def _lacks_columns(source: Source, known: Iterable[str]) -> ValueError:
@@ -236,7 +242,7 @@ def _image_of(record: dict[str, Any], source: Source) -> Any:
 
 def _text_of(record: dict[str, Any], source: Source) -> Any:
     if source.kind == "captioned_files":
-        return _caption(record["caption_file"], source)
+        return _caption(record["caption_file"])
     if source.kind != "webdataset":
         return record.get(source.caption)
     if record.get("txt") is not None:
@@ -245,8 +251,12 @@ def _text_of(record: dict[str, Any], source: Source) -> Any:
     return described.get("caption") if isinstance(described, dict) else None
 
 
-def _caption(file: str, source: Source) -> str:
+class _Unreadable(Exception):
+    """A caption cannot be read."""
+
+
+def _caption(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{FIELD}={source.text}: {file} cannot be read ({error}); save it as UTF-8") from error
+        raise _Unreadable(f"{file} cannot be read ({error}); save it as UTF-8") from error

@@ -4,7 +4,7 @@ shapes:all                   the renderer of ShapesWorld, endless: a name of BUI
 package.module:function      a function of yours, endless: called with a number, it returns (PIL.Image, str) and always
                              the same pair for that number
 photos/                      a folder of images with metadata.jsonl (file_name, text: Hugging Face's imagefolder),
-                             or with NAME.txt beside each NAME.jpg
+                             or with NAME.txt beside each NAME.jpg; all its folders, as train/ and test/, are read
 pairs.jsonl                  one object per line: {"image": "cats/1.jpg", "text": "a cat"}, image relative to the file
 shards/{000..099}.tar        webdataset shards, with braces and globs: NAME.jpg and NAME.txt, or a caption in NAME.json
 hf:PATH?split=train&image=image&text=text&name=CONFIG
@@ -14,6 +14,7 @@ hf:PATH?split=train&image=image&text=text&name=CONFIG
 from __future__ import annotations
 
 import glob
+import os
 import re
 from dataclasses import dataclass
 from itertools import chain
@@ -61,22 +62,36 @@ def parse_source(data: str) -> Source:
     if data in BUILT_IN or (":" in data and not data.startswith("shapes:")):
         return Source(data, "function", data)
     if path.is_dir():
-        kind = "imagefolder" if any((path / name).is_file() for name in METADATA) else "captioned_files"
-        return Source(data, kind, str(path))
+        return Source(data, "imagefolder" if metadata_files(path) else "captioned_files", str(path))
     raise ValueError(
         f"{FIELD}={data} is no source of images under {Path.cwd()}; give a folder of images, a .jsonl file, .tar"
         f" shards, hf:PATH, package.module:function or one of {', '.join(BUILT_IN)}"
     )
 
 
+def metadata_files(folder: Path) -> list[Path]:
+    """The metadata files of an imagefolder, which lie in it or, as in train/ and test/, one folder deeper."""
+    folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path, folder))]
+    candidates = [place / name for place in folders for name in METADATA]
+    return [path for path in candidates if path.is_file()]
+
+
 def captioned_files(source: Source) -> list[tuple[str, str]]:
     """The (image, caption file) of every NAME.jpg and NAME.txt, sorted by name; at least one.
 
-    Raises ValueError if there is no image, or if an image has no caption file.
+    Only regular files count, because opening a pipe would wait for ever, and no hidden ones: macOS writes ._NAME.jpg
+    beside NAME.jpg. Raises ValueError if there is no image, or if an image has no caption file.
     """
-    files = (file for file in Path(source.path).rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
-    found = sorted((str(file), str(file.with_suffix(".txt"))) for file in files)
-    lacking = next((image for image, caption in found if not Path(caption).is_file()), None)
+    # Look once at everything in the folder.
+    folder = Path(source.path)
+    endings = (*IMAGE_ENDINGS, ".txt")
+    candidates = (path for path in folder.rglob("*") if path.suffix.lower() in endings)
+    files = {path for path in candidates if not _is_hidden(path, folder) and path.is_file()}
+
+    # Every image has a caption.
+    images = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
+    found = sorted((str(image), str(image.with_suffix(".txt"))) for image in images)
+    lacking = next((image for image, caption in found if Path(caption) not in files), None)
     remedy = "write metadata.jsonl with file_name and text, or NAME.txt beside each NAME.jpg"
     if not found:
         raise ValueError(f"{FIELD}={source.text} holds no {', '.join(IMAGE_ENDINGS)}; {remedy}")
@@ -85,12 +100,17 @@ def captioned_files(source: Source) -> list[tuple[str, str]]:
     return found
 
 
+def _is_hidden(path: Path, folder: Path) -> bool:
+    """Whether a name between `folder` and the end of `path` begins with a dot, or is a folder that macOS makes."""
+    return any(name.startswith(".") or name == "__MACOSX" for name in path.relative_to(folder).parts)
+
+
 def shards(source: Source) -> list[str]:
-    """The .tar files of the pattern, sorted by name.
+    """The .tar files of the pattern, sorted by name; only regular files count.
 
     Raises ValueError unless every expansion of its braces matches at least one file.
     """
-    found = {pattern: glob.glob(pattern) for pattern in _expand(source.path)}
+    found = {pattern: list(filter(os.path.isfile, glob.glob(pattern))) for pattern in _expand(source.path)}
     lacking = [pattern for pattern, files in found.items() if not files]
     if len(lacking) == len(found):
         raise ValueError(f"{FIELD}={source.text} matches no .tar file under {Path.cwd()}; check the path")

@@ -26,17 +26,18 @@ from rlcm_fast.finite_json import finite_json, not_finite
 from rlcm_fast.grids import captioned_grid
 
 _PACKAGES = ("rlcm_fast", "torch", "diffusers", "transformers", "deepspeed", "safetensors", "numpy", "pillow")
+_COUNTS = ("skipped_images", "skipped_updates", "pretraining/skipped")
 
 
 def merged(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Merges the metrics of an iteration's rounds: sums of seconds and skipped updates, equally weighted means else."""
+    """Merges the metrics of an iteration's rounds: sums of seconds and counts, equally weighted means else."""
     keys = dict.fromkeys(key for metrics in rounds for key in metrics)
     values = {key: [metrics[key] for metrics in rounds if key in metrics] for key in keys}
     return {key: sum(all_) if _is_sum(key) else sum(all_) / len(all_) for key, all_ in values.items()}
 
 
 def _is_sum(key: str) -> bool:
-    return key.startswith("seconds/") or key == "skipped_updates"
+    return key.startswith("seconds/") or key in _COUNTS
 
 
 def say(message: str) -> None:

@@ -5,6 +5,9 @@
 Departure: the paper takes a separate optimizer step on this loss after the steps of the tasks. In a separate step Adam
 would cancel the weight beta, because the length of its step does not depend on the length of the gradient. Here both
 losses share one gradient, so beta counts.
+
+A batch is read before its update begins, so data that fail end the run before weights move, on all processes together.
+Pairs that cannot be read are left out: the loss is the mean over the others.
 """
 
 # B pairs of an update on this process
@@ -19,11 +22,13 @@ from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.config import PretrainingConfig
-from rlcm_fast.pairs import PairStream, check_rows
+from rlcm_fast.pairs import PairsFault, PairStream, check_rows
 from rlcm_fast.parallel import Stream
 from rlcm_fast.policies.real_image_loss import drop_captions, real_image_loss
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.trajectory import Prompt
+
+MIN_COUNTED = 1000  # pairs; pretraining.max_unreadable is a share of the pairs read so far, but at least of so many
 
 
 def check_pairs(config: PretrainingConfig) -> None:
@@ -44,25 +49,51 @@ class RealImages:
         self._pairs = PairStream(config.data, images.backbone.image_size, share, seed, config.workers)
         self._config, self._images, self._seed = config, images, seed
         self._num_updates = 0
+        self._batch: tuple[Tensor, list[str]] | None = None  # read, and not yet trained on
+        self._share = share  # pairs of a batch on this process
+        self.num_skipped = 0
+
+    def read(self) -> None:
+        """Reads the next batch; raises a Fault on all processes together if it cannot be read on one of them."""
+        self._batch = parallel.together(self._next_batch)
+
+    def _next_batch(self) -> tuple[Tensor, list[str]]:
+        """Reads pairs, and raises a Fault if too many were unreadable."""
+        images, texts = self._pairs.next_batch()
+        count, share = self._pairs.count, self._config.max_unreadable
+        self.num_skipped = self._share - len(texts)
+        if (self.num_skipped and count.num_unreadable > share * max(count.num_pairs, MIN_COUNTED)) or not texts:
+            raise PairsFault(
+                f"{count.problem}; {count.num_unreadable} of {count.num_pairs} pairs could not be read, more than "
+                f"pretraining.max_unreadable={share:g} allows"
+            )
+        return images, texts
 
     def losses(self) -> Iterator[Tensor]:
         """Yields num_micro_batches losses () of the next batch; they add up to weight * the mean over the batch."""
         generator = parallel.generator(self._seed, Stream.REAL_IMAGES, parallel.rank(), self._num_updates)
         policy, backbone = self._images.policy, self._images.backbone
 
-        # Read pairs and encode their captions; drop some captions for classifier-free guidance.
-        images, texts = self._pairs.next_batch()
+        # Take the pairs that were read, and encode their captions; drop some for classifier-free guidance.
+        assert self._batch is not None, "read() comes first"
+        (images, texts), self._batch = self._batch, None
         self._num_updates += 1
         dropout = self._config.caption_dropout
         encoded = backbone.encode([Prompt(text) for text in texts], with_negative=dropout > 0, remember=False)
         conditioning = drop_captions(encoded, dropout, generator)
 
-        # Encode the images and yield each micro-batch's share of the mean loss.
-        for rows in torch.arange(len(texts)).split(self._config.micro_batch_size):
+        # Encode the images and yield each micro-batch's share of the mean loss. Where pairs are missing, copies of the
+        # first one fill up the micro-batches and weigh nothing: all processes have as many micro-batches.
+        for places in torch.arange(self._share).split(self._config.micro_batch_size):
+            is_there = places < len(texts)
+            rows = places.where(is_there, 0)
             x_0 = backbone.encode_images(images[rows], generator)
             captions = conditioning.take(rows.to(conditioning.index.device))
-            loss = real_image_loss(policy, x_0, captions, generator).mean()
-            yield self._config.weight * loss * len(rows) / len(texts)
+            losses = real_image_loss(policy, x_0, captions, generator)  # (B,)
+            if is_there.all():
+                yield self._config.weight * losses.mean() * len(rows) / len(texts)
+            else:
+                yield self._config.weight * (losses * is_there.to(losses)).sum() / len(texts)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as JSON, the same on every rank; every rank must call this."""

@@ -44,6 +44,11 @@ class ExtraLoss(Protocol):
     """A loss on other data that every update adds, in separate micro-batches."""
 
     num_micro_batches: int
+    num_skipped: int  # pieces of the last batch that could not be read
+
+    def read(self) -> None:
+        """Reads the next batch, before anything of its update runs; raises a Fault on all processes together."""
+        ...
 
     def losses(self) -> Iterator[Tensor]:
         """Yields num_micro_batches losses () that add up to the update's; go backward through each before the next."""
@@ -167,6 +172,8 @@ class _RolloutUpdates:
     def train_on(self, rows: Tensor, signals: Tensor) -> None:
         """Takes one optimizer step on the transitions rows (N,) with signals (N,)."""
         updater = self._updater
+        if updater.real_images:
+            updater.real_images.read()
         kept = self._kept(signals)
         micro_batches = kept.split(updater.config.micro_batch_size)
         num_extra = updater.real_images.num_micro_batches if updater.real_images else 0
@@ -218,6 +225,7 @@ class _RolloutUpdates:
 
     def _backward_extra(self, extra: ExtraLoss) -> None:
         start = time.perf_counter()
+        self.record.extra_skipped += extra.num_skipped
         for loss in extra.losses():
             self._updater.engine.backward(loss)
             self.record.extra_losses.append(loss.detach())

@@ -26,6 +26,7 @@ class UpdateMetrics:
     kl_to_start: Tensor  # 0 if update.kl_weight is 0
     skipped: float  # share of the chosen transitions without a signal, which the network did not run on
     real_image_loss: float | None  # weighted, mean over updates; None without real images
+    real_images_skipped: int  # real images that could not be read, on this process
     grad_norm: float  # of the last update that was not skipped, before clipping, over all processes; NaN without one
     skipped_updates: int  # updates whose gradient was not finite, the same on every process
     seconds: float
@@ -39,7 +40,7 @@ class UpdateMetrics:
         # Average what every process has; take the maximum of the deviation.
         has_one = (~advantages.isnan()).float().mean().to(self.loss.device)
         means = {
-            "advantage/abs_mean": advantages.nan_to_num(nan=0.0).abs().mean().to(self.loss.device),
+            "advantage/abs_mean": advantages.masked_fill(advantages.isnan(), 0.0).abs().mean().to(self.loss.device),
             "ratio/mean": self.ratio_mean,
             "clip_fraction": self.clip_fraction,
             "approx_kl": self.approx_kl,
@@ -49,6 +50,9 @@ class UpdateMetrics:
         }
         if self.real_image_loss is not None:
             means["pretraining/loss"] = self.loss.new_tensor(self.real_image_loss)
+            # The mean over processes of what makes their sum.
+            on_all = float(self.real_images_skipped * parallel.world_size())
+            means["pretraining/skipped"] = self.loss.new_tensor(on_all)
         averaged = parallel.all_gather(torch.stack([*means.values(), has_one])[None]).mean(dim=0).tolist()
         share = averaged.pop()
         averaged[0] /= share or 1.0
@@ -75,6 +79,7 @@ class Record:
     losses: list[Tensor] = field(default_factory=list)
     kls: list[Tensor] = field(default_factory=list)
     extra_losses: list[Tensor] = field(default_factory=list)
+    extra_skipped: int = 0
     extra_seconds: float = 0.0
     grad_norm: float = math.nan
     num_skipped: int = 0
@@ -114,6 +119,7 @@ class Record:
             kl_to_start=torch.stack(self.kls).mean(),
             skipped=1 - self.num_trained / self.num_chosen,
             real_image_loss=extra,
+            real_images_skipped=self.extra_skipped,
             grad_norm=self.grad_norm,
             skipped_updates=self.num_skipped,
             seconds=seconds,

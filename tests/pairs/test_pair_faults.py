@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import socket
 import tarfile
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from rlcm_fast.pairs import PairStream, check_rows, check_source
+from rlcm_fast.pairs import PairsFault, PairStream, check_rows, check_source
+from rlcm_fast.pairs.stream import Count
 from rlcm_fast.train import is_worded_by_us
 
 NUM_PAIRS = 8
@@ -62,7 +66,7 @@ def is_refused_when_read(data: str, message: str) -> None:
     """After checks that find nothing."""
     check(data)
     stream = PairStream(data, 8, 4, seed=0)
-    with pytest.raises(ValueError, match=message) as raised:
+    with pytest.raises(PairsFault, match=message) as raised:
         all(stream.next_batch() for _ in range(NUM_PAIRS))
     assert_one_line(raised.value, data)
 
@@ -159,7 +163,86 @@ def test_a_hub_out_of_reach_is_one_line_and_no_matter_to_a_dry_run(monkeypatch: 
     check_source("hf:owner/name")
 
 
-def test_a_caption_that_is_no_text_is_named(folder: Path):
+def test_a_caption_that_is_no_text_is_skipped_and_named(folder: Path):
     for i in range(NUM_PAIRS):
         (folder / f"{i}.txt").write_bytes(b"caf\xe9" if i == 3 else b"grey")
-    is_refused_when_read(".", r": 3.txt cannot be read \('utf-8' codec .*\); save it as UTF-8$")
+    check(".")
+    stream = PairStream(".", 8, NUM_PAIRS, seed=0)
+    assert len(stream.next_batch()[1]) == NUM_PAIRS - 1
+    assert re.fullmatch(
+        r"pretraining.data=\.: 3.txt cannot be read \('utf-8' .*\); save it as UTF-8", stream.count.problem
+    )
+
+
+def test_what_lies_beside_images_is_no_image(folder: Path):
+    """Files of macOS and Windows, and what would make a reader wait for ever."""
+    for i in range(NUM_PAIRS):
+        (folder / f"{i}.txt").write_text("grey")
+    (folder / "__MACOSX").mkdir()
+    (folder / ".cache").mkdir()
+    for junk in ("._0.png", "._0.txt", "Thumbs.db", ".DS_Store", "__MACOSX/0.png", ".cache/0.png"):
+        (folder / junk).write_bytes(b"junk")
+    os.mkfifo(folder / "pipe.png")
+    os.mkfifo(folder / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket.jpg")
+        check(".")
+        stream = PairStream(".", 8, NUM_PAIRS, seed=0)
+        assert len(stream.next_batch()[1]) == NUM_PAIRS
+        assert stream.count == Count(NUM_PAIRS)
+
+
+@pytest.mark.parametrize("data", [".", "pairs.jsonl"])
+def test_a_pipe_that_metadata_name_is_skipped_and_does_not_hang(
+    folder: Path, data: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("rlcm_fast.pairs.checks._NUM_CHECKED", 4)  # beyond these, nobody has looked
+    write_lines(folder / "pairs.jsonl", "image")
+    write_lines(folder / "metadata.jsonl", "file_name")
+    (folder / "7.png").unlink()
+    os.mkfifo(folder / "7.png")
+    check(data)
+    stream = PairStream(data, 8, NUM_PAIRS, seed=0)
+    assert len(stream.next_batch()[1]) == NUM_PAIRS - 1
+    assert re.search(r"7.png cannot be read \(OSError: it is no regular file\); take it out", stream.count.problem)
+
+
+def test_a_pipe_is_no_shard(folder: Path):
+    os.mkfifo(folder / "0.tar")
+    is_refused("*.tar", "matches no .tar file")
+
+
+@pytest.mark.parametrize("has_one_file", [True, False])
+@pytest.mark.parametrize("names", [("train", "test"), ("holiday_train", "2020-test")])
+def test_folders_named_as_splits_are_one_source(folder: Path, names: tuple[str, str], has_one_file: bool):
+    lines: dict[str, list[str]] = {name: [] for name in names}
+    for i in range(NUM_PAIRS):
+        name = names[i % 2]
+        (folder / name).mkdir(exist_ok=True)
+        (folder / f"{i}.png").rename(folder / name / f"{i}.png")
+        file = f"{name}/{i}.png" if has_one_file else f"{i}.png"
+        lines[name].append(json.dumps({"file_name": file, "text": f"grey {i}"}))
+    if has_one_file:
+        (folder / "metadata.jsonl").write_text("\n".join([*lines[names[0]], *lines[names[1]]]))
+    else:
+        for name in names:
+            (folder / name / "metadata.jsonl").write_text("\n".join(lines[name]))
+    check(".")
+    texts = PairStream(".", 8, NUM_PAIRS, seed=0).next_batch()[1]
+    assert sorted(texts) == [f"grey {i}" for i in range(NUM_PAIRS)]
+
+
+def test_captioned_files_in_folders_named_as_splits_are_one_source(folder: Path):
+    for i in range(NUM_PAIRS):
+        place = folder / ("train" if i % 2 else "test")
+        place.mkdir(exist_ok=True)
+        (folder / f"{i}.png").rename(place / f"{i}.png")
+        (place / f"{i}.txt").write_text(f"grey {i}")
+    check(".")
+    assert len(set(PairStream(".", 8, NUM_PAIRS, seed=0).next_batch()[1])) == NUM_PAIRS
+
+
+def test_a_bad_line_one_folder_deeper_is_named(folder: Path):
+    (folder / "train").mkdir()
+    (folder / "train" / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "grey"}')
+    is_refused(".", r": line 1 of metadata.jsonl is .*; give each image its file_name and text, as ")
