@@ -82,8 +82,8 @@ class Tally:
             count = self._counts[reward_name]
         if count > self._limit:
             raise ScoreError(
-                f"failed for {count} images, the last with {problem}; rollout.max_skipped allows {self._limit} images "
-                "of an iteration: repair the reward, or raise rollout.max_skipped",
+                f"failed for {count} images, the last with {problem}; rollout.max_skipped allows {self._limit}: repair "
+                "the reward, or raise rollout.max_skipped",
                 index,
             )
 

@@ -164,7 +164,7 @@ def test_a_broken_image_is_never_skipped():
 
 def test_a_reward_that_is_gone_is_not_called_for_every_image():
     judge = Judge()
-    with pytest.raises(RewardError, match=r"failed for 3 images, .* rollout.max_skipped allows 2 images"):
+    with pytest.raises(RewardError, match=r"failed for 3 images, .* rollout.max_skipped allows 2: repair"):
         gather({"judge": judge}, "x" * 8, size=8, share=0.25)
     assert len(judge.calls) == 4  # the micro-batch, and three images
 

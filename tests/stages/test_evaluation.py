@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ from tiny_policies import TinyBackbone, TinyNetwork, decode, encode, images_of, 
 
 from benchmarks.shared import run_processes
 from rlcm_fast import parallel
+from rlcm_fast.config import RolloutConfig
 from rlcm_fast.prompts import prompts_for_images
 from rlcm_fast.rewards import GroupReward, RewardError
 from rlcm_fast.rewards.diversity import Diversity
 from rlcm_fast.stages.evaluation import Evaluator, HeldOut
+from rlcm_fast.trajectory import Prompt
 
 POLICY = policy_of(TinyNetwork())
 IMAGES = images_of(POLICY)
@@ -76,6 +80,16 @@ def test_groups_go_across_processes_so_two_of_them_measure_what_one_does(num_ima
         process.join(timeout=300)
         assert process.exitcode == 0, (tmp_path / f"{rank}.log").read_text()[-3000:]
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
+        faults_are_of_all(json.loads((tmp_path / f"faults_{rank}.json").read_text()), rank)
+
+
+def faults_are_of_all(faults: list[str], rank: int) -> None:
+    """A reward that fails on rank 1 ends an evaluation and a rollout on both, and may be skipped on both."""
+    evaluation, rollout, skipped, metrics, last = faults
+    for fault in (evaluation, rollout):
+        assert re.fullmatch(r"RewardError True: reward 'judge', prompt '.', iteration 7: .* \(rank 1\)", fault)
+    assert skipped == f"1 of {[False, rank == 1, False, False]}"
+    assert '["skipped_images", 1.0]' in metrics and last == "none"
 
 
 def _micro_batches() -> list:
@@ -107,3 +121,49 @@ def test_tasks_with_the_same_prompts_are_scored_on_one_draw():
     for key in ("a/brightness/mean", "b/pairs/mean"):
         assert metrics[f"eval/{key}"] == alone["eval/brightness/mean"]
     assert metrics["eval/a/diversity"] == metrics["eval/b/diversity"] == alone["eval/diversity"]
+
+
+class Choosy(Brightness):
+    """Cannot score images of prompt b, alone or with others."""
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        if any(prompt.text == "b" for prompt in prompts):
+            raise ConnectionError("no answer")
+        return super().__call__(images, prompts)
+
+
+class ChoosyDiversity(Diversity):
+    def describe(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        Choosy()(images, prompts)
+        return super().describe(images, prompts)
+
+
+def skipping_evaluator(max_skipped: float) -> Evaluator:
+    rewards = {"choosy": (Choosy(), 1.0), "set": (GroupReward("set", ChoosyDiversity(), 4), 1.0)}
+    rewards |= {"all": (Brightness(), 1.0)}
+    held_out = HeldOut([*prompts(4), *prompts(4)], 9, 2)
+    skipped = {"eval": frozenset(["choosy", "set"])}
+    return Evaluator(held_out, {"eval": rewards}, RolloutConfig(max_skipped=max_skipped), skipped)
+
+
+def test_an_evaluation_leaves_out_the_images_that_a_reward_fails_for(capsys: pytest.CaptureFixture[str]):
+    metrics = skipping_evaluator(0.3)(IMAGES, 30)
+    assert metrics["eval/choosy/skipped"] == metrics["eval/set/skipped"] == 2
+    assert "eval/all/skipped" not in metrics
+    batches = [[*prompts(4), *prompts(4)][i : i + 2] for i in range(0, 8, 2)]
+    images = torch.cat([decode(POLICY.sample(encode(b), parallel.generator(9, i))[1]) for i, b in enumerate(batches)])
+    rest = [0, 2, 3, 4, 6, 7]
+    scores = Brightness()(images[rest], []).double()
+    assert metrics["eval/choosy/mean"] == pytest.approx(scores.mean().item())
+    assert metrics["eval/choosy/std"] == pytest.approx(scores.std(correction=0).item(), rel=1e-5)
+    values = [diversity_of(images[[0, 4]]), diversity_of(images[[2, 6, 3, 7]])]  # a alone of a and b; c and d
+    assert metrics["eval/set/mean"] == pytest.approx(sum(values) / 2, rel=1e-5)
+    said = "evaluation of iteration 30 skipped images: reward 'set', prompt 'b': ConnectionError: no answer\n"
+    assert capsys.readouterr().err == said
+
+
+def test_an_evaluation_that_leaves_out_too_many_stops_the_run():
+    message = "rollout.max_skipped allows 1: repair the reward, or raise rollout.max_skipped"
+    with pytest.raises(RewardError, match=message) as raised:
+        skipping_evaluator(0.2)(IMAGES, 30)
+    assert raised.value.is_on_all_processes

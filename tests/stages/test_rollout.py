@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from plugin_rewards import Brightness
 from tiny_policies import TinyBackbone, TinyNetwork, decode, images_of, policy_of, prompts
 from torch import Tensor
 
 from rlcm_fast.config import RolloutConfig
+from rlcm_fast.faults import Fault
 from rlcm_fast.parallel import Turn
+from rlcm_fast.rewards import Skipping
 from rlcm_fast.stages.rollout import Collector, Rollout
 from rlcm_fast.tasks import TaskRewards
 from rlcm_fast.trajectory import Prompt
@@ -71,3 +74,52 @@ def test_images_of_a_prompt_may_share_their_first_state_and_only_that():
     assert torch.equal(shared[1, 0], shared[5, 0]) and not torch.equal(shared[0, 0], shared[1, 0])
     assert not torch.equal(shared[0, 1], shared[4, 1])
     assert not torch.equal(apart[0, 0], apart[4, 0])
+
+
+class Failing(Brightness):
+    """Cannot score images of the given prompts."""
+
+    def __init__(self, texts: str) -> None:
+        self.texts = texts
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        if any(prompt.text in self.texts for prompt in prompts):
+            raise ConnectionError("no answer")
+        return super().__call__(images, prompts)
+
+
+def draw_failing(texts: str, max_skipped: float) -> Rollout:
+    rewards = {"one": {"judge": (Failing(texts), 1.0), "letter": (Letter(), 0.5)}}
+    config = RolloutConfig(micro_batch_size=4, max_skipped=max_skipped)
+    skipping = {"one": Skipping(frozenset(["judge"]), 1.0, NUM_SAMPLES)}
+    service = TaskRewards(rewards, config, lambda prompt: "one", skipping)
+    try:
+        return Collector(images_of(policy_of(TinyNetwork())), service, config).rollout(prompts(NUM_SAMPLES), Turn(3))
+    finally:
+        service.shutdown()
+
+
+def test_an_image_without_a_score_is_counted_and_said_and_not_in_the_means(capsys: pytest.CaptureFixture[str]):
+    batch = draw_failing("c", 0.5)
+    assert batch.total.isnan().tolist() == [False, False, True, False, False, False]  # a, b, c, d, a, b
+    metrics = batch.metrics(has_tasks=False)
+    assert metrics["skipped_images"] == 1
+    letters = torch.tensor([0.0, 1, 3, 0, 1]).double()
+    assert metrics["reward/letter/mean"] == pytest.approx(torch.tensor([0.0, 1, 2, 3, 0, 1]).mean().item())
+    known = batch.rewards["one"].by_name["judge"][[0, 1, 3, 4, 5]].double()
+    assert metrics["reward/judge/mean"] == known.mean().item()
+    assert metrics["reward/total/std"] == pytest.approx((known + 0.5 * letters).std(correction=0).item(), abs=1e-6)
+    said = "iteration 3 skipped 1 of 6 images: reward 'judge', prompt 'c': ConnectionError: no answer\n"
+    assert capsys.readouterr().err == said
+
+
+def test_too_many_images_without_a_score_stop_the_run_on_all_processes():
+    message = r"^iteration 3: 2 of 6 images have no score, the last with reward 'judge', prompt 'a': ConnectionError"
+    with pytest.raises(Fault, match=message) as raised:
+        draw_failing("a", 0.2)
+    assert raised.value.is_on_all_processes
+
+
+def test_without_a_reward_that_may_fail_nothing_is_counted():
+    batch, _ = draw(4)
+    assert "skipped_images" not in batch.metrics(has_tasks=False)

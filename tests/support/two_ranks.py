@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tiny_runs
 import torch
 from engine_cases import Large
+from plugin_rewards import Brightness
 from tiny_policies import TEXTS, TinyNetwork, engine_of, images_of, policy_of
+from tiny_policies import prompts as prompts_of
+from torch import Tensor
 
 from rlcm_fast import parallel
-from rlcm_fast.config import parse_config
+from rlcm_fast.config import RolloutConfig, parse_config
 from rlcm_fast.engine.processes import init_processes
-from rlcm_fast.rewards import GroupReward
+from rlcm_fast.faults import Fault
+from rlcm_fast.parallel import Turn
+from rlcm_fast.rewards import GroupReward, Skipping
 from rlcm_fast.rewards.diversity import Diversity
 from rlcm_fast.stages.evaluation import Evaluator, HeldOut
+from rlcm_fast.stages.rollout import Collector
+from rlcm_fast.tasks import TaskRewards
 from rlcm_fast.trainer import Trainer
 from rlcm_fast.trajectory import Prompt
 
@@ -40,10 +47,49 @@ def evaluate_groups(num_images: int) -> dict[str, float]:
     return Evaluator(HeldOut(prompts, 5, 3), {"eval": rewards})(images_of(policy_of(TinyNetwork())), 0)
 
 
+class FailsOnRank1(Brightness):
+    """Works on rank 0; cannot score images of prompt b on rank 1."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        if parallel.rank() == 1 and any(prompt.text == "b" for prompt in prompts):
+            raise ConnectionError("no answer")
+        return super().__call__(images, prompts)
+
+
+def fault_of(work: Callable[[], object]) -> str:
+    """What stops all ranks at one place."""
+    try:
+        work()
+    except Fault as fault:
+        return f"{type(fault).__name__} {fault.is_on_all_processes}: {fault}"
+    return "none"
+
+
+def faults() -> list[str]:
+    """The faults of an evaluation and of two rollouts, the last of which may skip an image."""
+    images, rewards = images_of(policy_of(TinyNetwork())), {"judge": (FailsOnRank1(), 1.0)}
+    found = [fault_of(lambda: Evaluator(HeldOut(prompts_of(8), 5, 1), {"eval": rewards})(images, 7))]
+    for names in ((), ("judge",)):
+        config = RolloutConfig(micro_batch_size=2, max_skipped=0.25)
+        skipping = {"one": Skipping(frozenset(names), 0.25, 8)}
+        service = TaskRewards({"one": rewards}, config, lambda prompt: "one", skipping)
+        collector = Collector(images, service, config)
+
+        def draw(collector: Collector = collector) -> None:
+            batch = collector.rollout(prompts_of(4), Turn(7))
+            found.append(f"{batch.num_skipped} of {batch.total.isnan().tolist()}")
+            found.append(json.dumps(sorted(batch.metrics(False).items())))
+
+        found.append(fault_of(draw))
+        service.shutdown()
+    return found
+
+
 def run_evaluation(num_images: int, folder: Path) -> int:
-    """Writes what this rank measures to folder/<rank>.json."""
+    """Writes what this rank measures to folder/<rank>.json, and how it fails to folder/faults_<rank>.json."""
     torch.distributed.init_process_group("gloo")
     (folder / f"{parallel.rank()}.json").write_text(json.dumps(evaluate_groups(num_images)))
+    (folder / f"faults_{parallel.rank()}.json").write_text(json.dumps(faults()))
     torch.distributed.destroy_process_group()
     return 0
 
