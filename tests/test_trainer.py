@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -271,6 +272,22 @@ def test_a_failing_reward_stops_the_run_and_the_last_checkpoint_stays_good(
     resumed.tracker.close()
     assert (resumed.iteration, resumed.queries) == (1, 4)
     assert all(torch.equal(value, weights[name]) for name, value in resumed.engine.full_weights().items())
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rebel"])
+def test_a_reward_that_may_fail_costs_its_images_alone(algorithm: str, tiny_lcm_folder: str, tmp_path: Path):
+    reward = {"name": "plugin_rewards:Unreachable", "arguments": {"call": 3}, "on_failure": "skip"}
+    watched = {"evaluation__rewards": [{**reward, "name": "plugin_rewards:Slow", "arguments": {"seconds": 0}}]}
+    settings = {"rewards": [reward], "algorithm__name": algorithm, "update__num_updates": 1, "evaluation__every": 3}
+    settings |= {"rollout__reward_workers": 1}
+    trainer = Trainer(make_config(tiny_lcm_folder, tmp_path / "run", **settings, **watched))
+    trainer.run()
+    lines = tiny_runs.metrics(tmp_path / "run")
+    assert [line["skipped_images"] for line in lines[:3]] == [0, 1, 0]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    out = 2 if algorithm == "rebel" else 1  # of four images; rebel leaves out the pair
+    assert lines[1]["skipped_transitions"] >= out / 4
+    assert lines[0]["eval/plugin_rewards:Unreachable/skipped"] == lines[0]["eval/plugin_rewards:Slow/skipped"] == 0
 
 
 def test_a_full_disk_stops_the_run_with_one_line_and_the_last_checkpoint_stays_good(

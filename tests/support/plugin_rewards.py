@@ -55,6 +55,21 @@ class Faulty(Brightness):
         return values
 
 
+class Unreachable(Brightness):
+    """Cannot score an image of call number `call`, in which it has several, nor that image alone in the next call."""
+
+    def __init__(self, call: int) -> None:
+        self._calls_left = call
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        if len(images) > 1:
+            self._calls_left -= 1
+        if self._calls_left in (-1, -2):
+            self._calls_left -= 1
+            raise ConnectionError("no answer")
+        return super().__call__(images, prompts)
+
+
 class DiesOnRank1(Brightness):
     """As if the machine of rank 1 lost power at call number `call`."""
 
