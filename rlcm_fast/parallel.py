@@ -98,9 +98,12 @@ def raise_together(fault: Fault | None) -> None:
 
     # Raise the worst of them; the rank that has it keeps the cause and the traceback.
     kind, message, where = min(found, key=lambda entry: not issubclass(entry[0], Diverged))
-    raised = kind(f"{message} (rank {where})") if world_size() > 1 or fault is None else fault
+    if fault is not None and world_size() == 1:
+        fault.is_on_all_processes = True
+        raise fault
+    raised = kind(f"{message} (rank {where})")
     raised.is_on_all_processes = True
-    raise raised from (fault if raised is not fault else fault.__cause__)
+    raise raised from fault
 
 
 def together(work: Callable[[], T]) -> T:

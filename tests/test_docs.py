@@ -21,7 +21,11 @@ DOCUMENTS = [
 ]
 TEXTS = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
 MOST_BYTES_OF_THE_README, MOST_BYTES_OF_A_PAGE = 12_000, 16_384
-MODULES = {"class Redness": "my_rewards", "class Contrast": "my_set_rewards"}  # code block -> the file it is put into
+MODULES = {
+    "class Redness": "my_rewards",
+    "class Contrast": "my_set_rewards",
+    "class Judge": "my_judge",
+}  # code block -> the file it is put into
 UNDER = {"your_model_on_24gb.md": "configs/sd15_lcm/full_24gb_guarded.yaml"}  # page -> what its YAML is put on top of
 
 
@@ -141,6 +145,20 @@ def test_the_set_reward_of_the_pages_is_told_by_its_group(modules: Path, monkeyp
     assert values[0] > 0 > values[2]  # without it the group is less spread out, or more
     (parity, weight) = rewards["distribution_parity"]
     assert (weight, parity(torch.full((16, 3, 64, 64), 0.5), [Prompt("a circle")] * 16).max()) == (16.0, 0.0)
+
+
+def test_the_judge_of_the_page_names_the_images_it_fails_for(modules: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    from rlcm_fast.rewards import ImagesFailed, build_reward
+    from rlcm_fast.trajectory import Prompt
+
+    put_modules(ROOT / "docs" / "rewards.md", modules, monkeypatch)
+    judge = build_reward("my_judge:Judge", {})
+    with pytest.raises(ImagesFailed, match="image 0: write this .*; image 1: write this"):
+        judge(torch.zeros(2, 3, 8, 8), [Prompt("a"), Prompt("b")])
+    monkeypatch.setattr(judge, "ask", lambda image, text: 0.5)
+    assert judge(torch.zeros(2, 3, 8, 8), [Prompt("a"), Prompt("b")]).tolist() == [0.5, 0.5]
 
 
 def test_the_kernels_of_the_pages_run_in_another_trainer(capsys: pytest.CaptureFixture[str]):

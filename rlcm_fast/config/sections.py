@@ -125,7 +125,7 @@ class RolloutConfig:
     """Images that the VAE decodes at once, in evaluations too; 0 decodes the whole micro-batch."""
     max_decoded_batches: NonNegativeInt = 0
     """Decoded micro-batches that may wait for their scores, on each process; 0: two more than reward_workers."""
-    reward_timeout: Annotated[float, at_least(0, "seconds, or 0 to wait for ever")] = 1800.0
+    reward_timeout: Annotated[float, at_least(0, "seconds, or 0 to wait for ever")] = 600.0
     """Seconds that one call of a reward may take before the run stops; 0 waits for ever."""
     max_skipped: Annotated[float, within("[0, 1]", "a share in [0, 1], as 0.01")] = 0.01
     """Share of an iteration's or evaluation's images that on_failure=skip may leave out, but at least one; 0: none."""

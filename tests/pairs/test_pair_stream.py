@@ -243,7 +243,9 @@ def test_the_shorter_side_is_scaled_and_the_middle_kept():
     stream = io.BytesIO()
     image.save(stream, "png")
     decoder = Decoder(Source("photos", "imagefolder", "photos"), (8, 8))
-    pixels, _ = decoder[reading.Row({"bytes": stream.getvalue(), "path": None}, "green")]
+    pair = decoder[reading.Row({"bytes": stream.getvalue(), "path": None}, "green")]
+    assert isinstance(pair, tuple)
+    pixels, _ = pair
     assert pixels.shape == (3, 8, 8)
     middle = pixels[:, :, 1:-1]  # bicubic sees the red beyond the edge
     assert (middle[1] == 255).all() and (middle[0] == 0).all()

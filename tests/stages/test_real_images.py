@@ -164,7 +164,7 @@ def test_the_loss_is_the_mean_over_the_pairs_that_can_be_read(
     assert len(losses) == real_images.num_micro_batches
     assert real_images.num_skipped == len(broken)
     levels = [10 * i / 255 for i in range(6) if i not in broken]
-    assert sum(losses).item() == pytest.approx(0.5 * sum(levels) / len(levels))
+    assert torch.stack(losses).sum().item() == pytest.approx(0.5 * sum(levels) / len(levels))
 
 
 def test_too_many_unreadable_pairs_stop_the_run_and_name_the_last(tmp_path: Path):
