@@ -65,11 +65,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def reward_configs(entries: Sequence[str]) -> list[RewardConfig]:
-    """Parses rewards, each a name or a mapping as in a config."""
+    """Parses rewards, each a name or a mapping as in a config; refuses what this command would ignore."""
     from rlcm_fast.config import parse_config
 
     items = [entry if entry.startswith("{") else json.dumps({"name": entry}) for entry in entries]
-    return parse_config(["--rewards", f"[{', '.join(items)}]"]).rewards
+    configs = parse_config(["--rewards", f"[{', '.join(items)}]"]).rewards
+    for config in configs:
+        if config.on_failure != "stop":
+            raise ValueError(
+                f"rewards: name={config.name} on_failure={config.on_failure} works in a run only, because this command "
+                "scores all images at once; leave it out"
+            )
+    return configs
 
 
 def measure(

@@ -179,3 +179,10 @@ def test_a_wrong_argument_is_one_line_too(arguments: list[str], capsys: pytest.C
         main(arguments)
     assert exit_info.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_reward_that_may_fail_is_for_runs():
+    from rlcm_fast.cli.evaluate import reward_configs
+
+    with pytest.raises(ValueError, match="name=diversity on_failure=skip works in a run only, .*; leave it out"):
+        reward_configs(["{name: diversity, on_failure: skip}"])

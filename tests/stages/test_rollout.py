@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -123,3 +124,26 @@ def test_too_many_images_without_a_score_stop_the_run_on_all_processes():
 def test_without_a_reward_that_may_fail_nothing_is_counted():
     batch, _ = draw(4)
     assert "skipped_images" not in batch.metrics(has_tasks=False)
+
+
+def test_a_stop_does_not_wait_for_a_reward():
+    gate, is_called = threading.Event(), threading.Event()
+
+    class Stopped(Exception):
+        pass
+
+    def stuck(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        is_called.set()
+        gate.wait(60)
+        return images.mean(dim=(1, 2, 3))
+
+    def may_stop() -> None:
+        if is_called.is_set():
+            raise Stopped
+
+    config = RolloutConfig(micro_batch_size=NUM_SAMPLES, reward_workers=1)
+    service = TaskRewards({"one": {"stuck": (stuck, 1.0)}}, config, lambda prompt: "one")  # type: ignore[dict-item]
+    with pytest.raises(Stopped):
+        Collector(images_of(policy_of(TinyNetwork())), service, config).rollout(prompts(NUM_SAMPLES), Turn(0), may_stop)
+    gate.set()
+    service.shutdown()
