@@ -49,7 +49,8 @@ class Call:
             returned = work(self)
         except BaseException as error:  # noqa: BLE001  # whoever reads the answer gets it
             self.attempt = None
-            self.answer.set_exception(error)
+            is_exit = not isinstance(error, Exception)  # a reward's sys.exit() must not end the run without a word
+            self.answer.set_exception(RuntimeError(f"{type(error).__name__}: {error}") if is_exit else error)
         else:
             self.attempt = None
             del work  # and with it the images, before anybody hears that there is room for others

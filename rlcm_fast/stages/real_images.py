@@ -25,9 +25,11 @@ from rlcm_fast.config import PretrainingConfig
 from rlcm_fast.pairs import PairsFault, PairStream, check_rows
 from rlcm_fast.parallel import Stream
 from rlcm_fast.policies.real_image_loss import drop_captions, real_image_loss
+from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.trajectory import Prompt
 
+_NUM_SAID = 10  # unreadable pairs that a line is printed for; the metric counts them all
 MIN_COUNTED = 1000  # pairs; pretraining.max_unreadable is a share of the pairs read so far, but at least of so many
 
 
@@ -67,6 +69,8 @@ class RealImages:
                 f"{count.problem}; {count.num_unreadable} of {count.num_pairs} pairs could not be read, more than "
                 f"pretraining.max_unreadable={share:g} allows"
             )
+        if self.num_skipped and count.num_unreadable <= _NUM_SAID:
+            say(f"skipped: {count.problem}")
         return images, texts
 
     def losses(self) -> Iterator[Tensor]:

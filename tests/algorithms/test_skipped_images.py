@@ -128,3 +128,15 @@ def test_the_gradient_is_that_of_a_batch_without_it(name: str):
     expected = step_of(name, advantages[rows], fewer, 12)
     assert expected.norm() > 1e-3
     assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_mean_advantage_is_over_images_that_have_one():
+    network = TinyNetwork()
+    engine = engine_of(network, 1)
+    advantages = torch.tensor([1.0, math.nan, -3.0, 0.5])
+    updater = Updater(policy_of(engine), algorithm_of("ppo"), engine, UpdateConfig(micro_batch_size=8))
+    weights = updater.algorithm.sample_weights(advantages)
+    updated = updater.update(trajectory_of(policy_of(TinyNetwork()), 4), weights, Turn(0))
+    assert updated.metrics(advantages)["advantage/abs_mean"] == pytest.approx(4.5 / 3)
+    assert updated.metrics(advantages.nan_to_num(0.0))["advantage/abs_mean"] == 4.5 / 4

@@ -164,6 +164,13 @@ def test_an_exception_names_reward_prompt_and_iteration_and_keeps_its_cause():
     assert caught.value.__cause__ is cause
 
 
+def test_a_reward_that_exits_does_not_end_the_run_without_a_word():
+    with serving({"bad": (Answer(SystemExit(3)), 1.0)}) as service:
+        service.submit(flat(0.5), named("a cat"))
+        with pytest.raises(RewardError, match="reward 'bad', prompt 'a cat', iteration 1: raised .*SystemExit: 3"):
+            service.gather(iteration=1)
+
+
 def test_a_nan_names_the_prompt_of_its_own_image():
     with serving({"bad": (Answer(torch.tensor([0.0, float("nan")])), 1.0)}) as service:
         service.submit(flat(0.5, 0.5), named("a cat", "a dog"))
