@@ -150,7 +150,7 @@ def test_debug_shows_the_traceback(
     assert not (tmp_path / "run" / "error.txt").exists()
 
 
-@pytest.mark.parametrize("every", [1])
+@pytest.mark.parametrize("every", [0, 1])
 def test_a_run_that_diverged_is_not_done_and_its_last_good_checkpoint_stays_the_newest(
     every: int, tiny_lcm_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

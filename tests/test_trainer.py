@@ -39,6 +39,7 @@ EVERY_LINE = {
     "approx_kl",
     "kl_to_start",
     "skipped_transitions",
+    "skipped_updates",
     "loss",
     "grad_norm",
     "lr",

@@ -83,7 +83,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as JSON; raises OSError if the disk is full or not writable."""
     with path.open("w") as file:
-        file.write(json.dumps(value))
+        file.write(json.dumps(value, allow_nan=False))
         _sync(file)
 
 

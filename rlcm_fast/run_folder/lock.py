@@ -86,7 +86,7 @@ def _create(run_dir: Path) -> tuple[Path, str]:
     except FileExistsError:
         raise ValueError(_in_use(run_dir, _read(path), 0.0)) from None
     with os.fdopen(descriptor, "w") as file:
-        json.dump(holder, file, indent=2)
+        json.dump(holder, file, indent=2, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
     return path, token

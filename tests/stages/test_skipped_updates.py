@@ -29,9 +29,13 @@ class RealImages:
     """A loss whose value is NaN and whose gradient is zero."""
 
     num_micro_batches = 1
+    num_skipped = 0
 
     def __init__(self, network: TinyNetwork) -> None:
         self.network = network
+
+    def read(self) -> None:
+        pass
 
     def losses(self) -> Iterator[Tensor]:
         yield self.network.of_state.bias.sum() * 0.0 + torch.tensor(math.nan)
