@@ -134,6 +134,8 @@ def _train(tree: Path, case: Case, run_dir: Path, begun: Path | None = None, num
     if begun:
         shutil.copytree(begun, run_dir)
         options += ["--resume", "latest"]
+        if tree == ROOT:  # the old tree may have pickled it, and may not know the field
+            options += ["--trust_old_checkpoint", "true"]
     run_dir.parent.mkdir(parents=True, exist_ok=True)
 
     # A process for each rank, with a log of its own.
