@@ -285,7 +285,7 @@ def _meter() -> Iterator[Any]:
 
 def _watch(trainer: Trainer, meter: Any) -> None:
     """Names the stages of a run; nothing else of it changes, but that it ends without checkpoint and export."""
-    trainer.save = trainer.finish = lambda: None
+    trainer.progress.save = trainer.finish = lambda: None
     meter.begin()
     meter.wrap(trainer.images, "encode", "encoding")
     meter.wrap(trainer.images.policy, "sample", "sampling")

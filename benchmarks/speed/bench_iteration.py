@@ -131,7 +131,7 @@ def run_with_hook(trainer: Trainer, between: Callable[[], Any]) -> list[Seconds]
 
     # Run, and write nothing at the end.
     trainer.evaluate = evaluate
-    trainer.save = trainer.finish = lambda: None
+    trainer.progress.save = trainer.finish = lambda: None
     trainer.run()
     return seconds
 

@@ -11,7 +11,12 @@ from saved_engines import ENGINES, assert_equal_weights, build, update
 from rlcm_fast.run_folder.checkpoint import check_format, damage, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_process")
-NAMES = [name for name in ENGINES if name != "bf16_sums_in_fp32"]  # which format 1 never had
+QUICK = ("stage_0", "stage_3", "8bit_1", "pure_bf16")
+NAMES = [  # format 1 never had sums in float32
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in ENGINES
+    if name != "bf16_sums_in_fp32"
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -38,7 +38,9 @@ class RealImages:
         pass
 
     def losses(self) -> Iterator[Tensor]:
-        yield self.network.of_state.bias.sum() * 0.0 + torch.tensor(math.nan)
+        bias = self.network.of_state.bias
+        assert bias is not None
+        yield bias.sum() * 0.0 + torch.tensor(math.nan)
 
 
 class Setting:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from tiny_policies import engine_of
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "pure_bf16": {"dtype": "pure_bf16", "name": "adamw_8bit"},
     "in_backward": {"name": "adamw_8bit", "in_backward": True},
 }
+QUICK = ("stage_0", "stage_3", "bf16_sums_in_fp32", "8bit_1", "bnb_0", "pure_bf16", "in_backward")
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ENGINES]
 
 
 class Convolutions(nn.Module):
