@@ -173,7 +173,7 @@ class _RolloutUpdates:
         """Takes one optimizer step on the transitions rows (N,) with signals (N,)."""
         updater = self._updater
         if updater.real_images:
-            updater.real_images.read()
+            self._read(updater.real_images)
         kept = self._kept(signals)
         micro_batches = kept.split(updater.config.micro_batch_size)
         num_extra = updater.real_images.num_micro_batches if updater.real_images else 0
@@ -222,6 +222,11 @@ class _RolloutUpdates:
         self._updater.engine.backward(share * (loss + config.kl_weight * kl))
         self.record.micro_batch(stats, loss.detach(), kl.detach())
         self._step()
+
+    def _read(self, extra: ExtraLoss) -> None:
+        start = time.perf_counter()
+        extra.read()
+        self.record.extra_seconds += time.perf_counter() - start
 
     def _backward_extra(self, extra: ExtraLoss) -> None:
         start = time.perf_counter()
