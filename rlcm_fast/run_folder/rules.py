@@ -216,6 +216,7 @@ RULES: dict[str, Rule] = {
     "update.old_log_probs": _EFFECT,
     "update.step_weights": _EFFECT,
     "update.max_grad_norm": _EFFECT,
+    "update.max_skipped_updates": _EFFECT,
     "update.kl_weight": _EFFECT,
     "update.kl_reference": _EFFECT,
     "pretraining.data": Rule("handled", "its pairs begin with the first", voids="pairs"),
