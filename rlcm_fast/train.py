@@ -131,14 +131,16 @@ def _read_run(argv: Sequence[str], rank: int, world_size: int) -> ResolvedRun:
 
 
 def _check_plugins(run: ResolvedRun) -> None:
-    """Checks that rewards, prompts and pairs exist; it needs torch, so it comes after all other checks.
+    """Checks that rewards, the files of their models, prompts and pairs exist.
 
-    Rewards come first, because prompts may be on a network. A dry run opens no dataset and accepts rewards whose models
-    are missing. Pairs are opened later, when the rewards are built (real_images.check_pairs).
+    It needs torch, so it comes after all other checks. Rewards come first, because prompts may be on a network. A dry
+    run opens no dataset and accepts rewards whose models are missing. Pairs are opened later, when the rewards are
+    built (real_images.check_pairs).
     """
     from rlcm_fast.pairs import check_source
     from rlcm_fast.prompts import check_prompts, load_prompts
-    from rlcm_fast.rewards import check_name
+    from rlcm_fast.rewards import check_reward
+    from rlcm_fast.run_folder.tracking import say
 
     # Collect what the tasks and the evaluation name.
     config = run.config
@@ -150,7 +152,8 @@ def _check_plugins(run: ResolvedRun) -> None:
     # Check that all of it is there.
     for field, rewards in named:
         for index, reward in enumerate(rewards):
-            check_name(reward.name, f"{field}[{index}].name", must_run=not config.dry_run)
+            for download in check_reward(reward, f"{field}[{index}]", must_run=not config.dry_run):
+                say(f"{field}[{index}].name={reward.name} downloads {download}")
     for source, field in sources:
         (check_prompts if config.dry_run else load_prompts)(source, field)
     if config.pretraining.weight > 0:

@@ -13,6 +13,7 @@ from rlcm_fast.plugins import build, load_class
 from rlcm_fast.rewards.base import ImagesFailed, Reward, RewardError, SetReward, check_scores
 from rlcm_fast.rewards.failures import Skipping
 from rlcm_fast.rewards.groups import GroupReward
+from rlcm_fast.rewards.models import OnModels, check_files
 from rlcm_fast.rewards.service import (
     RawScores,
     Rewards,
@@ -45,6 +46,7 @@ __all__ = [
     "check_groups",
     "check_name",
     "check_raw_scores",
+    "check_reward",
     "check_scores",
     "evaluate",
     "grouped",
@@ -52,6 +54,7 @@ __all__ = [
     "make_reward",
     "score",
     "scored",
+    "used",
 ]
 
 BUILT_IN = {
@@ -80,6 +83,28 @@ def check_name(name: str, field: str, must_run: bool = False) -> None:
         load_class(name, BUILT_IN, field)
     elif must_run:
         raise ValueError(_waits(f"{field}={name}", name))
+
+
+def check_reward(config: RewardConfig, field: str, must_run: bool = False) -> list[str]:
+    """Check the name, and, if the reward `must_run`, that the files of its models are there.
+
+    Returns what has to be downloaded, in words. Raises a ValueError that begins with `field`. No weights load.
+    """
+    check_name(config.name, f"{field}.name", must_run)
+    if not must_run:
+        return []
+    try:
+        return check_files(load_class(config.name, BUILT_IN, field), config.arguments)
+    except ValueError as error:
+        raise ValueError(f"{field}.name={config.name}: {error}") from error
+
+
+def used(rewards: Mapping[str, tuple[Reward, float]]) -> dict[str, Any]:
+    """What each reward on models computes on, by the reward's name, as JSON: models, revisions, hashes of files."""
+    plain = {
+        name: reward.reward if isinstance(reward, GroupReward) else reward for name, (reward, _) in rewards.items()
+    }
+    return {name: reward.used for name, reward in plain.items() if isinstance(reward, OnModels) and reward.used}
 
 
 def build_reward(

@@ -1,0 +1,208 @@
+"""Networks that embed images or texts, loaded once and run once for all rewards that share them.
+
+    images -> ImageTower.embed -> (B, E), kept as long as the images live: a micro-batch runs once, whichever reward
+                                  asks first and from whichever thread
+    texts  -> TextTower.embed  -> (B, E), each text encoded once, alone, without padding
+
+A tower is shared by rewards with the same files, dtype and device, as long as one of them lives. With another dtype
+or device the files are loaded again, and a warning says so.
+
+Texts are encoded one at a time, so that an embedding does not depend on what else was asked for: a resumed run has an
+empty cache, and must compute the same bits. Without padding a prompt of 10 tokens costs an eighth of one of 77.
+
+On a GPU, a result that another stream computed is waited for on the GPU, not by the host.
+"""
+
+# B images, E numbers of an embedding, L tokens
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from rlcm_fast.rewards.models import Placement
+from rlcm_fast.rewards.pixels import Preparation
+
+T = TypeVar("T")
+_MAX_TEXTS = 4096  # embeddings kept by a text tower: 16 MB of 1024 numbers each
+
+
+class ImageTower:
+    """Embeds images; a micro-batch that several rewards score at once runs through the network once."""
+
+    def __init__(
+        self, network: nn.Module, read: Callable[[nn.Module, Tensor], Tensor], prepare: Preparation, place: Placement
+    ) -> None:
+        """`read` runs the network on pixels (B, 3, size, size) and returns (B, E)."""
+        self.network = network
+        self.prepare = prepare
+        self.place = place
+        self._read = read
+        self._batch_size = place.batch_size
+        self._lock = threading.Lock()
+        self._embedded: WeakIdKeyDictionary = WeakIdKeyDictionary()  # images -> (version, Future of (result, event))
+
+    def limit_batch(self, batch_size: int) -> None:
+        """Run on at most `batch_size` images at once; the smallest of all rewards that share the tower counts."""
+        self._batch_size = min(self._batch_size, batch_size)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The embeddings (B, E) float32 of images (B, 3, H, W) in [0, 1], on the tower's device, without gradients.
+
+        The result is shared: do not change it.
+        """
+        # Find out whether these images, unchanged, were embedded before or are being embedded now.
+        version = 0 if images.is_inference() else images._version
+        with self._lock:
+            known = self._embedded.get(images)
+            is_first = known is None or known[0] != version
+            future: Future[tuple[Tensor, Any]] = Future() if known is None or is_first else known[1]
+            if is_first:
+                self._embedded[images] = (version, future)
+
+        # Embed them, or wait for the thread that does.
+        if is_first:
+            self._fulfil(future, images)
+        embedded, event = future.result()
+        if event is not None:
+            stream = torch.cuda.current_stream(embedded.device)
+            stream.wait_event(event)
+            embedded.record_stream(stream)
+        return embedded
+
+    def _fulfil(self, future: Future[tuple[Tensor, Any]], images: Tensor) -> None:
+        """Set the future's result; an exception reaches every thread that waits, and is forgotten."""
+        try:
+            embedded = self._run(images)
+            event = torch.cuda.current_stream(embedded.device).record_event() if embedded.is_cuda else None
+        except BaseException as error:
+            with self._lock:
+                self._embedded.pop(images, None)
+            future.set_exception(error)
+            raise
+        future.set_result((embedded, event))
+
+    @torch.no_grad()
+    def _run(self, images: Tensor) -> Tensor:
+        rows = []
+        for chunk in images.split(self._batch_size):
+            pixels = self.prepare(chunk)
+            rows.append(self._read(self.network, pixels.to(self.place.device, self.place.dtype)).float())
+        return torch.cat(rows)
+
+
+class TextTower:
+    """Embeds texts, each once."""
+
+    def __init__(
+        self, network: nn.Module, read: Callable[[nn.Module, Tensor], Tensor], tokens: Tokens, place: Placement
+    ) -> None:
+        """`read` runs the network on tokens (1, L) and returns (1, E)."""
+        self.network = network
+        self.tokens = tokens
+        self.place = place
+        self._read = read
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, Tensor] = OrderedDict()  # (E,) of each text, the latest last
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """The embeddings (B, E) float32 of texts, on the tower's device, without gradients."""
+        with self._lock:  # one thread encodes, others find its result
+            by_text = {text: self._of(text) for text in dict.fromkeys(texts)}
+        return torch.stack([by_text[text] for text in texts])
+
+    @torch.no_grad()
+    def _of(self, text: str) -> Tensor:
+        """The embedding (E,) of one text."""
+        if text in self._known:
+            self._known.move_to_end(text)
+            return self._known[text]
+        ids = torch.tensor([self.tokens(text)], device=self.place.device)  # (1, L)
+        self._known[text] = self._read(self.network, ids)[0].float()
+        if len(self._known) > _MAX_TEXTS:
+            self._known.popitem(last=False)
+        return self._known[text]
+
+
+class Tokens:
+    """Turns a text into tokens, cut at what its network can read; the first cut of each tower is said."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int, reader: str) -> None:
+        """`reader` names the network in the warning."""
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._reader = reader
+        self._has_warned = False
+
+    def __call__(self, text: str) -> list[int]:
+        """The tokens of a text, with those of its begin and end, at most `max_tokens`.
+
+        Several threads may call it: the tokenizer is not asked to cut, which would change its state.
+        """
+        ids = list(self._tokenizer(text)["input_ids"])
+        if len(ids) <= self._max_tokens:
+            return ids
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{self._reader} reads {self._max_tokens} tokens, and a prompt has {len(ids)}: the rest of it, and of "
+                f"other long prompts, does not count; it begins {text[:40]!r}",
+                stacklevel=2,
+            )
+        return [*ids[: self._max_tokens - 1], ids[-1]]
+
+
+_shared: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()  # every tower that a reward holds
+_sharing = threading.RLock()
+
+
+def shared(kind: str, files: Path, place: Placement, make: Callable[[], T]) -> T:
+    """The tower of this `kind` made from `files` and placed at `place`; `make` loads it, unless a reward holds it.
+
+    Warns if it is already loaded elsewhere or in another dtype.
+    """
+    where = (kind, str(files.resolve()))
+    key = (*where, place.dtype, place.device)
+    with _sharing:
+        tower = _shared.get(key)
+        if tower is None:
+            others = [other[2:] for other in _shared if other[:2] == where]
+            tower = make()
+            if others:
+                said = " and ".join(str(Placement(*other, 1)) for other in others)
+                warnings.warn(
+                    f"{files} ({kind}) is loaded again, as {place}, because a reward has it as {said}; give both "
+                    "rewards the same dtype and device, and they share it",
+                    stacklevel=2,
+                )
+            _shared[key] = tower
+        return tower
+
+
+def load(network_class: Any, folder: Path, place: Placement, config: Any = None) -> nn.Module:
+    """Load a network of transformers from a folder, frozen; raises ValueError if its files lack weights."""
+    given = {} if config is None else {"config": config}
+    network, report = network_class.from_pretrained(
+        folder, dtype=place.dtype, local_files_only=True, output_loading_info=True, **given
+    )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        first = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])[0]
+        raise ValueError(f"{folder} does not fit {network_class.__name__}: {first} is missing or has another shape")
+    return frozen(network, place)
+
+
+def frozen(network: nn.Module, place: Placement) -> nn.Module:
+    """Move a network to its place, without gradients or dropout; refuses weights that ZeRO has partitioned."""
+    if any(hasattr(weight, "ds_id") for weight in network.parameters()):
+        raise ValueError("ZeRO has partitioned a reward's weights: build rewards outside of deepspeed.zero.Init")
+    return network.to(place.device, place.dtype).requires_grad_(False).eval()
