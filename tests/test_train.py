@@ -112,19 +112,32 @@ def test_a_dry_run_checks_the_form_of_a_dataset_and_opens_none(opened: list[str]
 
 
 @pytest.mark.parametrize("field", ["rewards", "evaluation.rewards"])
-def test_a_reward_that_waits_for_its_model_stops_a_run_before_anything_is_looked_up(
-    field: str, opened: list[str], capsys: pytest.CaptureFixture[str]
+def test_a_reward_whose_files_are_missing_stops_a_run_before_anything_is_looked_up(
+    field: str, opened: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     prompts = ["--prompts.source", DATASET, "--evaluation.prompts", DATASET, "--model.path", "owner/not-there"]
-    assert main([*prompts, f"--{field}", "[{name: aesthetic}]"]) == 2
+    assert main([*prompts, f"--{field}", "[{name: pickscore}]"]) == 2
     assert capsys.readouterr().err == (
-        f"error: {field}[0].name=aesthetic needs the LAION aesthetic predictor, an MLP on CLIP ViT-L/14, which "
-        "rlcm_fast does not run yet; give your own as package.module:Class\n"
+        f"error: {field}[0].name=pickscore: model=yuvalkirstain/PickScore_v1 is not in the hub's cache, and "
+        "HF_HUB_OFFLINE is set; it comes from the Hugging Face hub (yuvalkirstain/PickScore_v1), 3.9 GB, licence MIT "
+        '(its code); run "hf download yuvalkirstain/PickScore_v1 config.json model.safetensors '
+        "model.safetensors.index.json tokenizer.json vocab.json merges.txt tokenizer_config.json "
+        'special_tokens_map.json --revision main" where there is a network, or give a folder\n'
     )
     assert opened == []
     assert main(prompts) == 2  # rewards that run: now the dataset is opened, still before weights load
     assert f"error: prompts.source={DATASET} cannot be streamed: no network" in capsys.readouterr().err
     assert opened == ["owner/name"]
+
+
+@pytest.mark.usefixtures("opened")
+def test_a_reward_that_downloads_says_so_before(capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    main(["--prompts.source", DATASET, "--model.path", "owner/not-there", "--rewards", "[{name: pickscore}]"])
+    first = "rewards[0].name=pickscore downloads yuvalkirstain/PickScore_v1, 3.9 GB, licence MIT (its code)\n"
+    assert capsys.readouterr().err.startswith(first)
 
 
 def test_a_plugin_that_is_not_there_is_one_line_from_a_process_of_its_own():

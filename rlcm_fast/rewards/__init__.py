@@ -62,11 +62,14 @@ BUILT_IN = {
     "jpeg_incompressibility": "rlcm_fast.rewards.jpeg:JpegIncompressibility",
     "distribution_parity": "rlcm_fast.rewards.parity:DistributionParity",
     "diversity": "rlcm_fast.rewards.diversity:Diversity",
+    "aesthetic": "rlcm_fast.rewards.aesthetic:Aesthetic",
+    "aesthetic_v2_5": "rlcm_fast.rewards.aesthetic:AestheticV25",
+    "clip_score": "rlcm_fast.rewards.clip_score:ClipScore",
+    "pickscore": "rlcm_fast.rewards.pickscore:PickScore",
     "shapes_alignment": "rlcm_fast.shapes.reward:ShapesAlignment",
     "shapes_alignment_graded": "rlcm_fast.shapes.graded:ShapesAlignmentGraded",
 }
 NAMED = {
-    "aesthetic": "the LAION aesthetic predictor, an MLP on CLIP ViT-L/14",
     "vlm_alignment": "a vision-language model whose caption BERTScore compares with the prompt",
     "image_reward": "the ImageReward model",
     "object_detection": "an open-vocabulary detector, whose mean confidence in the prompt's objects is the reward",

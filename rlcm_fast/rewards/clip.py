@@ -19,9 +19,11 @@ from rlcm_fast.rewards.models import ModelFiles, Placement
 from rlcm_fast.rewards.pixels import Preparation
 from rlcm_fast.rewards.towers import ImageTower, TextTower, Tokens, load, shared
 
-CLIP_L_IMAGES = Part("image", 304.0, 162.0)
-CLIP_L_TEXTS = Part("text", 123.7, 2.7)
-CLIP_L = Weights("openai/clip-vit-large-patch14", ("config.json", SHARDS, *CLIP_WORDS), 1.71, "MIT")
+_L, _L_IMAGES, _L_TEXTS = "openai/clip-vit-large-patch14", Part("image", 304.0, 162.0), Part("text", 123.7, 2.7)
+L_IMAGES = Weights(_L, ("config.json", SHARDS), 1.71, "MIT", (_L_IMAGES,))
+L = Weights(_L, ("config.json", SHARDS, *CLIP_WORDS), 1.71, "MIT", (_L_IMAGES, _L_TEXTS))
+H_PARTS = (Part("image", 632.1, 334.6), Part("text", 354.0, 9.7))
+"""The image and the text tower of a ViT-H/14."""
 
 
 def image_tower(files: ModelFiles, place: Placement) -> ImageTower:
@@ -37,6 +39,7 @@ def image_tower(files: ModelFiles, place: Placement) -> ImageTower:
             embed_images,
             Preparation(config.image_size),
             place,
+            config.projection_dim,
         )
 
     tower = shared("CLIP images", folder, place, make)
@@ -88,6 +91,6 @@ def _config(folder: Path) -> Any:
     """The CLIPConfig of a folder; the widths of projections in its halves are not always right, and become so."""
     from transformers import CLIPConfig
 
-    config = CLIPConfig.from_pretrained(folder, local_files_only=True)
+    config: Any = CLIPConfig.from_pretrained(folder, local_files_only=True)
     config.vision_config.projection_dim = config.text_config.projection_dim = config.projection_dim
     return config

@@ -4,7 +4,7 @@
 
 The default embedding averages an image down to 8 x 8 RGB pixels and divides by the square root of the number of values.
 The distance is then a root mean square difference in [0, 1]. The embedding sees colours, backgrounds and where things
-are, and needs no network.
+are, and needs no network. embeddings.py has those of CLIP and DINOv2.
 """
 
 # B images, F numbers that describe one image, G groups of k images
@@ -18,10 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from rlcm_fast.plugins import build
+from rlcm_fast.plugins import build, load_class
+from rlcm_fast.rewards.models import ModelFiles, OnModels, files_of
 from rlcm_fast.trajectory import Prompt
 
-EMBEDDINGS = {"thumbnails": "rlcm_fast.rewards.diversity:Thumbnails"}
+EMBEDDINGS = {
+    "thumbnails": "rlcm_fast.rewards.diversity:Thumbnails",
+    "clip": "rlcm_fast.rewards.embeddings:ClipEmbedding",
+    "dinov2": "rlcm_fast.rewards.embeddings:DinoEmbedding",
+}
 _THUMBNAIL = 8  # pixels a side
 
 
@@ -34,7 +39,7 @@ class Thumbnails:
         return thumbnails / thumbnails.shape[1] ** 0.5
 
 
-class Diversity:
+class Diversity(OnModels):
     """The mean distance between two images of a group, in an embedding."""
 
     scope = "set"
@@ -45,6 +50,16 @@ class Diversity:
         It is called with (images, prompts) and returns (B, F).
         """
         self._embedding = build(embedding, embedding_arguments or {}, EMBEDDINGS, "embedding")
+
+    @classmethod
+    def files(cls, arguments: Mapping[str, Any]) -> list[ModelFiles]:
+        """The files of the embedding; see OnModels."""
+        return files_of(load_class(arguments["embedding"], EMBEDDINGS, "embedding"), arguments["embedding_arguments"])
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """What the embedding computes on; see OnModels."""
+        return self._embedding.used if isinstance(self._embedding, OnModels) else {}
 
     def describe(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The embedding (B, F) float32 of images (B, 3, H, W) float32 in [0, 1]."""

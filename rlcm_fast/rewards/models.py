@@ -28,6 +28,7 @@ from rlcm_fast.rewards.facts import EITHER, OPTIONAL, Facts, Weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".onnx")  # of files; hub ids have none of them
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HASHED_WHOLE = 64 * 2**20  # bytes; of a larger file that does not come from the hub, only the first bytes are hashed
 
@@ -52,24 +53,38 @@ class OnModels:
         return {files.field: files.used() for files in self._files}
 
 
-def check_files(factory: Any, arguments: Mapping[str, Any]) -> list[str]:
-    """Look up the files that `factory`, a class, needs with `arguments`; no weights load.
+def files_of(factory: Any, arguments: Mapping[str, Any] | None) -> list[ModelFiles]:
+    """The files that `factory`, a class, needs with `arguments`; none if it computes on no models.
 
-    Returns what has to be downloaded, in words; nothing for a class that needs no files. Raises ValueError for what is
-    missing. Arguments that do not fit the constructor are left to it.
+    Raises ValueError for an argument that is wrong. Arguments that do not fit the constructor are left to it.
     """
     if not (isinstance(factory, type) and issubclass(factory, OnModels)):
         return []
     try:
-        bound = inspect.signature(factory).bind(**arguments)
+        bound = inspect.signature(factory).bind(**(arguments or {}))
     except TypeError:
         return []
     bound.apply_defaults()
     given = bound.arguments
     if {"dtype", "device", "batch_size"} <= given.keys():
         Placement.of(given["dtype"], given["device"], given["batch_size"])
-    downloads = [files.download() for files in factory.files(given)]
+    return factory.files(given)
+
+
+def check_files(factory: Any, arguments: Mapping[str, Any]) -> list[str]:
+    """Look up the files that `factory`, a class, needs with `arguments`; no weights load.
+
+    Returns what has to be downloaded, in words. Raises ValueError for what is missing.
+    """
+    downloads = [files.download() for files in files_of(factory, arguments)]
     return [download for download in downloads if download]
+
+
+def found(files: list[ModelFiles]) -> list[ModelFiles]:
+    """Return `files` after a look at all of them, so that a missing one is named before another downloads or loads."""
+    for needed in files:
+        needed.find()
+    return files
 
 
 @dataclass(frozen=True)
@@ -142,7 +157,7 @@ class ModelFiles:
         folder = self._cached()
         if folder is None and constants.is_offline_mode():
             repository, revision = self._id()
-            names = " ".join(_names(needed)[0] for needed in self.weights.files)
+            names = " ".join(name for needed in self.weights.files for name in _names(needed))
             raise ValueError(
                 f"{self.field}={self.source} is not in the hub's cache, and HF_HUB_OFFLINE is set; {self._what()}; run "
                 f'"hf download {repository} {names} --revision {revision}" where there is a network, or give a folder'
@@ -177,7 +192,11 @@ class ModelFiles:
         place = self.folder()
         if place.is_file():
             return place
-        return next(place / name for name in _names(self.weights.files[0]) if (place / name).is_file())
+        return next(place / name for name in self.names() if (place / name).is_file())
+
+    def names(self) -> list[str]:
+        """The names that the first needed file may have, best first."""
+        return _names(self.weights.files[0])
 
     def used(self) -> dict[str, Any]:
         """What was read, as JSON: the model, its revision on the hub, and size and hash of each file."""
@@ -257,10 +276,10 @@ def _listed(file: Path) -> list[str]:
 
 
 def _may_be_hub_id(source: str) -> bool:
-    """Tells whether `source` has the form of a hub id, and does not begin with a folder that exists."""
+    """Tells whether `source` has the form of a hub id, not of a file, and begins with no folder that exists."""
     name = source.partition("@")[0]
     owner, slash, _ = name.partition("/")
-    return bool(_HUB_ID.fullmatch(name)) and not (slash and Path(owner).is_dir())
+    return bool(_HUB_ID.fullmatch(name)) and not name.endswith(_ENDINGS) and not (slash and Path(owner).is_dir())
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

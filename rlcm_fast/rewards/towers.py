@@ -17,19 +17,24 @@ On a GPU, a result that another stream computed is waited for on the GPU, not by
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers.utils import logging as transformers_logging
 
+from rlcm_fast import quiet
 from rlcm_fast.rewards.models import Placement
 from rlcm_fast.rewards.pixels import Preparation
 
@@ -41,12 +46,18 @@ class ImageTower:
     """Embeds images; a micro-batch that several rewards score at once runs through the network once."""
 
     def __init__(
-        self, network: nn.Module, read: Callable[[nn.Module, Tensor], Tensor], prepare: Preparation, place: Placement
+        self,
+        network: nn.Module,
+        read: Callable[[nn.Module, Tensor], Tensor],
+        prepare: Preparation,
+        place: Placement,
+        width: int,
     ) -> None:
-        """`read` runs the network on pixels (B, 3, size, size) and returns (B, E)."""
+        """`read` runs the network on pixels (B, 3, size, size) and returns (B, E), where E is `width`."""
         self.network = network
         self.prepare = prepare
         self.place = place
+        self.width = width
         self._read = read
         self._batch_size = place.batch_size
         self._lock = threading.Lock()
@@ -162,7 +173,9 @@ class Tokens:
         return [*ids[: self._max_tokens - 1], ids[-1]]
 
 
-_shared: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()  # every tower that a reward holds
+_shared: WeakValueDictionary[tuple[str, str, torch.dtype, torch.device], Any] = (
+    WeakValueDictionary()
+)  # every tower that a reward holds
 _sharing = threading.RLock()
 
 
@@ -176,10 +189,10 @@ def shared(kind: str, files: Path, place: Placement, make: Callable[[], T]) -> T
     with _sharing:
         tower = _shared.get(key)
         if tower is None:
-            others = [other[2:] for other in _shared if other[:2] == where]
+            others = [Placement(dtype, device, 1) for *other, dtype, device in list(_shared) if tuple(other) == where]
             tower = make()
             if others:
-                said = " and ".join(str(Placement(*other, 1)) for other in others)
+                said = " and ".join(map(str, others))
                 warnings.warn(
                     f"{files} ({kind}) is loaded again, as {place}, because a reward has it as {said}; give both "
                     "rewards the same dtype and device, and they share it",
@@ -189,16 +202,53 @@ def shared(kind: str, files: Path, place: Placement, make: Callable[[], T]) -> T
         return tower
 
 
-def load(network_class: Any, folder: Path, place: Placement, config: Any = None) -> nn.Module:
-    """Load a network of transformers from a folder, frozen; raises ValueError if its files lack weights."""
-    given = {} if config is None else {"config": config}
-    network, report = network_class.from_pretrained(
-        folder, dtype=place.dtype, local_files_only=True, output_loading_info=True, **given
-    )
-    if report["missing_keys"] or report["mismatched_keys"]:
-        first = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])[0]
-        raise ValueError(f"{folder} does not fit {network_class.__name__}: {first} is missing or has another shape")
+def load(
+    network_class: Any, weights: Path | Mapping[str, Tensor], place: Placement, config: Any, **options: bool
+) -> nn.Module:
+    """Load a network of transformers, frozen, from a folder or from tensors by name; tensors of others are left out.
+
+    Raises ValueError if weights are broken, missing or of another shape; transformers would start them at random.
+    """
+    is_folder = isinstance(weights, Path)
+    where = weights if is_folder else "the file"
+    try:
+        with _silently():
+            network, report = network_class.from_pretrained(
+                weights if is_folder else None,
+                state_dict=None if is_folder else dict(weights),
+                config=config,
+                dtype=place.dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{where} could not be loaded as {network_class.__name__}: {reason}") from error
+    bad = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
+    if bad:
+        raise ValueError(f"{where} does not fit {network_class.__name__}: {bad[0]} is missing or has another shape")
     return frozen(network, place)
+
+
+@contextmanager
+def _silently() -> Iterator[None]:
+    """Hide the bar and the report of transformers, which lists the weights of the other tower; `load` checks itself."""
+    report = logging.getLogger(quiet.MISSING_WEIGHTS)  # with another level it would report layers of parallel models
+    had_bar = transformers_logging.is_progress_bar_enabled()
+    report.addFilter(_is_error)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        report.removeFilter(_is_error)
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def frozen(network: nn.Module, place: Placement) -> nn.Module:

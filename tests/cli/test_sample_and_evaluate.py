@@ -120,7 +120,10 @@ def test_statistics_are_those_of_a_sample():
             "does not divide the 64",
         ),
         (["evaluate", "--model", ".", "--rewards", "jpeg_size"], "=jpeg_size is not known; "),
-        (["evaluate", "--model", ".", "--rewards", "aesthetic"], "name=aesthetic needs the LAION aesthetic predictor"),
+        (
+            ["evaluate", "--model", ".", "--rewards", "{name: aesthetic_v2_5, arguments: {head: no.pth}}"],
+            "head=no.pth do",
+        ),
         (["evaluate", "--model", ".", "--rewards", "{name: diversity, groups: 2}"], "rewards[0].groups is no field of"),
         (["sample", "--model", "shapes/lcm", "--lora", "/no", "--prompt", "x"], "lora=/no is not a LoRA; give a"),
         (["sample", "--model", "runs/typo", "--prompt", "x"], "model=runs/typo does not exist; give"),

@@ -67,7 +67,7 @@ def test_a_missing_shard_is_named(tmp_path: Path):
         files(folder).find()
 
 
-@pytest.mark.parametrize("source", ["no/such/folder", "/no/folder", "./no"])
+@pytest.mark.parametrize("source", ["no/such/folder", "/no/folder", "./no", "head.pth"])
 def test_a_path_that_does_not_exist_is_no_hub_id(source: str):
     with pytest.raises(ValueError, match=f"model={source} does not exist; give a folder, or a hub id"):
         files(source).find()

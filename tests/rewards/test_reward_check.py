@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlcm_fast.plugins import load_class
 from rlcm_fast.rewards import BUILT_IN, NAMED, Reward, RewardError, build_reward, check_name, check_scores
 from rlcm_fast.rewards.jpeg import JpegCompressibility
 from rlcm_fast.trajectory import Prompt
@@ -59,7 +60,12 @@ def test_a_built_in_reward_is_made_with_its_arguments():
     assert isinstance(reward, Reward)
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+def computes_on_models(name: str) -> bool:
+    """Whether the reward needs files; those are tested with small models in the files of their own."""
+    return getattr(load_class(name, BUILT_IN), "FACTS", None) is not None
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if not computes_on_models(name)])
 def test_every_built_in_reward_scores_images(name: str):
     prompts = [Prompt("a red circle"), Prompt("a blue star")]
     arguments = {"classifier": "shapes_colour"} if name == "distribution_parity" else {}
@@ -98,3 +104,11 @@ def test_a_reward_whose_model_is_not_run_yet_may_be_named_but_not_built(name: st
     check_name(name, "rewards[0].name")
     with pytest.raises(ValueError, match=f"rewards: name={name} needs .*, which rlcm_fast does not run yet; give your"):
         build_reward(name, {})
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if computes_on_models(name)])
+def test_the_facts_of_a_reward_on_models_are_complete(name: str):
+    facts = load_class(name, BUILT_IN).FACTS
+    assert facts.formula and facts.likes and facts.weights
+    assert all(weights.licence and weights.gigabytes > 0 for weights in facts.weights)
+    assert facts.million_parameters > 0
