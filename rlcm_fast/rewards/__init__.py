@@ -66,6 +66,8 @@ BUILT_IN = {
     "aesthetic_v2_5": "rlcm_fast.rewards.aesthetic:AestheticV25",
     "clip_score": "rlcm_fast.rewards.clip_score:ClipScore",
     "pickscore": "rlcm_fast.rewards.pickscore:PickScore",
+    "hps_v2": "rlcm_fast.rewards.hps:HpsV2",
+    "hps_v2_0": "rlcm_fast.rewards.hps:HpsV20",
     "shapes_alignment": "rlcm_fast.shapes.reward:ShapesAlignment",
     "shapes_alignment_graded": "rlcm_fast.shapes.graded:ShapesAlignmentGraded",
 }

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -57,8 +59,14 @@ def _is_of(key: str, name: str) -> bool:
 
 
 def read_tensors(file: Path) -> Mapping[str, Tensor]:
-    """The tensors of a .safetensors, .pt or .pth file; of the latter two only tensors are ever loaded, never code."""
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    """The tensors of a .safetensors, .pt or .pth file; of the latter two only tensors are ever loaded, never code.
+
+    Raises ValueError if the file is broken, or holds anything else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{file} is no file of tensors: {str(error).splitlines()[0][:200]}") from error
     return loaded.get("state_dict", loaded)

@@ -229,6 +229,9 @@ def load(
     bad = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
     if bad:
         raise ValueError(f"{where} does not fit {network_class.__name__}: {bad[0]} is missing or has another shape")
+    if not is_folder:  # the tensors may be views of a file that is only mapped into memory
+        for weight in network.parameters():
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     return frozen(network, place)
 
 
