@@ -68,12 +68,12 @@ BUILT_IN = {
     "pickscore": "rlcm_fast.rewards.pickscore:PickScore",
     "hps_v2": "rlcm_fast.rewards.hps:HpsV2",
     "hps_v2_0": "rlcm_fast.rewards.hps:HpsV20",
+    "image_reward": "rlcm_fast.rewards.image_reward:ImageReward",
     "shapes_alignment": "rlcm_fast.shapes.reward:ShapesAlignment",
     "shapes_alignment_graded": "rlcm_fast.shapes.graded:ShapesAlignmentGraded",
 }
 NAMED = {
     "vlm_alignment": "a vision-language model whose caption BERTScore compares with the prompt",
-    "image_reward": "the ImageReward model",
     "object_detection": "an open-vocabulary detector, whose mean confidence in the prompt's objects is the reward",
 }
 """Rewards of the papers whose models rlcm_fast does not run yet; a config may name one, but it cannot be built."""
