@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_rewards
 import tiny_runs
 
 from rlcm_fast.backbones.pipeline import Backbone
@@ -25,12 +26,14 @@ LARGE_SCALE = ("preference", "composition", "fairness", "joint")
 RECIPES = [*(f"rlcm/{name}" for name in RLCM), *(f"large_scale/{name}" for name in LARGE_SCALE)]
 ADAPTERS = {name: "lora_8_8" if name == "aesthetic" else "lora_16_32" for name in RLCM}
 WAITS = {
-    "rlcm/aesthetic": "rewards[0].name=aesthetic needs the LAION aesthetic predictor",
     "rlcm/alignment": "rewards[0].name=vlm_alignment needs a vision-language model",
-    "large_scale/preference": "rewards[0].name=image_reward needs the ImageReward model",
     "large_scale/composition": "rewards[0].name=object_detection needs an open-vocabulary detector",
     "large_scale/fairness": "classifier=skin_tone needs a classifier of four skin tones",
-    "large_scale/joint": "tasks[0].rewards[0].name=image_reward needs the ImageReward model",
+}
+DOWNLOADS = {
+    "rlcm/aesthetic": "rewards[0].name=aesthetic: model=openai/clip-vit-large-patch14 is not in the hub's cache",
+    "large_scale/preference": "rewards[0].name=image_reward: model=THUDM/ImageReward is not in the hub's cache",
+    "large_scale/joint": "tasks[0].rewards[0].name=image_reward: model=THUDM/ImageReward is not in the hub's cache",
 }
 SMALL = {
     "rlcm": ["--evaluation.num_images=8"],
@@ -76,6 +79,18 @@ def test_a_recipe_whose_reward_waits_for_its_model_says_so_in_one_line(
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
     assert WAITS[recipe] in said and "which rlcm_fast does not run yet" in said
+
+
+@pytest.mark.parametrize("recipe", DOWNLOADS)
+@pytest.mark.usefixtures("no_network", "one_process")
+def test_offline_a_recipe_whose_reward_is_not_on_the_machine_says_so_in_one_line(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert main(["--config", f"configs/{recipe}.yaml", "--run_dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {DOWNLOADS[recipe]}") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", LARGE_SCALE)
@@ -133,7 +148,7 @@ def test_a_recipe_runs_with_a_small_model_of_its_layout(recipe: str, tmp_path: P
     assert line["grad_norm"] > 0
     assert line["advantage/abs_mean"] > 0  # grad_norm is of the loss on real pairs, too
     if recipe == "large_scale/joint":
-        rewards = ("preference/plugin_rewards:Brightness", "composition/plugin_rewards:Brightness")
+        rewards = ("preference/image_reward", "composition/plugin_rewards:Brightness")
         assert {f"reward/{name}/mean" for name in (*rewards, "fairness/distribution_parity")} <= line.keys()
         assert line["queries"] == 2 * 3 * 16
 
@@ -164,11 +179,25 @@ def smoke_run(recipe: str, folder: Path, request: pytest.FixtureRequest, more: l
 
 
 def _without_a_hub(text: str, folder: Path) -> str:
-    """A recipe with plug-ins in the place of models that are not run, a list for its dataset, renders for its pairs."""
+    """A recipe with small models of its rewards, or plug-ins, a list for its dataset, renders for its pairs."""
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"a picture of {number} cats\n" for number in range(40)))
-    text = re.sub(r"name: (image_reward|object_detection|aesthetic|vlm_alignment)\b", f"name: {tiny_runs.REWARD}", text)
+    text = re.sub(r"name: (object_detection|vlm_alignment)\b", f"name: {tiny_runs.REWARD}", text)
+    for name, arguments in _small_rewards(folder).items():
+        text = re.sub(rf"( *)- name: {name}\b.*", rf"\1- name: {name}\n\1  arguments: {arguments}", text)
     text = text.replace("classifier: skin_tone", 'classifier: "plugin_rewards:Quadrants"')
     text = text.replace("group_size: 16", "group_size: 8")  # of a task's 16 images: two groups to compare
     text = re.sub(r"hf:poloclub\S+", str(prompts), text)
     return re.sub(r"data: hf:laion\S+", "data: shapes:all", text)
+
+
+def _small_rewards(folder: Path) -> dict[str, dict[str, str]]:
+    """The arguments that give rewards small random models of the same layout."""
+    (folder / "image_reward").mkdir()
+    image_reward = tiny_rewards.save_image_reward(folder / "image_reward")
+    clip = tiny_rewards.save_clip(folder / "clip")
+    head = tiny_rewards.save_head(folder / "head.pth", tiny_rewards.WIDTH, "layers", (0, 2, 4, 6, 7))
+    return {
+        "aesthetic": {"model": clip, "head": head},
+        "image_reward": {"model": image_reward, "tokenizer": image_reward},
+    }

@@ -16,59 +16,7 @@ from rlcm_fast.rewards import build_reward, check_scores
 from rlcm_fast.rewards.image_reward import MEAN, STD, ImageReward
 from rlcm_fast.trajectory import Prompt
 
-WIDTH, TEXT_WIDTH, INNER, PATCH, SIZE, LAYERS = 128, 64, 80, 4, 16, (0, 2, 4, 6, 7)
-HEAD = 64
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "two", "dogs", "red", "car", "7"]
-
-
-def make_tensors() -> dict[str, Tensor]:
-    """Random weights by the names of ImageReward.pt."""
-    generator = torch.Generator().manual_seed(0)
-    tensors: dict[str, Tensor] = {}
-
-    def add(name: str, *shape: int, scale: float = 1.0) -> None:
-        tensors[name] = scale * torch.randn(shape, generator=generator)
-
-    def add_linear(name: str, outputs: int, inputs: int) -> None:
-        add(f"{name}.weight", outputs, inputs, scale=inputs**-0.5)
-        add(f"{name}.bias", outputs, scale=0.1)
-
-    def add_norm(name: str, width: int) -> None:
-        add(f"{name}.weight", width)
-        add(f"{name}.bias", width)
-
-    eye = "blip.visual_encoder"
-    add(f"{eye}.cls_token", 1, 1, WIDTH)
-    add(f"{eye}.pos_embed", 1, (SIZE // PATCH) ** 2 + 1, WIDTH)
-    add(f"{eye}.patch_embed.proj.weight", WIDTH, 3, PATCH, PATCH, scale=0.2)
-    add(f"{eye}.patch_embed.proj.bias", WIDTH)
-    for number in range(2):
-        block = f"{eye}.blocks.{number}"
-        add_norm(f"{block}.norm1", WIDTH)
-        add_norm(f"{block}.norm2", WIDTH)
-        add_linear(f"{block}.attn.qkv", 3 * WIDTH, WIDTH)
-        add_linear(f"{block}.attn.proj", WIDTH, WIDTH)
-        add_linear(f"{block}.mlp.fc1", INNER, WIDTH)
-        add_linear(f"{block}.mlp.fc2", WIDTH, INNER)
-    add_norm(f"{eye}.norm", WIDTH)
-
-    reader = "blip.text_encoder"
-    tensors[f"{reader}.embeddings.position_ids"] = torch.arange(40)[None]
-    add(f"{reader}.embeddings.word_embeddings.weight", len(VOCABULARY) + 2, TEXT_WIDTH)
-    add(f"{reader}.embeddings.position_embeddings.weight", 40, TEXT_WIDTH)
-    add_norm(f"{reader}.embeddings.LayerNorm", TEXT_WIDTH)
-    for number in range(2):
-        layer = f"{reader}.encoder.layer.{number}"
-        for kind, inputs in (("attention", TEXT_WIDTH), ("crossattention", WIDTH)):
-            add_linear(f"{layer}.{kind}.self.query", TEXT_WIDTH, TEXT_WIDTH)
-            add_linear(f"{layer}.{kind}.self.key", TEXT_WIDTH, inputs)
-            add_linear(f"{layer}.{kind}.self.value", TEXT_WIDTH, inputs)
-            add_linear(f"{layer}.{kind}.output.dense", TEXT_WIDTH, TEXT_WIDTH)
-            add_norm(f"{layer}.{kind}.output.LayerNorm", TEXT_WIDTH)
-        add_linear(f"{layer}.intermediate.dense", INNER, TEXT_WIDTH)
-        add_linear(f"{layer}.output.dense", TEXT_WIDTH, INNER)
-        add_norm(f"{layer}.output.LayerNorm", TEXT_WIDTH)
-    return {**tensors, **tiny_rewards.head(TEXT_WIDTH, "mlp.layers", LAYERS)}
+PATCH, SIZE, HEAD, LAYERS = 4, tiny_rewards.SIZE, 64, (0, 2, 4, 6, 7)
 
 
 class Original:
@@ -130,10 +78,7 @@ class Original:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("image_reward")
-    torch.save(make_tensors(), folder / "ImageReward.pt")
-    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
-    return str(folder)
+    return tiny_rewards.save_image_reward(tmp_path_factory.mktemp("image_reward"))
 
 
 def test_scores_are_those_of_the_original_computation(folder: str):
@@ -142,8 +87,8 @@ def test_scores_are_those_of_the_original_computation(folder: str):
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
     pixels = (interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 1) - mean) / std
-    original = Original(make_tensors())
-    rows = [[2, *(VOCABULARY.index(word) for word in text.split()), 3] for text in TEXTS]
+    original = Original(tiny_rewards.image_reward_tensors())
+    rows = [[2, *(tiny_rewards.VOCABULARY.index(word) for word in text.split()), 3] for text in TEXTS]
     expected = torch.stack(
         [original.score(image[None], torch.tensor([row])) for image, row in zip(pixels, rows, strict=True)]
     )
@@ -191,7 +136,7 @@ def test_another_file_is_refused(tmp_path: Path, folder: str):
     torch.save({"a": torch.ones(1)}, tmp_path / "ImageReward.pt")
     with pytest.raises(ValueError, match=r"model: the file is not ImageReward\.pt: embeddings\.patch_embedding"):
         ImageReward(str(tmp_path), folder)
-    tensors = make_tensors()
+    tensors = tiny_rewards.image_reward_tensors()
     del tensors["blip.visual_encoder.norm.weight"]
     torch.save(tensors, tmp_path / "ImageReward.pt")
     with pytest.raises(ValueError, match="does not fit BlipVisionModel: post_layernorm.weight is missing"):

@@ -23,6 +23,7 @@ SIZE = 16  # pixels that it sees
 MAX_TOKENS = 32
 TEXTS = ("a cat", "two dogs", "a cat", "a red car 7")
 PROMPTS = [Prompt(text) for text in TEXTS]
+VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "two", "dogs", "red", "car", "7")  # of a BERT
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,"
 
 
@@ -78,6 +79,63 @@ def save_dino(folder: Path) -> str:
     enlarge(model, 3)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def save_image_reward(folder: Path) -> str:
+    """Saves ImageReward.pt with random weights, and the vocabulary."""
+    torch.save(image_reward_tensors(), folder / "ImageReward.pt")
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
+    return str(folder)
+
+
+def image_reward_tensors() -> dict[str, Tensor]:
+    """Random weights by the names of ImageReward.pt."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+
+    def add(name: str, *shape: int, scale: float = 1.0) -> None:
+        tensors[name] = scale * torch.randn(shape, generator=generator)
+
+    def add_linear(name: str, outputs: int, inputs: int) -> None:
+        add(f"{name}.weight", outputs, inputs, scale=inputs**-0.5)
+        add(f"{name}.bias", outputs, scale=0.1)
+
+    def add_norm(name: str, width: int) -> None:
+        add(f"{name}.weight", width)
+        add(f"{name}.bias", width)
+
+    eye = "blip.visual_encoder"
+    add(f"{eye}.cls_token", 1, 1, 128)
+    add(f"{eye}.pos_embed", 1, (SIZE // 4) ** 2 + 1, 128)
+    add(f"{eye}.patch_embed.proj.weight", 128, 3, 4, 4, scale=0.2)
+    add(f"{eye}.patch_embed.proj.bias", 128)
+    for number in range(2):
+        block = f"{eye}.blocks.{number}"
+        add_norm(f"{block}.norm1", 128)
+        add_norm(f"{block}.norm2", 128)
+        add_linear(f"{block}.attn.qkv", 3 * 128, 128)
+        add_linear(f"{block}.attn.proj", 128, 128)
+        add_linear(f"{block}.mlp.fc1", 80, 128)
+        add_linear(f"{block}.mlp.fc2", 128, 80)
+    add_norm(f"{eye}.norm", 128)
+
+    reader = "blip.text_encoder"
+    tensors[f"{reader}.embeddings.position_ids"] = torch.arange(40)[None]
+    add(f"{reader}.embeddings.word_embeddings.weight", len(VOCABULARY) + 2, 64)
+    add(f"{reader}.embeddings.position_embeddings.weight", 40, 64)
+    add_norm(f"{reader}.embeddings.LayerNorm", 64)
+    for number in range(2):
+        layer = f"{reader}.encoder.layer.{number}"
+        for kind, inputs in (("attention", 64), ("crossattention", 128)):
+            add_linear(f"{layer}.{kind}.self.query", 64, 64)
+            add_linear(f"{layer}.{kind}.self.key", 64, inputs)
+            add_linear(f"{layer}.{kind}.self.value", 64, inputs)
+            add_linear(f"{layer}.{kind}.output.dense", 64, 64)
+            add_norm(f"{layer}.{kind}.output.LayerNorm", 64)
+        add_linear(f"{layer}.intermediate.dense", 80, 64)
+        add_linear(f"{layer}.output.dense", 64, 80)
+        add_norm(f"{layer}.output.LayerNorm", 64)
+    return {**tensors, **head(64, "mlp.layers", (0, 2, 4, 6, 7))}
 
 
 def save_head(file: Path, width: int, prefix: str, numbers: tuple[int, ...], seed: int = 4) -> str:
