@@ -11,10 +11,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from rlcm_fast.rewards.facts import CLIP_WORDS, SHARDS, Part, Weights
+from rlcm_fast.rewards.heads import read_tensors
 from rlcm_fast.rewards.models import ModelFiles, Placement
 from rlcm_fast.rewards.pixels import Preparation
 from rlcm_fast.rewards.towers import ImageTower, TextTower, Tokens, load, shared
@@ -70,10 +70,11 @@ def clip_tokens(folder: Path, max_tokens: int, reader: str) -> Tokens:
 
 def logit_scale(files: ModelFiles) -> float:
     """exp(logit_scale), the factor of a cosine in the model's training: 100 at most, for most models."""
-    for file in sorted(files.folder().glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            if "logit_scale" in tensors.keys():  # noqa: SIM118 - it is no mapping
-                return math.exp(tensors.get_tensor("logit_scale").float().item())
+    folder = files.folder()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model.bin")]):
+        tensors = read_tensors(file)
+        if "logit_scale" in tensors:
+            return math.exp(tensors["logit_scale"].float().item())
     raise ValueError(f"{files.field}={files.source} has no logit_scale; give a whole CLIP model")
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 OPTIONAL = "?"
 EITHER = "|"
-SHARDS = "model.safetensors|model.safetensors.index.json"
-"""The usual names of a model's weights: one file, or an index of several."""
+SHARDS = "model.safetensors|model.safetensors.index.json|pytorch_model.bin"
+"""Usual names of a model's weights: one file, an index of several, or an old file, of which only tensors are read."""
 CLIP_WORDS = ("tokenizer.json|vocab.json", "merges.txt?", "tokenizer_config.json?", "special_tokens_map.json?")
 """The usual names of the files of a CLIP tokenizer."""
 

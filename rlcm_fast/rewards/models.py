@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import constants, model_info, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError
 
 from rlcm_fast.rewards.facts import EITHER, OPTIONAL, Facts, Weights
 
@@ -157,7 +157,7 @@ class ModelFiles:
         folder = self._cached()
         if folder is None and constants.is_offline_mode():
             repository, revision = self._id()
-            names = " ".join(name for needed in self.weights.files for name in _names(needed))
+            names = " ".join(name for needed in self.weights.files for name in _names(needed) if name[-4:] != ".bin")
             raise ValueError(
                 f"{self.field}={self.source} is not in the hub's cache, and HF_HUB_OFFLINE is set; {self._what()}; run "
                 f'"hf download {repository} {names} --revision {revision}" where there is a network, or give a folder'
@@ -176,12 +176,16 @@ class ModelFiles:
 
         # Download; the hub's cache locks each file, so several processes do this once.
         repository, revision = self._id()
-        names = [name for needed in self.weights.files for name in _names(needed)]
         try:
-            folder = snapshot_download(repository, revision=revision, allow_patterns=[*names, *_shards(names)])
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{self.field}={self.source} cannot be downloaded: {reason}; {self._what()}") from error
+            there = [file.rfilename for file in model_info(repository, revision=revision).siblings or ()]
+            folder = snapshot_download(
+                repository, revision=revision, allow_patterns=_patterns(self.weights.files, there)
+            )
+        except (OSError, ValueError, HTTPError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{self.field}={self.source} cannot be downloaded: {reason}; {self._what()}; or give a folder"
+            ) from error
         missing = _missing(Path(folder), self.weights.files)
         if missing:
             raise ValueError(f"{self.field}={self.source} has no {missing}; {self._what()}")
@@ -214,7 +218,10 @@ class ModelFiles:
 
     def download(self) -> str:
         """What a run will download, in words; empty if it is on this machine. Raises what `find` raises."""
-        return "" if self.find() is not None else f"{self.source}, {self._size()}"
+        if self.find() is not None:
+            return ""
+        is_default = self._id()[0] == self.weights.source
+        return f"{self.source}, {self._size()}" if is_default else f"{self.source}, of unknown size and licence"
 
     def _cached(self) -> Path | None:
         """The folder in the hub's cache, if all needed files are there."""
@@ -259,9 +266,11 @@ def _missing(folder: Path, files: tuple[str, ...]) -> str:
     return ""
 
 
-def _shards(names: list[str]) -> list[str]:
-    """Patterns of the files that an index among `names` will list."""
-    return [name.replace(".safetensors.index.json", "-*.safetensors") for name in names if _is_index(name)]
+def _patterns(files: tuple[str, ...], there: list[str]) -> list[str]:
+    """What to download of the files that are `there`: of each needed file the best name, and an index's shards."""
+    best = [name for needed in files for name in [name for name in _names(needed) if name in there][:1]]
+    shards = [name.replace(".safetensors.index.json", "-*.safetensors") for name in best if _is_index(name)]
+    return [*best, *shards]
 
 
 def _is_index(name: str) -> bool:

@@ -200,6 +200,15 @@ def test_a_head_of_another_layout_or_width_is_refused(folders: dict[str, str]):
         multiply_out(other, "layers", LAYERS, 12)
 
 
+def test_a_model_in_an_old_file_scores_alike(folders: dict[str, str], tmp_path: Path):
+    model = CLIPModel.from_pretrained(folders["clip"])
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    model.config.save_pretrained(tmp_path)
+    tiny_rewards.clip_words().save_pretrained(tmp_path)
+    scores = [PickScore(folder)(tiny_rewards.images(), PROMPTS) for folder in (folders["clip"], str(tmp_path))]
+    assert torch.allclose(*scores, rtol=1e-6)
+
+
 def test_weights_that_are_missing_are_an_error_not_random(folders: dict[str, str], tmp_path: Path):
     from safetensors.torch import load_file, save_file
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,8 +55,8 @@ def test_a_missing_file_of_a_folder_is_named_with_its_origin_size_and_licence(tm
     with pytest.raises(ValueError) as caught:
         files(fill(tmp_path, "config.json")).find()
     assert str(caught.value) == (
-        f"model={tmp_path} lacks model.safetensors or model.safetensors.index.json; it comes from the Hugging Face hub "
-        "(owner/default), 1.7 GB, licence MIT"
+        f"model={tmp_path} lacks model.safetensors or model.safetensors.index.json or pytorch_model.bin; it "
+        "comes from the Hugging Face hub (owner/default), 1.7 GB, licence MIT"
     )
 
 
@@ -92,7 +93,8 @@ def test_a_model_in_the_cache_needs_no_network(source: str, cache: Path, monkeyp
 def test_a_model_to_download_is_said_with_its_size_and_is_no_error(cache: Path):
     fill_cache(cache, "config.json")  # the weights are missing
     assert files("owner/name").find() is None
-    assert files("owner/name").download() == "owner/name, 1.7 GB, licence MIT"
+    assert files("owner/name").download() == "owner/name, of unknown size and licence"
+    assert files("owner/default@v1").download() == "owner/default@v1, 1.7 GB, licence MIT"
 
 
 def test_offline_a_model_that_is_not_in_the_cache_is_refused_with_the_command(
@@ -108,8 +110,10 @@ def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError("no network\nand a long story")
 
-    monkeypatch.setattr("rlcm_fast.rewards.models.snapshot_download", fail)
-    with pytest.raises(ValueError, match=r"model=owner/name cannot be downloaded: no network; it comes from") as caught:
+    monkeypatch.setattr("rlcm_fast.rewards.models.model_info", fail)
+    with pytest.raises(
+        ValueError, match=r"model=owner/name cannot be downloaded: no network and a long story; it"
+    ) as caught:
         files("owner/name").folder()
     assert "\n" not in str(caught.value)
 
@@ -122,9 +126,18 @@ def test_a_download_asks_for_the_needed_files_at_the_revision(cache: Path, monke
         return str(fill(cache / "there", "config.json", "model.safetensors"))
 
     monkeypatch.setattr("rlcm_fast.rewards.models.snapshot_download", download)
+    there = ["README.md", "config.json", "model.safetensors", "pytorch_model.bin"]
+
+    def listed(*_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in there])
+
+    monkeypatch.setattr("rlcm_fast.rewards.models.model_info", listed)
     files("owner/name@v1").folder()
     assert (asked["repository"], asked["revision"]) == ("owner/name", "v1")
-    assert "model-*.safetensors" in asked["patterns"] and "merges.txt" in asked["patterns"]
+    assert asked["patterns"] == ["config.json", "model.safetensors"]
+    there[2:] = ["model.safetensors.index.json", "merges.txt"]
+    files("owner/name@v1").folder()
+    assert asked["patterns"] == ["config.json", "model.safetensors.index.json", "merges.txt", "model-*.safetensors"]
 
 
 def test_what_was_used_has_sizes_and_hashes(tmp_path: Path):
@@ -162,7 +175,7 @@ class Scorer(OnModels):
 
 @pytest.mark.usefixtures("cache")
 def test_files_are_checked_without_making_the_reward(tmp_path: Path):
-    assert check_files(Scorer, {}) == ["owner/name, 1.7 GB, licence MIT"]
+    assert check_files(Scorer, {}) == ["owner/name, of unknown size and licence"]
     assert check_files(Scorer, {"model": str(fill(tmp_path / "m", "config.json", "model.safetensors"))}) == []
     assert check_files(Scorer, {"modle": ""}) == []  # its constructor will say it better
     with pytest.raises(ValueError, match="dtype=half is unknown"):
