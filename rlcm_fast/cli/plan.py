@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=positive_int, default=1, help="GPUs of the run")
     size = "pixels per side; default: the size of the model's UNet, which train.py draws"
     parser.add_argument("--image-size", type=positive_int, metavar="PIXELS", help=size)
-    reward = "GiB that reward models need on each GPU; built-in rewards need none"
+    reward = "GiB that reward models of your own need on each GPU; built-in ones are counted"
     parser.add_argument("--reward-gib", type=float, default=0.0, metavar="GIB", help=reward)
     parser.add_argument("--json", action="store_true", help="bytes and seconds as JSON")
 
@@ -52,11 +52,14 @@ def run(arguments: argparse.Namespace) -> None:
     from rlcm_fast.planner.architecture import load_architecture
     from rlcm_fast.planner.estimate import GIB, Workload, strategy_of
     from rlcm_fast.planner.seconds import Planner
+    from rlcm_fast.rewards import gpu_bytes
 
     architecture = load_architecture(path)
     image_size = arguments.image_size or config.model.image_size or None
     _check_image_size(image_size, architecture.pixels_per_latent)
-    planner = Planner(architecture, Workload.of(resolved), round(arguments.reward_gib * GIB))
+    rewards = [reward for task in resolved.tasks for reward in task.rewards]
+    reward_bytes = gpu_bytes([*rewards, *config.evaluation.rewards]) + round(arguments.reward_gib * GIB)
+    planner = Planner(architecture, Workload.of(resolved), reward_bytes)
     strategy = strategy_of(config, image_size or architecture.image_size, architecture.embeds_guidance)
 
     # Print the plan, for programs or for people.

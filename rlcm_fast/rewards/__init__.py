@@ -13,6 +13,7 @@ from rlcm_fast.plugins import build, load_class
 from rlcm_fast.rewards.base import ImagesFailed, Reward, RewardError, SetReward, check_scores
 from rlcm_fast.rewards.failures import Skipping
 from rlcm_fast.rewards.groups import GroupReward
+from rlcm_fast.rewards.memory import gpu_weights
 from rlcm_fast.rewards.models import OnModels, check_files
 from rlcm_fast.rewards.service import (
     RawScores,
@@ -49,6 +50,7 @@ __all__ = [
     "check_reward",
     "check_scores",
     "evaluate",
+    "gpu_bytes",
     "grouped",
     "joined",
     "make_reward",
@@ -110,6 +112,15 @@ def used(rewards: Mapping[str, tuple[Reward, float]]) -> dict[str, Any]:
         name: reward.reward if isinstance(reward, GroupReward) else reward for name, (reward, _) in rewards.items()
     }
     return {name: reward.used for name, reward in plain.items() if isinstance(reward, OnModels) and reward.used}
+
+
+def gpu_bytes(configs: Sequence[RewardConfig]) -> int:
+    """The memory that the weights of built-in rewards take of each process's GPU, in bytes; 0 for yours."""
+    sizes: dict[tuple[str, ...], int] = {}
+    for config in configs:
+        if config.name in BUILT_IN:
+            sizes |= gpu_weights(load_class(config.name, BUILT_IN), config.arguments)
+    return sum(sizes.values())
 
 
 def build_reward(

@@ -53,22 +53,28 @@ class OnModels:
         return {files.field: files.used() for files in self._files}
 
 
-def files_of(factory: Any, arguments: Mapping[str, Any] | None) -> list[ModelFiles]:
-    """The files that `factory`, a class, needs with `arguments`; none if it computes on no models.
+def with_defaults(factory: Any, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Every argument that `factory`, a class, gets with `arguments`; None if it computes on no models.
 
-    Raises ValueError for an argument that is wrong. Arguments that do not fit the constructor are left to it.
+    None, too, for arguments that do not fit the constructor, which will say so better.
     """
     if not (isinstance(factory, type) and issubclass(factory, OnModels)):
-        return []
+        return None
     try:
         bound = inspect.signature(factory).bind(**(arguments or {}))
     except TypeError:
-        return []
+        return None
     bound.apply_defaults()
-    given = bound.arguments
-    if {"dtype", "device", "batch_size"} <= given.keys():
-        Placement.of(given["dtype"], given["device"], given["batch_size"])
-    return factory.files(given)
+    return dict(bound.arguments)
+
+
+def files_of(factory: Any, arguments: Mapping[str, Any] | None) -> list[ModelFiles]:
+    """The files that `factory`, a class, needs with `arguments`; none if it computes on no models.
+
+    Raises ValueError for an argument that is wrong.
+    """
+    given = with_defaults(factory, arguments)
+    return [] if given is None else factory.files(given)
 
 
 def check_files(factory: Any, arguments: Mapping[str, Any]) -> list[str]:
@@ -76,6 +82,9 @@ def check_files(factory: Any, arguments: Mapping[str, Any]) -> list[str]:
 
     Returns what has to be downloaded, in words. Raises ValueError for what is missing.
     """
+    given = with_defaults(factory, arguments) or {}
+    if {"dtype", "device", "batch_size"} <= given.keys():
+        Placement.of(given["dtype"], given["device"], given["batch_size"])
     downloads = [files.download() for files in files_of(factory, arguments)]
     return [download for download in downloads if download]
 
