@@ -164,7 +164,7 @@ class ModelFiles:
 
         # The cache of the hub.
         folder = self._cached()
-        if folder is None and constants.is_offline_mode():
+        if folder is None and constants.HF_HUB_OFFLINE:
             repository, revision = self._id()
             names = " ".join(name for needed in self.weights.files for name in _names(needed) if name[-4:] != ".bin")
             raise ValueError(

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -112,3 +115,24 @@ def test_the_facts_of_a_reward_on_models_are_complete(name: str):
     assert facts.formula and facts.likes and facts.weights
     assert all(weights.licence and weights.gigabytes > 0 for weights in facts.weights)
     assert facts.million_parameters > 0
+
+
+def test_the_page_of_rewards_on_models_says_what_their_facts_say():
+    page = (Path(__file__).parents[2] / "docs" / "rewards_models.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    found = []
+    for name, *cells in rows:
+        for built_in in re.findall(r"`(\w+)`", name.partition(",")[0]):
+            facts = getattr(load_class(built_in, BUILT_IN), "FACTS", None) if built_in in BUILT_IN else None
+            if facts is None:
+                continue
+            found.append(built_in)
+            if len(cells) == 2:
+                assert cells == [facts.formula, facts.likes]
+                continue
+            sources, licences, gigabytes, gib, _ = cells
+            assert facts.weights[0].source in sources and facts.weights[0].licence in licences
+            assert float(gigabytes) == facts.weights[0].gigabytes
+            assert float(gib) == pytest.approx(4e6 * facts.million_parameters / 2**30, abs=0.006)
+    mine = {"aesthetic", "aesthetic_v2_5", "clip_score", "pickscore", "hps_v2", "image_reward"}
+    assert all(found.count(name) == 2 for name in mine)
