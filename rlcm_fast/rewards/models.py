@@ -84,7 +84,7 @@ def check_files(factory: Any, arguments: Mapping[str, Any]) -> list[str]:
     """
     given = with_defaults(factory, arguments) or {}
     if {"dtype", "device", "batch_size"} <= given.keys():
-        Placement.of(given["dtype"], given["device"], given["batch_size"])
+        Placement.check(given["dtype"], given["device"], given["batch_size"])
     downloads = [files.download() for files in files_of(factory, arguments)]
     return [download for download in downloads if download]
 
@@ -105,34 +105,33 @@ class Placement:
     batch_size: int
 
     @staticmethod
+    def check(dtype: str, device: str, batch_size: int) -> None:
+        """Raise ValueError unless `of` takes these arguments; begins no CUDA context, which would cost memory."""
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype} is unknown; give {', '.join(DTYPES)}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is no number of images; give 1 or more, such as 32")
+        if device in ("same", "cpu"):
+            return
+        number, num_gpus = re.fullmatch(r"cuda:(\d+)", str(device)), torch.cuda.device_count()
+        if number is None:
+            raise ValueError(f"device={device} is unknown; give same, cpu or cuda:N")
+        if int(number[1]) >= num_gpus:
+            raise ValueError(f"device={device} is not there: this process sees {num_gpus} GPUs; give same, or cpu")
+
+    @staticmethod
     def of(dtype: str, device: str, batch_size: int) -> Placement:
         """The placement that a reward's arguments name.
 
         dtype: fp32, bf16 or fp16. device: "same" (the process's GPU, or the CPU), "cpu" or "cuda:N". Raises ValueError.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype} is unknown; give {', '.join(DTYPES)}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is no number of images; give 1 or more, such as 32")
-        return Placement(DTYPES[dtype], _device(device), batch_size)
+        Placement.check(dtype, device, batch_size)
+        is_on_own_gpu = device == "same" and torch.cuda.is_available()
+        place = f"cuda:{torch.cuda.current_device()}" if is_on_own_gpu else device.replace("same", "cpu")
+        return Placement(DTYPES[dtype], torch.device(place), batch_size)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
-
-
-def _device(name: str) -> torch.device:
-    """The device that `name` names; raises ValueError if it is not there."""
-    num_gpus = torch.cuda.device_count()
-    if name == "same":
-        return torch.device("cuda", torch.cuda.current_device()) if num_gpus else torch.device("cpu")
-    if name == "cpu":
-        return torch.device("cpu")
-    number = re.fullmatch(r"cuda:(\d+)", str(name))
-    if number is None:
-        raise ValueError(f"device={name} is unknown; give same, cpu or cuda:N")
-    if int(number[1]) >= num_gpus:
-        raise ValueError(f"device={name} is not there: this process sees {num_gpus} GPUs; give same, or cpu")
-    return torch.device(name)
 
 
 @dataclass(frozen=True)
@@ -153,6 +152,8 @@ class ModelFiles:
             raise ValueError(f"{self.field}= is empty; give the file: {self._what()}")
         place = Path(self.source).expanduser()
         if place.is_file():
+            if any(name.endswith(".json") for name in self.names()):  # a model of several files
+                raise ValueError(f"{self.field}={self.source} is a file; give the folder; {self._what()}")
             return place
         if place.is_dir():
             missing = _missing(place, self.weights.files)

@@ -74,6 +74,31 @@ def test_a_path_that_does_not_exist_is_no_hub_id(source: str):
         files(source).find()
 
 
+def test_a_file_is_taken_only_for_a_model_of_one_file(tmp_path: Path):
+    folder = fill(tmp_path, "config.json", "head.pth")
+    head = ModelFiles("head", str(folder / "head.pth"), Weights("", ("other_name.pth",), 0.004, "MIT"))
+    assert head.find() == head.file() == folder / "head.pth"
+    assert head.used() == {
+        "model": str(folder / "head.pth"),
+        "revision": None,
+        "files": {"head.pth": {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}},
+    }
+    with pytest.raises(ValueError, match="is a file; give the folder; it comes from"):
+        files(folder / "config.json").find()
+
+
+def test_checking_begins_no_cuda_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """It would take half a GB of the first GPU, on every process."""
+
+    def refuse() -> int:
+        raise AssertionError("this would begin a CUDA context")
+
+    monkeypatch.setattr("torch.cuda.current_device", refuse)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    model = str(fill(tmp_path, "config.json", "model.safetensors"))
+    assert check_files(Scorer, {"model": model, "device": "same"}) == []
+
+
 def test_an_empty_source_asks_for_the_file():
     with pytest.raises(ValueError, match="model= is empty; give the file: it comes from"):
         files("").find()
