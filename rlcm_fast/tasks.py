@@ -33,6 +33,7 @@ from rlcm_fast.rewards import (
     Workers,
     grouped,
     make_reward,
+    used,
 )
 from rlcm_fast.trajectory import Prompt
 
@@ -66,6 +67,13 @@ class Tasks:
     def reward_names(self) -> list[str]:
         """The names of all rewards, those of the evaluation last, each once."""
         return list(dict.fromkeys(name for rewards in (*self.trained.values(), self.watched) for name in rewards))
+
+    @property
+    def models_used(self) -> dict[str, Any]:
+        """The models that rewards compute on, by reward, as JSON: names, revisions, sizes and hashes of files."""
+        return used(
+            {name: reward for rewards in (*self.trained.values(), self.watched) for name, reward in rewards.items()}
+        )
 
     def next_batch(self, names: Sequence[str]) -> list[Prompt]:
         """Returns the prompts of a round that this process draws images for."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_rewards
 import tiny_runs
 import torch
 
@@ -116,6 +117,17 @@ def test_without_tasks_the_labels_of_a_file_change_nothing(tiny_lcm_folder: str,
     assert found.keys() == {"default"}
     assert found["default"].values["diversity"].unique().numel() == 1  # one group
     tasks.rewards.shutdown()
+
+
+def test_the_models_of_all_rewards_are_told(tiny_lcm_folder: str, tmp_path: Path):
+    """Those of the evaluation, too; rewards without models have none."""
+    clip = tiny_rewards.save_clip(tmp_path / "clip")
+    watched = [{"name": "pickscore", "arguments": {"model": clip}}]
+    config = make_config(tiny_lcm_folder, tmp_path, evaluation__rewards=watched, evaluation__every=1)
+    used = Tasks(resolve(config, 1)).models_used
+    assert used.keys() == {"pickscore"}
+    assert used["pickscore"]["model"]["model"] == clip
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= used["pickscore"]["model"]["files"].keys()
 
 
 def test_groups_of_a_set_reward_never_cross_tasks(tiny_lcm_folder: str, tmp_path: Path):

@@ -71,8 +71,13 @@ _TERMINAL = _Terminal()  # one object, because tqdm compares files to find the b
 class Tracker:
     """Writes the folder of one run and its lines on the terminal; does nothing on all ranks but the main one."""
 
-    def __init__(self, run_dir: Path, config: Config, first_iteration: int) -> None:
-        """Opens the folder and drops lines from `first_iteration` on, which is 0 or where a resumed run starts."""
+    def __init__(
+        self, run_dir: Path, config: Config, first_iteration: int, models: Mapping[str, Any] | None = None
+    ) -> None:
+        """Opens the folder and drops lines from `first_iteration` on, which is 0 or where a resumed run starts.
+
+        models: what rewards compute on, `Tasks.models_used`, for environment.json.
+        """
         self._run_dir = run_dir
         self._bar: Any = None  # a tqdm, on the main rank
         self._events: Any = None
@@ -83,7 +88,9 @@ class Tracker:
         # Write what the run is, and open the file of its metrics.
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
-        (run_dir / "environment.json").write_text(finite_json(_environment(), indent=2))
+        (run_dir / "environment.json").write_text(
+            finite_json({**_environment(), "reward_models": dict(models or {})}, indent=2)
+        )
         _drop_lines_from(run_dir / "metrics.jsonl", first_iteration)
         self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1)
 

@@ -64,11 +64,13 @@ def test_a_run_killed_while_it_drops_lines_keeps_the_others(tmp_path: Path, monk
 
 
 def test_config_and_environment_are_written(tmp_path: Path):
-    Tracker(tmp_path, CONFIG, 0).close()
+    models = {"pickscore": {"model": {"revision": "a1b2c3"}}}
+    Tracker(tmp_path, CONFIG, 0, models).close()
     assert parse_config(["--config", str(tmp_path / "config.yaml")]) == CONFIG
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__.partition("+")[0] or environment["packages"]["torch"]
     assert environment["num_processes"] == 1
+    assert environment["reward_models"] == models
     assert {"python", "platform", "git_commit", "command"} <= environment.keys()
 
 
