@@ -47,7 +47,7 @@ class Trainer:
             self.load_state_dict(resumed)
         self.progress.note(self.state_dict())
         self.interruption = Interruption(self.run_dir / "stop")
-        self.tracker = Tracker(self.run_dir, config, self.iteration)
+        self.tracker = Tracker(self.run_dir, config, self.iteration, self.tasks.models_used)
 
     def run(self) -> None:
         """Trains, evaluates and exports.
