@@ -7,6 +7,9 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
+from rlcm_fast.engine.tensor_files import write_json
 from rlcm_fast.finite_json import finite_json, not_finite
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,3 +29,9 @@ def test_what_a_run_and_its_commands_write_is_never_nan():
     for file in sorted((ROOT / "rlcm_fast").glob("**/*.py")):
         names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
         assert not {"dumps", "dump"} & names or file.name in allowed, file
+
+
+def test_a_state_that_is_not_finite_is_refused_before_its_file_is_opened(tmp_path: Path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "state.json", {"rewards": [1.0, math.nan]})
+    assert not (tmp_path / "state.json").exists()

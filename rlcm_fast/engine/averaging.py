@@ -35,7 +35,7 @@ class AveragingEngine(Engine):
         self.engine = engine
         self.average = WeightAverage(network, config) if config.decay > 0 else None
         self.zero_stage = engine.zero_stage
-        self.num_updates = 0  # since the start of this process
+        self.num_updates = 0  # that moved the weights, since the start of this process
         self.skips_whole_updates = engine.skips_whole_updates
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -49,9 +49,10 @@ class AveragingEngine(Engine):
 
     def step(self) -> float | None:
         norm = self.engine.step()
-        self.num_updates += norm is not None
-        if norm is not None and math.isfinite(norm) and self.average:
-            self.average.update()
+        if norm is not None and math.isfinite(norm):
+            self.num_updates += 1
+            if self.average:
+                self.average.update()
         return norm
 
     @property

@@ -81,9 +81,15 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON; raises OSError if the disk is full or not writable."""
+    """Writes a value as JSON, which has no NaN.
+
+    Raises:
+        OSError: the disk is full or not writable.
+        ValueError: the value holds a number that is not finite.
+    """
+    text = json.dumps(value, allow_nan=False)
     with path.open("w") as file:
-        file.write(json.dumps(value, allow_nan=False))
+        file.write(text)
         _sync(file)
 
 

@@ -47,7 +47,7 @@ class SkippedUpdates:
         everywhere = parallel.all_gather_list(list(causes))
         round_ = f", round {self._turn.round}" if self._turn.num_rounds > 1 else ""
         place = f"iteration {self._turn.iteration}{round_}, update {self._num_updates}"
-        of = ", ".join(dict.fromkeys(everywhere)) or "no loss is to blame"
+        of = ", ".join(dict.fromkeys(everywhere)) or "the losses are finite"
         found = f"{place}: the gradient is not finite ({of})"
 
         # Stop, or go on and say so.
@@ -58,6 +58,6 @@ class SkippedUpdates:
             )
         if self.in_a_row >= self._most:
             raise Diverged(
-                f"{found}, as in {self.in_a_row} updates in a row (update.max_skipped_updates={self._most}): {_REMEDY}"
+                f"{found}, for {self.in_a_row} updates in a row (update.max_skipped_updates={self._most}): {_REMEDY}"
             )
         self._say(f"warning: {found}; it moved nothing. {self.in_a_row} in a row, the run stops at {self._most}")
