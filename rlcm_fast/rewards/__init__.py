@@ -73,6 +73,8 @@ BUILT_IN = {
     "image_reward": "rlcm_fast.rewards.image_reward:ImageReward",
     "shapes_alignment": "rlcm_fast.shapes.reward:ShapesAlignment",
     "shapes_alignment_graded": "rlcm_fast.shapes.graded:ShapesAlignmentGraded",
+    "ocr": "rlcm_fast.rewards.ocr:Ocr",
+    "safety": "rlcm_fast.rewards.safety:Safety",
 }
 NAMED = {
     "vlm_alignment": "a vision-language model whose caption BERTScore compares with the prompt",

@@ -112,9 +112,9 @@ def test_a_reward_whose_model_is_not_run_yet_may_be_named_but_not_built(name: st
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if computes_on_models(name)])
 def test_the_facts_of_a_reward_on_models_are_complete(name: str):
     facts = load_class(name, BUILT_IN).FACTS
-    assert facts.formula and facts.likes and facts.weights
+    assert facts.formula and facts.likes
     assert all(weights.licence and weights.gigabytes > 0 for weights in facts.weights)
-    assert facts.million_parameters > 0
+    assert facts.million_parameters > 0 or not any(weights.files for weights in facts.weights)
 
 
 def test_the_page_of_rewards_on_models_says_what_their_facts_say():
