@@ -20,6 +20,7 @@ REQUIREMENTS = [
     "peft>=0.21,<0.22",
     "accelerate>=1.10,<2",
     "safetensors>=0.6,<1",
+    "httpx2>=2.0,<3",  # huggingface_hub brings it, too; rewards call servers with it
     "scipy>=1.11,<2",
     "deepspeed>=0.19.8,<0.20",
     "bitsandbytes>=0.50,<0.51",

@@ -75,6 +75,7 @@ BUILT_IN = {
     "shapes_alignment_graded": "rlcm_fast.shapes.graded:ShapesAlignmentGraded",
     "ocr": "rlcm_fast.rewards.ocr:Ocr",
     "safety": "rlcm_fast.rewards.safety:Safety",
+    "vlm_judge": "rlcm_fast.rewards.vlm_judge:VlmJudge",
 }
 NAMED = {
     "vlm_alignment": "a vision-language model whose caption BERTScore compares with the prompt",
