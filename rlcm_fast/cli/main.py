@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rlcm_fast import quiet
-from rlcm_fast.cli import configs, evaluate, plan, sample
+from rlcm_fast.cli import configs, evaluate, plan, reward_server, sample
 from rlcm_fast.faults import Fault
 
 
@@ -44,7 +44,14 @@ def build_parser() -> argparse.ArgumentParser:
         description="Draw images, score a model, find a config, plan its training. Train with rlcm_fast/train.py.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module, name in ((sample, "sample"), (evaluate, "evaluate"), (configs, "configs"), (plan, "plan")):
+    modules = {
+        "sample": sample,
+        "evaluate": evaluate,
+        "reward-server": reward_server,
+        "configs": configs,
+        "plan": plan,
+    }
+    for name, module in modules.items():
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
         module.add_arguments(command)

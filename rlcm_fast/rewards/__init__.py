@@ -76,6 +76,7 @@ BUILT_IN = {
     "ocr": "rlcm_fast.rewards.ocr:Ocr",
     "safety": "rlcm_fast.rewards.safety:Safety",
     "vlm_judge": "rlcm_fast.rewards.vlm_judge:VlmJudge",
+    "http": "rlcm_fast.rewards.remote:RemoteReward",
 }
 NAMED = {
     "vlm_alignment": "a vision-language model whose caption BERTScore compares with the prompt",

@@ -1,0 +1,167 @@
+"""Serve a reward on another GPU or machine; training calls it as the reward `http`.
+
+It batches the images of requests that come together, answers /health and /metrics, and ends cleanly at Ctrl-C and
+SIGTERM: requests that were taken are answered first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from rlcm_fast.cli.arguments import non_negative_int, positive_int
+
+if TYPE_CHECKING:
+    import socket
+
+    import torch
+
+    from rlcm_fast.config import RewardConfig
+    from rlcm_fast.rewards import Reward
+
+ENDS_WITHIN_S = 60
+MOST_WAITING = 512  # images; of 1024 x 1024 pixels they are 1.6 GB
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    reward = "a built-in name (a wrong one lists all), package.module:Class, or a mapping as in a config"
+    parser.add_argument("--reward", required=True, metavar="NAME", help=reward)
+    arguments = "keyword arguments of the reward, as in a config: '{model: folder/of/clip, dtype: bf16}'"
+    parser.add_argument("--arguments", metavar="MAPPING", help=arguments)
+    host = "address to listen at; 0.0.0.0 is open to the network: use it behind a firewall, or with a key"
+    parser.add_argument("--host", default="127.0.0.1", help=host)
+    parser.add_argument("--port", type=non_negative_int, default=8200, help="0 takes any free port")
+    parser.add_argument("--device", help="where the reward runs, as cpu or cuda:1; default: cuda if there is one")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="images scored at once")
+    parser.add_argument("--most-mib", type=positive_int, default=64, help="largest body of a request, in MiB")
+    key = "environment variable with a key that requests must bear"
+    parser.add_argument("--api-key-variable", metavar="NAME", help=key)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    # Check what can be wrong before the reward loads.
+    key = _key(arguments.api_key_variable)
+    config = _reward_config(arguments)
+    from rlcm_fast.rewards.extras import require
+
+    for package in ("uvicorn", "starlette"):
+        require(package, "server")
+    listener = _listen(arguments.host, arguments.port)
+
+    # Build the reward.
+    from rlcm_fast.rewards.batcher import Batcher
+    from rlcm_fast.rewards.serving import Service, application
+
+    device = _find_device(arguments.device)
+    reward = _build(config, device)
+    about = {"device": str(device), "batch_size": arguments.batch_size, "used": _used(config.name, reward)}
+    batcher = Batcher(reward, device, arguments.batch_size, MOST_WAITING)
+    app = application(Service(config.name, batcher, about, arguments.most_mib * 2**20, key))
+
+    # Serve it until a signal comes.
+    host, port = listener.getsockname()[:2]
+    print(f"serving {config.name} on http://{host}:{port} ({device}); Ctrl-C ends it", flush=True)
+    serve(app, listener)
+    print(f"stopped after {batcher.counts.images} images in {batcher.counts.batches} batches", flush=True)
+
+
+def serve(app: Any, listener: socket.socket) -> None:
+    """Runs the application on a socket until SIGINT or SIGTERM comes; requests in progress are answered first."""
+    import signal
+
+    import uvicorn
+
+    # After it has ended, uvicorn raises the signal that ended it once more, for whoever handled signals before it. For
+    # a server that is the wanted end, and no error.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        settings = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=ENDS_WITHIN_S
+        )
+        uvicorn.Server(settings).run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _key(variable: str | None) -> str:
+    if not variable:
+        return ""
+    key = os.environ.get(variable, "")
+    if not key:
+        raise ValueError(f"api-key-variable={variable} is not set in the environment; export it, or leave it out")
+    return key
+
+
+def _reward_config(arguments: argparse.Namespace) -> RewardConfig:
+    """Parses the reward and looks for its files; raises ValueError for what can be known before it loads."""
+    import json
+
+    from rlcm_fast.cli.evaluate import reward_configs
+
+    name, given = arguments.reward, arguments.arguments
+    if given is None:
+        config = reward_configs([name])[0]
+    elif name.startswith("{"):
+        raise ValueError(f"arguments={given} beside the mapping {name}; write them into it")
+    elif not given.strip().startswith("{"):
+        raise ValueError(f"arguments={given} is no mapping; write '{{key: value}}'")
+    else:
+        config = reward_configs([f'{{"name": {json.dumps(name)}, "arguments": {given}}}'])[0]
+
+    from rlcm_fast.rewards import check_reward
+
+    for download in check_reward(config, "reward", must_run=True):
+        print(f"downloading {download}", flush=True)
+    return config
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    import socket
+
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]  # Python repeats the address in brackets
+        raise ValueError(f"host={host} port={port} cannot be listened at: {reason}; give another") from error
+
+
+def _find_device(name: str | None) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device={name} is no device; give cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name} is not there: this process sees {torch.cuda.device_count()} GPUs; give cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the device that a reward takes for "same"
+    return device
+
+
+def _build(config: RewardConfig, device: torch.device) -> Reward:
+    """Makes the reward on `device`, unless its arguments name another; raises ValueError for one that scores groups."""
+    import inspect
+
+    from rlcm_fast.plugins import load_class
+    from rlcm_fast.rewards import BUILT_IN, Reward, make_reward
+
+    arguments = dict(config.arguments)
+    if "device" in inspect.signature(load_class(config.name, BUILT_IN, "reward")).parameters:
+        arguments.setdefault("device", "cpu" if device.type == "cpu" else "same")
+    reward = make_reward(config.name, arguments, "reward")
+    if reward.scope != "image" or not isinstance(reward, Reward):
+        raise ValueError(
+            f"reward={config.name} scores groups of images, which a server does not see; name it in the config of the "
+            "training, and serve rewards of single images"
+        )
+    return reward
+
+
+def _used(name: str, reward: Reward) -> dict[str, Any]:
+    from rlcm_fast.rewards import used
+
+    return used({name: (reward, 1.0)}).get(name, {})
