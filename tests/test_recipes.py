@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_captions
 import tiny_rewards
 import tiny_runs
 
@@ -26,12 +27,12 @@ LARGE_SCALE = ("preference", "composition", "fairness", "joint")
 RECIPES = [*(f"rlcm/{name}" for name in RLCM), *(f"large_scale/{name}" for name in LARGE_SCALE)]
 ADAPTERS = {name: "lora_8_8" if name == "aesthetic" else "lora_16_32" for name in RLCM}
 WAITS = {
-    "rlcm/alignment": "rewards[0].name=vlm_alignment needs a vision-language model",
     "large_scale/composition": "rewards[0].name=object_detection needs an open-vocabulary detector",
     "large_scale/fairness": "classifier=skin_tone needs a classifier of four skin tones",
 }
 DOWNLOADS = {
     "rlcm/aesthetic": "rewards[0].name=aesthetic: model=openai/clip-vit-large-patch14 is not in the hub's cache",
+    "rlcm/alignment": "rewards[0].name=vlm_alignment: scorer=microsoft/deberta-xlarge-mnli is not in the hub's cache",
     "large_scale/preference": "rewards[0].name=image_reward: model=THUDM/ImageReward is not in the hub's cache",
     "large_scale/joint": "tasks[0].rewards[0].name=image_reward: model=THUDM/ImageReward is not in the hub's cache",
 }
@@ -182,7 +183,8 @@ def _without_a_hub(text: str, folder: Path) -> str:
     """A recipe with small models of its rewards, or plug-ins, a list for its dataset, renders for its pairs."""
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"a picture of {number} cats\n" for number in range(40)))
-    text = re.sub(r"name: (object_detection|vlm_alignment)\b", f"name: {tiny_runs.REWARD}", text)
+    text = re.sub(r"name: object_detection\b", f"name: {tiny_runs.REWARD}", text)
+    text = re.sub(r"    arguments: \{captioner.*\n", "", text)
     for name, arguments in _small_rewards(folder).items():
         text = re.sub(rf"( *)- name: {name}\b.*", rf"\1- name: {name}\n\1  arguments: {arguments}", text)
     text = text.replace("classifier: skin_tone", 'classifier: "plugin_rewards:Quadrants"')
@@ -191,13 +193,15 @@ def _without_a_hub(text: str, folder: Path) -> str:
     return re.sub(r"data: hf:laion\S+", "data: shapes:all", text)
 
 
-def _small_rewards(folder: Path) -> dict[str, dict[str, str]]:
+def _small_rewards(folder: Path) -> dict[str, dict[str, str | int]]:
     """The arguments that give rewards small random models of the same layout."""
     (folder / "image_reward").mkdir()
     image_reward = tiny_rewards.save_image_reward(folder / "image_reward")
     clip = tiny_rewards.save_clip(folder / "clip")
     head = tiny_rewards.save_head(folder / "head.pth", tiny_rewards.WIDTH, "layers", (0, 2, 4, 6, 7))
+    captioner, scorer = tiny_captions.save_llava(folder / "llava"), tiny_captions.save_deberta(folder / "deberta")
     return {
         "aesthetic": {"model": clip, "head": head},
+        "vlm_alignment": {"captioner": captioner, "scorer": scorer, "layer": 2, "dtype": "fp32"},
         "image_reward": {"model": image_reward, "tokenizer": image_reward},
     }

@@ -76,10 +76,10 @@ BUILT_IN = {
     "ocr": "rlcm_fast.rewards.ocr:Ocr",
     "safety": "rlcm_fast.rewards.safety:Safety",
     "vlm_judge": "rlcm_fast.rewards.vlm_judge:VlmJudge",
+    "vlm_alignment": "rlcm_fast.rewards.vlm_alignment:VlmAlignment",
     "http": "rlcm_fast.rewards.remote:RemoteReward",
 }
 NAMED = {
-    "vlm_alignment": "a vision-language model whose caption BERTScore compares with the prompt",
     "object_detection": "an open-vocabulary detector, whose mean confidence in the prompt's objects is the reward",
 }
 """Rewards of the papers whose models rlcm_fast does not run yet; a config may name one, but it cannot be built."""

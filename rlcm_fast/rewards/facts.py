@@ -23,6 +23,7 @@ class Part:
     name: str  # image, text, ...
     million_parameters: float  # held in memory; times 4 bytes in fp32, 2 in bf16 and fp16
     gflops: float  # one forward pass on one image, or on one prompt of 16 tokens, of multiplications and additions
+    dtype: str = ""  # fp32, if the network always runs in it; empty: in the one that an argument of the reward names
 
 
 @dataclass(frozen=True)

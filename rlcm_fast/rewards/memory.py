@@ -28,6 +28,7 @@ def gpu_weights(factory: Any, arguments: Mapping[str, Any]) -> dict[tuple[str, .
     sizes = {}
     for files in files_of(factory, arguments):
         for part in files.weights.parts:
-            num_bytes = round(part.million_parameters * 1e6) * DTYPES[dtype].itemsize
-            sizes[(files.source, part.name, dtype, device)] = num_bytes
+            held = part.dtype or dtype
+            num_bytes = round(part.million_parameters * 1e6) * DTYPES[held].itemsize
+            sizes[(files.source, part.name, held, device)] = num_bytes
     return sizes
