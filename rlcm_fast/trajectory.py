@@ -11,8 +11,10 @@ network's dtype, so the ratio is exactly one before the first update.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,12 @@ class Prompt:
 
     text: str
     task: str = "default"
+    metadata: str = ""  # a JSON object with what rewards know beyond the text, such as its objects; text can be hashed
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """Returns the metadata as a dictionary; empty without metadata."""
+        return json.loads(self.metadata) if self.metadata else {}
 
 
 @dataclass(frozen=True)

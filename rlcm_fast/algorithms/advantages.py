@@ -136,7 +136,7 @@ class PromptAdvantages(_OfScoredImages):
         """Returns the buffers as JSON, which keeps every float exactly."""
         return {
             "buffers": [
-                {"text": prompt.text, "task": prompt.task, "rewards": list(buffer)}
+                {"text": prompt.text, "task": prompt.task, "metadata": prompt.metadata, "rewards": list(buffer)}
                 for prompt, buffer in self._buffers.items()
             ]
         }
@@ -147,7 +147,9 @@ class PromptAdvantages(_OfScoredImages):
         The state of another kind of advantages has no buffers, so every prompt starts with the batch's statistics.
         """
         self._buffers = {
-            Prompt(entry["text"], entry["task"]): deque(entry["rewards"], maxlen=self._buffer_size)
+            Prompt(entry["text"], entry["task"], entry.get("metadata", "")): deque(
+                entry["rewards"], maxlen=self._buffer_size
+            )
             for entry in state.get("buffers", [])
         }
 

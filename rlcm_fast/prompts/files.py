@@ -10,10 +10,10 @@ import functools
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 
@@ -21,6 +21,29 @@ from rlcm_fast.trajectory import Prompt
 
 _BLOCK_BYTES = 1 << 22
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class _Detail:
+    """A key of a .jsonl line that rewards read."""
+
+    form: str  # what its value must be, in words
+    example: str
+    is_good: Callable[[Any], bool]
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
+
+
+_CLAUSES = '[{"class": "cat", "count": 2}]'
+DETAILS = {
+    "objects": _Detail("a list of names", '["a cat", "a dog"]', _is_list_of(str)),  # for object_detection
+    "include": _Detail("a list of objects", _CLAUSES, _is_list_of(dict)),  # for geneval, as the benchmark writes them
+    "exclude": _Detail("a list of objects", _CLAUSES, _is_list_of(dict)),
+    "tag": _Detail("a text", '"counting"', lambda value: isinstance(value, str)),
+}
+"""What a line may hold for rewards."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +119,30 @@ class PromptFile(Sequence[Prompt]):
 
 
 def parse_json_line(line: str) -> Prompt:
-    """The prompt of one line of a .jsonl file; the ValueError describes the line, but does not say where it is."""
+    """The prompt of one line of a .jsonl file; the ValueError describes the line, but does not say where it is.
+
+    The keys of DETAILS become the prompt's metadata. A line of the GenEval benchmark, which has `include`, may call its
+    text "prompt".
+    """
+    # Read the object.
     remedy = 'write {"text": "a cat"} or {"text": "a cat", "task": "animals"}'
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"is no JSON ({error}); {remedy}") from error
-    if not isinstance(record, dict) or "text" not in record or not record.keys() <= {"text", "task"}:
+    if isinstance(record, dict) and "include" in record and "text" not in record and "prompt" in record:
+        record["text"] = record.pop("prompt")
+
+    # Check its keys and values.
+    if not isinstance(record, dict) or "text" not in record or not record.keys() <= {"text", "task", *DETAILS}:
         raise ValueError(f"is {line}; {remedy}")
+    details = {key: record.pop(key) for key in DETAILS if key in record}
     if not all(isinstance(value, str) and value.strip() for value in record.values()):
         raise ValueError(f"is {line}, where a value is no text or empty; {remedy}")
-    return Prompt(**record)
+    for key, value in details.items():
+        if not DETAILS[key].is_good(value):
+            raise ValueError(f"is {line}, where {key} is not {DETAILS[key].form}; write {DETAILS[key].example}")
+    return Prompt(**record, metadata=json.dumps(details, sort_keys=True) if details else "")
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:

@@ -207,5 +207,6 @@ class PromptSampler:
         if isinstance(self._prompts, PromptFile):
             return zlib.crc32(f"\0{self._prompts.crc}".encode(), crc)
         for prompt in self._prompts:
-            crc = zlib.crc32(f"\0{prompt.task}\0{prompt.text}".encode(), crc)
+            metadata = f"\0{prompt.metadata}" if prompt.metadata else ""  # as before, for checkpoints from before
+            crc = zlib.crc32(f"\0{prompt.task}\0{prompt.text}{metadata}".encode(), crc)
         return crc

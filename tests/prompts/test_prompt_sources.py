@@ -46,6 +46,34 @@ def test_a_json_lines_file_may_name_tasks(tmp_path):
     assert load_prompts(str(path)) == [Prompt("a cat"), Prompt("a dog", "dogs")]
 
 
+def test_a_line_may_hold_what_rewards_know_of_the_prompt(tmp_path):
+    path = tmp_path / "pets.jsonl"
+    geneval = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "a photo of two cats"}
+    path.write_text('{"text": "a cat in a hat", "objects": ["cat", "hat"]}\n' + json.dumps(geneval) + "\n")
+    objects, counting = load_prompts(str(path))
+    assert objects.details == {"objects": ["cat", "hat"]}
+    assert (counting.text, counting.task) == ("a photo of two cats", "default")
+    assert counting.details == {"tag": "counting", "include": [{"class": "cat", "count": 2}]}
+    assert Prompt("a cat").details == {}
+    assert len({objects, counting, Prompt(objects.text)}) == 3  # prompts are keys of statistics
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a cat", "objects": "cat"}', r'line 1 is .*objects is not a list of names; write \["a cat"'),
+        ('{"text": "a cat", "objects": []}', "objects is not a list of names"),
+        ('{"text": "a cat", "include": ["cat"]}', r'include is not a list of objects; write \[\{"class": "cat"'),
+        ('{"text": "a cat", "tag": 3}', "tag is not a text"),
+    ],
+)
+def test_wrong_details_are_named(tmp_path, line: str, message: str):
+    path = tmp_path / "pets.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_prompts(str(path))
+
+
 @given(prompts=st.lists(st.builds(Prompt, texts, texts), min_size=1))
 @settings(deadline=None)
 def test_any_text_survives_a_json_lines_file(tmp_path_factory, prompts: list[Prompt]):
