@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from rlcm_fast.rewards import Reward
     from rlcm_fast.trajectory import Prompt
 
+REWARDS_HELP = (
+    "one or more of jpeg_compressibility, shapes_alignment, ... (a wrong name lists all), package.module:Class, or "
+    "as in a config: '{name: distribution_parity, arguments: {classifier: shapes_colour}, group_size: 16}'"
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
-    names = (
-        "one or more of jpeg_compressibility, shapes_alignment, ... (a wrong name lists all), package.module:Class, or "
-        "as in a config: '{name: distribution_parity, arguments: {classifier: shapes_colour}, group_size: 16}'"
-    )
-    parser.add_argument("--rewards", nargs="+", required=True, metavar="NAME", help=names)
+    parser.add_argument("--rewards", nargs="+", required=True, metavar="NAME", help=REWARDS_HELP)
     source = "prompt source, like prompts.source in a config: shapes:one, ..., a .txt or .jsonl file, hf:DATASET"
     parser.add_argument("--prompts", default="shapes:one:held_out", metavar="SOURCE", help=source)
     parser.add_argument(

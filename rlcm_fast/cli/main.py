@@ -8,14 +8,25 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rlcm_fast import quiet
-from rlcm_fast.cli import configs, evaluate, plan, reward_server, sample
+from rlcm_fast.cli import check_reward, configs, evaluate, plan, reward_server, sample, score
 from rlcm_fast.faults import Fault
+
+COMMANDS = {
+    "sample": sample,
+    "evaluate": evaluate,
+    "score": score,
+    "check-reward": check_reward,
+    "reward-server": reward_server,
+    "configs": configs,
+    "plan": plan,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns the exit code.
 
-    0: done; 1: a reward or a disk failed; 2: a user's mistake (both one line on stderr); 130: interrupted.
+    0: done; 1: a check failed, or a reward or the machine did (one line on stderr); 2: a user's mistake (one line on
+    stderr); 130: interrupted.
     """
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -25,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     quiet.hush_libraries(debug=quiet.is_debug())
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -35,23 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="rlcm-fast",
-        description="Draw images, score a model, find a config, plan its training. Train with rlcm_fast/train.py.",
+        description="Draw images, score a model or pictures, check a reward, a config, a machine. Train with train.py.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    modules = {
-        "sample": sample,
-        "evaluate": evaluate,
-        "reward-server": reward_server,
-        "configs": configs,
-        "plan": plan,
-    }
-    for name, module in modules.items():
+    for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
         module.add_arguments(command)

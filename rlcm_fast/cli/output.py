@@ -36,6 +36,19 @@ def check_out(out: str, suffixes: Sequence[str] = ()) -> Path:
     return path
 
 
+def check_out_folder(out: str) -> Path:
+    """Returns the path of the output folder, which exists afterwards.
+
+    Raises:
+        ValueError: it is a file, or nothing can be written there.
+    """
+    path = Path(out)
+    if path.is_file():
+        raise ValueError(f"out={out} is a file; give a folder, which may be new")
+    check_out(str(path / "scores.json"))
+    return path
+
+
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Calls `save(path)`; if that fails, saves beside other temporary files.
 
