@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rlcm_fast import quiet
-from rlcm_fast.cli import check_reward, configs, evaluate, plan, reward_server, sample, score
+from rlcm_fast.cli import check_reward, configs, doctor, evaluate, plan, reward_server, sample, score
 from rlcm_fast.faults import Fault
 
 COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {
     "reward-server": reward_server,
     "configs": configs,
     "plan": plan,
+    "doctor": doctor,
 }
 
 
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
         module.add_arguments(command)
-        command.set_defaults(run=module.run, takes_overrides=module is plan)
+        command.set_defaults(run=module.run, takes_overrides=module in (plan, doctor))
     return parser
 
 
