@@ -71,6 +71,8 @@ BUILT_IN = {
     "hps_v2": "rlcm_fast.rewards.hps:HpsV2",
     "hps_v2_0": "rlcm_fast.rewards.hps:HpsV20",
     "image_reward": "rlcm_fast.rewards.image_reward:ImageReward",
+    "object_detection": "rlcm_fast.rewards.object_detection:ObjectDetection",
+    "geneval": "rlcm_fast.rewards.geneval:GenEval",
     "shapes_alignment": "rlcm_fast.shapes.reward:ShapesAlignment",
     "shapes_alignment_graded": "rlcm_fast.shapes.graded:ShapesAlignmentGraded",
     "ocr": "rlcm_fast.rewards.ocr:Ocr",
@@ -80,7 +82,6 @@ BUILT_IN = {
     "http": "rlcm_fast.rewards.remote:RemoteReward",
 }
 NAMED = {
-    "object_detection": "an open-vocabulary detector, whose mean confidence in the prompt's objects is the reward",
 }
 """Rewards of the papers whose models rlcm_fast does not run yet; a config may name one, but it cannot be built."""
 

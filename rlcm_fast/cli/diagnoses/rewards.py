@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from rlcm_fast.faults import Fault
 from rlcm_fast.plugins import load_class
 from rlcm_fast.prompts import PREFIX, load_prompts
 from rlcm_fast.rewards import BUILT_IN, GroupReward, build_reward, check_name
-from rlcm_fast.rewards.models import ModelFiles, OnModels
+from rlcm_fast.rewards.models import ModelFiles, files_of
 from rlcm_fast.rewards.self_tests import TestsItself
 from rlcm_fast.trajectory import Prompt
 
@@ -81,18 +79,6 @@ def examine(asked: Asked, image_size: int, asks_endpoints: bool, scores: bool) -
     yield from _answers(what, config, asked.prompt, image_size or _PIXELS)
     if files:
         gc.collect()  # the model goes before the next one loads
-
-
-def files_of(factory: Any, arguments: dict[str, Any]) -> list[ModelFiles]:
-    """The files that a reward's class needs; none for a class that runs on no model, or for wrong arguments."""
-    if not (isinstance(factory, type) and issubclass(factory, OnModels)):
-        return []
-    try:
-        bound = inspect.signature(factory).bind(**arguments)
-    except TypeError:  # building it will word this
-        return []
-    bound.apply_defaults()
-    return factory.files(bound.arguments)
 
 
 def _of_files(what: str, files: ModelFiles) -> Diagnosis:
