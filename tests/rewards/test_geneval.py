@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def images(seed: int = 0) -> torch.Tensor:
 
 def detections(folder: str, image: torch.Tensor, threshold: float) -> list[tuple[str, float, list[int], np.ndarray]]:
     """mmdetection's post-processing, transcribed for one image (1, 3, H, W), all classes, instance by instance."""
-    network = Mask2FormerForUniversalSegmentation.from_pretrained(folder).eval()
+    network: Any = Mask2FormerForUniversalSegmentation.from_pretrained(folder).eval()
     pixels = interpolate(image, (48, 67), mode="bilinear", align_corners=False)
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     with torch.no_grad():
@@ -123,7 +124,7 @@ def test_a_box_holds_its_mask():
 def test_a_colour_is_the_nearest_of_the_texts(folders: dict[str, str]):
     """Against a transcription on the whole CLIP model, from PIL-like crops."""
     reward = GenEval(**folders, device="cpu")
-    model = CLIPModel.from_pretrained(folders["clip_model"]).eval()
+    model: Any = CLIPModel.from_pretrained(folders["clip_model"]).eval()
     tokenizer = tiny_rewards.clip_words()
     image = images(3)[0]
     mask = torch.zeros(40, 56, dtype=torch.bool)

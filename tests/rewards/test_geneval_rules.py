@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlcm_fast.rewards.geneval_rules import Clause, Wish, judge, relations, wish_of
+from rlcm_fast.rewards.geneval_rules import Clause, Rule, Wish, judge, relations, wish_of
 from rlcm_fast.rewards.mask2former import Instance
 from rlcm_fast.trajectory import Prompt
 
@@ -31,8 +32,8 @@ def red_left(instances, name: str) -> list[str]:
     return ["red" if instance.box == LEFT else "blue" for instance in instances]
 
 
-def scores(wish: Wish, instances: list[Instance]) -> tuple[float, float, float]:
-    return tuple(judge(wish, instances, rule, red_left) for rule in ("graded", "strict", "benchmark"))
+def scores(wish: Wish, instances: list[Instance]) -> tuple[float, ...]:
+    return tuple(judge(wish, instances, rule, red_left) for rule in get_args(Rule))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProce
 
 from rlcm_fast.rewards import build_reward
 from rlcm_fast.rewards.models import ModelFiles, Placement
+from rlcm_fast.rewards.object_detection import ObjectDetection
 from rlcm_fast.rewards.objects import objects_of
 from rlcm_fast.rewards.owlv2 import OWLV2, detector, prepare
 from rlcm_fast.trajectory import Prompt
@@ -91,7 +93,7 @@ def test_logits_and_boxes_are_those_of_transformers(folder: str):
     images = tiny_rewards.images(size=24)
     queries = [["a cat", "a dog 7"], ["a red car"], ["a cat", "a bus", "a dog 7"], ["a bus", "a cat"]]
     found = detector(ModelFiles("model", folder, OWLV2), Placement.of("fp32", "cpu", 3))(images, queries)
-    network = Owlv2ForObjectDetection.from_pretrained(folder).eval()
+    network: Any = Owlv2ForObjectDetection.from_pretrained(folder).eval()
     tokenizer = tiny_rewards.clip_words()
     for row, texts in enumerate(queries):
         ids = [tokenizer(text)["input_ids"] for text in texts]
@@ -161,7 +163,7 @@ def test_plain_images_have_finite_scores(folder: str, value: float):
 
 
 def test_what_was_used_is_said(folder: str):
-    reward = build_reward("object_detection", {"model": folder, "device": "cpu"})
+    reward = ObjectDetection(folder, device="cpu")
     assert reward.used["model"]["model"] == folder
     assert "model.safetensors" in reward.used["model"]["files"]
 

@@ -97,10 +97,6 @@ def test_an_answer_that_cannot_be_votes_is_refused(answer: list, settings: dict,
         ({"classifier": "shapes_colour", "target": ["a", "b"]}, "is no distribution"),
         ({"classifier": "shapes_colour", "target": [1.5, -0.5]}, "is no distribution"),
         (
-            {"classifier": "skin_tone"},
-            "classifier=skin_tone needs a classifier of four skin tones, which rlcm_fast does",
-        ),
-        (
             {"classifier": "shapes_colour", "target": [0.5, 0.5]},
             "target=.0.5, 0.5. is not one number for each of 6 classes; give 6 numbers, or leave it out",
         ),

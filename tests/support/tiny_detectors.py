@@ -52,7 +52,7 @@ def save_mask2former(folder: Path) -> str:
         depths=[1, 1, 1, 1],
         num_heads=[1, 1, 2, 2],
         window_size=4,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
+        out_features=["stage1", "stage2", "stage3", "stage4"],  # pyright: ignore[reportCallIssue]
     )
     config = Mask2FormerConfig(
         backbone_config=backbone,
@@ -77,7 +77,8 @@ def save_vit(folder: Path, num_labels: int = 4) -> str:
     """Saves a ViT classifier."""
     torch.manual_seed(7)
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 24}
-    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=num_labels))
+    labels = {number: f"tone {number}" for number in range(num_labels)}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, id2label=labels))
     tiny_rewards.enlarge(model, 7)
     model.save_pretrained(folder)
     return str(folder)
