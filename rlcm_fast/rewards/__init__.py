@@ -29,7 +29,6 @@ from rlcm_fast.rewards.workers import Call, DecodedImages, Workers
 
 __all__ = [
     "BUILT_IN",
-    "NAMED",
     "Call",
     "DecodedImages",
     "GroupReward",
@@ -81,20 +80,11 @@ BUILT_IN = {
     "vlm_alignment": "rlcm_fast.rewards.vlm_alignment:VlmAlignment",
     "http": "rlcm_fast.rewards.remote:RemoteReward",
 }
-NAMED = {
-}
-"""Rewards of the papers whose models rlcm_fast does not run yet; a config may name one, but it cannot be built."""
 
 
-def check_name(name: str, field: str, must_run: bool = False) -> None:
-    """Raise a ValueError that names `field` unless `name` is one of BUILT_IN or a class that exists.
-
-    Names of NAMED pass too, unless the reward `must_run`.
-    """
-    if name not in NAMED:
-        load_class(name, BUILT_IN, field)
-    elif must_run:
-        raise ValueError(_waits(f"{field}={name}", name))
+def check_name(name: str, field: str) -> None:
+    """Raise a ValueError that names `field` unless `name` is one of BUILT_IN or a class that exists."""
+    load_class(name, BUILT_IN, field)
 
 
 def check_reward(config: RewardConfig, field: str, must_run: bool = False) -> list[str]:
@@ -102,7 +92,7 @@ def check_reward(config: RewardConfig, field: str, must_run: bool = False) -> li
 
     Returns what has to be downloaded, in words. Raises a ValueError that begins with `field`. No weights load.
     """
-    check_name(config.name, f"{field}.name", must_run)
+    check_name(config.name, f"{field}.name")
     if not must_run:
         return []
     try:
@@ -143,9 +133,6 @@ def make_reward(name: str, arguments: Mapping[str, Any], field: str = "rewards")
 
     Errors begin with `field`, the config field that sets the reward.
     """
-    if name in NAMED:
-        raise ValueError(_waits(f"{field}: name={name}", name))
-
     # Build it.
     try:
         reward = build(name, arguments, BUILT_IN)
@@ -201,7 +188,3 @@ def build_rewards(configs: Sequence[RewardConfig]) -> dict[str, tuple[Reward, fl
         config.name: (build_reward(config.name, config.arguments, config.group_size, config.credit), config.weight)
         for config in configs
     }
-
-
-def _waits(where: str, name: str) -> str:
-    return f"{where} needs {NAMED[name]}, which rlcm_fast does not run yet; give your own as package.module:Class"

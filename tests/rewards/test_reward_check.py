@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlcm_fast.plugins import load_class
-from rlcm_fast.rewards import BUILT_IN, NAMED, Reward, RewardError, build_reward, check_name, check_scores
+from rlcm_fast.rewards import BUILT_IN, Reward, RewardError, build_reward, check_scores
 from rlcm_fast.rewards.jpeg import JpegCompressibility
 from rlcm_fast.trajectory import Prompt
 
@@ -100,13 +100,6 @@ def test_a_bad_argument_names_the_reward_and_the_remedy():
 def test_a_class_that_is_no_reward_is_refused_before_it_is_used(name: str):
     with pytest.raises(ValueError, match=f"{name}, which is no reward; give it an attribute .* and value"):
         build_reward(f"{__name__}:{name}", {})
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_a_reward_whose_model_is_not_run_yet_may_be_named_but_not_built(name: str):
-    check_name(name, "rewards[0].name")
-    with pytest.raises(ValueError, match=f"rewards: name={name} needs .*, which rlcm_fast does not run yet; give your"):
-        build_reward(name, {})
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if computes_on_models(name)])

@@ -61,7 +61,7 @@ def examine(asked: Asked, image_size: int, asks_endpoints: bool, scores: bool) -
     # Look for the files.
     what, config = f"reward {asked.config.name}", asked.config
     try:
-        check_name(config.name, f"{asked.field}.name", must_run=True)
+        check_name(config.name, f"{asked.field}.name")
         files = files_of(load_class(config.name, BUILT_IN, asked.field), config.arguments)
         rows = [_of_files(what, of_model) for of_model in files]
     except ValueError as error:
