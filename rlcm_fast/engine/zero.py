@@ -110,6 +110,9 @@ class ZeroEngine(Engine):
         """
         self._engine.step()
         if self._engine.optimizer.overflow:
+            if self.zero_stage < 3:  # with offload DeepSpeed 0.19.8 keeps the float32 sums, and adds the next to them
+                sums = self._engine.optimizer.averaged_gradients
+                sums.update(dict.fromkeys(sums))
             with warnings.catch_warnings():  # torch expects that no update is skipped before the first step
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 self._engine.lr_scheduler.step()
