@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlcm_fast.cli.arguments import positive_int
 from rlcm_fast.cli.evaluate import reward_configs
 from rlcm_fast.cli.output import check_device
+from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     findings: list[Finding] = findings_of(config, pictures)
     failed = [finding for finding in findings if finding.verdict is Verdict.FAILED]
     if arguments.json:
-        print(json.dumps({"reward": config.name, "arguments": config.arguments, **_report(findings)}, indent=2))
+        print(finite_json({"reward": config.name, "arguments": config.arguments, **_report(findings)}, indent=2))
     else:
         width = max(len(finding.what) for finding in findings)
         for finding in findings:

@@ -6,13 +6,13 @@ It prints a table and a verdict. The exit code is 0 if a run can start, perhaps 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rlcm_fast.cli.arguments import positive_int
+from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
     from rlcm_fast.cli.diagnoses import Diagnosis
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     last = verdict(rows)
     if arguments.json:
         found = [{"what": row.what, "state": row.state.value, "words": row.words, **row.numbers} for row in rows]
-        print(json.dumps({"verdict": last, "rows": found}, indent=2))
+        print(finite_json({"verdict": last, "rows": found}, indent=2))
     else:
         print(last)
     return 1 if any(row.state is State.WRONG for row in rows) else 0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlcm_fast.cli.arguments import positive_int
 from rlcm_fast.cli.evaluate import REWARDS_HELP, reward_configs, statistics
 from rlcm_fast.cli.output import check_device, check_out_folder, write
+from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,9 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     # Write, or print.
     report = report_of(arguments, pictures, prompts, scored)
     if out is None:
-        print(json.dumps(report, indent=2))
+        print(finite_json(report, indent=2))
         return
-    text = json.dumps(report, indent=2) + "\n"
+    text = finite_json(report, indent=2) + "\n"
     write(out / "scores.json", lambda path: path.write_text(text, encoding="utf-8"))
     write(out / "scores.csv", lambda path: write_table(path, report["pictures"], list(rewards)))
     for name, of_reward in scored.items():
