@@ -79,6 +79,7 @@ class Loopback:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else a body that follows its head waits 40 ms
 
             def do_GET(self) -> None:
                 self._send(loopback.page(self.path))
