@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_captions
+import tiny_detectors
 import tiny_rewards
 import tiny_runs
 
@@ -26,14 +27,13 @@ RLCM = ("compressibility", "incompressibility", "aesthetic", "alignment")
 LARGE_SCALE = ("preference", "composition", "fairness", "joint")
 RECIPES = [*(f"rlcm/{name}" for name in RLCM), *(f"large_scale/{name}" for name in LARGE_SCALE)]
 ADAPTERS = {name: "lora_8_8" if name == "aesthetic" else "lora_16_32" for name in RLCM}
-WAITS = {
-    "large_scale/composition": "rewards[0].name=object_detection needs an open-vocabulary detector",
-    "large_scale/fairness": "classifier=skin_tone needs a classifier of four skin tones",
-}
 DOWNLOADS = {
     "rlcm/aesthetic": "rewards[0].name=aesthetic: model=openai/clip-vit-large-patch14 is not in the hub's cache",
     "rlcm/alignment": "rewards[0].name=vlm_alignment: scorer=microsoft/deberta-xlarge-mnli is not in the hub's cache",
     "large_scale/preference": "rewards[0].name=image_reward: model=THUDM/ImageReward is not in the hub's cache",
+    "large_scale/composition": (
+        "rewards[0].name=object_detection: model=google/owlv2-base-patch16-ensemble is not in the hub's cache"
+    ),
     "large_scale/joint": "tasks[0].rewards[0].name=image_reward: model=THUDM/ImageReward is not in the hub's cache",
 }
 SMALL = {
@@ -69,17 +69,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_dry_run_of_a_recipe_passes_without_a_network(recipe: str, capsys: pytest.CaptureFixture[str]):
     assert main(["--config", f"configs/{recipe}.yaml", "--dry_run", "true"]) == 0
     assert "# total_queries: " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("recipe", WAITS)
-@pytest.mark.usefixtures("no_network", "one_process")
-def test_a_recipe_whose_reward_waits_for_its_model_says_so_in_one_line(
-    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    assert main(["--config", f"configs/{recipe}.yaml", "--run_dir", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
-    assert WAITS[recipe] in said and "which rlcm_fast does not run yet" in said
 
 
 @pytest.mark.parametrize("recipe", DOWNLOADS)
@@ -149,7 +138,7 @@ def test_a_recipe_runs_with_a_small_model_of_its_layout(recipe: str, tmp_path: P
     assert line["grad_norm"] > 0
     assert line["advantage/abs_mean"] > 0  # grad_norm is of the loss on real pairs, too
     if recipe == "large_scale/joint":
-        rewards = ("preference/image_reward", "composition/plugin_rewards:Brightness")
+        rewards = ("preference/image_reward", "composition/object_detection")
         assert {f"reward/{name}/mean" for name in (*rewards, "fairness/distribution_parity")} <= line.keys()
         assert line["queries"] == 2 * 3 * 16
 
@@ -183,11 +172,11 @@ def _without_a_hub(text: str, folder: Path) -> str:
     """A recipe with small models of its rewards, or plug-ins, a list for its dataset, renders for its pairs."""
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"a picture of {number} cats\n" for number in range(40)))
-    text = re.sub(r"name: object_detection\b", f"name: {tiny_runs.REWARD}", text)
     text = re.sub(r"    arguments: \{captioner.*\n", "", text)
     for name, arguments in _small_rewards(folder).items():
         text = re.sub(rf"( *)- name: {name}\b.*", rf"\1- name: {name}\n\1  arguments: {arguments}", text)
-    text = text.replace("classifier: skin_tone", 'classifier: "plugin_rewards:Quadrants"')
+    tones = tiny_detectors.save_vit(folder / "tones")
+    text = text.replace("classifier: skin_tone", f"classifier: skin_tone, classifier_arguments: {{model: {tones}}}")
     text = text.replace("group_size: 16", "group_size: 8")  # of a task's 16 images: two groups to compare
     text = re.sub(r"hf:poloclub\S+", str(prompts), text)
     return re.sub(r"data: hf:laion\S+", "data: shapes:all", text)
@@ -204,4 +193,5 @@ def _small_rewards(folder: Path) -> dict[str, dict[str, str | int]]:
         "aesthetic": {"model": clip, "head": head},
         "vlm_alignment": {"captioner": captioner, "scorer": scorer, "layer": 2, "dtype": "fp32"},
         "image_reward": {"model": image_reward, "tokenizer": image_reward},
+        "object_detection": {"model": tiny_detectors.save_owlv2(folder / "owlv2")},
     }

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlcm_fast.rewards import Reward, RewardService
+from rlcm_fast.rewards import Reward, RewardService, Workers
 from rlcm_fast.trajectory import Prompt
 
 
@@ -28,11 +28,12 @@ def raw_scores(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prom
 
 def raw_scores_at_once(name: str, reward: Reward, batches: Sequence[tuple[Tensor, Sequence[Prompt]]]) -> list[Tensor]:
     """The `raw_scores` of each batch, with a worker thread for each, so that all run at once."""
-    service = RewardService({name: (reward, 1.0)}, num_workers=len(batches))
+    workers = Workers(len(batches))
+    service = RewardService({name: (reward, 1.0)}, workers)
     try:
         for images, prompts in batches:
             service.submit(images, prompts)
-        joined = service.raw_scores(iteration=0)[name]
+        joined = service.raw_scores(iteration=0).by_name[name]
     finally:
-        service.shutdown()
+        workers.shutdown()
     return list(joined.split([len(images) for images, _ in batches]))
