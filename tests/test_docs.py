@@ -25,6 +25,7 @@ MODULES = {
     "class Redness": "my_rewards",
     "class Contrast": "my_set_rewards",
     "class Judge": "my_judge",
+    "class Scorer": "my_scorer",
 }  # code block -> the file it is put into
 UNDER = {"your_model_on_24gb.md": "configs/sd15_lcm/full_24gb_guarded.yaml"}  # page -> what its YAML is put on top of
 
@@ -159,6 +160,24 @@ def test_the_judge_of_the_page_names_the_images_it_fails_for(modules: Path, monk
         judge(torch.zeros(2, 3, 8, 8), [Prompt("a"), Prompt("b")])
     monkeypatch.setattr(judge, "ask", lambda image, text: 0.5)
     assert judge(torch.zeros(2, 3, 8, 8), [Prompt("a"), Prompt("b")]).tolist() == [0.5, 0.5]
+
+
+def test_the_neural_reward_of_the_page_is_short_and_passes_every_check(
+    modules: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from safetensors.torch import save_file
+    from torch import nn
+
+    from rlcm_fast.cli.main import main as command
+
+    put_modules(ROOT / "docs" / "rewards.md", modules, monkeypatch)
+    example = next(block.text for block in blocks("python") if "class Scorer" in block.text)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 25
+    network = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 1))
+    save_file(network.state_dict(), modules / "scorer.safetensors")
+    arguments = f"{{file: {modules / 'scorer.safetensors'}}}"
+    assert command(["check-reward", "my_scorer:Scorer", "--arguments", arguments, "--size", "80"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "my_scorer:Scorer: it can be trained on"
 
 
 def test_the_kernels_of_the_pages_run_in_another_trainer(capsys: pytest.CaptureFixture[str]):

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from benchmarks.shared.reporting import print_summary
-from rlcm_fast.rewards import clip, embeddings, image_reward, siglip
+from rlcm_fast.rewards import clip, embeddings, image_reward, mask2former, owlv2, siglip
 from rlcm_fast.rewards.facts import Part
 from rlcm_fast.rewards.models import Placement
-from rlcm_fast.rewards.pixels import HALF, Preparation
+from rlcm_fast.rewards.pixels import HALF, IMAGENET_MEAN, IMAGENET_STD, Preparation
 from rlcm_fast.rewards.towers import frozen
 
 NUM_TOKENS = 16
@@ -95,6 +95,40 @@ def _blip_text() -> nn.Module:
     return BlipTextModel(transformers.BlipTextConfig(**sizes, is_decoder=True), add_pooling_layer=False)
 
 
+class _Owlv2Images(nn.Module):
+    """The half of OWLv2 that reads images, with the heads of boxes and classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        text: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 1}  # not run
+        vision: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+        config = transformers.Owlv2Config(
+            text_config=text, vision_config={**vision, "image_size": 960, "patch_size": 16}, projection_dim=512
+        )
+        model = transformers.Owlv2ForObjectDetection(config)
+        model.owlv2.text_model = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        feature_map, _ = self.model.image_embedder(pixel_values)  # pyright: ignore[reportAssignmentType]
+        features = feature_map.flatten(1, 2)
+        queries = features.new_ones(len(features), 2, 512)
+        self.model.box_predictor(features, feature_map)
+        return self.model.class_predictor(features, queries)[0]
+
+
+def _owlv2_text() -> nn.Module:
+    sizes: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8}
+    return transformers.Owlv2TextModel(transformers.Owlv2TextConfig(**sizes, max_position_embeddings=16))
+
+
+def _mask2former() -> nn.Module:
+    stages: dict[str, Any] = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    sizes: dict[str, Any] = {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
+    config = transformers.Mask2FormerConfig(backbone_config=transformers.SwinConfig(**sizes, **stages), num_labels=80)  # pyright: ignore
+    return transformers.Mask2FormerForUniversalSegmentation(config)
+
+
 NETWORKS = {
     "CLIP ViT-L/14, image": Network(clip.L.parts[0], lambda: _vit(1024, 24, 768), Preparation(224)),
     "CLIP ViT-L/14, text": Network(clip.L.parts[1], lambda: _clip_text(768, 12), None),
@@ -104,6 +138,11 @@ NETWORKS = {
     "DINOv2 base, image": Network(embeddings.DINO.parts[0], _dino, Preparation(224, shortest_side=256)),
     "BLIP large, image": Network(image_reward.MODEL.parts[0], _blip_vision, Preparation(224)),
     "BLIP large, pair": Network(image_reward.MODEL.parts[1], _blip_text, None),
+    "OWLv2 base, image": Network(owlv2.OWLV2.parts[0], _Owlv2Images, Preparation(960)),
+    "OWLv2 base, text": Network(owlv2.OWLV2.parts[1], _owlv2_text, None),
+    "Mask2Former Swin-S, image": Network(
+        mask2former.MASK2FORMER.parts[0], _mask2former, Preparation(800, IMAGENET_MEAN, IMAGENET_STD)
+    ),
 }
 
 
@@ -113,14 +152,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--images", type=int, default=4, help="images, or texts, that are timed")
+    parser.add_argument("--networks", nargs="+", metavar="NAME", help="beginnings of names; default: all")
     parser.add_argument("--out", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     place = Placement.of(arguments.dtype, arguments.device, arguments.batch_size)
 
     rows = {}
     for name, network in NETWORKS.items():
+        if arguments.networks and not name.startswith(tuple(arguments.networks)):
+            continue
         rows[name] = measure(network, place, arguments.images)
-        line = f"{name:22} {rows[name]['ms_per_item']:9.1f} ms, {rows[name]['tflops_per_second']:7.2f} TFLOP/s"
+        line = f"{name:26} {rows[name]['ms_per_item']:9.1f} ms, {rows[name]['tflops_per_second']:7.2f} TFLOP/s"
         print(f"{line}, {rows[name]['weights_gib']:5.2f} GiB of weights, {rows[name]['peak_gib'] or '-'} at the peak")
     print_summary({"networks": rows, "dtype": arguments.dtype, "batch_size": place.batch_size}, arguments.out)
 

@@ -18,6 +18,7 @@ Test values of the heads alone, for a zero vector, 1/sqrt(E) everywhere, and the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from rlcm_fast.rewards import clip, siglip
 from rlcm_fast.rewards.facts import Facts, Weights
 from rlcm_fast.rewards.heads import AffineHead, multiply_out, read_tensors
 from rlcm_fast.rewards.models import ModelFiles, OnModels, Placement, found
+from rlcm_fast.rewards.self_tests import SelfTest
 from rlcm_fast.rewards.towers import ImageTower
 from rlcm_fast.trajectory import Prompt
 
@@ -56,6 +58,7 @@ class Aesthetic(OnModels):
         weights=(clip.L_IMAGES, HEAD),
     )
     scope = "image"
+    _bias: ClassVar = 5.2366  # of the published head
     _layers: ClassVar = ("layers", (0, 2, 4, 6, 7))  # where the head's file has its linear layers
 
     def __init__(
@@ -83,6 +86,13 @@ class Aesthetic(OnModels):
         """The scores (B,) float32 of images (B, 3, H, W) float32 in [0, 1]; ignores the prompts."""
         return self._head(normalize(self._tower.embed(images), dim=1))
 
+    def self_test(self) -> SelfTest | None:
+        """The published head, of a zero vector."""
+        of_head = self._files[1]
+        if Path(of_head.source).name not in (Path(HEAD.source).name, *of_head.names()):
+            return None
+        return SelfTest("the head, of a zero vector,", self._head.bias.item(), self._bias, 1e-3)
+
     def _image_tower(self, files: ModelFiles, place: Placement) -> ImageTower:
         return clip.image_tower(files, place)
 
@@ -103,6 +113,7 @@ class AestheticV25(Aesthetic):
         likes="finished illustrations and photographs; less than version 2 one kind of picture",
         weights=(siglip.SO400M, HEAD_2_5),
     )
+    _bias: ClassVar = 1.9390
     _layers: ClassVar = ("scoring_head", (0, 2, 4, 6, 8))
 
     def __init__(

@@ -21,7 +21,8 @@ def gpu_weights(factory: Any, arguments: Mapping[str, Any]) -> dict[tuple[str, .
     given = with_defaults(factory, arguments)
     if given is None:
         return {}
-    placed = given if "device" in given else given.get("embedding_arguments") or {}
+    of_part = given.get("embedding_arguments") or given.get("classifier_arguments") or {}
+    placed = given if "device" in given else of_part
     dtype, device = placed.get("dtype", "fp32"), placed.get("device", "same")
     if device == "cpu" or dtype not in DTYPES:
         return {}

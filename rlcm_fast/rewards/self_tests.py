@@ -27,6 +27,6 @@ class SelfTest:
 class TestsItself(Protocol):
     """A reward that can test itself."""
 
-    def self_test(self) -> SelfTest:
-        """Looks at something whose value is known."""
+    def self_test(self) -> SelfTest | None:
+        """Looks at something whose value is known; None if you named files of which nothing is known."""
         ...

@@ -221,3 +221,19 @@ def test_weights_that_are_missing_are_an_error_not_random(folders: dict[str, str
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"could not be loaded as CLIPVisionModelWithProjection"):
         ClipEmbedding(str(tmp_path))
+
+
+def test_the_published_head_is_known_by_its_score_of_a_zero_vector(folders: dict[str, str], tmp_path: Path):
+    """rlcm-fast doctor asks for it; nothing is known of a head with another name."""
+    assert Aesthetic(folders["clip"], folders["head"]).self_test() is None
+    tensors = tiny_rewards.head(tiny_rewards.WIDTH, "layers", LAYERS)
+    for number in LAYERS:
+        tensors[f"layers.{number}.bias"].zero_()
+    tensors["layers.7.bias"].fill_(5.2366)
+    torch.save(tensors, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    test = Aesthetic(folders["clip"], str(tmp_path / "sac+logos+ava1-l14-linearMSE.pth")).self_test()
+    assert test is not None and test.has_passed
+    tensors["layers.7.bias"].fill_(1.9390)
+    torch.save(tensors, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    test = Aesthetic(folders["clip"], str(tmp_path / "sac+logos+ava1-l14-linearMSE.pth")).self_test()
+    assert test is not None and not test.has_passed

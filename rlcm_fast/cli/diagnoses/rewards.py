@@ -115,8 +115,8 @@ def _answers(what: str, config: RewardConfig, prompt: Prompt, size: int) -> Iter
 
     # Compare with what is known.
     plain = reward.reward if isinstance(reward, GroupReward) else reward
-    if isinstance(plain, TestsItself):
-        test = plain.self_test()
+    test = plain.self_test() if isinstance(plain, TestsItself) else None
+    if test is not None:
         state = State.OK if test.has_passed else State.WRONG
         words = f"self-test: {test.what} gives {test.found:.5g}, expected {test.expected:.5g} +- {test.tolerance:.1g}"
         yield Diagnosis(what, state, words, {"found": test.found, "expected": test.expected})
