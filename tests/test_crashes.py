@@ -151,19 +151,16 @@ def _train_with_little_disk(argv: list[str], num_bytes: int) -> int:
 
 
 def test_a_disk_that_fills_loses_nothing(tiny_lcm_folder: str, tmp_path: Path, alone: Path):
-    chance, argv = random.Random(2), run_in(tmp_path, tiny_lcm_folder)
-    resumed: list[str] = []
+    chance, argv, run_dir = random.Random(2), run_in(tmp_path, tiny_lcm_folder), tmp_path / "run"
     for num_bytes in (20_000, 100_000):
-        process = start(argv, tmp_path)
-        kill_at_random(process, tmp_path / "run", chance)
-        resumed = to_resume(tmp_path / "run")
-        log = tmp_path / f"{num_bytes}.log"
+        process = start([*argv, *to_resume(run_dir)], tmp_path)
+        kill_at_random(process, run_dir, chance)
+        log, resumed = tmp_path / f"{num_bytes}.log", to_resume(run_dir)
         process = run_processes.start(_train_with_little_disk, [*argv, *resumed], num_bytes, log=log)
         process.join(timeout=120)
         assert process.exitcode == 1
         assert log.read_text().splitlines()[-1].startswith("error: ")
-        argv = [*run_in(tmp_path, tiny_lcm_folder), *resumed]
-    finish(argv, tmp_path)
+    finish([*argv, *to_resume(run_dir)], tmp_path)
     assert_equal(tmp_path, alone)
 
 

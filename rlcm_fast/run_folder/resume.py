@@ -129,8 +129,8 @@ def _found(config: Config, run_dir: Path) -> Path | None:
     if found is None and (num_lines > 0 or checkpoints.complete(run_dir)):
         raise ValueError(
             f"resume=latest finds no whole checkpoint in {run_dir}/checkpoints, and a start at 0 would delete the "
-            f"{num_lines} lines of metrics.jsonl; put the checkpoints back, or start a new run with another --run_dir "
-            "(from other weights with --resume_weights_only PATH)"
+            f"{num_lines} lines of metrics.jsonl; put the checkpoints back, start a new run with another --run_dir "
+            "(from other weights with --resume_weights_only PATH), or delete run_dir if the run made no checkpoint"
         )
     if found is None:
         say(f"run_dir={run_dir} has no checkpoint and no metrics: starting at 0")
