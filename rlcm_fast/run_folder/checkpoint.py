@@ -72,7 +72,13 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
 
 def is_full_disk(error: BaseException) -> bool:
     """Whether an OSError, or an error of safetensors or torch (which drops the reason), means a full disk."""
-    texts = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos ")
+    texts = (
+        "No space left on device",
+        "Disk quota exceeded",
+        "File too large",
+        "PytorchStreamWriter failed writing",
+        "unexpected pos ",
+    )
     return any(text in str(error) for text in texts)
 
 
