@@ -130,6 +130,7 @@ def test_waits_grow_and_are_bounded(short_waits: list[float]):
         (email.utils.formatdate(time.time() + 3600, usegmt=True), 60, 60),
         (email.utils.formatdate(time.time() - 3600, usegmt=True), 0, 0.5),
     ],
+    ids=("seconds", "too many seconds", "negative", "nonsense", "a date to come", "a date that has passed"),
 )
 def test_retry_after_lengthens_the_wait(short_waits: list[float], header: str, at_least: float, at_most: float):
     with loopback(Reply("busy", 429, {"Retry-After": header}), GOOD) as server:
