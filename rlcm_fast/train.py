@@ -76,7 +76,8 @@ def _print_mistake(error: ValueError, rank: int) -> None:
     from rlcm_fast.faults import SharedMistake
 
     if rank == 0 or not isinstance(error, SharedMistake):
-        print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
+        message = "; ".join([str(error), *getattr(error, "__notes__", [])])  # a run that had begun notes what was saved
+        print(f"error: {message}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
 
 
 def _train(config: Config) -> None:

@@ -32,6 +32,7 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config, self.run_dir = config, Path(config.run_dir)
+        self.interruption = Interruption(self.run_dir / "stop")  # notes the launcher, which may die while models load
         parts = build(config)
         self.tasks = parts.tasks  # prompts, rewards and advantages
         self.images = parts.images  # the policy and the pipeline around its network
@@ -46,7 +47,6 @@ class Trainer:
         if resumed:
             self.load_state_dict(resumed)
         self.progress.note(self.state_dict())
-        self.interruption = Interruption(self.run_dir / "stop")
         self.tracker = Tracker(self.run_dir, config, self.iteration, self.tasks.models_used)
 
     def run(self) -> None:
@@ -68,7 +68,7 @@ class Trainer:
                     self.save_if_due()
                 self.finish()
             except Interrupted:
-                self.progress.save()
+                self.progress.save_at_stop()
                 self.tracker.say(f"stopped after {self.iteration} iterations; go on with --resume latest")
             except Exception as error:
                 self.progress.rescue(error)

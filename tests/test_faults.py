@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from rlcm_fast.engine.averaging import AveragingEngine
 from rlcm_fast.run_folder.export import Exporter
+from rlcm_fast.run_folder.interruption import Interruption
 from rlcm_fast.stages.evaluation import Evaluator
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.train import main
@@ -183,3 +184,30 @@ def test_the_check_of_weights_changes_no_number(tiny_lcm_folder: str, tmp_path: 
     settings = {"num_iterations": 4, "evaluation.every": 2, "checkpoint.every": 1}
     assert main(tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run", settings)) == 0
     assert tiny_runs.metrics(tmp_path / "run") == tiny_runs.metrics(uninterrupted)
+
+
+def test_a_stop_after_a_divergence_saves_nothing_and_names_the_last_good_checkpoint(
+    tiny_lcm_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    run_dir = tmp_path / "run"
+    arguments = tiny_runs.arguments(tiny_lcm_folder, run_dir, {"num_iterations": 1})
+    assert main(arguments) == 0
+    agreed = Interruption.agreed
+    monkeypatch.setattr(Interruption, "agreed", lambda self: (run_dir / "stop").touch() or agreed(self))
+    settings = {"resume": "latest", "num_iterations": 3, "optimizer.lr": 1e30, "optimizer.warmup_updates": 0}
+    assert main(tiny_runs.arguments(tiny_lcm_folder, run_dir, settings)) == 1
+    good = run_dir / "checkpoints" / "iteration_000001"
+    assert last_line(capsys).endswith(f"the last good checkpoint is {good}: --resume latest goes on from it")
+    assert checkpoints(run_dir) == [good.name]
+
+
+def test_a_stop_right_after_a_checkpoint_does_not_write_it_again(
+    tiny_lcm_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run_dir, saved = tmp_path / "run", []
+    save, agreed = AveragingEngine.save, Interruption.agreed
+    monkeypatch.setattr(AveragingEngine, "save", lambda self, folder: saved.append(folder) or save(self, folder))
+    monkeypatch.setattr(Interruption, "agreed", lambda self: (run_dir / "stop").touch() or agreed(self))
+    assert main(tiny_runs.arguments(tiny_lcm_folder, run_dir, {"checkpoint.every": 1})) == 0
+    assert checkpoints(run_dir) == ["iteration_000001"]
+    assert len(saved) == 1

@@ -105,7 +105,7 @@ def diverged(prompt: Prompt, iteration: int, index: int) -> Diverged:
     """The fault of a model that draws images which are not finite, in one line."""
     return Diverged(
         f"prompt {prompt.text!r}, iteration {iteration}: image {index} of its micro-batch is not finite: the model has "
-        "diverged; go back to the last checkpoint with a lower optimizer.lr"
+        "diverged; lower optimizer.lr"
     )
 
 

@@ -35,6 +35,7 @@ from rlcm_fast.run_folder.wholeness import STATE, damage, write_index
 FORMAT = 2  # of the checkpoints that this version writes; 1 has no number in state.json, and is pickles
 
 _PREFIX = "iteration_"
+_REPLACED, _TRASH = ".replaced_", ".trash_"
 _NAME = re.compile(_PREFIX + r"\d{6,}")
 
 
@@ -48,11 +49,8 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
     # Write everything under a temporary name, on all ranks; under ZeRO-3 all must help to gather the weights.
     folder = run_dir / "checkpoints" / f"{_PREFIX}{iteration:06d}"
     partial = folder.with_name(f".partial_{folder.name}")
-    if parallel.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    parallel.barrier()
     try:
+        _on_all_ranks(lambda: _begin(partial))
         whole = engine.full_weights() if parallel.is_main() or engine.zero_stage == 3 else {}
         _on_all_ranks(lambda: _write(partial, engine, whole, state))
         _on_all_ranks(lambda: write_index(partial))
@@ -112,7 +110,15 @@ def read_state(folder: Path) -> dict[str, Any]:
 def complete(run_dir: Path) -> list[Path]:
     """Lists the checkpoints, oldest first; unfinished ones and folders that a user put there have other names."""
     folders = (run_dir / "checkpoints").glob(f"{_PREFIX}*")
-    return sorted((folder for folder in folders if _NAME.fullmatch(folder.name)), key=_iteration)
+    return sorted((folder for folder in folders if _NAME.fullmatch(folder.name) and folder.is_dir()), key=_iteration)
+
+
+def restore(run_dir: Path) -> None:
+    """Gives a checkpoint its name back if the run was killed just when it replaced it; the run's writer alone may."""
+    for replaced in (run_dir / "checkpoints").glob(f"{_REPLACED}*"):
+        folder = replaced.with_name(replaced.name.removeprefix(_REPLACED))
+        if not folder.exists():
+            os.replace(replaced, folder)
 
 
 def newest_whole(run_dir: Path, say: Callable[[str], None]) -> Path | None:
@@ -136,6 +142,13 @@ def has_average(folder: Path) -> bool:
     return (folder / "ema.safetensors").is_file()
 
 
+def _begin(partial: Path) -> None:
+    """Makes an empty folder, in place of what an earlier run left unfinished."""
+    if parallel.is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+
 def _write(folder: Path, engine: Engine, whole: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes this rank's files; all of them are on the disk when the call returns."""
     engine.save(folder)
@@ -146,12 +159,18 @@ def _write(folder: Path, engine: Engine, whole: dict[str, Tensor], state: dict[s
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Gives a checkpoint its final name, which lasts; it may replace one of the same iteration."""
+    """Gives a checkpoint its final name, which lasts; it may replace one of the same iteration.
+
+    No file system replaces a folder that has files. So the old one has another name for a moment, and `restore` gives
+    it back its own if the run is killed in that moment.
+    """
     if not parallel.is_main():
         return
     sync_folder(partial)
     if folder.exists():
-        _set_aside(folder)
+        replaced = folder.with_name(f"{_REPLACED}{folder.name}")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(folder, replaced)
     os.replace(partial, folder)
     sync_folder(folder.parent)
 
@@ -175,7 +194,7 @@ def _delete(folders: list[Path], parent: Path) -> None:
             _set_aside(folder)
         except OSError as error:
             say(f"checkpoint {folder} could not be deleted ({error}); the run goes on, delete it yourself")
-    for trash in parent.glob(".trash_*"):
+    for trash in (*parent.glob(f"{_TRASH}*"), *parent.glob(f"{_REPLACED}*")):
         try:
             shutil.rmtree(trash)
         except OSError as error:
@@ -184,7 +203,7 @@ def _delete(folders: list[Path], parent: Path) -> None:
 
 def _set_aside(folder: Path) -> None:
     """Renames a checkpoint before it is deleted, so that a half-deleted folder does not look like a checkpoint."""
-    trash = folder.with_name(f".trash_{folder.name}")
+    trash = folder.with_name(f"{_TRASH}{folder.name}")
     shutil.rmtree(trash, ignore_errors=True)
     os.replace(folder, trash)
 

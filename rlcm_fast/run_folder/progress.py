@@ -32,6 +32,7 @@ class Progress:
     state: dict[str, Any] = field(default_factory=dict)
     """The state after the last finished iteration, which a dropped iteration goes back to."""
     _num_updates: int = 0
+    _saved: int | None = None  # the iteration of the checkpoint that this run wrote last
 
     def note(self, state: dict[str, Any]) -> None:
         """Notes the state after a finished iteration."""
@@ -42,10 +43,24 @@ class Progress:
         return self.folder.load(self.engine)
 
     def save(self) -> None:
-        """Writes a checkpoint of the finished iterations; raises Diverged if their weights draw no images any more."""
+        """Writes a checkpoint of the finished iterations; raises Diverged if their weights draw no images any more.
+
+        A checkpoint that this run has just written is not written again.
+        """
         iteration = self.state["iteration"]
+        if iteration == self._saved:
+            return
         self.check_weights(iteration)
         self.folder.save(iteration, self.engine, self.state)
+        self._saved = iteration
+
+    def save_at_stop(self) -> None:
+        """Saves as `save` does; an error gets a note that says how to go on."""
+        try:
+            self.save()
+        except Exception as error:
+            self.rescue(error)
+            raise
 
     def rescue(self, error: Exception) -> None:
         """Saves the iterations that were finished before `error`, if that is possible, and notes on it how to go on."""

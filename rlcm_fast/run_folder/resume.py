@@ -114,6 +114,7 @@ def begin(config: Config) -> RunFolder:
 
 def _found(config: Config, run_dir: Path) -> Path | None:
     """Finds the checkpoint that the run goes on from; None if it starts at 0."""
+    checkpoints.restore(run_dir)
     resume, num_lines = config.resume, _num_lines(run_dir)
     if resume is None:
         if (run_dir / "metrics.jsonl").exists():
@@ -161,7 +162,7 @@ def _named_checkpoint(resume: str, run_dir: Path, num_lines: int) -> Path:
 
 def _num_lines(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 def _check_settings(config: Config, checkpoint: Path) -> None:
@@ -177,16 +178,21 @@ def _check_settings(config: Config, checkpoint: Path) -> None:
             f"num_iterations={config.num_iterations} is fewer than the {finished} that {checkpoint} has finished: there"
             " is nothing to do; raise num_iterations, or resume an earlier checkpoint by its folder"
         )
-    if finished == config.num_iterations:
-        say(
-            f"{checkpoint} has all {finished} iterations: evaluating and exporting again; raise num_iterations to train"
-        )
 
     # Compare the settings; refuse before saying anything.
     before = state.get(_KEY)
     if before is None:
         say(f"{checkpoint} does not say what it was trained with: its settings cannot be compared with this config")
-        return
+    else:
+        _compare(config, before, checkpoint)
+    if finished == config.num_iterations:
+        say(
+            f"{checkpoint} has all {finished} iterations: evaluating and exporting again; raise num_iterations to train"
+        )
+
+
+def _compare(config: Config, before: Fingerprint, checkpoint: Path) -> None:
+    """Refuses changes that the checkpoint cannot go on with; says the others."""
     model = model_files(config.model)
     now = {**fingerprint(config, SILENT, parallel.world_size()), "model": model}
     found = changes(before, now)

@@ -181,19 +181,32 @@ def _postfix(metrics: Mapping[str, float | int]) -> dict[str, str]:
 
 
 def _drop_lines_from(path: Path, iteration: int) -> None:
-    """Drops lines from `iteration` on and a broken last line: the run will log these iterations again."""
+    """Drops lines from `iteration` on, because the run will log these iterations again, and lines that are none.
+
+    A run that is killed while it writes leaves a line without its end, and a power cut may leave zeros. If iterations
+    before `iteration` have no line any more, that is said.
+    """
+    lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
+    numbered = [(_iteration_of(line), line) for line in lines]
+    kept = [f"{line}\n" for number, line in numbered if number is not None and number < iteration]
+    num_lost = iteration - len({number for number, _ in numbered if number is not None and number < iteration})
+    if num_lost:
+        say(f"{path} lacks {num_lost} of the {iteration} lines before iteration {iteration}; the run goes on without")
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["iteration"] < iteration:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:  # the run was killed while it wrote this line
-            break
     whole = path.with_name(".metrics.jsonl")
     whole.write_text("".join(kept))
     os.replace(whole, path)  # at once, so that a run that is killed here loses no lines
+
+
+def _iteration_of(line: str) -> int | None:
+    """Returns the iteration that a line of metrics.jsonl is about; None if it is no such line."""
+    try:
+        metrics = json.loads(line)
+    except ValueError:
+        return None
+    number = metrics.get("iteration") if isinstance(metrics, dict) else None
+    return number if isinstance(number, int) else None
 
 
 def _start_wandb(run_dir: Path, config: Config) -> Any:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlcm_fast import parallel
 from rlcm_fast.engine.old_checkpoints import fault_of_old
@@ -52,9 +52,12 @@ def damage(folder: Path) -> str | None:
     index = _read_json(folder / INDEX)
     if isinstance(index, str):
         return index
+    entries = index.get("files")
+    if not _is_list_of_files(entries):
+        return f"{INDEX} is no list of files with their lengths and checksums"
 
     # Compare lengths before contents, which takes longer.
-    for name, entry in index["files"].items():
+    for name, entry in entries.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
@@ -62,8 +65,15 @@ def damage(folder: Path) -> str | None:
             return f"{name} has {file.stat().st_size:,} of {entry['bytes']:,} bytes"
         if file.suffix != _TENSORS and entry["crc32"] != _checksum(file):
             return f"{name} does not hold the bytes that were written (another CRC-32)"
-    tensors = {name: entry["crc32"] for name, entry in index["files"].items() if name.endswith(_TENSORS)}
+    tensors = {name: entry["crc32"] for name, entry in entries.items() if name.endswith(_TENSORS)}
     return _fault_of_all(tensors, folder)
+
+
+def _is_list_of_files(entries: Any) -> TypeGuard[dict[str, dict[str, Any]]]:
+    """Tells whether an index has the form that `write_index` gives it, and names the state."""
+    if not isinstance(entries, dict) or STATE not in entries:
+        return False
+    return all(isinstance(entry, dict) and {"bytes", "crc32"} <= entry.keys() for entry in entries.values())
 
 
 def _described(file: Path) -> dict[str, Any]:

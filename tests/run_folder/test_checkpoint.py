@@ -115,6 +115,28 @@ def test_a_run_killed_while_it_deletes_still_has_a_whole_checkpoint(
     assert names(tmp_path) == ["iteration_000002", "iteration_000003"][-keep:]
 
 
+def test_a_run_killed_while_it_replaces_a_checkpoint_still_has_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save(tmp_path, 1, keep=1)
+    replace = checkpoint.os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if source.name.startswith(".partial_"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", killed)
+        with contextlib.suppress(KeyboardInterrupt):
+            save(tmp_path, 1, keep=1)
+    assert names(tmp_path) == [".replaced_iteration_000001"]
+    checkpoint.restore(tmp_path)
+    assert latest(tmp_path) == (1, 1.0)
+    save(tmp_path, 1, keep=1)
+    assert names(tmp_path) == ["iteration_000001"]
+
+
 def test_unfinished_folders_are_no_checkpoints(tmp_path: Path):
     folder = save(tmp_path, 1)
     shutil.copytree(folder, folder.with_name(".partial_iteration_000002"))

@@ -47,6 +47,17 @@ def test_a_resumed_run_drops_what_it_will_do_again_and_a_torn_line(tmp_path: Pat
     assert logged(tmp_path) == [0, 1, 2]
 
 
+def test_lines_that_are_no_json_cost_no_others_and_what_is_lost_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    texts = [json.dumps(line(i)).encode() for i in range(5)]
+    texts[1], texts[2] = b"\0" * 9 + b"\xff", b"{}"  # as a power cut leaves them
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(texts) + b"\n")
+    Tracker(tmp_path, CONFIG, 4).close()
+    assert logged(tmp_path) == [0, 3]
+    assert "lacks 2 of the 4 lines before iteration 4" in capsys.readouterr().err
+
+
 def test_a_run_killed_while_it_drops_lines_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line(0)) + "\n" + json.dumps(line(1)) + "\n")
     write_text = Path.write_text

@@ -74,6 +74,12 @@ def test_what_a_state_must_be(text: str, fault: str, folder: Path):
     assert damage(folder) == fault
 
 
+@pytest.mark.parametrize("text", ["{}", '{"files": 3}', '{"files": {}}', '{"files": {"state.json": 3}}'])
+def test_an_index_of_another_form_is_damage(text: str, folder: Path):
+    (folder / "index.json").write_text(text)
+    assert damage(folder) == "index.json is no list of files with their lengths and checksums"
+
+
 def test_if_none_is_whole_none_is_taken(folder: Path, tmp_path: Path):
     (folder / "state.json").unlink()
     said: list[str] = []
@@ -86,6 +92,7 @@ def test_only_names_of_iterations_are_checkpoints_and_they_are_ordered_by_number
         shutil.copytree(folder, folder.with_name(name))
     for name in ("iteration_999999", "iteration_1000000"):
         shutil.copytree(folder, folder.with_name(name))
+    folder.with_name("iteration_000002").write_text("a file")
     assert [path.name for path in complete(tmp_path)] == ["iteration_000001", "iteration_999999", "iteration_1000000"]
 
 
