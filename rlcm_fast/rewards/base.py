@@ -34,7 +34,7 @@ class Reward(Protocol):
     scope: str  # "image": scores each image alone
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Score images (B, 3, H, W) float32 in [0, 1], which it must not change, with one prompt each.
+        """Scores images (B, 3, H, W) float32 in [0, 1], which it must not change, with one prompt each.
 
         Returns (B,) float32, finite.
         """
@@ -82,7 +82,7 @@ class ImagesFailed(Exception):
     """
 
     def __init__(self, scores: Tensor | None, problems: Mapping[int, str]) -> None:
-        """Say what failed.
+        """Says what failed.
 
         scores      what the call would have returned, with any values for the images that failed; None if all failed
         problems    the problem of each image that failed, by its index in the micro-batch
@@ -116,7 +116,7 @@ def one_line(problem: object) -> str:
 
 
 def expect(value: object, shape: tuple[int | None, ...], meaning: str) -> Tensor:
-    """Return `value` itself if it is a float32 tensor of `shape`; raise a ScoreError otherwise.
+    """Returns `value` itself if it is a float32 tensor of `shape`; raises a ScoreError otherwise.
 
     None in `shape` means any size from 1 on; `meaning` explains the shape in the error.
     """
@@ -134,7 +134,7 @@ def expect(value: object, shape: tuple[int | None, ...], meaning: str) -> Tensor
 
 
 def check_scores(reward_name: str, values: object, prompts: Sequence[Prompt], iteration: int) -> Tensor:
-    """Return `values` itself if it is finite float32 of shape (len(prompts),); raise a RewardError otherwise."""
+    """Returns `values` itself if it is finite float32 of shape (len(prompts),); raises a RewardError otherwise."""
     try:
         scores = expect(values, (len(prompts),), "one score per image")
         first = first_not_finite(scores)
@@ -147,7 +147,7 @@ def check_scores(reward_name: str, values: object, prompts: Sequence[Prompt], it
 
 
 def check_descriptions(reward_name: str, described: object, prompts: Sequence[Prompt], iteration: int) -> Tensor:
-    """Return `described` itself if it is finite float32 of shape (len(prompts), F); raise a RewardError otherwise."""
+    """Returns `described` itself if it is finite float32 of shape (len(prompts), F); raises a RewardError otherwise."""
     try:
         rows = expect(described, (len(prompts), None), "a row per image")
         first = first_not_finite(rows)

@@ -73,7 +73,7 @@ class RewardService:
     def __init__(
         self, rewards: Mapping[str, tuple[Reward, float]], workers: Workers, skipping: Skipping | None = None
     ) -> None:
-        """Bind rewards to the threads that run them; several services may share `workers`, whose owner shuts them down.
+        """Binds rewards to the threads that run them; services may share `workers`, whose owner shuts them down.
 
         rewards     each name's reward and its weight in the total
         skipping    the rewards that may fail for single images; None: none may
@@ -87,7 +87,7 @@ class RewardService:
         self._batches: list[_Batch] = []
 
     def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Call]:
-        """Start scoring images (B, 3, H, W) float32 in [0, 1], one prompt each; leave them unchanged until gather.
+        """Starts scoring images (B, 3, H, W) float32 in [0, 1], one prompt each; leave them unchanged until gather.
 
         Returns the calls, which keep the images until they are answered.
         """
@@ -104,7 +104,7 @@ class RewardService:
         return list(calls.values())
 
     def gather(self, iteration: int, may_stop: Callable[[], None] = lambda: None) -> Rewards:
-        """Wait for the scores of all images submitted since the last call.
+        """Waits for the scores of all images submitted since the last call.
 
         may_stop: is called now and then during the wait, and may raise. Raises RewardError for the first failure in the
         order of submission, and Diverged for an image that is not finite.
@@ -123,7 +123,7 @@ class RewardService:
         return Rewards(by_name, values, total, raw_scores.wait_seconds, raw_scores.problems)
 
     def raw_scores(self, iteration: int, may_stop: Callable[[], None] = lambda: None) -> RawScores:
-        """Wait as `gather` does, but make no groups."""
+        """Waits as `gather` does, but makes no groups."""
         batches, self._batches = self._batches, []
         if not batches:
             raise ValueError("gather() without a submit() before it has nothing to wait for; submit images first")
@@ -199,7 +199,7 @@ def scored(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prompt])
 def check_raw_scores(
     name: str, reward: Reward, raw_scores: object, prompts: Sequence[Prompt], iteration: int
 ) -> Tensor:
-    """Return `raw_scores` itself if it is scores (B,), or descriptions (B, F) of a set reward; else RewardError."""
+    """Returns `raw_scores` if it is scores (B,), or descriptions (B, F) of a set reward; else raises RewardError."""
     check = check_descriptions if isinstance(reward, GroupReward) else check_scores
     return check(name, raw_scores, prompts, iteration)
 
@@ -231,7 +231,7 @@ def _values_and_credits(
 
 @contextmanager
 def _named(name: str, prompts: Sequence[Prompt], iteration: int) -> Iterator[None]:
-    """Turn every exception of a user's reward into a RewardError, and a broken image into a Diverged."""
+    """Turns every exception of a user's reward into a RewardError, and a broken image into a Diverged."""
     way_out = "repair the reward, or let it fail for single images with on_failure: skip"
     try:
         yield
@@ -306,7 +306,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _check_widths(name: str, descriptions: Sequence[Tensor], batches: Sequence[_Batch], iteration: int) -> None:
-    """Raise a RewardError unless the descriptions (B, F) of all micro-batches have the same F, or none."""
+    """Raises a RewardError unless the descriptions (B, F) of all micro-batches have the same F, or none."""
     found = 0
     for rows, batch in zip(descriptions, batches, strict=True):
         width = rows.shape[1] if rows.ndim == 2 else 0

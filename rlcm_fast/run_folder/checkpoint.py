@@ -69,7 +69,7 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether an OSError, or an error of safetensors or torch (which drops the reason), means a full disk."""
+    """Tells whether an OSError, or an error of safetensors or torch (which drops the reason), means a full disk."""
     texts = (
         "No space left on device",
         "Disk quota exceeded",
