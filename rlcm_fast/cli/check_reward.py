@@ -6,18 +6,16 @@ It runs on black, white and noise, and on your pictures if you give some. The ex
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
 from rlcm_fast.cli.arguments import positive_int
-from rlcm_fast.cli.evaluate import reward_configs
+from rlcm_fast.cli.evaluate import reward_config
 from rlcm_fast.cli.output import check_device
 from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlcm_fast.config import RewardConfig
     from rlcm_fast.trajectory import Prompt
 
 
@@ -55,17 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
         wrong = "; ".join(finding.what for finding in failed)
         print(f"{config.name}: " + (f"failed: {wrong}" if failed else "it can be trained on"))
     return 1 if failed else 0
-
-
-def reward_config(name: str, arguments: str | None) -> RewardConfig:
-    """Parses the reward; raises ValueError for arguments that are no mapping."""
-    if arguments is None:
-        return reward_configs([name])[0]
-    if name.startswith("{"):
-        raise ValueError(f"arguments={arguments} beside the mapping {name}; write them into it")
-    if not arguments.strip().startswith("{"):
-        raise ValueError(f"arguments={arguments} is no mapping; write '{{key: value}}'")
-    return reward_configs([f'{{"name": {json.dumps(name)}, "arguments": {arguments}}}'])[0]
 
 
 def _report(findings: list[Any]) -> dict[str, Any]:

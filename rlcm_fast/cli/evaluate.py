@@ -80,6 +80,17 @@ def reward_configs(entries: Sequence[str]) -> list[RewardConfig]:
     return configs
 
 
+def reward_config(name: str, arguments: str | None) -> RewardConfig:
+    """Parses the reward; raises ValueError for arguments that are no mapping."""
+    if arguments is None:
+        return reward_configs([name])[0]
+    if name.startswith("{"):
+        raise ValueError(f"arguments={arguments} beside the mapping {name}; write them into it")
+    if not arguments.strip().startswith("{"):
+        raise ValueError(f"arguments={arguments} is no mapping; write '{{key: value}}'")
+    return reward_configs([f'{{"name": {json.dumps(name)}, "arguments": {arguments}}}'])[0]
+
+
 def measure(
     pipeline: Any,
     prompts: Sequence[Prompt],

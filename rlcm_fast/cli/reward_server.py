@@ -11,6 +11,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from rlcm_fast.cli.arguments import non_negative_int, positive_int
+from rlcm_fast.cli.evaluate import reward_config
+from rlcm_fast.cli.output import check_device
 
 if TYPE_CHECKING:
     import socket
@@ -42,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     # Check what can be wrong before the reward loads.
     key = _key(arguments.api_key_variable)
-    config = _reward_config(arguments)
+    config = reward_config(arguments.reward, arguments.arguments)
+    _check_files(config)
     from rlcm_fast.rewards.extras import require
 
     for package in ("uvicorn", "starlette"):
@@ -94,27 +97,12 @@ def _key(variable: str | None) -> str:
     return key
 
 
-def _reward_config(arguments: argparse.Namespace) -> RewardConfig:
-    """Parses the reward and looks for its files; raises ValueError for what can be known before it loads."""
-    import json
-
-    from rlcm_fast.cli.evaluate import reward_configs
-
-    name, given = arguments.reward, arguments.arguments
-    if given is None:
-        config = reward_configs([name])[0]
-    elif name.startswith("{"):
-        raise ValueError(f"arguments={given} beside the mapping {name}; write them into it")
-    elif not given.strip().startswith("{"):
-        raise ValueError(f"arguments={given} is no mapping; write '{{key: value}}'")
-    else:
-        config = reward_configs([f'{{"name": {json.dumps(name)}, "arguments": {given}}}'])[0]
-
+def _check_files(config: RewardConfig) -> None:
+    """Looks for the reward's files and says what is downloaded; raises ValueError for what is missing."""
     from rlcm_fast.rewards import check_reward
 
     for download in check_reward(config, "reward", must_run=True):
         print(f"downloading {download}", flush=True)
-    return config
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -129,16 +117,15 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _find_device(name: str | None) -> torch.device:
+    """Returns the device, which rewards take for "same" from here on."""
     import torch
 
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device={name} is no device; give cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name} is not there: this process sees {torch.cuda.device_count()} GPUs; give cpu")
+    from rlcm_fast.cli.scoring import device_of
+
+    check_device(name)
+    device = device_of(name)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # the device that a reward takes for "same"
+        torch.cuda.set_device(device)
     return device
 
 
