@@ -2,11 +2,13 @@
 
     GET /health     {"protocol": 1, "reward": name, "device", "batch_size", "most_bytes", "used"}
     GET /metrics    counters, in the text format of Prometheus
-    POST /score     {"protocol": 1, "reward": name, "prompts": [text], "tasks": [name], "images": [base64 of a PNG]}
+    POST /score     {"protocol": 1, "reward": name, "prompts": [text], "tasks": [name], "metadata": [text],
+                     "images": [base64 of a PNG]}
              200    {"protocol": 1, "reward": name, "scores": [number or null], "problems": [null or text]}
 
-All lists have one entry per image, in one order. An image has a score or a problem, never both, so one that cannot be
-scored costs its neighbours nothing. Other statuses carry {"error": text}:
+All lists have one entry per image, in one order. An entry of `metadata` is a JSON object as text, or empty; the list
+may be left out. An image has a score or a problem, never both, so one that cannot be scored costs its neighbours
+nothing. Other statuses carry {"error": text}:
 
     400     the request is no such JSON, or an image is no PNG of RGB
     401     the key is missing or wrong
@@ -60,6 +62,7 @@ def request_of(reward: str, prompts: Sequence[Prompt], pngs: Sequence[str]) -> d
         "reward": reward,
         "prompts": [prompt.text for prompt in prompts],
         "tasks": [prompt.task for prompt in prompts],
+        "metadata": [prompt.metadata for prompt in prompts],
         "images": list(pngs),
     }
 
@@ -78,18 +81,33 @@ def read_request(data: bytes, reward: str) -> ScoreRequest:
         raise Refused(409, f"{wanted} is not served here, but {reward} in protocol {VERSION}")
 
     # Read the images and their prompts.
-    texts, tasks, images = (body.get(name) for name in ("prompts", "tasks", "images"))
-    for name, values in (("prompts", texts), ("tasks", tasks), ("images", images)):
-        if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-            raise Refused(400, f"{name} is no list of texts with at least one")
-    assert isinstance(texts, list) and isinstance(tasks, list) and isinstance(images, list)
+    texts, tasks, images = (_texts(body, name) for name in ("prompts", "tasks", "images"))
+    metadata = _texts(body, "metadata") if "metadata" in body else [""] * len(images)
     if not len(texts) == len(tasks) == len(images):
         raise Refused(400, f"{len(texts)} prompts, {len(tasks)} tasks and {len(images)} images; one of each is needed")
+    if len(metadata) != len(images) or not all(_is_metadata(text) for text in metadata):
+        raise Refused(400, f"metadata is no list of {len(images)} JSON objects as texts, or empty texts")
     try:
         pixels = [pixels_of_png(image) for image in images]
     except ValueError as error:
         raise Refused(400, str(error)) from error
-    return ScoreRequest(pixels, [Prompt(text, task) for text, task in zip(texts, tasks, strict=True)])
+    return ScoreRequest(pixels, [Prompt(*parts) for parts in zip(texts, tasks, metadata, strict=True)])
+
+
+def _texts(body: Mapping[str, Any], name: str) -> list[str]:
+    """A list of texts with at least one; raises Refused."""
+    values = body.get(name)
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+        raise Refused(400, f"{name} is no list of texts with at least one")
+    return values
+
+
+def _is_metadata(text: str) -> bool:
+    """Tells whether the text is empty or a JSON object."""
+    try:
+        return not text or isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def answer_of(reward: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:

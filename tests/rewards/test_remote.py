@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from rlcm_fast.rewards import RewardError, build_reward, check_reward, endpoint,
 from rlcm_fast.rewards.base import ImagesFailed
 from rlcm_fast.rewards.encoding import png, quantised, to_pictures
 from rlcm_fast.rewards.jpeg import JpegIncompressibility
-from rlcm_fast.rewards.protocol import request_of
+from rlcm_fast.rewards.protocol import read_request, request_of
 from rlcm_fast.rewards.remote import RemoteReward
 from rlcm_fast.trajectory import Prompt
 
@@ -215,6 +216,9 @@ def small_server() -> Iterator[str]:
         (400, without("images")),
         (400, without("prompts")),
         (400, without("tasks")),
+        (400, {**good(), "metadata": ["{}"]}),
+        (400, {**good(), "metadata": ["{}", "[]"]}),
+        (400, {**good(), "metadata": ["{}", "{"]}),
         (400, {**good(), "prompts": ["one"]}),
         (400, {**good(), "prompts": [1, 2]}),
         (400, {**good(), "images": []}),
@@ -349,3 +353,12 @@ def test_a_wrong_setting_is_refused_before_anything_is_asked(arguments: dict, pr
     config = RewardConfig("http", arguments={"url": "http://127.0.0.1:9", **arguments})
     with pytest.raises(ValueError, match=f"name=http: {problem}"):
         check_reward(config, "rewards[0]", must_run=True)
+
+
+def test_metadata_arrives_and_may_be_left_out():
+    """Without it, geneval on a server would not know what to look for."""
+    asked = [Prompt("a", "x", '{"objects": ["cat"]}'), Prompt("b")]
+    body = request_of("mean", asked, [png(picture) for picture in to_pictures(images(2))])
+    assert read_request(json.dumps(body).encode(), "mean").prompts == asked
+    del body["metadata"]
+    assert read_request(json.dumps(body).encode(), "mean").prompts == [Prompt("a", "x"), Prompt("b")]
