@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path):
         take(tmp_path / "file" / "run", print)
 
 
-def _start(run_dir: Path, go: Any, results: Any) -> None:
+def _start(run_dir: Path, go: Any, all_started: Any, results: Any) -> None:
     go.wait()
     try:
         lock = take(run_dir, lambda line: None)
@@ -156,7 +156,7 @@ def _start(run_dir: Path, go: Any, results: Any) -> None:
         results.put(0)
     else:
         results.put(1)
-        time.sleep(0.3)
+        all_started.wait()  # a start that comes later would find the lock free again
         lock.release()
 
 
@@ -168,11 +168,13 @@ def test_of_many_starts_at_once_one_goes_on(tmp_path: Path, is_stale: bool):
         run_dir = tmp_path / str(attempt)
         if is_stale:
             hold(run_dir, pid=2**22 + 1)
-        go, results = context.Event(), context.Queue()
-        processes = [context.Process(target=_start, args=(run_dir, go, results)) for _ in range(8)]
+        go, all_started, results = context.Event(), context.Event(), context.Queue()
+        processes = [context.Process(target=_start, args=(run_dir, go, all_started, results)) for _ in range(8)]
         for process in processes:
             process.start()
         go.set()
-        assert sum(results.get(timeout=30) for _ in processes) == 1
+        num_taken = sum(results.get(timeout=30) for _ in processes)
+        all_started.set()
+        assert num_taken == 1
         for process in processes:
             process.join()
