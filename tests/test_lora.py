@@ -71,17 +71,19 @@ def test_the_adapters_of_a_run_on_its_start_model_draw_the_policys_image(
     conditioning = run.trainer.images.encode([Prompt("a red circle")])
     _, x_0 = run.trainer.images.policy.sample(conditioning, torch.Generator().manual_seed(5))
     expected = run.trainer.images.backbone.decode(x_0)
-    start = LatentConsistencyModelPipeline.from_pretrained(tiny_lcm_folder, safety_checker=None)
-    assert (draw(start, run.trainer.config) - expected).abs().max() > 1e-3
-    start.load_lora_weights(run.run_dir / "lora")
-    torch.testing.assert_close(draw(start, run.trainer.config), expected, atol=1e-5, rtol=0)
-    export = LatentConsistencyModelPipeline.from_pretrained(run.run_dir / "export", safety_checker=None)
-    torch.testing.assert_close(draw(export, run.trainer.config), expected, atol=1e-5, rtol=0)
-    files = [tmp_path / name for name in ("export.png", "lora.png", "start.png")]
-    models = [[str(run.run_dir / "export")], [tiny_lcm_folder, "--lora", str(run.run_dir / "lora")], [tiny_lcm_folder]]
+    stock = LatentConsistencyModelPipeline.from_pretrained(tiny_lcm_folder, safety_checker=None)
+    assert (draw(stock, run.trainer.config) - expected).abs().max() > 1e-3
+    stock.load_lora_weights(run.run_dir / "lora")
+    torch.testing.assert_close(draw(stock, run.trainer.config), expected, atol=1e-5, rtol=0)
+    whole = LatentConsistencyModelPipeline.from_pretrained(run.run_dir / "export", safety_checker=None)
+    torch.testing.assert_close(draw(whole, run.trainer.config), expected, atol=1e-5, rtol=0)
+    files = [tmp_path / name for name in ("export.png", "lora.png", "kohya.png", "start.png")]
+    loras = [["--lora", str(lora)] for lora in (run.run_dir / "lora", run.run_dir / "lora" / "kohya.safetensors")]
+    models = [[str(run.run_dir / "export")], *([tiny_lcm_folder, *lora] for lora in loras), [tiny_lcm_folder]]
     for file, model in zip(files, models, strict=True):
         assert rlcm_fast(["sample", "--prompt", "a star", "--out", str(file), "--model", *model]) == 0
-    assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
+    export, peft, kohya, start = (file.read_bytes() for file in files)
+    assert export == peft == kohya != start
 
 
 def test_a_checkpoint_holds_the_adapters_and_a_resumed_run_is_bitwise_the_same(run: FinishedRun, tiny_lcm_folder: str):

@@ -17,6 +17,7 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from rlcm_fast.backbones.lora_layouts import KOHYA_FILE, LoraLayer, write_kohya
 from rlcm_fast.config import LoraConfig
 
 _NAME = "default"  # peft's name for the only adapter
@@ -50,10 +51,21 @@ def merged(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNet2DC
 
 
 def save_adapters(unet: UNet2DConditionModel, weights: Mapping[str, Tensor], pipeline: Any, folder: Path) -> None:
-    """Save the adapters among `weights` as a file that `load_lora_weights` of the pipeline reads."""
-    layers = get_peft_model_state_dict(unet, state_dict=dict(weights), adapter_name=_NAME)
-    metadata = unet.peft_config[_NAME].to_dict()
-    pipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    """Save the adapters among `weights` as two files: for `load_lora_weights` of the pipeline, and for ComfyUI, A1111.
+
+    The second is kohya's layout, with the alpha that the adapters were trained with.
+    """
+    config = unet.peft_config[_NAME]
+    tensors = get_peft_model_state_dict(unet, state_dict=dict(weights), adapter_name=_NAME)
+    pipeline.save_lora_weights(folder, unet_lora_layers=tensors, unet_lora_adapter_metadata=config.to_dict())
+    write_kohya(folder / KOHYA_FILE, _layers_of(tensors, float(config.lora_alpha)), unet.config)
+
+
+def _layers_of(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:
+    """The layers of PEFT's tensors, float32 on the CPU."""
+    kept = {name: weight.detach().float().cpu() for name, weight in tensors.items()}
+    names = [name.removesuffix(".lora_A.weight") for name in kept if name.endswith(".lora_A.weight")]
+    return {name: LoraLayer(kept[f"{name}.lora_A.weight"], kept[f"{name}.lora_B.weight"], alpha) for name in names}
 
 
 def has_adapters(unet: UNet2DConditionModel) -> bool:

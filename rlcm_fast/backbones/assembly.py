@@ -13,17 +13,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from rlcm_fast import quiet
-from rlcm_fast.backbones.loading import resolve_model
+from rlcm_fast.backbones.loading import LORA_FILE, resolve_model, split_hub_file
+from rlcm_fast.backbones.lora_layouts import add_lora, read_lora
 from rlcm_fast.config import ModelConfig
 
 # Raised for a missing file, a file that is not safetensors, missing modules and other shapes.
@@ -69,19 +73,34 @@ def load_pipeline(
         return DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, **checker, **parts)
 
 
-def fuse_lora(pipeline: Any, lora: str, named: str) -> None:
-    """Add scale * B A to the weights that a LoRA (file or hub id) names, and leave no adapter behind."""
-    attach_lora(pipeline, lora, named)
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
+def fuse_lora(pipeline: Any, lora: str, named: str, scale: float = 1.0) -> str:
+    """Add scale * (alpha / rank) * B A to the weights that a LoRA (file or hub id) names; never unpickles.
 
-
-def attach_lora(pipeline: Any, lora: str, named: str) -> None:
-    """Load a LoRA as adapters beside the weights; never unpickles."""
+    Returns which of its layers were matched, in words.
+    """
+    parts = {name: pipeline.components.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    networks = {name: part for name, part in parts.items() if part is not None}
     with _one_line(named, "give a LoRA that was made for this model", *_MISFITS):
-        pipeline.load_lora_weights(lora, use_safetensors=True)
-        if "unet" not in pipeline.get_list_adapters():
-            raise OSError("it holds no weights for the UNet")
+        found = read_lora(_local_lora(lora), networks)
+        add_lora(found, networks, scale)
+    return f"{named}: {found.summary}"
+
+
+def _local_lora(lora: str) -> Path:
+    """Find the file of a LoRA, in the hub's cache or downloaded if it is a hub id."""
+    if Path(lora).is_file():
+        return Path(lora)
+    repository, file = split_hub_file(lora)
+    if file:
+        return Path(hf_hub_download(repository, file))
+    try:
+        return Path(hf_hub_download(repository, LORA_FILE))
+    except RemoteEntryNotFoundError:
+        files = [name for name in HfApi().list_repo_files(repository) if name.endswith(".safetensors")]
+        if len(files) != 1:
+            found = ", ".join(files[:3])
+            raise OSError(f"it has {len(files)} safetensors files ({found}, ...): give {lora}/FILE") from None
+        return Path(hf_hub_download(repository, files[0]))
 
 
 def _load_unet(path: str, model: ModelConfig, dtype: torch.dtype) -> UNet2DConditionModel:

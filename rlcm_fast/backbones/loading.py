@@ -67,11 +67,20 @@ def resolve_lora_path(path: str, field: str = "model.lora") -> str:
         return str(files[0])
     if place.is_file() and place.suffix == ".safetensors":
         return str(place)
-    if place.exists() or not _may_be_hub_id(path) or place.suffix == ".safetensors":
+    repository, file = split_hub_file(path)
+    if place.exists() or not _may_be_hub_id(repository) or (place.suffix == ".safetensors" and not file):
         raise ValueError(
             f"{field}={path} is not a LoRA; give a folder with {LORA_FILE}, a .safetensors file or a hub id"
         )
     return path
+
+
+def split_hub_file(path: str) -> tuple[str, str]:
+    """Splits owner/name/file.safetensors into the hub id and the file, which is empty in a hub id alone."""
+    owner, _, rest = path.partition("/")
+    name, _, file = rest.partition("/")
+    is_file = file.endswith(".safetensors") and not path.startswith((".", "/", "~"))
+    return (f"{owner}/{name}", file) if is_file else (path, "")
 
 
 def _refuse_unet_alone(path: str) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 
@@ -28,7 +29,7 @@ def load_pipeline(
     dtype = torch.float16 if target.type == "cuda" else torch.float32
     pipeline = assembly.load_pipeline(path, revision, dtype, f"model={model}")
     if lora_path is not None:
-        assembly.fuse_lora(pipeline, lora_path, f"lora={lora}")
+        print(assembly.fuse_lora(pipeline, lora_path, f"lora={lora}"), file=sys.stderr)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(target)
 

@@ -1,0 +1,103 @@
+"""The names that ComfyUI, A1111 and their files give to the layers of a UNet: those of CompVis' and Stability's code.
+
+    down_blocks.0.attentions.1.proj_in         -> input_blocks.2.1.proj_in
+    up_blocks.1.resnets.0.time_emb_proj.weight -> output_blocks.3.0.emb_layers.1.weight
+
+The original code counts the blocks of each half in one list, and diffusers nests them; `tests/backbones` holds the
+result against diffusers' converter, which goes the other way, and against the lists of names in tests/backbones/names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_AROUND_THE_BLOCKS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_MIDDLE = {
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+
+
+class UNetNames:
+    """The original names of one UNet's layers and weights."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._places = {**_AROUND_THE_BLOCKS, **_MIDDLE, **_down_places(config), **_up_places(config)}
+
+    def original(self, name: str) -> str | None:
+        """Returns the original name of a layer or weight; None if the original UNet has no such layer.
+
+        Only `time_embedding.cond_proj`, the guidance input of a latent consistency model, has none.
+        """
+        parts = name.split(".")
+        for length in range(len(parts), 0, -1):
+            place = self._places.get(".".join(parts[:length]))
+            if place is not None:
+                return ".".join([place, *_inside(parts[:length], parts[length:])])
+        return None
+
+
+def _inside(place: list[str], rest: list[str]) -> list[str]:
+    """Renames what follows the place of a block; only residual blocks have other names inside."""
+    if "resnets" in place and rest:
+        return [_RESNET[rest[0]], *rest[1:]]
+    return rest
+
+
+def _down_places(config: Mapping[str, Any]) -> dict[str, str]:
+    """Numbers the first half: block 0 is conv_in; each layer and each downsampler is one more."""
+    places, number = {}, 0
+    kinds = config["down_block_types"]
+    for block, kind in enumerate(kinds):
+        for layer in range(_num_layers(config, block)):
+            number += 1
+            places[f"down_blocks.{block}.resnets.{layer}"] = f"input_blocks.{number}.0"
+            if _has_attention(kind):
+                places[f"down_blocks.{block}.attentions.{layer}"] = f"input_blocks.{number}.1"
+        if block < len(kinds) - 1:
+            number += 1
+            places[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
+    return places
+
+
+def _up_places(config: Mapping[str, Any]) -> dict[str, str]:
+    """Numbers the second half: each layer is one; an upsampler stands last in the layer that it follows."""
+    places, number = {}, -1
+    kinds = config["up_block_types"]
+    for block, kind in enumerate(kinds):
+        for layer in range(_num_layers(config, len(kinds) - 1 - block) + 1):
+            number += 1
+            places[f"up_blocks.{block}.resnets.{layer}"] = f"output_blocks.{number}.0"
+            if _has_attention(kind):
+                places[f"up_blocks.{block}.attentions.{layer}"] = f"output_blocks.{number}.1"
+        if block < len(kinds) - 1:
+            places[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{number}.{1 + _has_attention(kind)}.conv"
+    return places
+
+
+def _num_layers(config: Mapping[str, Any], block: int) -> int:
+    """Returns the layers of a block of the first half."""
+    layers = config["layers_per_block"]
+    return layers if isinstance(layers, int) else layers[block]
+
+
+def _has_attention(kind: str) -> bool:
+    return kind.startswith("CrossAttn")
