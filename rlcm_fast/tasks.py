@@ -26,13 +26,11 @@ from rlcm_fast.rewards import (
     DecodedImages,
     GroupReward,
     Reward,
+    RewardBuilder,
     Rewards,
     RewardService,
-    SetReward,
     Skipping,
     Workers,
-    grouped,
-    make_reward,
     used,
 )
 from rlcm_fast.trajectory import Prompt
@@ -49,11 +47,12 @@ class Tasks:
         self.rounds: list[list[str]] = [[task.name for task in tasks] for tasks in run.rounds]
         self.are_several = run.has_tasks
         self.num_samples = run.sizes.samples_per_iteration  # over all processes
-        built: dict[str, Reward | SetReward] = {}  # tasks with the same reward share its model
-        self.trained = {task.name: _shared(task.rewards, built, task.rewards_field) for task in run.tasks}
+        builder = RewardBuilder()  # tasks with the same reward share its model
+        self.trained = {task.name: _built(task.rewards, builder, task.rewards_field) for task in run.tasks}
         for task in run.tasks:
             _check_credits(task, self.trained[task.name], run.sizes.num_processes)
-        self.watched = _shared(config.evaluation.rewards, built, "evaluation.rewards")
+        self.watched = _built(config.evaluation.rewards, builder, "evaluation.rewards")
+        self.offloading = builder.offloading()
         self.skipping = {task.name: self._skipping(task.rewards, run) for task in run.tasks}
         self.rewards = TaskRewards(self.trained, config.rollout, self._name_of, self.skipping)
         self._samplers = {
@@ -124,17 +123,11 @@ def skipped_names(rewards: Sequence[RewardConfig]) -> frozenset[str]:
     return frozenset(reward.name for reward in rewards if reward.on_failure == "skip")
 
 
-def _shared(
-    configs: Sequence[RewardConfig], built: dict[str, Reward | SetReward], field: str
-) -> dict[str, tuple[Reward, float]]:
-    """Builds the rewards by name; rewards with equal names and arguments share one model, which `built` holds."""
-    rewards = {}
-    for index, config in enumerate(configs):
-        name, where, key = config.name, f"{field}[{index}]", repr((config.name, config.arguments))
-        if key not in built:
-            built[key] = make_reward(name, config.arguments, where)
-        rewards[name] = (grouped(name, built[key], config.group_size, config.credit, where), config.weight)
-    return rewards
+def _built(configs: Sequence[RewardConfig], builder: RewardBuilder, field: str) -> dict[str, tuple[Reward, float]]:
+    """Builds the rewards by name, each with its weight."""
+    return {
+        config.name: (builder.build(config, f"{field}[{index}]"), config.weight) for index, config in enumerate(configs)
+    }
 
 
 def _check_credits(task: Task, rewards: Mapping[str, tuple[Reward, float]], world_size: int) -> None:

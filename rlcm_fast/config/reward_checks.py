@@ -1,11 +1,15 @@
-"""Checks rewards: each has a name, once, and a weight; evaluation.rewards holds only rewards that need watching."""
+"""Checks rewards: each has a name, once, a weight and a place; evaluation.rewards holds only what needs watching."""
 
 from __future__ import annotations
 
 import math
+import re
 
 from rlcm_fast.config import RewardConfig
 from rlcm_fast.config.resolved import ResolvedRun
+
+OF_CALLS = ("calls", "images_per_call")
+"""What a reward on a server may have as arguments: they say how the server is called."""
 
 
 def check_rewards(run: ResolvedRun) -> None:
@@ -21,9 +25,11 @@ def check_rewards(run: ResolvedRun) -> None:
                 remedy = "give another, or move the reward to evaluation.rewards to only measure it"
                 raise ValueError(f"{field}[{index}].weight={reward.weight} of {reward.name} has no use; {remedy}")
         _check_names(field, rewards)
+        _check_places(field, rewards)
 
     # Rewards to watch.
     _check_names("evaluation.rewards", watched)
+    _check_places("evaluation.rewards", watched)
     if watched and run.config.evaluation.every == 0:
         names = ", ".join(reward.name for reward in watched)
         raise ValueError(
@@ -43,6 +49,52 @@ def _check_names(field: str, rewards: list[RewardConfig]) -> None:
             raise ValueError(f"{field}[{index}].name={name} is already in {field}; drop one")
 
 
+def _check_places(field: str, rewards: list[RewardConfig]) -> None:
+    for index, reward in enumerate(rewards):
+        check_place(f"{field}[{index}]", reward)
+
+
+def check_place(field: str, reward: RewardConfig) -> None:
+    """Raises ValueError unless device, dtype, batch_size and offload of `field` go together and with its arguments."""
+    # What is said twice.
+    given = {"device": reward.device != "same", "dtype": reward.dtype != "", "batch_size": reward.batch_size != 0}
+    for name, is_given in given.items():
+        if is_given and name in reward.arguments:
+            value, other = getattr(reward, name), reward.arguments[name]
+            raise ValueError(f"{field}.{name}={value} beside arguments={{{name}: {other}}} of {reward.name}; drop one")
+
+    # A place on this machine.
+    if not is_url(reward.device):
+        if reward.device not in ("same", "cpu") and not re.fullmatch(r"cuda:\d+", reward.device):
+            raise ValueError(f"{field}.device={reward.device} is unknown; give same, cpu, cuda:N or http://HOST:PORT")
+        if reward.offload and reward.device == "cpu":
+            raise ValueError(f"{field}.offload=true of {reward.name} has no use on device=cpu; drop one")
+        return
+
+    # A server, which has settings of its own.
+    if reward.dtype:
+        way_out = f"start the server with --arguments '{{dtype: {reward.dtype}}}', and leave it out here"
+        raise ValueError(f"{field}.dtype={reward.dtype} of {reward.name} on {reward.device}; {way_out}")
+    if reward.offload:
+        raise ValueError(f"{field}.offload=true of {reward.name} has no use on {reward.device}; drop it")
+    if reward.group_size or reward.credit != "group":
+        raise ValueError(
+            f"{field}.device={reward.device} of {reward.name}, which scores groups: a server does not see groups; give "
+            "same, cpu or cuda:N"
+        )
+    strange = [name for name in reward.arguments if name not in OF_CALLS]
+    if strange:
+        raise ValueError(
+            f"{field}.arguments.{strange[0]} of {reward.name} on {reward.device}: give it to the server, "
+            f"rlcm-fast reward-server --arguments; here only {' and '.join(OF_CALLS)} count"
+        )
+
+
+def is_url(device: str) -> bool:
+    """Tells whether the device is a server."""
+    return device.startswith(("http://", "https://"))
+
+
 def _check_watched(field: str, reward: RewardConfig, trained: dict[str, list[RewardConfig]]) -> None:
     """Refuses a reward that every task trains already, or that shares its name with a different one."""
     same = []  # (field, reward) of each trained reward with this name
@@ -54,9 +106,18 @@ def _check_watched(field: str, reward: RewardConfig, trained: dict[str, list[Rew
             f"{field}.name={reward.name} is already in {of}, and what is trained is always evaluated; drop one"
         )
     for at, other in same:
+        if _place_of(other) != _place_of(reward):
+            raise ValueError(
+                f"{field} has device={reward.device} dtype={reward.dtype or 'default'} batch_size={reward.batch_size} "
+                f"offload={str(reward.offload).lower()}, and {at} of the same name {reward.name} others; give it those"
+            )
         if (other.arguments, other.group_size) != (reward.arguments, reward.group_size):
             raise ValueError(
                 f"{field} has arguments={reward.arguments} and group_size={reward.group_size}, and {at} of the same "
                 f"name {reward.name} arguments={other.arguments} and group_size={other.group_size}; give it those, or "
                 "drop it"
             )
+
+
+def _place_of(reward: RewardConfig) -> tuple[str, str, int, bool]:
+    return reward.device, reward.dtype, reward.batch_size, reward.offload

@@ -89,6 +89,14 @@ class RewardConfig:
     """What an image gets of its group's value: all of it, or the value minus the value without this image."""
     on_failure: Literal["stop", "skip"] = "stop"
     """What an exception of the reward does: stop the run, or leave out the image that it fails for."""
+    device: str = "same"
+    """Where its models run: same (the process's GPU), cpu, cuda:N, or the URL of an `rlcm-fast reward-server`."""
+    dtype: Literal["", "fp32", "bf16", "fp16"] = ""
+    """Dtype of its models' weights; empty takes the reward's default."""
+    batch_size: NonNegativeInt = 0
+    """Images that it gets at once; 0 leaves it to the reward, which gets whole micro-batches."""
+    offload: bool = False
+    """Keep its models in the CPU's memory while the UNet trains; they are on the GPU in rollouts and evaluations."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from torch import nn
+
 from rlcm_fast.config import RewardConfig
 from rlcm_fast.plugins import build, load_class
 from rlcm_fast.rewards.base import ImagesFailed, Reward, RewardError, SetReward, check_scores
@@ -15,6 +17,9 @@ from rlcm_fast.rewards.failures import Skipping
 from rlcm_fast.rewards.groups import GroupReward
 from rlcm_fast.rewards.memory import gpu_weights
 from rlcm_fast.rewards.models import OnModels, check_files
+from rlcm_fast.rewards.offload import FrozenNetwork, Movable, Offloading, networks_used
+from rlcm_fast.rewards.parts import in_parts, inner
+from rlcm_fast.rewards.placement import placed
 from rlcm_fast.rewards.service import (
     RawScores,
     Rewards,
@@ -33,8 +38,11 @@ __all__ = [
     "DecodedImages",
     "GroupReward",
     "ImagesFailed",
+    "Movable",
+    "Offloading",
     "RawScores",
     "Reward",
+    "RewardBuilder",
     "RewardError",
     "RewardService",
     "Rewards",
@@ -51,8 +59,11 @@ __all__ = [
     "evaluate",
     "gpu_bytes",
     "grouped",
+    "inner",
     "joined",
+    "make_placed",
     "make_reward",
+    "place",
     "score",
     "scored",
     "used",
@@ -93,10 +104,11 @@ def check_reward(config: RewardConfig, field: str, must_run: bool = False) -> li
     Returns what has to be downloaded, in words. Raises a ValueError that begins with `field`. No weights load.
     """
     check_name(config.name, f"{field}.name")
+    there = place(config, field)
     if not must_run:
         return []
     try:
-        return check_files(load_class(config.name, BUILT_IN, field), config.arguments)
+        return check_files(load_class(there.name, BUILT_IN, field), there.arguments)
     except ValueError as error:
         raise ValueError(f"{field}.name={config.name}: {error}") from error
 
@@ -182,9 +194,59 @@ def check_groups(rewards: Mapping[str, Reward], num_images: int) -> None:
             reward.groups(num_images)
 
 
+def place(config: RewardConfig, field: str = "rewards") -> RewardConfig:
+    """The reward with device, dtype and batch_size in its arguments, or as `http`; see placement.py."""
+    return placed(config, BUILT_IN, field)
+
+
+def make_placed(config: RewardConfig, field: str = "rewards") -> Reward | SetReward:
+    """The reward at its place, without groups; errors begin with `field`."""
+    there = place(config, field)
+    return in_parts(make_reward(there.name, there.arguments, field), there.batch_size)
+
+
+class RewardBuilder:
+    """Builds the rewards of a run; equal ones once, so that they share a model, and knows whose models move."""
+
+    def __init__(self) -> None:
+        self._built: dict[str, Reward | SetReward] = {}
+        self._moved: dict[int, Movable] = {}  # by the id of the network or reward, which is kept
+
+    def build(self, config: RewardConfig, field: str) -> Reward:
+        """The reward of `config`, at its place, with its groups; errors begin with `field`."""
+        where = (config.device, config.dtype, config.batch_size, config.offload)
+        key = repr((config.name, config.arguments, where))
+        if key not in self._built:
+            with networks_used() as networks:
+                self._built[key] = make_placed(config, field)
+            if config.offload:
+                self._offload(config, self._built[key], networks, field)
+        return grouped(config.name, self._built[key], config.group_size, config.credit, field)
+
+    def offloading(self) -> Offloading:
+        """The models of all rewards with `offload`; moves them off the GPU."""
+        return Offloading(self._moved.values())
+
+    def _offload(
+        self, config: RewardConfig, reward: Reward | SetReward, networks: Sequence[nn.Module], field: str
+    ) -> None:
+        own = inner(reward)
+        if isinstance(own, Movable):
+            self._moved[id(own)] = own
+            return
+        if not networks:
+            way_out = "leave it out" if config.name in BUILT_IN else "give it the methods to_device() and to_cpu()"
+            raise ValueError(f"{field}.offload=true of {config.name}, which has no model that could move: {way_out}")
+        for network in networks:
+            self._moved.setdefault(id(network), FrozenNetwork(network))
+
+
 def build_rewards(configs: Sequence[RewardConfig]) -> dict[str, tuple[Reward, float]]:
     """The rewards of `configs`, each with its weight, by name."""
     return {
-        config.name: (build_reward(config.name, config.arguments, config.group_size, config.credit), config.weight)
+        config.name: (
+            grouped(config.name, make_placed(config), config.group_size, config.credit),
+            config.weight,
+        )
         for config in configs
     }

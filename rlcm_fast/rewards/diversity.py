@@ -56,6 +56,12 @@ class Diversity(OnModels):
         """The files of the embedding; see OnModels."""
         return files_of(load_class(arguments["embedding"], EMBEDDINGS, "embedding"), arguments["embedding_arguments"])
 
+    @classmethod
+    def part(cls, arguments: Mapping[str, Any]) -> tuple[str, Any]:
+        """The embedding; see OnModels."""
+        embedding = arguments.get("embedding", "thumbnails")
+        return "embedding_arguments", load_class(embedding, EMBEDDINGS, "embedding")
+
     @property
     def used(self) -> dict[str, Any]:
         """What the embedding computes on; see OnModels."""

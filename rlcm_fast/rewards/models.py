@@ -47,6 +47,14 @@ class OnModels:
         """
         raise NotImplementedError
 
+    @classmethod
+    def part(cls, arguments: Mapping[str, Any]) -> tuple[str, Any] | None:
+        """The argument that holds the arguments of the part that computes on models, and the class of the part.
+
+        None if the class itself does. Raises ValueError for a part that does not exist.
+        """
+        return None
+
     @property
     def used(self) -> dict[str, Any]:
         """What the instance computes on, as JSON: by argument, the model, its revision, sizes and hashes of files."""

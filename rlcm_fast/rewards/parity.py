@@ -72,6 +72,13 @@ class DistributionParity(OnModels):
         factory = load_class(arguments["classifier"], CLASSIFIERS, "classifier")
         return files_of(factory, arguments["classifier_arguments"])
 
+    @classmethod
+    def part(cls, arguments: Mapping[str, Any]) -> tuple[str, Any] | None:
+        """The classifier; see OnModels."""
+        if "classifier" not in arguments:  # the constructor says so better
+            return None
+        return "classifier_arguments", load_class(arguments["classifier"], CLASSIFIERS, "classifier")
+
     @property
     def used(self) -> dict[str, Any]:
         """What the classifier computes on; see OnModels."""

@@ -26,7 +26,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlcm_fast import quiet
 from rlcm_fast.rewards.models import Placement
+from rlcm_fast.rewards.offload import networks_used, note
 from rlcm_fast.rewards.pixels import Preparation
 
 T = TypeVar("T")
@@ -176,6 +177,7 @@ class Tokens:
 _shared: WeakValueDictionary[tuple[str, str, torch.dtype, torch.device], Any] = (
     WeakValueDictionary()
 )  # every tower that a reward holds
+_networks: WeakKeyDictionary[Any, list[nn.Module]] = WeakKeyDictionary()  # of each of these towers
 _sharing = threading.RLock()
 
 
@@ -190,7 +192,9 @@ def shared(kind: str, files: Path, place: Placement, make: Callable[[], T]) -> T
         tower = _shared.get(key)
         if tower is None:
             others = [Placement(dtype, device, 1) for *other, dtype, device in list(_shared) if tuple(other) == where]
-            tower = make()
+            with networks_used() as networks:
+                tower = make()
+            _networks[tower] = networks
             if others:
                 said = " and ".join(map(str, others))
                 warnings.warn(
@@ -199,6 +203,7 @@ def shared(kind: str, files: Path, place: Placement, make: Callable[[], T]) -> T
                     stacklevel=2,
                 )
             _shared[key] = tower
+        note(_networks[tower])
         return tower
 
 
@@ -258,4 +263,5 @@ def frozen(network: nn.Module, place: Placement) -> nn.Module:
     """Move a network to its place, without gradients or dropout; refuses weights that ZeRO has partitioned."""
     if any(hasattr(weight, "ds_id") for weight in network.parameters()):
         raise ValueError("ZeRO has partitioned a reward's weights: build rewards outside of deepspeed.zero.Init")
+    note([network])
     return network.to(place.device, place.dtype).requires_grad_(False).eval()
