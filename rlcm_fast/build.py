@@ -143,7 +143,7 @@ def _build(config: Config, device: torch.device, folder: RunFolder) -> Parts:
         tasks=tasks,
         images=images,
         engine=engine,
-        collector=Collector(images, tasks.rewards, config.rollout),
+        collector=Collector(images, tasks.rewards, config.rollout, tasks.offloading),
         updater=Updater(images.policy, algorithm, engine, config.update, start_model, real_images),
         real_images=real_images,
         task_gradients=_task_gradients(policy_around(backbone.unet), algorithm, run),

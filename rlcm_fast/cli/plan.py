@@ -7,6 +7,7 @@ memory.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlcm_fast.cli.arguments import positive_int
@@ -52,14 +53,15 @@ def run(arguments: argparse.Namespace) -> None:
     from rlcm_fast.planner.architecture import load_architecture
     from rlcm_fast.planner.estimate import GIB, Workload, strategy_of
     from rlcm_fast.planner.seconds import Planner
-    from rlcm_fast.rewards import gpu_bytes
+    from rlcm_fast.rewards import gpu_load
 
     architecture = load_architecture(path)
     image_size = arguments.image_size or config.model.image_size or None
     _check_image_size(image_size, architecture.pixels_per_latent)
     rewards = [reward for task in resolved.tasks for reward in task.rewards]
-    reward_bytes = gpu_bytes([*rewards, *config.evaluation.rewards]) + round(arguments.reward_gib * GIB)
-    planner = Planner(architecture, Workload.of(resolved), reward_bytes)
+    load = gpu_load(rewards, config.evaluation.rewards, arguments.processes)
+    load = replace(load, always=load.always + round(arguments.reward_gib * GIB))
+    planner = Planner(architecture, Workload.of(resolved), load)
     strategy = strategy_of(config, image_size or architecture.image_size, architecture.embeds_guidance)
 
     # Print the plan, for programs or for people.
@@ -103,6 +105,7 @@ _WORDS = {
     "start_model": "copy of the start model (KL)",
     "ema": "EMA copy",
     "rewards": "reward models",
+    "offloaded_rewards": "reward models (rollout)",
     "bucket": "DeepSpeed's bucket",
     "activations": "activations (update)",
     "sampling": "activations (sampling)",
@@ -130,8 +133,14 @@ def _one_gpu(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> 
         f"{gpu.tf32_tflop_s:g} TF32, {gpu.fp32_tflop_s:g} float32 ({gpu.source})",
         f"  seconds per iteration: {seconds.iteration:.3g} ({stages}), if {MODEL_FLOPS_UTILISATION:.0%} of the rate is "
         f"reached: {_OF_SECONDS}",
+        *_rewards(planner, gpu),
         *(f"  {line}" for line in _verdict(config, planner, strategy, gpu)),
     ]
+
+
+def _rewards(planner: Planner, gpu: Gpu) -> list[str]:
+    seconds = planner.reward_seconds(gpu)
+    return [f"  built-in rewards on this GPU: {seconds:.3g} s of it at most, beside the sampling"] if seconds else []
 
 
 def _verdict(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
@@ -202,7 +211,7 @@ def _report_of(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -
         "memory_gib": gpu.memory_gib,
         "largest_micro_batch": planner.largest_micro_batch(strategy, gpu),
         "largest_rollout_micro_batch": planner.largest_rollout_micro_batch(strategy, gpu),
-        "seconds": {name: getattr(seconds, name) for name in stages},
+        "seconds": {name: getattr(seconds, name) for name in stages} | {"rewards": planner.reward_seconds(gpu)},
         "cheaper": None if fits else Remedies(planner, config, strategy.image_size, gpu).cheaper(),
     }
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from rlcm_fast.cli.scoring import raw_scores, raw_scores_at_once
 from rlcm_fast.config import RewardConfig
 from rlcm_fast.faults import Fault
-from rlcm_fast.rewards import GroupReward, Reward, build_reward
+from rlcm_fast.rewards import GroupReward, Reward, grouped, make_placed
 from rlcm_fast.trajectory import Prompt
 
 _GIB = 2**30
@@ -98,7 +98,7 @@ def findings_of(config: RewardConfig, pictures: Pictures) -> list[Finding]:
 def _build(config: RewardConfig, device: torch.device) -> tuple[Reward, Finding]:
     """The reward, and what building it cost."""
     before, gpu_before, start = _resident(), _allocated(device), time.perf_counter()
-    reward = build_reward(config.name, config.arguments, config.group_size, config.credit)
+    reward = grouped(config.name, make_placed(config), config.group_size, config.credit)
     seconds = time.perf_counter() - start
     memory, gpu = (_resident() - before) / _GIB, (_allocated(device) - gpu_before) / _GIB
     words = f"in {seconds:.2g} s; {memory:.2f} GiB of memory" + (f", {gpu:.2f} GiB of the GPU" if gpu > 0 else "")

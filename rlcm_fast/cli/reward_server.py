@@ -132,14 +132,16 @@ def _find_device(name: str | None) -> torch.device:
 def _build(config: RewardConfig, device: torch.device) -> Reward:
     """Makes the reward on `device`, unless its arguments name another; raises ValueError for one that scores groups."""
     import inspect
+    from dataclasses import replace
 
     from rlcm_fast.plugins import load_class
-    from rlcm_fast.rewards import BUILT_IN, Reward, make_reward
+    from rlcm_fast.rewards import BUILT_IN, Reward, make_placed, place
 
-    arguments = dict(config.arguments)
-    if "device" in inspect.signature(load_class(config.name, BUILT_IN, "reward")).parameters:
+    there = place(config, "reward")
+    arguments = dict(there.arguments)
+    if "device" in inspect.signature(load_class(there.name, BUILT_IN, "reward")).parameters:
         arguments.setdefault("device", "cpu" if device.type == "cpu" else "same")
-    reward = make_reward(config.name, arguments, "reward")
+    reward = make_placed(replace(there, arguments=arguments), "reward")
     if reward.scope != "image" or not isinstance(reward, Reward):
         raise ValueError(
             f"reward={config.name} scores groups of images, which a server does not see; name it in the config of the "

@@ -10,6 +10,7 @@
     encoding images   one pass of the VAE's encoder on real images, within an update: with its gradients and bucket
     step              gradients and the optimizer's temporaries
 
+Offloaded models of rewards are there while images are encoded, sampled and decoded.
 With `moves_idle`, the text encoders and the VAE are in memory only during their stages; without it, always.
 If an update has a single micro-batch, the estimate is an upper bound: gradients grow while activations are freed.
 
@@ -31,9 +32,11 @@ from rlcm_fast.planner.architecture import Architecture
 from rlcm_fast.planner.optimizer_states import moment_bytes
 from rlcm_fast.planner.tracing import NetworkProfile, Recompute, Setup, VaeProfile, profile_unet, profile_vae
 from rlcm_fast.planner.workload import Workload
+from rlcm_fast.rewards import RewardLoad
 
 Device = Literal["cuda", "cpu"]
 GIB = 2**30
+NO_REWARDS = RewardLoad()
 OVERHEAD_BYTES = int(1.2 * GIB)
 """CUDA's context (0.75 GiB on an H200) and the allocator's fragments, which are a guess."""
 WORKSPACE_SHARE = 0.6
@@ -136,6 +139,7 @@ class Memory:
     start_model: int
     ema: int
     rewards: int
+    offloaded_rewards: int
     trajectory: int
     bucket: int
     activations: int
@@ -159,9 +163,9 @@ class Memory:
     def stages(self) -> dict[str, int]:
         """Peak of each stage."""
         return {
-            "encoding": self.always + (self.text_encoders if self.moves_idle else 0),
-            "sampling": self.always + self.sampling,
-            "decoding": self.always + self.decoding + (self.vae if self.moves_idle else 0),
+            "encoding": self.always + self.offloaded_rewards + (self.text_encoders if self.moves_idle else 0),
+            "sampling": self.always + self.offloaded_rewards + self.sampling,
+            "decoding": self.always + self.offloaded_rewards + self.decoding + (self.vae if self.moves_idle else 0),
             "update": self.always + self.gradients + self.bucket + self.activations,
             "step": self.always + self.gradients + self.step_temporaries,
             **({"encoding images": self.real_images} if self.encoding_images else {}),
@@ -195,11 +199,15 @@ def measure(architecture: Architecture, strategy: Strategy, device: Device = "cu
 
 
 def estimate_memory(
-    strategy: Strategy, profiles: Profiles, workload: Workload, reward_bytes: int = 0, device: Device = "cuda"
+    strategy: Strategy,
+    profiles: Profiles,
+    workload: Workload,
+    rewards: RewardLoad = NO_REWARDS,
+    device: Device = "cuda",
 ) -> Memory:
     """Estimates the memory of one process and its GPU; device="cpu" is for comparison with real runs.
 
-    reward_bytes: taken by reward models on each GPU.
+    rewards: what reward models take of each GPU.
     """
     # Trained weights, their gradients and the optimizer; adapters are float32.
     unet, processes = profiles.unet, workload.num_processes
@@ -227,7 +235,8 @@ def estimate_memory(
         text_encoders=profiles.text_numel * FROZEN_DTYPE.itemsize,
         start_model=(trained + unet.frozen) * itemsize if strategy.copies_start_model else 0,
         ema=trained * 4 if strategy.ema == "gpu" else 0,
-        rewards=reward_bytes,
+        rewards=rewards.always,
+        offloaded_rewards=rewards.offloaded,
         trajectory=_trajectory_states(strategy, workload) * profiles.latent_bytes,
         bucket=_bucket_bytes(training, trained),
         activations=round(activations),

@@ -12,10 +12,20 @@ from typing import Any
 import torch
 
 from rlcm_fast.planner.architecture import Architecture
-from rlcm_fast.planner.estimate import FROZEN_DTYPE, GIB, Memory, Profiles, Strategy, estimate_memory, measure
+from rlcm_fast.planner.estimate import (
+    FROZEN_DTYPE,
+    GIB,
+    NO_REWARDS,
+    Memory,
+    Profiles,
+    Strategy,
+    estimate_memory,
+    measure,
+)
 from rlcm_fast.planner.gpus import Gpu
 from rlcm_fast.planner.tracing import Flops
 from rlcm_fast.planner.workload import Workload
+from rlcm_fast.rewards import RewardLoad
 
 
 @dataclass(frozen=True)
@@ -35,10 +45,10 @@ class Seconds:
 class Planner:
     """Plans iterations of one model; traces each kind of network once."""
 
-    def __init__(self, architecture: Architecture, workload: Workload, reward_bytes: int = 0) -> None:
+    def __init__(self, architecture: Architecture, workload: Workload, rewards: RewardLoad = NO_REWARDS) -> None:
         self.architecture = architecture
         self.workload = workload
-        self._reward_bytes = reward_bytes
+        self.rewards = rewards
         self._profiles: dict[tuple[Any, ...], Profiles] = {}
 
     def profiles(self, strategy: Strategy) -> Profiles:
@@ -49,7 +59,7 @@ class Planner:
         return self._profiles[key]
 
     def memory(self, strategy: Strategy) -> Memory:
-        return estimate_memory(strategy, self.profiles(strategy), self.workload, self._reward_bytes)
+        return estimate_memory(strategy, self.profiles(strategy), self.workload, self.rewards)
 
     def fits(self, strategy: Strategy, gpu: Gpu) -> bool:
         return self.memory(strategy).peak <= gpu.memory_gib * GIB
@@ -76,6 +86,15 @@ class Planner:
             update=_seconds(update, gpu, is_bf16) + _seconds(encoded, gpu, torch.bfloat16 == FROZEN_DTYPE),
             step=work.num_updates * gpu.seconds_to_move(moved),
         )
+
+    def reward_seconds(self, gpu: Gpu) -> float:
+        """Seconds that the built-in rewards on the GPU compute, beside the sampling and with it; an upper bound.
+
+        Each image counts with its own prompt, and with the rewards of all tasks.
+        """
+        load, images = self.rewards, self.workload.samples
+        flops = load.fp32_gflops * 1e9 * images, load.half_gflops * 1e9 * images
+        return gpu.seconds(0, flops[0], False) + gpu.seconds(0, flops[1], True)
 
     def largest_micro_batch(self, strategy: Strategy, gpu: Gpu) -> int:
         """The largest update.micro_batch_size that divides an update and fits; 0 if none does."""
@@ -106,7 +125,7 @@ class Planner:
         same = (strategy.lora_rank, strategy.image_size)
         traced = (profiles for (_, _, *key), profiles in self._profiles.items() if tuple(key) == same)
         profiles = next(traced, None) or self.profiles(strategy)
-        memory = estimate_memory(strategy, profiles, self.workload, self._reward_bytes)
+        memory = estimate_memory(strategy, profiles, self.workload, self.rewards)
         return memory.always + memory.gradients + max(memory.bucket, memory.step_temporaries)
 
 

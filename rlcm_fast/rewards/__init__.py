@@ -6,6 +6,7 @@ A name is one of BUILT_IN, or "package.module:Class" for a reward of yours.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
@@ -15,7 +16,7 @@ from rlcm_fast.plugins import build, load_class
 from rlcm_fast.rewards.base import ImagesFailed, Reward, RewardError, SetReward, check_scores
 from rlcm_fast.rewards.failures import Skipping
 from rlcm_fast.rewards.groups import GroupReward
-from rlcm_fast.rewards.memory import gpu_weights
+from rlcm_fast.rewards.memory import Held, RewardLoad, gpu_networks
 from rlcm_fast.rewards.models import OnModels, check_files
 from rlcm_fast.rewards.offload import FrozenNetwork, Movable, Offloading, networks_used
 from rlcm_fast.rewards.parts import in_parts, inner
@@ -44,6 +45,7 @@ __all__ = [
     "Reward",
     "RewardBuilder",
     "RewardError",
+    "RewardLoad",
     "RewardService",
     "Rewards",
     "SetReward",
@@ -58,6 +60,7 @@ __all__ = [
     "check_scores",
     "evaluate",
     "gpu_bytes",
+    "gpu_load",
     "grouped",
     "inner",
     "joined",
@@ -121,13 +124,33 @@ def used(rewards: Mapping[str, tuple[Reward, float]]) -> dict[str, Any]:
     return {name: reward.used for name, reward in plain.items() if isinstance(reward, OnModels) and reward.used}
 
 
+def gpu_load(
+    trained: Sequence[RewardConfig], watched: Sequence[RewardConfig] = (), num_processes: int = 1
+) -> RewardLoad:
+    """What the built-in rewards take of the GPU that has most of them, of `num_processes`; nothing for yours.
+
+    watched: rewards that only evaluations use; they cost an iteration no time.
+    """
+    scoring = _networks(trained, num_processes)
+    return RewardLoad.of(_networks([*trained, *watched], num_processes).values(), scoring.values())
+
+
 def gpu_bytes(configs: Sequence[RewardConfig]) -> int:
     """The memory that the weights of built-in rewards take of each process's GPU, in bytes; 0 for yours."""
-    sizes: dict[tuple[str, ...], int] = {}
+    return gpu_load(configs).total
+
+
+def _networks(configs: Sequence[RewardConfig], num_processes: int) -> dict[tuple[str, ...], Held]:
+    """The networks of built-in rewards; one that rewards share is offloaded if one of them asks for it."""
+    networks: dict[tuple[str, ...], Held] = {}
     for config in configs:
-        if config.name in BUILT_IN:
-            sizes |= gpu_weights(load_class(config.name, BUILT_IN), config.arguments)
-    return sum(sizes.values())
+        if config.name not in BUILT_IN:
+            continue
+        there = place(config)
+        for key, network in gpu_networks(load_class(there.name, BUILT_IN), there.arguments, num_processes).items():
+            is_offloaded = config.offload or (key in networks and networks[key].is_offloaded)
+            networks[key] = replace(network, is_offloaded=is_offloaded)
+    return networks
 
 
 def build_reward(

@@ -32,6 +32,7 @@ from rlcm_fast.rewards.facts import Facts
 from rlcm_fast.rewards.geneval_rules import COLOURS, Rule, Wish, judge, wish_of
 from rlcm_fast.rewards.mask2former import MASK2FORMER, Instance, segmenter
 from rlcm_fast.rewards.models import ModelFiles, OnModels, Placement, found
+from rlcm_fast.rewards.streams import Kept
 from rlcm_fast.trajectory import Prompt
 
 _THRESHOLD, _COUNTING_THRESHOLD = 0.3, 0.9
@@ -78,7 +79,7 @@ class GenEval(OnModels):
         self._segmenter = segmenter(self._files[0], place)
         self._images = clip.image_tower(self._files[1], place)
         self._texts = clip.text_tower(self._files[1], place)
-        self._colours: dict[str, Tensor] = {}  # (10, E) of each class
+        self._colours: dict[str, Kept] = {}  # (10, E) of each class
         self._lock = threading.Lock()
 
     @classmethod
@@ -131,8 +132,8 @@ class GenEval(OnModels):
                 for colour in COLOURS:
                     texts = [template.format(colour=colour, name=name) for template in _TEMPLATES]
                     rows.append(normalize(self._texts.embed(texts), dim=1).mean(dim=0))
-                self._colours[name] = normalize(torch.stack(rows), dim=1)
-            return self._colours[name]
+                self._colours[name] = Kept.of(normalize(torch.stack(rows), dim=1))
+            return self._colours[name].get()
 
     def _known(self, name: str) -> str:
         """The model's name of a class; raises ValueError if it has none."""

@@ -11,13 +11,36 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlcm_fast.config import RewardConfig
 from rlcm_fast.config.reward_checks import check_place, is_url
 from rlcm_fast.plugins import load_class
 from rlcm_fast.rewards.models import OnModels
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The reward that is placed, for errors."""
+
+    field: str
+    name: str
+    is_built_in: bool
+
+    def mistake(self, name: str, value: object, problem: str) -> ValueError:
+        return ValueError(f"{self.field}.{name}={value} of {self.name}: {problem}")
+
+    def check_left(self, name: str, value: object, runs_models: bool) -> None:
+        """Raises ValueError for a wish that its class does not accept, unless it is fulfilled all the same."""
+        if name == "batch_size":
+            return
+        if not self.is_built_in:
+            raise self.mistake(name, value, f"its __init__ has no argument {name}; give it one, or leave {name} out")
+        if runs_models:
+            raise self.mistake(name, value, f"its models have one {name} only; leave it out")
+        if (name, value) != ("device", "cpu"):  # where it runs anyway
+            raise self.mistake(name, value, f"it runs no model here; leave {name} out")
 
 
 def placed(config: RewardConfig, aliases: Mapping[str, str], field: str) -> RewardConfig:
@@ -34,8 +57,7 @@ def placed(config: RewardConfig, aliases: Mapping[str, str], field: str) -> Rewa
     if not wishes:
         return config
     factory = load_class(config.name, aliases, f"{field}.name")
-    where = f"{field}.{{}} of {config.name}"
-    arguments, left = _with(factory, config.arguments, wishes, where, config.name in aliases)
+    arguments, left = _with(factory, config.arguments, wishes, _Subject(field, config.name, config.name in aliases))
     return replace(config, arguments=arguments, device="same", dtype="", batch_size=left.get("batch_size", 0))
 
 
@@ -48,38 +70,26 @@ def _served(config: RewardConfig) -> RewardConfig:
 
 
 def _with(
-    factory: Any, arguments: Mapping[str, Any], wishes: Mapping[str, Any], where: str, is_built_in: bool
+    factory: Any, arguments: Mapping[str, Any], wishes: Mapping[str, Any], subject: _Subject
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of `factory` with those wishes that it accepts, and the others; raises ValueError.
-
-    where: begins an error, with a gap for the name of the field.
-    """
+    """The arguments of `factory` with those wishes that it accepts, and the others; raises ValueError."""
     # A part computes on models: the arguments are those of the part.
     part = _part(factory, arguments)
     if part is not None:
         name, of_part = part
-        changed, left = _with(of_part, arguments.get(name) or {}, wishes, where, is_built_in)
+        changed, left = _with(of_part, arguments.get(name) or {}, wishes, subject)
         return ({**arguments, name: changed} if changed else dict(arguments)), left
 
     # Give the class what it accepts.
     accepted = _accepted(factory)
     left = {name: value for name, value in wishes.items() if name not in accepted}
+    given = {name: value for name, value in wishes.items() if name in accepted}
     for name, value in left.items():
-        if name == "batch_size":
-            continue
-        if is_built_in and not ({"device", "dtype"} & accepted):
-            if (name, value) != ("device", "cpu"):  # where it runs anyway
-                raise ValueError(f"{where.format(name)}={value}: it runs no model here; leave {name} out")
-        elif is_built_in:
-            raise ValueError(f"{where.format(name)}={value}: its models have one {name} only; leave it out")
-        else:
-            raise ValueError(
-                f"{where.format(name)}={value}: its __init__ has no argument {name}; give it one, or leave {name} out"
-            )
-    for name in wishes.keys() & accepted:
+        subject.check_left(name, value, runs_models=bool({"device", "dtype"} & accepted))
+    for name, value in given.items():
         if name in arguments:
-            raise ValueError(f"{where.format(name)}={wishes[name]} beside {name}={arguments[name]} below; drop one")
-    return {**arguments, **{name: value for name, value in wishes.items() if name in accepted}}, left
+            raise subject.mistake(name, value, f"beside {name}={arguments[name]} in its arguments; drop one")
+    return {**arguments, **given}, left
 
 
 def _part(factory: Any, arguments: Mapping[str, Any]) -> tuple[str, Any] | None:

@@ -8,8 +8,8 @@ Workers describe the images of a set reward; gather groups the descriptions and 
 micro-batch may lie inside a group. A score that is missing, because its reward failed and may be skipped (failures.py),
 is NaN.
 
-On a GPU, the workers' copies queue behind the sampling kernels that are already launched. The scoring itself then runs
-beside the next micro-batch, and the rollout waits only for the last micro-batch.
+On a GPU, each worker has its own stream, which waits for the decoded images alone (streams.py). The scoring runs beside
+the next micro-batch, and the rollout waits only for the last micro-batch.
 """
 
 # B images of a micro-batch, or of all micro-batches after gather, F numbers that describe one image, G groups
@@ -37,6 +37,7 @@ from rlcm_fast.rewards.base import (
 )
 from rlcm_fast.rewards.failures import Answer, Skipping, Tally, answer_with_skips
 from rlcm_fast.rewards.groups import GroupReward, side_by_side
+from rlcm_fast.rewards.streams import event_after, own_stream
 from rlcm_fast.rewards.workers import Call, Workers
 from rlcm_fast.trajectory import Prompt
 
@@ -95,10 +96,11 @@ class RewardService:
             raise ValueError(
                 f"prompts={len(prompts)} for {len(images)} images; give one prompt per image, at least one"
             )
-        calls = {}
+        calls, decoded = {}, event_after(images)
         for name, (reward, _) in self._rewards.items():
             tally = self._tally if name in self._skipping.names else None
-            calls[name] = Call(name, prompts, partial(_score_in_worker, reward=reward, images=images, tally=tally))
+            work = partial(_score_in_worker, reward=reward, images=images, decoded=decoded, tally=tally)
+            calls[name] = Call(name, prompts, work)
             self._workers.submit(calls[name])
         self._batches.append(_Batch(tuple(prompts), calls))
         return list(calls.values())
@@ -255,14 +257,15 @@ class _BrokenImage(Exception):
         self.index = index
 
 
-def _score_in_worker(call: Call, reward: Reward, images: Tensor, tally: Tally | None) -> Answer:
+def _score_in_worker(
+    call: Call, reward: Reward, images: Tensor, decoded: torch.cuda.Event | None, tally: Tally | None
+) -> Answer:
     """The raw scores, unchecked; tensors move to the CPU here, so that the caller waits for no copy.
 
-    tally: counts the failures of a reward that may fail for single images; None: it may not.
+    decoded: the event after which the images are there; None on a CPU. tally: counts the failures of a reward that may
+    fail for single images; None: it may not.
     """
-    if images.is_cuda:  # a new thread starts on device 0, even if the rank uses another device
-        torch.cuda.set_device(images.device)
-    with torch.no_grad():
+    with torch.no_grad(), own_stream(images, decoded):
         # A NaN image has a JPEG size like any other, so a reward would hide it. A sum needs no mask of all pixels.
         broken = first_not_finite(images.flatten(1).sum(dim=1))
         if broken is not None:

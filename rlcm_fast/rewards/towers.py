@@ -38,6 +38,7 @@ from rlcm_fast import quiet
 from rlcm_fast.rewards.models import Placement
 from rlcm_fast.rewards.offload import networks_used, note
 from rlcm_fast.rewards.pixels import Preparation
+from rlcm_fast.rewards.streams import Kept
 
 T = TypeVar("T")
 _MAX_TEXTS = 4096  # embeddings kept by a text tower: 16 MB of 1024 numbers each
@@ -62,7 +63,7 @@ class ImageTower:
         self._read = read
         self._batch_size = place.batch_size
         self._lock = threading.Lock()
-        self._embedded: WeakIdKeyDictionary = WeakIdKeyDictionary()  # images -> (version, Future of (result, event))
+        self._embedded: WeakIdKeyDictionary = WeakIdKeyDictionary()  # images -> (version, Future of Kept)
 
     def limit_batch(self, batch_size: int) -> None:
         """Run on at most `batch_size` images at once; the smallest of all rewards that share the tower counts."""
@@ -78,31 +79,25 @@ class ImageTower:
         with self._lock:
             known = self._embedded.get(images)
             is_first = known is None or known[0] != version
-            future: Future[tuple[Tensor, Any]] = Future() if known is None or is_first else known[1]
+            future: Future[Kept] = Future() if known is None or is_first else known[1]
             if is_first:
                 self._embedded[images] = (version, future)
 
         # Embed them, or wait for the thread that does.
         if is_first:
             self._fulfil(future, images)
-        embedded, event = future.result()
-        if event is not None:
-            stream = torch.cuda.current_stream(embedded.device)
-            stream.wait_event(event)
-            embedded.record_stream(stream)
-        return embedded
+        return future.result().get()
 
-    def _fulfil(self, future: Future[tuple[Tensor, Any]], images: Tensor) -> None:
+    def _fulfil(self, future: Future[Kept], images: Tensor) -> None:
         """Set the future's result; an exception reaches every thread that waits, and is forgotten."""
         try:
-            embedded = self._run(images)
-            event = torch.cuda.current_stream(embedded.device).record_event() if embedded.is_cuda else None
+            embedded = Kept.of(self._run(images))
         except BaseException as error:
             with self._lock:
                 self._embedded.pop(images, None)
             future.set_exception(error)
             raise
-        future.set_result((embedded, event))
+        future.set_result(embedded)
 
     @torch.no_grad()
     def _run(self, images: Tensor) -> Tensor:
@@ -125,7 +120,7 @@ class TextTower:
         self.place = place
         self._read = read
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, Tensor] = OrderedDict()  # (E,) of each text, the latest last
+        self._known: OrderedDict[str, Kept] = OrderedDict()  # (E,) of each text, the latest last
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """The embeddings (B, E) float32 of texts, on the tower's device, without gradients."""
@@ -138,12 +133,12 @@ class TextTower:
         """The embedding (E,) of one text."""
         if text in self._known:
             self._known.move_to_end(text)
-            return self._known[text]
+            return self._known[text].get()
         ids = torch.tensor([self.tokens(text)], device=self.place.device)  # (1, L)
-        self._known[text] = self._read(self.network, ids)[0].float()
+        self._known[text] = Kept.of(self._read(self.network, ids)[0].float())
         if len(self._known) > _MAX_TEXTS:
             self._known.popitem(last=False)
-        return self._known[text]
+        return self._known[text].get()
 
 
 class Tokens:
@@ -231,6 +226,7 @@ def load(
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{where} could not be loaded as {network_class.__name__}: {reason}") from error
+    _check_whole(network)
     bad = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
     if bad:
         raise ValueError(f"{where} does not fit {network_class.__name__}: {bad[0]} is missing or has another shape")
@@ -261,7 +257,12 @@ def _is_error(record: logging.LogRecord) -> bool:
 
 def frozen(network: nn.Module, place: Placement) -> nn.Module:
     """Move a network to its place, without gradients or dropout; refuses weights that ZeRO has partitioned."""
-    if any(hasattr(weight, "ds_id") for weight in network.parameters()):
-        raise ValueError("ZeRO has partitioned a reward's weights: build rewards outside of deepspeed.zero.Init")
+    _check_whole(network)
     note([network])
     return network.to(place.device, place.dtype).requires_grad_(False).eval()
+
+
+def _check_whole(network: nn.Module) -> None:
+    """Raises ValueError for a network that was built inside of deepspeed.zero.Init; loading leaves it empty weights."""
+    if any(hasattr(weight, "ds_id") or weight.numel() == 0 for weight in network.parameters()):
+        raise ValueError("ZeRO has partitioned a reward's weights: build rewards outside of deepspeed.zero.Init")

@@ -25,7 +25,17 @@ from rlcm_fast.config import EvaluationConfig, RolloutConfig
 from rlcm_fast.config.resolved import ResolvedRun
 from rlcm_fast.engine.averaging import AveragingEngine
 from rlcm_fast.prompts import load_prompts, prompts_for_images
-from rlcm_fast.rewards import DecodedImages, Reward, RewardService, Skipping, Workers, build_reward, evaluate, joined
+from rlcm_fast.rewards import (
+    DecodedImages,
+    Offloading,
+    Reward,
+    RewardService,
+    Skipping,
+    Workers,
+    build_reward,
+    evaluate,
+    joined,
+)
 from rlcm_fast.rewards.diversity import Diversity, Thumbnails
 from rlcm_fast.run_folder.tracking import Tracker, say
 from rlcm_fast.stages.images import TextToImage
@@ -78,6 +88,7 @@ class Evaluator:
     rewards: Mapping[str, NamedRewards]
     config: RolloutConfig = field(default_factory=RolloutConfig)  # how long rewards may take, and how often fail
     skipped: Mapping[str, frozenset[str]] = field(default_factory=dict)  # the rewards that may fail, by prefix
+    offloading: Offloading = field(default_factory=Offloading)  # models of rewards that are away between evaluations
 
     def __call__(self, images: TextToImage, iteration: int) -> dict[str, float]:
         """Returns `<prefix>/<reward>/mean`, `<prefix>/<reward>/std` and `<prefix>/diversity`, equal on every rank.
@@ -86,7 +97,8 @@ class Evaluator:
         fails and may not.
         """
         # Draw and score this rank's images, and join them with those of the others: groups may span ranks.
-        scored = parallel.together(lambda: self._score(images, iteration))
+        with self.offloading.in_use():
+            scored = parallel.together(lambda: self._score(images, iteration))
         diversity = Diversity().value(self._gathered(scored.thumbnails)[None]).item()
         raw_scores = {
             prefix: {name: self._gathered(scored.raw_scores[prefix].get(name)) for name in sorted(rewards)}
@@ -194,7 +206,12 @@ def build_evaluation(run: ResolvedRun, tasks: Tasks, images: TextToImage, engine
         skipped[prefix] = skipped_names(task.rewards) | (watched - tasks.trained[task.name].keys())
     config = run.config.evaluation
     evaluators = [
-        replace(build_evaluator(replace(config, prompts=source), by_prefix), config=run.config.rollout, skipped=skipped)
+        replace(
+            build_evaluator(replace(config, prompts=source), by_prefix),
+            config=run.config.rollout,
+            skipped=skipped,
+            offloading=tasks.offloading,
+        )
         for source, by_prefix in rewards.items()
     ]
     prompts = grid_prompts(list(rewards), run.config.tracking.grid_images)

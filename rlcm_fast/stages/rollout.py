@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from rlcm_fast import parallel
 from rlcm_fast.config import RolloutConfig
 from rlcm_fast.parallel import Stream, Turn
-from rlcm_fast.rewards import Rewards, Skipping
+from rlcm_fast.rewards import Offloading, Rewards, Skipping
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.tasks import TaskRewards
@@ -84,6 +84,7 @@ class Collector:
     images: TextToImage
     rewards: TaskRewards
     config: RolloutConfig
+    offloading: Offloading = field(default_factory=Offloading)  # models of rewards that are away between rollouts
 
     def rollout(self, prompts: Sequence[Prompt], turn: Turn, may_stop: Callable[[], None] = lambda: None) -> Rollout:
         """Draws and scores one image for each of the B prompts, in their order.
@@ -92,6 +93,15 @@ class Collector:
         Raises a Fault, on all processes together, if a reward fails and may not.
         """
         began = time.perf_counter()
+        with self.offloading.in_use():
+            trajectory, rewards = self._draw_and_score(prompts, turn, may_stop)
+        num_skipped = self._num_skipped(rewards, turn.iteration) if self.rewards.may_skip else None
+        return Rollout(prompts, trajectory, rewards, time.perf_counter() - began, num_skipped)
+
+    def _draw_and_score(
+        self, prompts: Sequence[Prompt], turn: Turn, may_stop: Callable[[], None]
+    ) -> tuple[Trajectory, dict[str, Rewards]]:
+        # Encode each prompt once, and draw the first noise if images of a prompt share it.
         generator = turn.generator(Stream.ROLLOUT)
         conditioning = self.images.encode(prompts)
         first_states = None  # (D, C, H, W), one for each distinct prompt
@@ -111,9 +121,7 @@ class Collector:
 
         # Join the micro-batches and wait for the rewards that are still missing.
         trajectory = Trajectory.cat(parts)
-        rewards = parallel.together(lambda: self.rewards.gather(turn.iteration, may_stop))
-        num_skipped = self._num_skipped(rewards, turn.iteration) if self.rewards.may_skip else None
-        return Rollout(prompts, trajectory, rewards, time.perf_counter() - began, num_skipped)
+        return trajectory, parallel.together(lambda: self.rewards.gather(turn.iteration, may_stop))
 
     def _num_skipped(self, rewards: dict[str, Rewards], iteration: int) -> int:
         """Counts the images without a score, on all processes, and says so; raises a Fault if they are too many."""

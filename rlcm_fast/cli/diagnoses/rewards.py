@@ -17,7 +17,7 @@ from rlcm_fast.config.resolved import ResolvedRun
 from rlcm_fast.faults import Fault
 from rlcm_fast.plugins import load_class
 from rlcm_fast.prompts import PREFIX, load_prompts
-from rlcm_fast.rewards import BUILT_IN, GroupReward, build_reward, check_name
+from rlcm_fast.rewards import BUILT_IN, GroupReward, check_name, grouped, inner, make_placed, place
 from rlcm_fast.rewards.models import ModelFiles, files_of
 from rlcm_fast.rewards.self_tests import TestsItself
 from rlcm_fast.trajectory import Prompt
@@ -40,12 +40,17 @@ def asked_of(run: ResolvedRun) -> list[Asked]:
     for task in run.tasks:
         for index, reward in enumerate(task.rewards):
             asked = Asked(f"{task.rewards_field}[{index}]", reward, _first_prompt(task.source, task.source_field))
-            found.setdefault(repr((reward.name, reward.arguments)), asked)
+            found.setdefault(_key(reward), asked)
     first = run.tasks[0]
     for index, reward in enumerate(run.config.evaluation.rewards):
         asked = Asked(f"evaluation.rewards[{index}]", reward, _first_prompt(first.source, first.source_field))
-        found.setdefault(repr((reward.name, reward.arguments)), asked)
+        found.setdefault(_key(reward), asked)
     return list(found.values())
+
+
+def _key(reward: RewardConfig) -> str:
+    """The same for rewards that are built once."""
+    return repr((reward.name, reward.arguments, reward.device, reward.dtype, reward.batch_size))
 
 
 def _first_prompt(source: str, field: str) -> Prompt:
@@ -62,7 +67,8 @@ def examine(asked: Asked, image_size: int, asks_endpoints: bool, scores: bool) -
     what, config = f"reward {asked.config.name}", asked.config
     try:
         check_name(config.name, f"{asked.field}.name")
-        files = files_of(load_class(config.name, BUILT_IN, asked.field), config.arguments)
+        there = place(config, asked.field)
+        files = files_of(load_class(there.name, BUILT_IN, asked.field), there.arguments)
         rows = [_of_files(what, of_model) for of_model in files]
     except ValueError as error:
         yield Diagnosis(what, State.WRONG, str(error))
@@ -70,13 +76,13 @@ def examine(asked: Asked, image_size: int, asks_endpoints: bool, scores: bool) -
     yield from rows
 
     # Let it score.
-    is_remote = any(isinstance(value, str) and "://" in value for value in config.arguments.values())
+    is_remote = any(isinstance(value, str) and "://" in value for value in there.arguments.values())
     if any(row.state is not State.OK for row in rows):
         return
     if not scores or (is_remote and not asks_endpoints):
         yield Diagnosis(what, State.NOTE, "was not asked to score a picture")
         return
-    yield from _answers(what, config, asked.prompt, image_size or _PIXELS)
+    yield from _answers(what, asked, image_size or _PIXELS)
     if files:
         gc.collect()  # the model goes before the next one loads
 
@@ -94,11 +100,12 @@ def _of_files(what: str, files: ModelFiles) -> Diagnosis:
     return Diagnosis(what, State.DOWNLOAD, words, {"download_gb": weights.gigabytes})
 
 
-def _answers(what: str, config: RewardConfig, prompt: Prompt, size: int) -> Iterator[Diagnosis]:
+def _answers(what: str, asked: Asked, size: int) -> Iterator[Diagnosis]:
     """Yields what the reward answers to one picture, and its test of itself."""
     # Build it and show it the picture.
+    config, prompt = asked.config, asked.prompt
     try:
-        reward = build_reward(config.name, config.arguments, config.group_size, config.credit)
+        reward = grouped(config.name, make_placed(config, asked.field), config.group_size, config.credit)
     except ValueError as error:
         yield Diagnosis(what, State.WRONG, str(error))
         return
@@ -114,7 +121,7 @@ def _answers(what: str, config: RewardConfig, prompt: Prompt, size: int) -> Iter
     yield Diagnosis(what, State.OK, words, {"seconds": seconds, "answer": raw.tolist()})
 
     # Compare with what is known.
-    plain = reward.reward if isinstance(reward, GroupReward) else reward
+    plain = inner(reward.reward if isinstance(reward, GroupReward) else reward)
     test = plain.self_test() if isinstance(plain, TestsItself) else None
     if test is not None:
         state = State.OK if test.has_passed else State.WRONG
