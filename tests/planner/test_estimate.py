@@ -21,11 +21,12 @@ from rlcm_fast.engine.zero import ZeroEngine
 from rlcm_fast.kernels.adamw import AdamW8bit
 from rlcm_fast.planner import estimate
 from rlcm_fast.planner.architecture import load_architecture
-from rlcm_fast.planner.estimate import Memory, Profiles, Strategy, estimate_memory, measure, strategy_of
+from rlcm_fast.planner.estimate import GIB, Memory, Profiles, Strategy, estimate_memory, measure, strategy_of
 from rlcm_fast.planner.optimizer_states import moment_bytes
 from rlcm_fast.planner.tracing import LiveBytes, Setup, prepare_unet, trace_unet
 from rlcm_fast.planner.workload import Workload
 from rlcm_fast.policies import GaussianPolicy, Network, build_policy
+from rlcm_fast.rewards import RewardLoad
 from rlcm_fast.trajectory import Prompt, Transitions
 
 ARCHITECTURE = load_architecture(str(SHIPPED["shapes/lcm"]))
@@ -297,3 +298,11 @@ def test_lora_leaves_little_to_train():
     assert memory.weights > full.weights
     assert memory.gradients < full.gradients / 20
     assert memory.moments < full.moments / 20
+
+
+def test_offloaded_rewards_count_in_the_rollout_alone():
+    rollout = ("encoding", "sampling", "decoding")
+    without = estimate_memory(Strategy(), profiles_of("none"), WORK).stages
+    for load, staged in ((RewardLoad(offloaded=GIB), rollout), (RewardLoad(always=GIB), without.keys())):
+        stages = estimate_memory(Strategy(), profiles_of("none"), WORK, load).stages
+        assert stages == {name: size + (GIB if name in staged else 0) for name, size in without.items()}

@@ -348,6 +348,7 @@ def test_a_network_that_left_has_its_own_weights_again():
 
 
 INSIDE_OF_ZERO = """
+import gc
 import sys
 import deepspeed
 from rlcm_fast.engine.processes import init_processes
@@ -356,6 +357,8 @@ from rlcm_fast.train import set_process_environment
 
 set_process_environment()
 init_processes()
+build_reward("clip_score", {"model": sys.argv[1]})  # what is imported later does not stand DeepSpeed's patches
+gc.collect()
 settings = {"train_batch_size": 1, "zero_optimization": {"stage": 3}}
 with deepspeed.zero.Init(config_dict_or_path=settings, remote_device="cpu"):
     build_reward("clip_score", {"model": sys.argv[1]})
