@@ -66,6 +66,7 @@ setup(
     package_dir={"rlcm_fast.kernels": "kernels", "rlcm_fast.configs": "configs"},
     package_data={
         "rlcm_fast.shapes": ["models/**/*"],
+        "rlcm_fast.backbones": ["layouts/**/*"],
         "rlcm_fast.planner": ["architectures/*.json"],
         "rlcm_fast.configs": ["*/*.yaml", "*/*.txt"],
     },

@@ -42,15 +42,15 @@ def save_sd(folder: Path) -> str:
     return str(folder)
 
 
-def save_sdxl(folder: Path) -> str:
+def save_sdxl(folder: Path, pooled: int = POOLED) -> str:
     """Saves a pipeline like stabilityai/stable-diffusion-xl-base-1.0: two text encoders, time ids, Euler."""
     parts = _parts()
     del parts["safety_checker"]
     torch.manual_seed(2)
-    config = _text_config(parts["tokenizer"], WIDTH_2, projection_dim=POOLED)
+    config = _text_config(parts["tokenizer"], WIDTH_2, projection_dim=pooled)
     StableDiffusionXLPipeline(
         **parts,
-        unet=unet(is_sdxl=True),
+        unet=unet(is_sdxl=True, pooled=pooled),
         scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
         text_encoder_2=CLIPTextModelWithProjection(config),
         tokenizer_2=parts["tokenizer"],
@@ -78,12 +78,14 @@ def save_lora(folder: Path, of: UNet2DConditionModel, pipeline_class: Any = Stab
     return str(folder)
 
 
-def unet(time_cond_proj_dim: int | None = None, is_sdxl: bool = False, seed: int = 0) -> UNet2DConditionModel:
+def unet(
+    time_cond_proj_dim: int | None = None, is_sdxl: bool = False, seed: int = 0, pooled: int = POOLED
+) -> UNet2DConditionModel:
     torch.manual_seed(seed)
     more: dict[str, Any] = {}
     if is_sdxl:
         more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-        more["projection_class_embeddings_input_dim"] = 6 * 8 + POOLED
+        more["projection_class_embeddings_input_dim"] = 6 * 8 + pooled
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),

@@ -1,6 +1,7 @@
 """Assemble a diffusers pipeline from what the config names: folder or hub id, separate UNet, LoRA, scheduler.
 
     path          a folder with a pipeline, which stays as it is
+    path          a checkpoint in one file, with configs from this package, or from `base`, which fills what it lacks
     path, base    a UNet alone, such as latent-consistency/lcm-sdxl, which goes into the pipeline `base`
     path, lora    an LCM-LoRA, such as latent-consistency/lcm-lora-sdv1-5, which is fused into the weights of `path`
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, LCMScheduler, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi, hf_hub_download
@@ -26,10 +27,13 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from rlcm_fast import quiet
-from rlcm_fast.backbones.loading import LORA_FILE, resolve_model, split_hub_file
+from rlcm_fast.backbones.file_kinds import FileKind
+from rlcm_fast.backbones.loading import LORA_FILE, ModelPaths, resolve_model, split_hub_file, variant_of
 from rlcm_fast.backbones.lora_layouts import add_lora, read_lora
+from rlcm_fast.backbones.single_file import load_parts, load_vae, scheduler_of
 from rlcm_fast.config import ModelConfig
 
+_SD21 = {"sample_size": 96, "upcast_attention": True}  # 768 pixels; its attention overflows in half precision
 # Raised for a missing file, a file that is not safetensors, missing modules and other shapes.
 _MISFITS = (OSError, SafetensorError, ValueError, RuntimeError)
 
@@ -40,15 +44,19 @@ def assemble(model: ModelConfig, dtype: torch.dtype, is_consistency: bool) -> An
     Raises:
         ValueError: nothing loads from there, the parts do not fit each other, or the UNet is of another kind.
     """
-    # Load the parts and check that they fit each other.
+    # Load the parts and check that they fit each other. A LoRA is added in float32 and then rounded to `dtype` together
+    # with the weights.
     _silence_loading()
     paths = resolve_model(model)
-    separate_unet = {} if paths.unet is None else {"unet": _load_unet(paths.unet, model, dtype)}
-    # A LoRA is added in float32 and then rounded to `dtype` together with the weights.
-    dtypes = {"unet": torch.float32 if paths.lora else dtype, "default": torch.float32}
+    unet_dtype = torch.float32 if paths.lora else dtype
+    parts = _separate_parts(paths, model, unet_dtype)
+    dtypes = {"unet": unet_dtype, "default": torch.float32}
     remedy = "check the name; a repository that holds a UNet alone needs model.base"
-    revision = None if separate_unet else model.revision
-    pipeline = load_pipeline(paths.pipeline, revision, dtypes, _field(model), remedy, **separate_unet)
+    revision = model.revision if paths.unet is None else None
+    parts["variant"] = variant_of(paths.pipeline, None if paths.unet else model.variant)
+    pipeline = load_pipeline(paths.pipeline, revision, dtypes, _field(model), remedy, **parts)
+    if paths.kind is not None:
+        _set_scheduler(pipeline, paths.kind, model)
     _check_parts(pipeline, model)
 
     # Fuse the LoRA, and choose the scheduler.
@@ -58,6 +66,47 @@ def assemble(model: ModelConfig, dtype: torch.dtype, is_consistency: bool) -> An
         pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     pipeline.unet.to(dtype)
     return pipeline
+
+
+def _separate_parts(paths: ModelPaths, model: ModelConfig, unet_dtype: torch.dtype) -> dict[str, Any]:
+    """Load the parts that do not come from the pipeline: of a checkpoint in one file, a UNet alone, another VAE."""
+    parts: dict[str, Any] = {}
+    vae_file = paths.vae if paths.vae is not None and Path(paths.vae).is_file() else None
+    if paths.kind is not None:
+        with _one_line(f"model.path={model.path}", "give the pipeline that it was made for as model.base", *_MISFITS):
+            is_sd21 = paths.kind.family == "sd2" and _prediction(paths.kind, model) == "v_prediction"
+            changes = _SD21 if is_sd21 and model.base is None else {}
+            parts |= load_parts(paths.kind, paths.pipeline, unet_dtype, paths.vae is None, changes)
+    elif paths.unet is not None:
+        parts["unet"] = _load_unet(paths.unet, model, unet_dtype)
+    with _one_line(f"model.vae={model.vae}", "give a VAE that was made for this kind of model", *_MISFITS):
+        if vae_file is not None:
+            parts["vae"] = load_vae(Path(vae_file), paths.pipeline)
+        elif paths.vae is not None:
+            parts["vae"] = _load_vae_folder(paths.vae)
+    return parts
+
+
+def _load_vae_folder(path: str) -> Any:
+    """Load the VAE of a folder or hub id, in float32."""
+    config: Any = AutoencoderKL.load_config(path)
+    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    if config.get("_class_name") not in kinds:
+        raise OSError(f"its config.json belongs to class {config.get('_class_name')}")
+    kind: Any = kinds[config["_class_name"]]
+    return kind.from_pretrained(path, dtype=torch.float32, variant=variant_of(path, None))
+
+
+def _set_scheduler(pipeline: Any, kind: FileKind, model: ModelConfig) -> None:
+    """Give the pipeline of a single file the scheduler that the file names, and what its UNet predicts."""
+    scheduler = scheduler_of(kind) or pipeline.scheduler
+    wanted = _prediction(kind, model) or scheduler.config.get("prediction_type", "epsilon")
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=wanted)
+
+
+def _prediction(kind: FileKind, model: ModelConfig) -> str | None:
+    """What the UNet of a single file predicts; None if neither the user nor the file says it."""
+    return kind.prediction if model.prediction == "auto" else model.prediction
 
 
 def load_pipeline(
@@ -111,7 +160,8 @@ def _load_unet(path: str, model: ModelConfig, dtype: torch.dtype) -> UNet2DCondi
         if config.get("_class_name") != UNet2DConditionModel.__name__:
             raise OSError(f"its config.json belongs to class {config.get('_class_name')}")
         kept = torch.float32 if model.lora else dtype
-        return UNet2DConditionModel.from_pretrained(path, revision=model.revision, dtype=kept)
+        variant = variant_of(path, model.variant)
+        return UNet2DConditionModel.from_pretrained(path, revision=model.revision, dtype=kept, variant=variant)
 
 
 def _check_parts(pipeline: Any, model: ModelConfig) -> None:

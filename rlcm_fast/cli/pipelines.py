@@ -13,21 +13,29 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from rlcm_fast.backbones import assembly
-from rlcm_fast.backbones.loading import resolve_lora_path, resolve_model_path
+from rlcm_fast.backbones.file_kinds import is_checkpoint
+from rlcm_fast.backbones.loading import SHIPPED, resolve_lora_path, resolve_model_path, variant_of
+from rlcm_fast.config import ModelConfig
 
 
 def load_pipeline(
     model: str, revision: str | None = None, device: str | None = None, lora: str | None = None
 ) -> DiffusionPipeline:
-    """Loads the pipeline of a folder or hub id in evaluation mode, and fuses `lora` into it.
+    """Loads the pipeline of a folder, hub id or single file in evaluation mode, and fuses `lora` into it.
 
     Its dtype is float16 on a GPU and float32 elsewhere.
     """
-    path = resolve_model_path(model, "model")
+    checkpoint = model not in SHIPPED and is_checkpoint(model)
+    path = model if checkpoint else resolve_model_path(model, "model")
     lora_path = None if lora is None else resolve_lora_path(lora, "lora")
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float16 if target.type == "cuda" else torch.float32
-    pipeline = assembly.load_pipeline(path, revision, dtype, f"model={model}")
+    if checkpoint:
+        pipeline = assembly.assemble(ModelConfig(model), dtype, is_consistency=False)
+        pipeline.to(dtype)
+    else:
+        variant = variant_of(path, None)
+        pipeline = assembly.load_pipeline(path, revision, dtype, f"model={model}", variant=variant)
     if lora_path is not None:
         print(assembly.fuse_lora(pipeline, lora_path, f"lora={lora}"), file=sys.stderr)
     pipeline.set_progress_bar_config(disable=True)

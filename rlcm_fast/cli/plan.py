@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     # Check the arguments before torch is imported.
-    from rlcm_fast.backbones.loading import resolve_model_path
+    from rlcm_fast.backbones.loading import path_of_configs
     from rlcm_fast.config import parse_config
     from rlcm_fast.config.checks import validate
     from rlcm_fast.planner.gpus import GPUS, find_gpu
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.reward_gib >= 0:
         raise ValueError(f"reward-gib={arguments.reward_gib} is no size; give 0 or more")
     gpus = [find_gpu(arguments.gpu)] if arguments.gpu is not None else list(GPUS.values())
-    path = resolve_model_path(config.model.path)
+    path = path_of_configs(config.model)
 
     # Read the model's configs and build the planner.
     from rlcm_fast.planner.architecture import load_architecture

@@ -18,13 +18,19 @@ class ModelConfig:
     """The model to fine-tune."""
 
     path: str = "shapes/lcm"
-    """A shipped model (shapes/lcm, shapes/teacher), a diffusers folder or a hub id; with base, that of a UNet alone."""
+    """A shipped model (shapes/lcm), a diffusers folder, a .safetensors file or a hub id; with base, of a UNet alone."""
     revision: str | None = None
     """The revision of a hub id; null takes the main branch."""
     base: str | None = None
     """The pipeline that receives path's UNet (SDXL for latent-consistency/lcm-sdxl); null: path is a pipeline."""
     lora: str | None = None
     """An LCM-LoRA to fuse into the UNet before training: a folder, a .safetensors file or a hub id."""
+    vae: str | None = None
+    """Another VAE: a .safetensors file, a folder or a hub id, as madebyollin/sdxl-vae-fp16-fix; null: the model's."""
+    variant: str | None = None
+    """The variant of the files, as fp16; null takes the plain files, or fp16 where a folder has only those."""
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What a single file's UNet predicts; auto: as the file says, or epsilon. Needed for Stable Diffusion 2 files."""
     image_size: NonNegativeInt = 0
     """Height and width of an image in pixels, as 512; 0 takes the size in the UNet's config. An export draws it too."""
     hash_files: bool = False

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from rlcm_fast.backbones.loading import resolve_model
+from rlcm_fast.backbones.loading import resolve_model, split_hub_file
 from rlcm_fast.config import Config, ModelConfig
 from rlcm_fast.config.marks import types_of
 from rlcm_fast.config.resolved import Task, resolve
@@ -97,6 +96,8 @@ def model_files(model: ModelConfig) -> dict[str, Files]:
         described["unet"] = _part(paths.unet, "config.json", revision, model.hash_files)
     if paths.lora is not None:
         described["lora"] = _part(paths.lora, "pytorch_lora_weights.safetensors", None, model.hash_files)
+    if paths.vae is not None:
+        described["vae"] = _part(paths.vae, "config.json", None, model.hash_files)
     return described
 
 
@@ -139,12 +140,15 @@ def _header_digest(file: Path) -> str:
         return hashlib.sha256(content.read(min(length, _MOST_BYTES_OF_A_HEADER))).hexdigest()[:16]
 
 
-def _commit(repository: str, file: str, revision: str | None) -> str | None:
-    """Returns the commit of the snapshot that the hub's cache holds."""
+def _commit(path: str, file: str, revision: str | None) -> str | None:
+    """Returns the commit of the snapshot that the hub's cache holds of a hub id, or of a file in one."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repository, file, revision=revision)
-    return os.path.basename(os.path.dirname(found)) if isinstance(found, str) else None
+    repository, named = split_hub_file(path)
+    found = try_to_load_from_cache(repository, named or file, revision=revision)
+    if not isinstance(found, str):
+        return None
+    return Path(found).parents[(named or file).count("/")].name
 
 
 def changed_files(before: Mapping[str, Files], now: Mapping[str, Files]) -> tuple[list[str], list[str]]:
