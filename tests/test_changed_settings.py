@@ -419,7 +419,8 @@ ELSEWHERE = {"ema.device", "engine.attention", "engine.compile", "engine.optimiz
 def test_every_field_that_takes_effect_is_resumed_with():
     by_name = {name for name, rule in RULES.items() if "[]" in name and rule.kind != "silent"}
     named = {*EVERY, *REFUSED, *REFUSED_OF_ADAPTERS, *ELSEWHERE, "model.path", "model.revision"}
-    assert named | by_name | {"model.base", "model.lora"} == {n for n, rule in RULES.items() if rule.kind != "silent"}
+    of_other_files = {f"model.{name}" for name in ("base", "lora", "vae", "variant", "prediction")}
+    assert named | by_name | of_other_files == {name for name, rule in RULES.items() if rule.kind != "silent"}
 
 
 @pytest.mark.slow
