@@ -75,6 +75,7 @@ setup(
         "test": TEST + LINT,
         "dev": TEST + LINT,
         "data": DATA,
+        "rewards": [*OCR, *SAFETY, *FACES],  # all that any reward may need beside its model
         "ocr": OCR,
         "safety": SAFETY,
         "server": SERVER,
