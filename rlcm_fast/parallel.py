@@ -99,11 +99,8 @@ def raise_together(fault: Fault | None) -> None:
     # Raise the worst of them; the rank that has it keeps the cause and the traceback.
     kind, message, where = min(found, key=lambda entry: not issubclass(entry[0], Diverged))
     if fault is not None and world_size() == 1:
-        fault.is_on_all_processes = True
-        raise fault
-    raised = kind(f"{message} (rank {where})")
-    raised.is_on_all_processes = True
-    raise raised from fault
+        raise fault.of_all()
+    raise kind(f"{message} (rank {where})").of_all() from fault
 
 
 def together(work: Callable[[], T]) -> T:

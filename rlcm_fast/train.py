@@ -90,13 +90,13 @@ def _report(error: Exception, config: Config, rank: int) -> int:
     """Prints an error of the run as one line, with --debug also its traceback, and returns the exit code."""
     from rlcm_fast.faults import Fault
     from rlcm_fast.run_folder.failures import explain
+    from rlcm_fast.terminal import write_line
 
     if config.debug:
         traceback.print_exception(error)
     if rank == 0 or not (isinstance(error, Fault) and error.is_on_all_processes):
         of_rank = f" (rank {rank})" if rank else ""
-        with contextlib.suppress(OSError):  # the terminal may be what went wrong
-            print(f"error: {explain(error, config)}{of_rank}", file=sys.stderr)
+        write_line(f"error: {explain(error, config)}{of_rank}")
     return 1
 
 

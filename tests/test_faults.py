@@ -211,3 +211,35 @@ def test_a_stop_right_after_a_checkpoint_does_not_write_it_again(
     assert main(tiny_runs.arguments(tiny_lcm_folder, run_dir, {"checkpoint.every": 1})) == 0
     assert checkpoints(run_dir) == ["iteration_000001"]
     assert len(saved) == 1
+
+
+def test_after_going_back_an_error_names_the_checkpoint_that_the_run_went_back_to(
+    failing: Patch, tiny_lcm_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Newer ones of the abandoned iterations are still there: one has the number of the iterations since."""
+    settings = {"num_iterations": 4, "checkpoint.every": 1, "checkpoint.keep": 4}
+    arguments = tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run", settings)
+    assert main(arguments) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    failing(AveragingEngine, "save", 0, OSError("stale file handle"))
+    failing(TextToImage, "decode", 2 * 2 + 1, OUT_OF_MEMORY)  # in the second iteration after going back
+    back = [*arguments, "--resume", str(folder / "iteration_000001"), "--checkpoint.every", "0"]
+    capsys.readouterr()
+    assert main(back) == 1
+    line = last_line(capsys)
+    assert "saving the finished iterations failed, too (stale file handle)" in line
+    assert line.endswith(f"; go on from {folder}/iteration_000001 with --resume {folder}/iteration_000001")
+
+
+def test_an_error_before_anything_new_is_finished_leaves_the_checkpoint_alone(
+    failing: Patch, tiny_lcm_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run", {"num_iterations": 1})
+    assert main(arguments) == 0
+    weights = tmp_path / "run" / "checkpoints" / "iteration_000001" / "unet.safetensors"
+    before = weights.read_bytes()
+    failing(AveragingEngine, "backward", 3, OUT_OF_MEMORY)  # after an update that moved the weights
+    capsys.readouterr()
+    assert main([*arguments, "--num_iterations", "2", "--resume", "latest"]) == 1
+    assert "all 1 finished iterations are saved: go on from" in last_line(capsys)
+    assert weights.read_bytes() == before

@@ -103,14 +103,15 @@ def measure(
     The time includes the drawing only. A reward that fails does so on the first image, before the others are drawn.
     """
     from rlcm_fast.cli.pipelines import draw
-    from rlcm_fast.rewards import evaluate, scored
+    from rlcm_fast.cli.scoring import raw_scores
+    from rlcm_fast.rewards import evaluate
 
     # Draw one image, which sets up the pipeline and is not timed, and try the rewards on it.
     texts = [prompt.text for prompt in prompts]
     settings = (num_steps, arguments.guidance_scale, arguments.seed, arguments.batch_size)
     first, _ = draw(pipeline, texts[:1], *settings)
     for name, reward in rewards.items():
-        scored(name, reward, first, prompts[:1])
+        raw_scores(name, reward, first, prompts[:1])
 
     # Draw all images.
     images, seconds = draw(pipeline, texts, *settings)
@@ -118,7 +119,7 @@ def measure(
     # Score them.
     scores = {}
     for name, reward in rewards.items():
-        scores[name] = evaluate(name, reward, scored(name, reward, images, prompts), prompts, iteration=0)
+        scores[name] = evaluate(name, reward, raw_scores(name, reward, images, prompts), prompts, iteration=0)
     return {
         "num_steps": num_steps,
         "seconds_per_image": seconds / len(images),

@@ -96,7 +96,7 @@ class RewardConfig:
     on_failure: Literal["stop", "skip"] = "stop"
     """What an exception of the reward does: stop the run, or leave out the image that it fails for."""
     device: str = "same"
-    """Where its models run: same (the process's GPU), cpu, cuda:N, or the URL of an `rlcm-fast reward-server`."""
+    """The place of its models: same (the process's GPU), cpu, cuda:N, or the URL of an `rlcm-fast reward-server`."""
     dtype: Literal["", "fp32", "bf16", "fp16"] = ""
     """Dtype of its models' weights; empty takes the reward's default."""
     batch_size: NonNegativeInt = 0

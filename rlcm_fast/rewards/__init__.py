@@ -29,7 +29,6 @@ from rlcm_fast.rewards.service import (
     evaluate,
     joined,
     score,
-    scored,
 )
 from rlcm_fast.rewards.workers import Call, DecodedImages, Workers
 
@@ -68,7 +67,6 @@ __all__ = [
     "make_reward",
     "place",
     "score",
-    "scored",
     "used",
 ]
 

@@ -42,9 +42,7 @@ def image_tower(files: ModelFiles, place: Placement) -> ImageTower:
             config.projection_dim,
         )
 
-    tower = shared("CLIP images", folder, place, make)
-    tower.limit_batch(place.batch_size)
-    return tower
+    return shared("CLIP images", folder, place, make)
 
 
 def text_tower(files: ModelFiles, place: Placement) -> TextTower:

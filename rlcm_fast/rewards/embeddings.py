@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from rlcm_fast.rewards import clip
 from rlcm_fast.rewards.facts import SHARDS, Facts, Part, Weights
 from rlcm_fast.rewards.models import ModelFiles, OnModels, Placement, found
 from rlcm_fast.rewards.pixels import IMAGENET_MEAN, IMAGENET_STD, Preparation
-from rlcm_fast.rewards.towers import ImageTower, load, shared
+from rlcm_fast.rewards.towers import ImageTower, load, pooled, shared
 from rlcm_fast.trajectory import Prompt
 
 DINO = Weights("facebook/dinov2-base", ("config.json", SHARDS), 0.35, "Apache-2.0", (Part("image", 86.6, 46.3),))
@@ -82,13 +82,6 @@ def dino_tower(files: ModelFiles, place: Placement) -> ImageTower:
 
         config = Dinov2Config.from_pretrained(folder, local_files_only=True)
         prepare = Preparation(224, IMAGENET_MEAN, IMAGENET_STD, shortest_side=256)
-        return ImageTower(load(Dinov2Model, folder, place, config), cls_state, prepare, place, config.hidden_size)
+        return ImageTower(load(Dinov2Model, folder, place, config), pooled, prepare, place, config.hidden_size)
 
-    tower = shared("DINOv2", folder, place, make)
-    tower.limit_batch(place.batch_size)
-    return tower
-
-
-def cls_state(network: nn.Module, pixels: Tensor) -> Tensor:
-    """The normalised [CLS] state (B, E) of pixels (B, 3, size, size)."""
-    return network(pixel_values=pixels).pooler_output
+    return shared("DINOv2", folder, place, make)

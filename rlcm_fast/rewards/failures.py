@@ -47,12 +47,10 @@ class Skipping:
         if num_skipped <= self.limit(num_images):
             return
         last = f", the last with {problems[-1]}" if problems else ""
-        fault = Fault(
+        raise Fault(
             f"{place}: {num_skipped} of {num_images} images have no score{last}; rollout.max_skipped={self.share:g} "
             f"allows {self.limit(num_images)}: repair the reward, or raise rollout.max_skipped"
-        )
-        fault.is_on_all_processes = True
-        raise fault
+        ).of_all()
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def _share(found: int, wanted: int) -> float:
 
 
 def relations(ours: Sequence[float], theirs: Sequence[float]) -> set[str]:
-    """Where the box `ours` lies relative to `theirs`, both left, top, right, bottom: none, one or two of RELATIONS."""
+    """Returns how the box `ours` lies to `theirs` (left, top, right, bottom): none, one or two of RELATIONS."""
     # The offset of centres on each axis, less a margin.
     offset, beyond = [], []
     for low, high in ((0, 2), (1, 3)):

@@ -138,9 +138,7 @@ def _towers(model: ModelFiles, tokenizer: ModelFiles, place: Placement) -> tuple
         limit = config.text_config.max_position_embeddings
         return TextTower(network, clip.embed_text, clip.clip_tokens(tokenizer.folder(), limit, model.source), place)
 
-    images = shared("HPS images", file, place, make_images)
-    images.limit_batch(place.batch_size)
-    return images, shared("HPS texts", file, place, make_texts)
+    return shared("HPS images", file, place, make_images), shared("HPS texts", file, place, make_texts)
 
 
 def convert(file: Path, folder: Path) -> None:

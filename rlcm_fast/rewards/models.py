@@ -106,7 +106,7 @@ def found(files: list[ModelFiles]) -> list[ModelFiles]:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a network runs, in which precision, on how many images at once."""
+    """The device and the precision of a network, and how many images it gets at once."""
 
     dtype: torch.dtype
     device: torch.device

@@ -191,13 +191,6 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> object:
     return reward.reward.describe(images, prompts) if isinstance(reward, GroupReward) else reward(images, prompts)
 
 
-def scored(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """Returns the checked raw scores of images (B, 3, H, W), without a service; raises RewardError."""
-    with _named(name, prompts, 0):
-        raw_scores = score(reward, images, prompts)
-    return check_raw_scores(name, reward, raw_scores, prompts, 0)
-
-
 def check_raw_scores(
     name: str, reward: Reward, raw_scores: object, prompts: Sequence[Prompt], iteration: int
 ) -> Tensor:

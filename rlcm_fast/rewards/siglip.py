@@ -6,12 +6,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-
 from rlcm_fast.rewards.facts import SHARDS, Part, Weights
 from rlcm_fast.rewards.models import ModelFiles, Placement
 from rlcm_fast.rewards.pixels import HALF, Preparation
-from rlcm_fast.rewards.towers import ImageTower, load, shared
+from rlcm_fast.rewards.towers import ImageTower, load, pooled, shared
 
 SO400M = Weights(
     "google/siglip-so400m-patch14-384",
@@ -34,11 +32,4 @@ def image_tower(files: ModelFiles, place: Placement) -> ImageTower:
         prepare = Preparation(config.image_size, HALF, HALF, fit="squash")
         return ImageTower(load(SiglipVisionModel, folder, place, config), pooled, prepare, place, config.hidden_size)
 
-    tower = shared("SigLIP images", folder, place, make)
-    tower.limit_batch(place.batch_size)
-    return tower
-
-
-def pooled(network: nn.Module, pixels: Tensor) -> Tensor:
-    """The pooled output (B, E) of pixels (B, 3, size, size)."""
-    return network(pixel_values=pixels).pooler_output
+    return shared("SigLIP images", folder, place, make)

@@ -199,7 +199,15 @@ def shared(kind: str, files: Path, place: Placement, make: Callable[[], T]) -> T
                 )
             _shared[key] = tower
         note(_networks[tower])
+        made: object = tower
+        if isinstance(made, ImageTower):
+            made.limit_batch(place.batch_size)
         return tower
+
+
+def pooled(network: nn.Module, pixels: Tensor) -> Tensor:
+    """Returns the pooled output (B, E) of pixels (B, 3, size, size); DINOv2's is its normalised [CLS] state."""
+    return network(pixel_values=pixels).pooler_output
 
 
 def load(

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from tqdm import tqdm
-
 from rlcm_fast import parallel
+from rlcm_fast.terminal import write_line
 from rlcm_fast.trajectory import Prompt
 
 HEARTBEAT_SECONDS = 60.0
@@ -178,4 +176,4 @@ def _progress(calls: Iterable[Call], seconds: float) -> str:
 def _say(message: str) -> None:
     """Prints a line to stderr on the process that waits, above the bar if there is one."""
     where = f" (rank {parallel.rank()})" if parallel.world_size() > 1 else ""
-    tqdm.write(message + where, file=sys.stderr)
+    write_line(message + where)

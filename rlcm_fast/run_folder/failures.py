@@ -27,7 +27,8 @@ def _foreseen(error: BaseException, config: Config) -> str | None:
     if isinstance(error, Fault):
         return str(error)
     if is_full_disk(error):
-        return f"run_dir={config.run_dir} is on a full disk: free some space, or lower checkpoint.keep"
+        space = "free some space, raise the quota or ulimit, or lower checkpoint.keep"
+        return f"run_dir={config.run_dir} is on a full disk: {space}"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return (
             f"out of memory ({first_line(error)}): lower update.micro_batch_size={config.update.micro_batch_size} or "

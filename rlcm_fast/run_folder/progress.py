@@ -32,7 +32,8 @@ class Progress:
     state: dict[str, Any] = field(default_factory=dict)
     """The state after the last finished iteration, which a dropped iteration goes back to."""
     _num_updates: int = 0
-    _saved: int | None = None  # the iteration of the checkpoint that this run wrote last
+    _loaded: int | None = None  # the iterations of the checkpoint that the run goes on from
+    _saved: int | None = None  # those of the checkpoint that it has written since
 
     def note(self, state: dict[str, Any]) -> None:
         """Notes the state after a finished iteration."""
@@ -40,7 +41,9 @@ class Progress:
 
     def load(self) -> dict[str, Any] | None:
         """Restores the engine and returns the rest of the state for `load_state_dict`; None if the run is new."""
-        return self.folder.load(self.engine)
+        state = self.folder.load(self.engine)
+        self._loaded = state["iteration"] if state else None
+        return state
 
     def save(self) -> None:
         """Writes a checkpoint of the finished iterations; raises Diverged if their weights draw no images any more.
@@ -67,13 +70,13 @@ class Progress:
         error.add_note(self._rescued(error))
 
     def _rescued(self, error: Exception) -> str:
-        # Name the checkpoint that is there, if nothing newer can be saved.
-        iteration = self.state["iteration"]
-        newest = next(reversed(complete(self.folder.run_dir)), None)
-        there = f"go on from {newest} with --resume latest" if newest else "the run has no checkpoint yet"
+        # Name the checkpoint that is there, if nothing newer can be saved; a run that went back has newer ones.
+        iteration, last = self.state["iteration"], self.folder.checkpoint
+        how = "latest" if complete(self.folder.run_dir)[-1:] == [last] else last
+        there = f"go on from {last} with --resume {how}" if last else "the run has no checkpoint yet"
         if isinstance(error, Diverged):
-            return f"the last good checkpoint is {newest}: --resume latest goes on from it" if newest else there
-        if newest is not None and newest.name.endswith(f"_{iteration:06d}"):
+            return f"the last good checkpoint is {last}: --resume {how} goes on from it" if last else there
+        if iteration in (self._saved, self._loaded):
             return f"all {iteration} finished iterations are saved: {there}"
         if iteration == 0 or not self._can_save(error):
             return there

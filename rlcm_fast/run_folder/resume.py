@@ -1,4 +1,4 @@
-"""Where a run starts: at 0, at a checkpoint of it, or at 0 with another run's weights; all of it before weights load.
+"""Finds where a run starts, before weights load: at 0, at a checkpoint of it, or at 0 with another run's weights.
 
     begin(config)     configs of all processes -> lock -> run_dir is shared -> checkpoint -> its settings against ours
     RunFolder.load    restores the engine, and leaves out of the rest what changed settings make void
@@ -36,15 +36,16 @@ class RunFolder:
     def __init__(self, config: Config, lock: Lock | None, checkpoint: Path | None) -> None:
         """lock: on the main process only. checkpoint: the one that the run goes on from; None for a new run."""
         self.run_dir = Path(config.run_dir)
-        self._config, self._lock, self._checkpoint = config, lock, checkpoint
+        self._config, self._lock = config, lock
+        self.checkpoint = checkpoint  # the run's last one: where it goes on from, or what it has saved since
         self._now = fingerprint(config, SILENT, parallel.world_size())
         self._model: dict[str, Any] | None = None
 
     def load(self, engine: Engine) -> dict[str, Any] | None:
         """Restores the engine and returns the rest of the state for `load_state_dict`; None if the run is new."""
-        if self._checkpoint is None:
+        if self.checkpoint is None:
             return None
-        state = checkpoints.load_checkpoint(self._checkpoint, engine, self._config.trust_old_checkpoint)
+        state = checkpoints.load_checkpoint(self.checkpoint, engine, self._config.trust_old_checkpoint)
         before = state.get(_KEY)
         if before is None:
             return state
@@ -52,7 +53,7 @@ class RunFolder:
         # The hub's model is known only now that it is loaded.
         with together():
             if parallel.is_main():
-                _check_files(self._config, before, self._described_model(), self._checkpoint)
+                _check_files(self._config, before, self._described_model(), self.checkpoint)
         if engine.lr != before["lr"]:
             say(f"learning rate of the next update: {before['lr']:.3g} -> {engine.lr:.3g}, by the changed settings")
         return carried_over(state, before, self._now)
@@ -61,7 +62,8 @@ class RunFolder:
         """Writes a checkpoint after `iteration` iterations; every rank must call."""
         model = self._described_model() if parallel.is_main() else {}
         whole = {**state, _KEY: {**self._now, "model": model, "lr": engine.lr}}
-        checkpoints.save_checkpoint(self.run_dir, iteration, engine, whole, self._config.checkpoint.keep)
+        keep = self._config.checkpoint.keep
+        self.checkpoint = checkpoints.save_checkpoint(self.run_dir, iteration, engine, whole, keep)
 
     def close(self) -> None:
         """Lets go of the folder."""

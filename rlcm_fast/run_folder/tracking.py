@@ -5,8 +5,6 @@ Only the main process writes. docs/runs.md has a table of all keys.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import platform
@@ -24,6 +22,7 @@ from rlcm_fast import parallel
 from rlcm_fast.config import Config, to_dict, to_yaml
 from rlcm_fast.finite_json import finite_json, not_finite
 from rlcm_fast.grids import captioned_grid
+from rlcm_fast.terminal import TERMINAL, write_line
 
 _PACKAGES = ("rlcm_fast", "torch", "diffusers", "transformers", "deepspeed", "safetensors", "numpy", "pillow")
 _COUNTS = ("skipped_images", "skipped_updates", "pretraining/skipped")
@@ -43,29 +42,7 @@ def _is_sum(key: str) -> bool:
 def say(message: str) -> None:
     """Prints a line to stderr on the main process, before there is a bar."""
     if parallel.is_main():
-        tqdm.write(message, file=_TERMINAL)
-
-
-class _Terminal(io.TextIOBase):
-    """Stderr, whose loss (a closed terminal, a pipe without a reader) costs the lines and not the run."""
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-
-    def fileno(self) -> int:
-        return sys.stderr.fileno()
-
-    def isatty(self) -> bool:
-        return sys.stderr.isatty()
-
-
-_TERMINAL = _Terminal()  # one object, because tqdm compares files to find the bar that it writes above
+        write_line(message)
 
 
 class Tracker:
@@ -107,7 +84,7 @@ class Tracker:
             desc="train",
             unit="it",
             dynamic_ncols=True,
-            file=_TERMINAL,
+            file=TERMINAL,
         )
         if config.engine.compile != "off":
             self._bar.set_postfix_str("compiling")  # the first iteration compiles; the bar shows this until it ends
@@ -159,7 +136,7 @@ class Tracker:
     def say(self, message: str) -> None:
         """Prints a line above the bar, for the person at the terminal."""
         if self._bar is not None:
-            self._bar.write(message, file=_TERMINAL)
+            self._bar.write(message, file=TERMINAL)
 
     def close(self) -> None:
         """Ends the bar and closes all files."""

@@ -55,9 +55,9 @@ class SkippedUpdates:
             raise Diverged(
                 f"{found}, and engine.optimizer_in_backward has moved other weights by then: go on from the last "
                 f"checkpoint; {_REMEDY}; engine.optimizer_in_backward=false would skip such an update whole"
-            )
+            ).of_all()
         if self.in_a_row >= self._most:
             raise Diverged(
                 f"{found}, for {self.in_a_row} updates in a row (update.max_skipped_updates={self._most}): {_REMEDY}"
-            )
+            ).of_all()
         self._say(f"warning: {found}; it moved nothing. {self.in_a_row} in a row, the run stops at {self._most}")

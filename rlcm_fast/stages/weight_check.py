@@ -27,18 +27,21 @@ class WeightCheck:
         """Notes what the start model draws; build this before a checkpoint is loaded."""
         self._images, self._engine, self._prompts, self._seed = images, engine, prompts, seed
         self._start_rms = self._rms()
+        self._checked: int | None = None  # updates of the engine when the weights were last found good
 
     def __call__(self, iteration: int) -> None:
         """Raises Diverged on every rank if the weights after `iteration` iterations draw no images."""
-        rms = self._rms() if self._engine.weights_are_finite() else math.nan
-        if not parallel.any_rank(not rms <= MAX_GROWTH * self._start_rms):  # not: NaN compares as False
+        if self._engine.num_updates == self._checked:  # an evaluation follows a checkpoint of the same weights
             return
-        error = Diverged(
-            f"the weights after {iteration} iterations draw no images any more (latents of root mean square {rms:.3g}, "
-            f"which was {self._start_rms:.3g} at the start): the model has diverged; lower optimizer.lr"
-        )
-        error.is_on_all_processes = True
-        raise error
+        fault = None
+        rms = self._rms() if self._engine.weights_are_finite() else math.nan
+        if not rms <= MAX_GROWTH * self._start_rms:  # not: NaN compares as False
+            fault = Diverged(
+                f"the weights after {iteration} iterations draw no images any more (latents of root mean square "
+                f"{rms:.3g}, which was {self._start_rms:.3g} at the start): the model has diverged; lower optimizer.lr"
+            )
+        parallel.raise_together(fault)
+        self._checked = self._engine.num_updates
 
     def _rms(self) -> float:
         generator = parallel.generator(self._seed)

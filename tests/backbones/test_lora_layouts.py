@@ -110,7 +110,7 @@ def renamed(file: Path, rename: Callable[[str], str], out: Path) -> Path:
 
 
 def old_attention(name: str) -> str:
-    """As diffusers 0.12 to 0.18 named them."""
+    """Returns the names that diffusers 0.12 to 0.18 gave."""
     name = name.replace(".lora_A.weight", "_lora.down.weight").replace(".lora_B.weight", "_lora.up.weight")
     return (
         name.replace(".attn1.", ".attn1.processor.")

@@ -74,7 +74,7 @@ def test_triton_is_the_reference(dtype: torch.dtype, memory_format: torch.memory
 
 @pytest.mark.parametrize("choice", ["torch", "triton"])
 def test_a_scale_that_is_not_finite_writes_nothing(choice: str):
-    """As of a gradient whose norm is NaN or infinite: the device decides it, nothing waits."""
+    """A gradient whose norm is NaN or infinite gives such a scale: the device decides, and nothing waits."""
     params = weights(torch.bfloat16)[1:3]  # one with 8-bit moments, one with float32 ones
     optimizer = AdamW8bit(params, seed=7, counts_lost_updates=True)
     assert optimizer.counts is not None
