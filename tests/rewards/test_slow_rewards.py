@@ -147,7 +147,8 @@ def test_shutdown_does_not_wait_for_a_stuck_call_and_says_so(capsys: pytest.Capt
 
 
 SCRIPT = """
-import sys, time, torch
+import signal, sys, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits that it is ignored
 from rlcm_fast.rewards import RewardService, Workers
 from rlcm_fast.trajectory import Prompt
 pool = Workers(2)
