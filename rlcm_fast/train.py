@@ -182,4 +182,8 @@ def _silent_unless(speaks: bool) -> Iterator[None]:
 
 if __name__ == "__main__":
     find_own_package()
-    sys.exit(main())
+    exit_code = main()
+    from rlcm_fast.leaving import leave_at_once_if_computing
+
+    leave_at_once_if_computing(exit_code)
+    sys.exit(exit_code)

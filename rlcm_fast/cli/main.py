@@ -11,6 +11,7 @@ from typing import NoReturn
 from rlcm_fast import quiet
 from rlcm_fast.cli import check_reward, configs, doctor, evaluate, plan, reward_server, sample, score
 from rlcm_fast.faults import Fault
+from rlcm_fast.leaving import leave_at_once_if_computing
 
 COMMANDS = {
     "sample": sample,
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        leave_at_once_if_computing(130)
         return 130
 
 

@@ -1,8 +1,8 @@
 """Runs calls of rewards in worker threads, and waits for them in short slices.
 
-The threads are daemons, which Python does not wait for when it ends; those of a ThreadPoolExecutor would hold up a run
-for as long as a reward hangs. While the main thread waits, signals and `may_stop` get their turn, a line says every
-HEARTBEAT_SECONDS what it waits for, and a call that takes longer than the timeout ends the wait.
+The threads are daemons, which Python does not wait for when it ends (leaving.py); those of a ThreadPoolExecutor would
+hold up a run for as long as a reward hangs. While the main thread waits, signals and `may_stop` get their turn, a line
+says every HEARTBEAT_SECONDS what it waits for, and a call that takes longer than the timeout ends the wait.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from rlcm_fast import parallel
+from rlcm_fast.leaving import WORKER
 from rlcm_fast.terminal import write_line
 from rlcm_fast.trajectory import Prompt
 
@@ -75,7 +76,7 @@ class Workers:
         self.overdue: tuple[str, Prompt] | None = None  # reward and prompt of the first call beyond the timeout
         self._waiting: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._serve, name=f"reward_{number}", daemon=True) for number in range(num_workers)
+            threading.Thread(target=self._serve, name=f"{WORKER}{number}", daemon=True) for number in range(num_workers)
         ]
         self._unanswered: list[Call] = []  # in the order of submission
         self._is_closed = False

@@ -147,8 +147,9 @@ def test_shutdown_does_not_wait_for_a_stuck_call_and_says_so(capsys: pytest.Capt
 
 
 SCRIPT = """
-import signal, sys, time, torch
+import signal, time, torch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits that it is ignored
+from rlcm_fast.leaving import leave_at_once_if_computing
 from rlcm_fast.rewards import RewardService, Workers
 from rlcm_fast.trajectory import Prompt
 pool = Workers(2)
@@ -158,7 +159,8 @@ try:
     print("waiting", flush=True)
     service.gather(0)
 except KeyboardInterrupt:
-    sys.exit(130)
+    pool.shutdown()
+    leave_at_once_if_computing(130)
 """
 
 

@@ -163,7 +163,8 @@ def _start(run_dir: Path, go: Any, all_started: Any, results: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("is_stale", [False, True])
 def test_of_many_starts_at_once_one_goes_on(tmp_path: Path, is_stale: bool):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")  # to fork the suite's own process takes more than it may have
+    context.set_forkserver_preload(["rlcm_fast.run_folder.lock"])
     for attempt in range(10):
         run_dir = tmp_path / str(attempt)
         if is_stale:
