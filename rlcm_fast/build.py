@@ -130,6 +130,7 @@ def _build(config: Config, device: torch.device, folder: RunFolder) -> Parts:
         )
 
     images = TextToImage(policy_around(engine), backbone)
+    say(f"sampling: {images.policy.schedule} (policy.kind={config.policy.kind})")
     start_model = _start_model(start_network, images, policy_around)
 
     # Bind the stages to what they need.
@@ -159,7 +160,7 @@ def _load_backbone(config: Config, device: torch.device) -> Backbone:
         config.model,
         device,
         torch.float32 if config.engine.dtype == "fp32" else torch.bfloat16,
-        is_consistency=config.policy.kind == "consistency",
+        kind=config.policy.kind,
         offload_idle=config.engine.offload_idle,
         decode_batch_size=config.rollout.decode_batch_size,
     )

@@ -350,6 +350,7 @@ def test_deterministic_algorithms_alone_change_no_number_on_a_cpu(
 EVERY: dict[str, tuple[object, dict[str, object]]] = {
     "model.image_size": (32, {}),
     "policy.num_steps": (5, {}),
+    "policy.timesteps": ([999, 499, 249], {}),
     "policy.guidance_scale": (2.0, {}),
     "policy.eta": (0.5, {}),
     "policy.last_step": ("sampled", {}),

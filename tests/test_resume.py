@@ -57,8 +57,9 @@ def uninterrupted(tiny_lcm_folder: str, tmp_path_factory: pytest.TempPathFactory
     assert done.returncode == 0, done.stderr[-3000:]
     assert "export is a diffusers folder" in done.stderr
     # A run's first words are its own; the bar writes over its line, so each of its states follows a carriage return.
-    first = ["rewards built: plugin_rewards:Slow", f"loading {tiny_lcm_folder}", ""]
-    assert done.stderr.replace("\r", "\n").splitlines()[:3] == first
+    sampler = "sampling: consistency, timesteps 999 679 339 (policy.kind=auto)"
+    first = ["rewards built: plugin_rewards:Slow", f"loading {tiny_lcm_folder}", sampler, ""]
+    assert done.stderr.replace("\r", "\n").splitlines()[:4] == first
     assert f"\nfirst iteration: number 1 of {NUM_ITERATIONS}, 4 images\n" in done.stderr.replace("\r", "\n")
     assert done.stdout == ""
     return run_dir

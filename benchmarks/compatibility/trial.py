@@ -105,7 +105,7 @@ def replayed(config: Config, start: Weights, shares: Sequence[Sequence[Share]]) 
     """What torch alone makes of the same rollouts, by name and rounded to the trained dtype; `shares`: by iteration."""
     # The start weights twice: to train, and to keep for the KL term.
     dtype = torch.float32 if config.engine.dtype == "fp32" else torch.bfloat16
-    backbone = Backbone.load(config.model, torch.device("cpu"), dtype, is_consistency=True)
+    backbone = Backbone.load(config.model, torch.device("cpu"), dtype, kind="consistency")
     if config.lora.rank > 0:
         backbone.add_adapters(config.lora)
     network: nn.Module = backbone.unet

@@ -44,7 +44,7 @@ def _of_round(config: Config, num_samples: int, transitions: int) -> int:
 def rows_of_a_forward(config: Config) -> int:
     """2 with an unconditional half, else 1."""
     is_guided = config.policy.guidance_scale != 1
-    is_told = config.policy.kind == "consistency" and _takes_guidance(config)
+    is_told = config.policy.kind in ("auto", "consistency") and _takes_guidance(config)
     return 2 if is_guided and not is_told else 1
 
 

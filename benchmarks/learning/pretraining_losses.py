@@ -169,7 +169,7 @@ class Trial:
     def __init__(self, arguments: argparse.Namespace, loss: str, guidance: float, seed: int) -> None:
         self.name, self.guidance, self.seed, self.arguments = loss, guidance, seed, arguments
         cpu = torch.device("cpu")
-        self.backbone = Backbone.load(ModelConfig(), cpu, torch.float32, is_consistency=True)
+        self.backbone = Backbone.load(ModelConfig(), cpu, torch.float32, kind="consistency")
         unet, config = self.backbone.unet, PolicyConfig(guidance_scale=GUIDANCE)
         self.policy = build_policy(config, Network(unet, unet.config), self.backbone.scheduler_config)
         self.start = self.backbone.frozen_start()

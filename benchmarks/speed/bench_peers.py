@@ -129,7 +129,7 @@ def _config(arguments: argparse.Namespace) -> Config:
 
     # Refuse what it does otherwise.
     required = {
-        "policy.kind": (config.policy.kind, "consistency"),
+        "policy.kind": ("consistency" if config.policy.kind == "auto" else config.policy.kind, "consistency"),
         "engine.dtype": (config.engine.dtype, "fp32"),
         "update.num_updates": (config.update.num_updates, 1),
         "update.num_passes": (config.update.num_passes, 1),

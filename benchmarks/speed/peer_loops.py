@@ -38,7 +38,7 @@ def ladder(config: Config) -> dict[str, PaperLoop]:
         f"{size} samples a forward": Habits(size, steps_one_by_one=False, trains_last_action=False),
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = Backbone.load(config.model, device, torch.float32, is_consistency=True)
+    backbone = Backbone.load(config.model, device, torch.float32, kind="consistency")
     return {name: _loop(config, backbone, chosen) for name, chosen in habits.items()}
 
 

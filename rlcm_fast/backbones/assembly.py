@@ -5,8 +5,10 @@
     path, base    a UNet alone, such as latent-consistency/lcm-sdxl, which goes into the pipeline `base`
     path, lora    an LCM-LoRA, such as latent-consistency/lcm-lora-sdv1-5, which is fused into the weights of `path`
 
-The last two are latent consistency models whose folders name the scheduler of a diffusion model. If the policy is a
-consistency policy, they get an LCMScheduler with the same noise levels, as their model cards recommend.
+The last two are distilled models whose folders name the scheduler of a diffusion model. They get the scheduler of
+`policy.kind`, with the same noise levels, as their model cards recommend: an LCMScheduler for consistency and auto, a
+TCDScheduler for tcd, and for euler_ancestral an EulerDiscreteScheduler with trailing spacing. Under ddim they keep
+their folder's. A checkpoint in one file is treated alike, but one that names its scheduler keeps it under auto.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, LCMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi, hf_hub_download
@@ -38,8 +47,10 @@ _SD21 = {"sample_size": 96, "upcast_attention": True}  # 768 pixels; its attenti
 _MISFITS = (OSError, SafetensorError, ValueError, RuntimeError)
 
 
-def assemble(model: ModelConfig, dtype: torch.dtype, is_consistency: bool) -> Any:
+def assemble(model: ModelConfig, dtype: torch.dtype, kind: str) -> Any:
     """Load the pipeline on the CPU, its UNet in `dtype`, the rest in float32: SDXL's VAE overflows in half precision.
+
+    kind: of the policy; it says the scheduler of a separate UNet and of a model with a LoRA.
 
     Raises:
         ValueError: nothing loads from there, the parts do not fit each other, or the UNet is of another kind.
@@ -62,8 +73,9 @@ def assemble(model: ModelConfig, dtype: torch.dtype, is_consistency: bool) -> An
     # Fuse the LoRA, and choose the scheduler.
     if paths.lora is not None:
         fuse_lora(pipeline, paths.lora, f"model.lora={model.lora}")
-    if is_consistency and (paths.unet is not None or paths.lora is not None):
-        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    says_its_scheduler = paths.lora is None and paths.kind is not None and scheduler_of(paths.kind) is not None
+    if (paths.unet is not None or paths.lora is not None) and not (kind == "auto" and says_its_scheduler):
+        pipeline.scheduler = _scheduler_of(kind, pipeline.scheduler)
     pipeline.unet.to(dtype)
     return pipeline
 
@@ -150,6 +162,17 @@ def _local_lora(lora: str) -> Path:
             found = ", ".join(files[:3])
             raise OSError(f"it has {len(files)} safetensors files ({found}, ...): give {lora}/FILE") from None
         return Path(hf_hub_download(repository, files[0]))
+
+
+def _scheduler_of(kind: str, scheduler: Any) -> Any:
+    """Returns the scheduler that distilled models of a kind are sampled with, with the noise levels of `scheduler`."""
+    if kind in ("auto", "consistency"):
+        return LCMScheduler.from_config(scheduler.config)
+    if kind == "tcd":
+        return TCDScheduler.from_config(scheduler.config)
+    if kind == "euler_ancestral":
+        return EulerDiscreteScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    return scheduler
 
 
 def _load_unet(path: str, model: ModelConfig, dtype: torch.dtype) -> UNet2DConditionModel:

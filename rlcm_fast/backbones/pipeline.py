@@ -56,17 +56,17 @@ class Backbone:
         model: ModelConfig,
         device: torch.device,
         dtype: torch.dtype,
-        is_consistency: bool,
+        kind: str,
         offload_idle: bool = False,
         decode_batch_size: int = 0,
     ) -> Backbone:
         """Load what `model` names, the UNet in `dtype` and the rest in float32; raises ValueError as `assemble` does.
 
-        is_consistency: the model is sampled as a consistency model; `model.base` and `model.lora` change the scheduler.
+        kind: of the policy; it says the scheduler if there is a `model.base` or a `model.lora`.
         offload_idle: only the UNet stays on the device. decode_batch_size: images decoded at once; 0 means all.
         """
         # Load the parts and move them to their devices; only the UNet is trained.
-        backbone = cls(assemble(model, dtype, is_consistency), device, dtype, offload_idle, decode_batch_size)
+        backbone = cls(assemble(model, dtype, kind), device, dtype, offload_idle, decode_batch_size)
         backbone._set_image_size(model.image_size)
         backbone._pipeline.unet.to(device)
         for part in backbone.frozen_parts:
@@ -120,7 +120,9 @@ class Backbone:
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
-        return self._pipeline.scheduler.config
+        """Config of the scheduler, with its class as `_class_name`."""
+        scheduler = self._pipeline.scheduler
+        return {**scheduler.config, "_class_name": type(scheduler).__name__}
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt], with_negative: bool, remember: bool = True) -> Conditioning:

@@ -31,7 +31,7 @@ def load_pipeline(
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float16 if target.type == "cuda" else torch.float32
     if checkpoint:
-        pipeline = assembly.assemble(ModelConfig(model), dtype, is_consistency=False)
+        pipeline = assembly.assemble(ModelConfig(model), dtype, kind="ddim")
         pipeline.to(dtype)
     else:
         variant = variant_of(path, None)

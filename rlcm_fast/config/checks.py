@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
-from rlcm_fast.config import Config
+from rlcm_fast.config import Config, PolicyConfig
 from rlcm_fast.config.algorithm_checks import check_algorithm
 from rlcm_fast.config.engine_checks import check_engine
 from rlcm_fast.config.ranges import check_ranges
@@ -79,11 +80,32 @@ def _check_beside_tasks(config: Config) -> None:
 
 def _check_policy(run: ResolvedRun) -> None:
     policy = run.config.policy
-    most = 50 if policy.kind == "consistency" else 1000
+    _check_timesteps(policy)
+    most = 50 if policy.kind in ("consistency", "tcd") and not policy.timesteps else 1000
     if policy.num_steps > most:
         raise ValueError(f"policy.num_steps={policy.num_steps} exceeds the {most} steps of {policy.kind}; give fewer")
+    if policy.last_step == "renoise" and policy.kind in ("euler_ancestral", "tcd"):
+        raise ValueError(
+            f"policy.last_step=renoise, but the last step of {policy.kind} has no noise to keep; use deterministic, or "
+            "sampled to train it too"
+        )
     if run.sizes.actions_per_sample == 0:
         raise ValueError(_ONE_STEP)
+
+
+def _check_timesteps(policy: PolicyConfig) -> None:
+    steps = policy.timesteps
+    if not steps:
+        return
+    if len(steps) != policy.num_steps:
+        raise ValueError(
+            f"policy.num_steps={policy.num_steps}, but policy.timesteps={steps} names {len(steps)}; leave num_steps out"
+        )
+    if not all(0 <= step < 1000 for step in steps):
+        raise ValueError(f"policy.timesteps={steps} must lie in [0, 999], the timesteps of training; give others")
+    if any(later >= step for step, later in itertools.pairwise(steps)):
+        falling = sorted(set(steps), reverse=True)
+        raise ValueError(f"policy.timesteps={steps} must fall from step to step, noisiest first; give {falling}")
 
 
 def _check_lora(config: Config) -> None:

@@ -7,10 +7,12 @@ A `Source` may name a file that lies beside the YAML file (files.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from rlcm_fast.config.files import Source
 from rlcm_fast.config.ranges import NonNegativeInt, PositiveInt, ZeroIsOff, at_least, positive, within
+
+_LEFT_OUT = cast(int, None)  # default of a number that __post_init__ works out from other fields
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,25 @@ class LoraConfig:
 class PolicyConfig:
     """The sampler that is trained."""
 
-    kind: Literal["consistency", "ddim"] = "consistency"
-    """consistency: few-step sampling of a latent consistency model; ddim: a diffusion model (DDPO)."""
-    num_steps: PositiveInt = 4
-    """Denoising steps S of a sample; S - 1 of them are actions, because the last one is deterministic."""
+    kind: Literal["auto", "consistency", "ddim", "euler_ancestral", "tcd"] = "auto"
+    """auto: what the model's folder says; consistency: LCM; ddim: diffusion; euler_ancestral: Turbo, Lightning; tcd."""
+    num_steps: PositiveInt = _LEFT_OUT
+    """Denoising steps S, S - 1 of them actions, as the last is deterministic; left out: as many as timesteps, or 4."""
+    timesteps: list[int] = field(default_factory=list)
+    """The training timestep of each step, as [999, 749, 499, 249] for DMD2; empty takes those of the scheduler."""
     guidance_scale: Annotated[float, at_least(1, "1 (no guidance) or more")] = 4.0
-    """Classifier-free guidance; 1 is none. Consistency models take it as an input; LCM-LoRA models run two rows."""
+    """Classifier-free guidance; 1 is none. A model with an input for it runs one row per sample, others run two."""
     eta: Annotated[float, within("(0, 1]", "a number in (0, 1]: without noise there is no action")] = 1.0
-    """Noise of a ddim step; consistency does not use it."""
+    """Share of noise in a step: eta of ddim, gamma of tcd (often 0.3); consistency and euler_ancestral ignore it."""
     last_step: Literal["deterministic", "renoise", "sampled"] = "deterministic"
     """renoise: the RLCM paper's last action, which adds noise after the image is drawn; sampled: it draws the image."""
     last_sigma: Annotated[float, positive("0.1; the latent's own deviation is about 1")] = 0.1
     """Noise of the last action, in the latent, if last_step=sampled; evaluations draw without it."""
+
+    def __post_init__(self) -> None:
+        """Fills in the number of steps if it is left out: as many as `timesteps` names, or 4."""
+        if self.num_steps is None:
+            object.__setattr__(self, "num_steps", len(self.timesteps) or 4)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,8 @@ def strategy_of(config: Config, image_size: int | None = None, embeds_guidance: 
     for setting, name in SETTINGS.items():
         section, _, field = setting.partition(".")
         found[name] = values[section][field]
-    is_guided = config.policy.guidance_scale != 1 and (config.policy.kind == "ddim" or not embeds_guidance)
+    takes_guidance = embeds_guidance and config.policy.kind in ("auto", "consistency")
+    is_guided = config.policy.guidance_scale != 1 and not takes_guidance
     start_model = config.update.kl_reference if config.update.kl_weight > 0 else "off"
     pairs = config.pretraining.micro_batch_size if config.pretraining.weight > 0 else 0
     if config.ema.decay > 0:

@@ -4,6 +4,7 @@ from rlcm_fast.policies.base import GaussianPolicy, Network
 from rlcm_fast.policies.build import build_policy
 from rlcm_fast.policies.consistency import ConsistencyPolicy
 from rlcm_fast.policies.diffusion import DiffusionPolicy
+from rlcm_fast.policies.few_step_schedules import euler_ancestral_schedule, tcd_schedule
 from rlcm_fast.policies.schedules import NoiseLevels, Schedule, consistency_schedule, ddim_schedule
 
 __all__ = [
@@ -16,4 +17,6 @@ __all__ = [
     "build_policy",
     "consistency_schedule",
     "ddim_schedule",
+    "euler_ancestral_schedule",
+    "tcd_schedule",
 ]

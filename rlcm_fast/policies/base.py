@@ -153,7 +153,7 @@ class GaussianPolicy(ABC):
         diffusers. start (B, C, H, W) float32 replaces the drawn first states. If the last action draws the image
         (Schedule.image_is_action), x_0 is what it drew; without `explores` x_0 is its mean.
         """
-        x_t = self.noise(len(conditioning.index), generator) if start is None else start
+        x_t = self.first_states(len(conditioning.index), generator) if start is None else start
         states, log_probs, x_0 = [x_t], [], x_t
 
         # Denoise step by step: actions draw noise, other steps go to their mean.
@@ -175,6 +175,10 @@ class GaussianPolicy(ABC):
             x_0 = x_t
         actions = torch.stack(log_probs, dim=1) if log_probs else x_t.new_zeros(len(x_t), 0)
         return Trajectory(torch.stack(states, dim=1), actions, conditioning), x_0
+
+    def first_states(self, num_samples: int, generator: torch.Generator) -> Tensor:
+        """Draw the states (num_samples, C, H, W) float32 that sampling begins with."""
+        return self.noise(num_samples, generator) * self.schedule.start_scale
 
     def noise(self, num_samples: int, generator: torch.Generator) -> Tensor:
         """Standard normal numbers (num_samples, C, H, W) float32 on the device of the policy."""

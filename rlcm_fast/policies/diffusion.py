@@ -1,4 +1,4 @@
-"""The diffusion policy: DDIM(eta) sampling of a diffusion model as a Gaussian policy (DDPO, 2305.13301; 2401.12244).
+"""The diffusion policy: sampling by DDIM(eta), Euler ancestral or TCD as a Gaussian policy (DDPO, 2305.13301).
 
 Sampling and training both use classifier-free guidance, m = m_u + w (m_c - m_u), with both halves in one forward pass.
 With w = 1 there is no unconditional half.
@@ -16,13 +16,13 @@ from rlcm_fast.trajectory import Conditioning
 
 
 class DiffusionPolicy(GaussianPolicy):
-    """Policy for schedules of `ddim_schedule`; guidance needs negative_embeds in the conditioning."""
+    """Policy for all schedules but the consistency ones; guidance needs negative_embeds in the conditioning."""
 
     def __init__(self, network: Network, schedule: Schedule, guidance_scale: float) -> None:
         super().__init__(network, schedule, guidance_scale)
         if network.config.get("time_cond_proj_dim") is not None:
             raise ValueError(
-                "policy.kind=ddim, but the model is a latent consistency model: its UNet has"
+                f"policy.kind={schedule.kind}, but the model is a latent consistency model: its UNet has"
                 f" time_cond_proj_dim={network.config['time_cond_proj_dim']}; use policy.kind=consistency"
             )
         if guidance_scale < 1.0:

@@ -8,10 +8,10 @@ eps = a_1 x_t + b_1 m. With the next timestep s:
     DDIM(eta)     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
                   sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
 
-(LCM: arXiv 2310.04378; DDIM: 2010.02502, eq. 12 and 16.) alpha_bar is that of diffusers in float32: these are the noise
-levels that networks are trained on, and near t = 0 their rounding is 3e-5 of 1 - alpha_bar. All other numbers are
-computed from it once in float64 and kept in float32. Timesteps are those of diffusers' LCMScheduler and DDIMScheduler.
-This includes a step of DDIMScheduler to t - T // S even if that is not the next timestep, because S does not divide T.
+(LCM: arXiv 2310.04378; DDIM: 2010.02502, eq. 12 and 16; few_step_schedules.py has Euler ancestral and TCD.) Numbers are
+computed once in float64 and kept in float32. Timesteps are those of diffusers' LCMScheduler and DDIMScheduler, or those
+that the config names. DDIMScheduler's include a step to t - T // S even if that is not the next timestep, because S
+does not divide T; between named timesteps a step goes to the next one, and the last one to the image.
 
 By default the last step is deterministic and makes the image, so it is no action. It becomes an action in these cases:
  - `with_sampled_image`: it draws the image itself, with a small sigma that no scheduler has.
@@ -25,7 +25,7 @@ Departures from diffusers:
     Diffusion with eta = 1, where sigma = .02 in the latent).
  2. DDIM also samples folders with another noise scheduler (Stable Diffusion comes with PNDM, others with DPM-Solver or
     Euler). It uses only their betas, prediction type, timestep spacing, steps_offset and set_alpha_to_one.
- 3. What is not affine or divides by zero is refused: clip_sample, thresholding, rescale_betas_zero_snr.
+ 3. What is not affine or divides by zero is refused (noise_schedule.py).
  4. steps_offset comes from the folder; StableDiffusionPipeline (but not DDIMScheduler) overwrites it with 1.
 """
 
@@ -33,8 +33,7 @@ Departures from diffusers:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,7 +42,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Array = NDArray[np.float64]
+from rlcm_fast.policies.noise_schedule import Array, alpha_bars, check_is_affine, prediction
+from rlcm_fast.policies.timesteps import distilled_timesteps, named_timesteps, origin_timesteps, spaced_timesteps
+
 _SIGMA_DATA = 0.5
 
 
@@ -65,26 +66,33 @@ class NoiseLevels:
 class Schedule:
     """Steps of a sampler, noisiest first; the first `num_actions` of them are actions."""
 
-    timesteps: Tensor  # (S,) int64
+    kind: str  # of policy.kind, without auto
+    timesteps: Tensor  # (S,) int64; float32 if a scheduler spaces them in fractions
     coefficients: Tensor  # (S, 3) float32, A, B, sigma of each step
     image_coefficients: Tensor  # (3,) float32, A, B, 0: the image's latent from the state before the last step
     num_actions: int  # K: S - 1 if the last step is deterministic, otherwise S; 0 for DDIM with eta = 0
     levels: NoiseLevels
     image_is_action: bool = False  # the image is the state that the last action draws, not its mean
+    start_scale: float = 1.0  # the standard deviation of the first state
 
     @property
     def num_steps(self) -> int:
         return self.timesteps.shape[0]
 
     def to(self, device: torch.device | str) -> Schedule:
-        return Schedule(
-            self.timesteps.to(device),
-            self.coefficients.to(device),
-            self.image_coefficients.to(device),
-            self.num_actions,
-            self.levels.to(device),
-            self.image_is_action,
+        return replace(
+            self,
+            timesteps=self.timesteps.to(device),
+            coefficients=self.coefficients.to(device),
+            image_coefficients=self.image_coefficients.to(device),
+            levels=self.levels.to(device),
         )
+
+    def __str__(self) -> str:
+        """Returns the kind and the timesteps; of many the first and the last."""
+        named = [f"{t:g}" for t in self.timesteps.tolist()]
+        shown = named if len(named) <= 16 else [*named[:2], "...", named[-1]]
+        return f"{self.kind}, timesteps {' '.join(shown)}"
 
     def with_sampled_image(self, sigma: float) -> Schedule:
         """Turn the last step, which must have no noise, into an action that draws the image around its mean."""
@@ -104,38 +112,51 @@ class Schedule:
 
 
 def consistency_schedule(
-    scheduler_config: Mapping[str, Any], num_steps: int, last_step: str = "deterministic"
+    scheduler_config: Mapping[str, Any],
+    num_steps: int,
+    last_step: str = "deterministic",
+    timesteps: Sequence[int] = (),
 ) -> Schedule:
-    """Schedule of multistep consistency sampling for an LCMScheduler config."""
-    _check(scheduler_config, num_steps, last_step)
-    alpha_bar = _alpha_bar(scheduler_config)
-    t = _consistency_timesteps(_origin_timesteps(scheduler_config, len(alpha_bar))[::-1], num_steps)
-    f = _consistency_function(scheduler_config, alpha_bar, t)  # (S, 2)
+    """Schedule of multistep consistency sampling for an LCMScheduler config; `timesteps` replaces its own."""
+    check(scheduler_config, num_steps, last_step)
+    alpha_bar = alpha_bars(scheduler_config)
+    if timesteps:
+        t = named_timesteps(timesteps, len(alpha_bar))
+    else:
+        t = distilled_timesteps(scheduler_config, len(alpha_bar), num_steps)
+    f = _consistency_function(scheduler_config, alpha_bar[t], t)  # (S, 2)
     level = alpha_bar[np.append(t[1:], t[-1])]  # the last step returns to its own level
     table = np.concatenate([np.sqrt(level)[:, None] * f, np.sqrt(1.0 - level)[:, None]], axis=1)
     image = np.append(f[-1], 0.0)
     if last_step == "deterministic":
         table[-1] = image
-    return _schedule(t, table, image, noise_levels(scheduler_config))
+    return schedule_of("consistency", t, table, image, scheduler_config)
 
 
 def ddim_schedule(
-    scheduler_config: Mapping[str, Any], num_steps: int, eta: float = 1.0, last_step: str = "deterministic"
+    scheduler_config: Mapping[str, Any],
+    num_steps: int,
+    eta: float = 1.0,
+    last_step: str = "deterministic",
+    timesteps: Sequence[int] = (),
 ) -> Schedule:
     """Schedule of DDIM(eta), eta in [0, 1], for the config of a DDIM, PNDM, DPM-Solver or Euler scheduler."""
-    _check(scheduler_config, num_steps, last_step)
-    if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"policy.eta={eta} is outside [0, 1]; use 1 for the noise of DDPM, 0 for none")
+    check(scheduler_config, num_steps, last_step)
+    check_eta(eta)
 
     # Find the timesteps and their noise levels.
-    alpha_bar = _alpha_bar(scheduler_config)
-    t = _ddim_timesteps(scheduler_config, len(alpha_bar), num_steps)
-    s = t - len(alpha_bar) // num_steps
+    alpha_bar = alpha_bars(scheduler_config)
+    if timesteps:
+        t = named_timesteps(timesteps, len(alpha_bar))
+        s = np.append(t[1:], -1)
+    else:
+        t = spaced_timesteps(scheduler_config, len(alpha_bar), num_steps)
+        s = t - len(alpha_bar) // num_steps
     final = 1.0 if scheduler_config.get("set_alpha_to_one", True) else alpha_bar[0]
     ab_t, ab_s = alpha_bar[t], np.where(s >= 0, alpha_bar[np.maximum(s, 0)], final)
 
     # Make the table.
-    a_0, b_0, a_1, b_1 = _prediction(scheduler_config, ab_t)
+    a_0, b_0, a_1, b_1 = prediction(scheduler_config, ab_t)
     sigma = eta * np.sqrt((1.0 - ab_s) / (1.0 - ab_t) * (1.0 - ab_t / ab_s))
     direction = np.sqrt(np.maximum(1.0 - ab_s - sigma**2, 0.0))
     table = np.stack(
@@ -151,135 +172,64 @@ def ddim_schedule(
             "policy.last_step=renoise, but the last step of this DDIM schedule has no noise (eta=0 or"
             " set_alpha_to_one=true); use policy.last_step=deterministic"
         )
-    return _schedule(t, table, image, noise_levels(scheduler_config))
+    return schedule_of("ddim", t, table, image, scheduler_config)
 
 
 def _consistency_function(config: Mapping[str, Any], alpha_bar: Array, t: NDArray[np.int64]) -> Array:
-    """Factors (S, 2) of x_t and m in f = c_skip x_t + c_out x_0, at timesteps t (S,)."""
-    a_0, b_0, _, _ = _prediction(config, alpha_bar[t])
+    """Factors (S, 2) of x_t and m in f = c_skip x_t + c_out x_0, at timesteps t (S,) with alpha_bar (S,)."""
+    a_0, b_0, _, _ = prediction(config, alpha_bar)
     scaled = t * float(config.get("timestep_scaling", 10.0))
     c_skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
     c_out = scaled / np.sqrt(scaled**2 + _SIGMA_DATA**2)
     return np.stack([c_skip + c_out * a_0, c_out * b_0], axis=1)
 
 
-def _schedule(t: NDArray[np.int64], table: Array, image: Array, levels: NoiseLevels) -> Schedule:
+def schedule_of(
+    kind: str, t: NDArray[Any], table: Array, image: Array, scheduler_config: Mapping[str, Any]
+) -> Schedule:
+    """Schedule of a table (S, 3) whose steps with noise come first; image (3,) are the coefficients of the image."""
     is_action = table[:, 2] > 0.0
     num_actions = int(is_action.sum())
     assert is_action[:num_actions].all(), "a step without noise between actions"
     return Schedule(
-        torch.from_numpy(t.astype(np.int64)),
+        kind,
+        torch.from_numpy(np.ascontiguousarray(t)),
         torch.from_numpy(table).float(),
         torch.from_numpy(image).float(),
         num_actions,
-        levels,
+        noise_levels(scheduler_config),
     )
 
 
 def noise_levels(scheduler_config: Mapping[str, Any]) -> NoiseLevels:
     """Tables of all training timesteps."""
-    alpha_bar = _alpha_bar(scheduler_config)
+    alpha_bar = alpha_bars(scheduler_config)
     t = np.arange(len(alpha_bar))
     signal, noise = np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar)
     zero, one = np.zeros_like(signal), np.ones_like(signal)
     kind = scheduler_config.get("prediction_type", "epsilon")
     target = {"epsilon": (zero, one), "v_prediction": (-noise, signal), "sample": (one, zero)}[kind]
+    # At zero terminal SNR f of an eps-prediction is infinite; no loss and no step reads that row.
+    not_zero = np.where(alpha_bar > 0.0, alpha_bar, 2.0**-24)
     return NoiseLevels(
         torch.from_numpy(signal).float(),
         torch.from_numpy(noise).float(),
         torch.from_numpy(np.stack(target, axis=1)).float(),
-        torch.from_numpy(_consistency_function(scheduler_config, alpha_bar, t)).float(),
-        torch.from_numpy(_origin_timesteps(scheduler_config, len(alpha_bar))),
+        torch.from_numpy(_consistency_function(scheduler_config, not_zero, t)).float(),
+        torch.from_numpy(origin_timesteps(scheduler_config, len(alpha_bar))),
     )
 
 
-def _check(config: Mapping[str, Any], num_steps: int, last_step: str) -> None:
+def check(config: Mapping[str, Any], num_steps: int, last_step: str) -> None:
+    """Refuse values that no schedule can have, and a scheduler whose steps are not affine."""
     if last_step not in ("deterministic", "renoise"):
         raise ValueError(f"policy.last_step={last_step!r} is unknown; use deterministic or renoise")
     if num_steps < 1:
         raise ValueError(f"policy.num_steps={num_steps} must be at least 1")
-    for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
-        if config.get(key, False):
-            raise ValueError(
-                f"scheduler config {key}={config[key]}: the step would not be an affine Gaussian, whose log-probability"
-                f" is known; set {key} to false in scheduler_config.json of the model folder"
-            )
+    check_is_affine(config)
 
 
-def _alpha_bar(config: Mapping[str, Any]) -> Array:
-    """alpha_bar = cumprod(1 - beta) (T,), rounded to float32 as in diffusers, because networks are trained with it."""
-    return torch.cumprod(1.0 - _betas(config), dim=0).double().numpy()
-
-
-def _betas(config: Mapping[str, Any]) -> Tensor:
-    """Variances beta (T,) float32 of the training timesteps."""
-    # Read them, if the config lists them.
-    if config.get("trained_betas") is not None:
-        return torch.tensor(config["trained_betas"], dtype=torch.float32)
-    missing = [key for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps") if key not in config]
-    if missing:
-        raise ValueError(
-            f"scheduler config of {config.get('_class_name', 'unknown class')} has no {missing[0]}: it is not a"
-            " variance-preserving diffusion schedule; use a model with an LCM, DDIM, PNDM, DPM-Solver or Euler one"
-        )
-
-    # Compute them from the name of their schedule.
-    kind, num = config["beta_schedule"], config["num_train_timesteps"]
-    start, end = config["beta_start"], config["beta_end"]
-    if kind == "linear":
-        return torch.linspace(start, end, num, dtype=torch.float32)
-    if kind == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, num, dtype=torch.float32) ** 2
-    if kind == "squaredcos_cap_v2":
-        bar = np.cos((np.arange(num + 1) / num + 0.008) / 1.008 * math.pi / 2) ** 2
-        return torch.from_numpy(np.minimum(1.0 - bar[1:] / bar[:-1], 0.999)).float()
-    raise ValueError(f"scheduler config beta_schedule={kind!r}; use linear, scaled_linear or squaredcos_cap_v2")
-
-
-def _prediction(config: Mapping[str, Any], alpha_bar: Array) -> tuple[Array, Array, Array, Array]:
-    """Factors a_0, b_0, a_1, b_1, each (S,), in x_0 = a_0 x_t + b_0 m and eps = a_1 x_t + b_1 m."""
-    kind = config.get("prediction_type", "epsilon")
-    signal, noise = np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar)
-    zero, one = np.zeros_like(signal), np.ones_like(signal)
-    if kind == "epsilon":
-        return 1.0 / signal, -noise / signal, zero, one
-    if kind == "v_prediction":
-        return signal, -noise, noise, signal
-    if kind == "sample":
-        return zero, one, 1.0 / noise, -signal / noise
-    raise ValueError(f"scheduler config prediction_type={kind!r}; use epsilon, v_prediction or sample")
-
-
-def _origin_timesteps(config: Mapping[str, Any], num_train: int) -> NDArray[np.int64]:
-    """Timesteps (O,), rising, that a consistency model was distilled on."""
-    origin = int(config.get("original_inference_steps", 50))
-    return np.arange(1, origin + 1) * (num_train // origin) - 1
-
-
-def _consistency_timesteps(origin_timesteps: NDArray[np.int64], num_steps: int) -> NDArray[np.int64]:
-    """Choose S of the timesteps that the model was distilled on, evenly spaced, noisiest first."""
-    origin = len(origin_timesteps)
-    if num_steps > origin:
-        raise ValueError(
-            f"policy.num_steps={num_steps} is above the {origin} steps that the model was distilled on; use {origin} or"
-            " fewer"
-        )
-    return origin_timesteps[np.floor(np.linspace(0, origin, num_steps, endpoint=False)).astype(np.int64)]
-
-
-def _ddim_timesteps(config: Mapping[str, Any], num_train: int, num_steps: int) -> NDArray[np.int64]:
-    spacing = config.get("timestep_spacing", "leading")
-    if spacing == "leading":
-        t = np.arange(num_steps)[::-1] * (num_train // num_steps) + int(config.get("steps_offset", 0))
-    elif spacing == "trailing":
-        t = np.round(np.arange(num_train, 0, -num_train / num_steps)).astype(np.int64) - 1
-    elif spacing == "linspace":
-        t = np.linspace(0, num_train - 1, num_steps).round()[::-1].astype(np.int64)
-    else:
-        raise ValueError(f"scheduler config timestep_spacing={spacing!r}; use leading, trailing or linspace")
-    if len(t) != num_steps or t[0] >= num_train:
-        raise ValueError(
-            f"policy.num_steps={num_steps} does not fit {num_train} training timesteps with timestep_spacing={spacing};"
-            " use fewer steps, e.g. 50"
-        )
-    return t
+def check_eta(eta: float) -> None:
+    """Refuse a share of noise outside [0, 1]."""
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"policy.eta={eta} is outside [0, 1]; use 1 for the noise of DDPM, 0 for none")

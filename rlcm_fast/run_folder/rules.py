@@ -104,6 +104,7 @@ def _shown(value: Any) -> str:
 
 # What fields with the same fate share.
 _MODEL = "weights go on from the model that they were trained in"
+_KIND = "a network samples as the kind of model that it was trained as"
 _ADAPTERS = "adapters fit only the layers, the rank and the scale that they were trained with"
 _STATES = "the optimizer's states in the checkpoint are of another kind"
 _BLOCKS = "8-bit states lie in blocks, which another stage would cut"
@@ -120,6 +121,11 @@ def _has_same_files(before: Fingerprint, now: Fingerprint) -> bool:
         return False
     commits = [files["commit"]["id"] for files in (*known.values(), *present.values()) if "commit" in files]
     return None not in commits
+
+
+def _is_named_default(before: Fingerprint, now: Fingerprint) -> bool:
+    """Tells whether the kind changes between auto and consistency, which was the default of earlier versions."""
+    return {before["fields"]["policy.kind"], now["fields"]["policy.kind"]} == {"auto", "consistency"}
 
 
 def _has_no_adapters(before: Fingerprint, now: Fingerprint) -> bool:
@@ -165,8 +171,9 @@ RULES: dict[str, Rule] = {
     "lora.alpha": _SAME_ADAPTERS,
     "lora.targets": _SAME_ADAPTERS,
     # Drawing images.
-    "policy.kind": Rule("refused", "a network samples as the kind of model that it was trained as"),
+    "policy.kind": Rule("refused", _KIND, _is_named_default, "one is `auto`, the other `consistency`"),
     "policy.num_steps": _NEW_IMAGES,
+    "policy.timesteps": _NEW_IMAGES,
     "policy.guidance_scale": _NEW_IMAGES,
     "policy.eta": _NEW_IMAGES,
     "policy.last_step": _NEW_IMAGES,

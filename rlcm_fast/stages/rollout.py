@@ -106,7 +106,7 @@ class Collector:
         conditioning = self.images.encode(prompts)
         first_states = None  # (D, C, H, W), one for each distinct prompt
         if self.config.shared_noise:
-            first_states = self.images.policy.noise(len(conditioning.prompt_embeds), generator)
+            first_states = self.images.policy.first_states(len(conditioning.prompt_embeds), generator)
 
         # Sample and decode micro-batch by micro-batch; the reward workers score meanwhile.
         parts = []

@@ -20,7 +20,7 @@ LORA = LoraConfig(rank=2, alpha=3.0)
 
 
 def load(folder: str, dtype: torch.dtype = torch.float32, lora: LoraConfig = LORA, seed: int = 0) -> Backbone:
-    backbone = Backbone.load(ModelConfig(folder), CPU, dtype, is_consistency=True)
+    backbone = Backbone.load(ModelConfig(folder), CPU, dtype, kind="consistency")
     torch.manual_seed(seed)
     backbone.add_adapters(lora)
     return backbone
@@ -41,7 +41,7 @@ def output(network: Any, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def test_only_float32_adapters_are_trained_and_they_start_at_the_model_itself(tiny_lcm_folder: str):
-    plain = Backbone.load(ModelConfig(tiny_lcm_folder), CPU, torch.bfloat16, is_consistency=True)
+    plain = Backbone.load(ModelConfig(tiny_lcm_folder), CPU, torch.bfloat16, kind="consistency")
     backbone = load(tiny_lcm_folder, torch.bfloat16)
     trained = {name: p for name, p in backbone.unet.named_parameters() if p.requires_grad}
     assert all(".lora_" in name and p.dtype == torch.float32 for name, p in trained.items())

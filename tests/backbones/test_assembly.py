@@ -31,8 +31,8 @@ def lora_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_pipelines.save_lora(tmp_path_factory.mktemp("lora"), tiny_pipelines.unet())
 
 
-def load(is_consistency: bool = True, dtype: torch.dtype = torch.float32, **model: Any) -> Backbone:
-    return Backbone.load(ModelConfig(**model), CPU, dtype, is_consistency)
+def load(kind: str = "consistency", dtype: torch.dtype = torch.float32, **model: Any) -> Backbone:
+    return Backbone.load(ModelConfig(**model), CPU, dtype, kind)
 
 
 def policy_of(backbone: Backbone, **config: Any) -> GaussianPolicy:
@@ -52,7 +52,7 @@ def x_0_of_stock(pipeline: Any, num_steps: int, guidance_scale: float) -> Tensor
 
 
 def test_sdxl_texts_are_encoded_as_the_pipeline_does_and_once_each(tiny_sdxl_folder: str):
-    backbone = load(False, path=tiny_sdxl_folder)
+    backbone = load("ddim", path=tiny_sdxl_folder)
     calls: list[int] = []
     for encoder in backbone.text_encoders:
         encoder.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
@@ -74,7 +74,7 @@ def test_sdxl_texts_are_encoded_as_the_pipeline_does_and_once_each(tiny_sdxl_fol
 
 
 def test_an_sdxl_folder_that_encodes_its_empty_prompt_is_followed(tiny_sdxl_folder: str):
-    backbone = load(False, path=tiny_sdxl_folder)
+    backbone = load("ddim", path=tiny_sdxl_folder)
     backbone._pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     negative = backbone.encode([Prompt("a star")], with_negative=True)
     empty = backbone.encode([Prompt("")], with_negative=False)
@@ -83,7 +83,7 @@ def test_an_sdxl_folder_that_encodes_its_empty_prompt_is_followed(tiny_sdxl_fold
 
 
 def test_only_the_unet_of_sdxl_is_trained_and_its_vae_stays_float32(tiny_sdxl_folder: str):
-    backbone = load(False, torch.bfloat16, path=tiny_sdxl_folder)
+    backbone = load("ddim", torch.bfloat16, path=tiny_sdxl_folder)
     assert {p.dtype for p in backbone.unet.parameters()} == {torch.bfloat16}
     assert len(backbone.frozen_parts) == 3
     for part in backbone.frozen_parts:
@@ -94,7 +94,7 @@ def test_only_the_unet_of_sdxl_is_trained_and_its_vae_stays_float32(tiny_sdxl_fo
 def test_sdxl_as_a_diffusion_model_draws_what_stock_diffusers_draws(tiny_sdxl_folder: str, guidance_scale: float):
     from diffusers import DDIMScheduler
 
-    backbone = load(False, path=tiny_sdxl_folder)
+    backbone = load("ddim", path=tiny_sdxl_folder)
     policy = policy_of(backbone, kind="ddim", num_steps=3, eta=0.5, guidance_scale=guidance_scale)
     stock = SDXL.from_pretrained(tiny_sdxl_folder)
     stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config, clip_sample=False)
@@ -117,7 +117,7 @@ def test_a_unet_alone_in_its_base_draws_what_its_model_card_draws(tiny_unet_fold
 
 
 def test_an_lcm_lora_is_fused_into_the_weights(tiny_sd_folder: str, lora_folder: str):
-    start, fused = load(False, path=tiny_sd_folder).unet, load(path=tiny_sd_folder, lora=lora_folder).unet
+    start, fused = load("ddim", path=tiny_sd_folder).unet, load(path=tiny_sd_folder, lora=lora_folder).unet
     adapters = load_file(Path(lora_folder) / LORA_FILE)
     before, after = start.state_dict(), fused.state_dict()
     assert before.keys() == after.keys(), "no adapter is left behind"
@@ -148,8 +148,8 @@ def test_an_lcm_lora_on_a_base_model_draws_what_its_model_card_draws(
 def test_a_lora_is_added_before_weights_are_rounded_and_leaves_a_diffusion_models_scheduler(
     tiny_sd_folder: str, lora_folder: str
 ):
-    exact = load(False, path=tiny_sd_folder, lora=lora_folder)
-    rounded = load(False, torch.bfloat16, path=tiny_sd_folder, lora=lora_folder)
+    exact = load("ddim", path=tiny_sd_folder, lora=lora_folder)
+    rounded = load("ddim", torch.bfloat16, path=tiny_sd_folder, lora=lora_folder)
     assert all(
         torch.equal(value.bfloat16(), rounded.unet.state_dict()[name])
         for name, value in exact.unet.state_dict().items()

@@ -56,7 +56,7 @@ def test_images_are_encoded_in_slices_of_decode_batch_size(tiny_lcm_folder: str,
 @pytest.mark.parametrize("kind", ["lcm", "sdxl"])
 def test_captions_are_encoded_together_and_forgotten(kind: str, request: pytest.FixtureRequest):
     model = ModelConfig(request.getfixturevalue(f"tiny_{kind}_folder"))
-    backbone, rows = Backbone.load(model, CPU, torch.float32, is_consistency=kind == "lcm"), []
+    backbone, rows = Backbone.load(model, CPU, torch.float32, kind="consistency" if kind == "lcm" else "ddim"), []
     backbone.text_encoders[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     prompts = [Prompt("a red circle"), Prompt("a star"), Prompt("a red circle")]
     forgotten = backbone.encode(prompts, with_negative=False, remember=False)

@@ -18,7 +18,7 @@ PROMPTS = [Prompt("a red circle"), Prompt("a star")]
 
 
 def load(folder: str, device: torch.device = CPU, **settings: Any) -> Backbone:
-    return Backbone.load(ModelConfig(folder), device, torch.float32, is_consistency=False, **settings)
+    return Backbone.load(ModelConfig(folder), device, torch.float32, kind="ddim", **settings)
 
 
 def latents(num_images: int) -> torch.Tensor:

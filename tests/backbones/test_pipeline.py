@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def load(path: str, dtype: torch.dtype = torch.float32, **model: str) -> Backbone:
-    return Backbone.load(ModelConfig(path, **model), CPU, dtype, is_consistency=True)
+    return Backbone.load(ModelConfig(path, **model), CPU, dtype, kind="consistency")
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +127,13 @@ def test_a_folder_with_missing_files_is_named(tmp_path: Path, tiny_lcm_folder: s
 
 def test_an_image_size_of_ones_own_is_that_of_samples_and_of_the_export(tiny_lcm_folder: str, tmp_path: Path):
     model = ModelConfig(tiny_lcm_folder, image_size=24)
-    sized = Backbone.load(model, CPU, torch.float32, is_consistency=True)
+    sized = Backbone.load(model, CPU, torch.float32, kind="consistency")
     assert sized.unet.config.sample_size == 12  # pyright: ignore[reportAttributeAccessIssue]
     sized.export({name: value.float() for name, value in sized.unet.state_dict().items()}, tmp_path / "export")
-    again = Backbone.load(ModelConfig(str(tmp_path / "export")), CPU, torch.float32, is_consistency=True)
+    again = Backbone.load(ModelConfig(str(tmp_path / "export")), CPU, torch.float32, kind="consistency")
     assert again.unet.config.sample_size == 12  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_an_image_size_that_the_unet_cannot_halve_is_refused(tiny_lcm_folder: str):
     with pytest.raises(ValueError, match="model.image_size=18 must divide by 4; try 16"):
-        Backbone.load(ModelConfig(tiny_lcm_folder, image_size=18), CPU, torch.float32, is_consistency=True)
+        Backbone.load(ModelConfig(tiny_lcm_folder, image_size=18), CPU, torch.float32, kind="consistency")

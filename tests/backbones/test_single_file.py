@@ -80,7 +80,7 @@ def drawn(pipeline: Any, guidance_scale: float = 4.0) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_written_file_is_read_with_equal_tensors(kind: str, folders: dict[str, str], files: dict[str, Path]):
-    read = assemble(ModelConfig(str(files[kind]), base=folders[kind]), torch.float32, is_consistency=False)
+    read = assemble(ModelConfig(str(files[kind]), base=folders[kind]), torch.float32, kind="ddim")
     start = load(folders[kind])
     assert_equal(weights(read), weights(start))
     for name in ("sample_size", "time_cond_proj_dim", "cross_attention_dim"):
@@ -118,7 +118,7 @@ def test_half_precision_and_metadata(folders: dict[str, str], tmp_path: Path):
     data = file.read_bytes()
     tensors = data[8 + int.from_bytes(data[:8], "little") :]
     assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(tensors).hexdigest()}"
-    read = assemble(ModelConfig(str(file), base=folders["sdxl"]), torch.float32, is_consistency=False)
+    read = assemble(ModelConfig(str(file), base=folders["sdxl"]), torch.float32, kind="ddim")
     expected = {name: weight.half().float() for name, weight in weights(load(folders["sdxl"])).items()}
     assert_equal(weights(read), expected)
 
@@ -133,11 +133,11 @@ def test_what_a_file_lacks_comes_from_the_base_and_another_vae_goes_first(
     vae = tmp_path / "vae.safetensors"
     start = "first_stage_model."
     save_file({name.removeprefix(start): w + 1 for name, w in whole.items() if name.startswith(start)}, vae)
-    read = assemble(ModelConfig(str(alone), base=folders["sd"], vae=str(vae)), torch.float32, is_consistency=True)
+    read = assemble(ModelConfig(str(alone), base=folders["sd"], vae=str(vae)), torch.float32, kind="consistency")
     assert isinstance(read.scheduler, LCMScheduler)
     expected = {name: weight + name.startswith("vae.") for name, weight in weights(load(folders["sd"])).items()}
     assert_equal(weights(read), expected)
-    folder = assemble(ModelConfig(folders["sd"], vae=folders["sdxl"]), torch.float32, is_consistency=False)
+    folder = assemble(ModelConfig(folders["sd"], vae=folders["sdxl"]), torch.float32, kind="ddim")
     assert_equal(weights(folder), weights(load(folders["sd"])))  # the small VAEs are the same
 
 
@@ -145,7 +145,7 @@ def test_a_unet_in_a_file_may_have_the_names_of_diffusers(folders: dict[str, str
     file = Path(
         shutil.copy(Path(folders["sdxl"]) / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "u.safetensors")
     )
-    read = assemble(ModelConfig(str(file), base=folders["sdxl"]), torch.float32, is_consistency=False)
+    read = assemble(ModelConfig(str(file), base=folders["sdxl"]), torch.float32, kind="ddim")
     assert_equal(weights(read), weights(load(folders["sdxl"])))
 
 
@@ -158,7 +158,7 @@ def test_the_oldest_files_leave_out_a_level_and_have_more_than_is_read(
         "cond_stage_model.transformer.embeddings.position_ids": torch.arange(77)[None],
     }
     save_file(old, tmp_path / "old.safetensors")
-    read = assemble(ModelConfig(str(tmp_path / "old.safetensors"), base=folders["sd"]), torch.float32, False)
+    read = assemble(ModelConfig(str(tmp_path / "old.safetensors"), base=folders["sd"]), torch.float32, "ddim")
     assert_equal(weights(read), weights(load(folders["sd"])))
 
 
@@ -269,7 +269,7 @@ def test_a_file_with_a_tensor_less_or_of_another_shape_is_named(
         ("less", "its UNet lacks 1 of"),
     ):
         with pytest.raises(ValueError, match=f"model.path=.* could not be loaded: {reason}.*; give the pipeline"):
-            assemble(ModelConfig(str(tmp_path / f"{file}.safetensors"), base=folders["sd"]), torch.float32, False)
+            assemble(ModelConfig(str(tmp_path / f"{file}.safetensors"), base=folders["sd"]), torch.float32, "ddim")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -326,7 +326,7 @@ def test_a_folder_with_half_precision_files_only_is_read_as_that_variant(folders
     load(folders["sd"]).to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
     assert variant_of(str(tmp_path / "half"), None) == "fp16"
     assert variant_of(folders["sd"], None) is None
-    read = assemble(ModelConfig(str(tmp_path / "half")), torch.float32, False)
+    read = assemble(ModelConfig(str(tmp_path / "half")), torch.float32, "ddim")
     assert_equal(weights(read), {name: w.half().float() for name, w in weights(load(folders["sd"])).items()})
 
 

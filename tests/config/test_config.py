@@ -108,7 +108,7 @@ def test_help_names_every_field_with_its_meaning():
         (["--policy.num_step=3"], "did you mean --policy.num_steps?"),
         (["--seed", "x"], "seed=x is not allowed; give a whole number"),
         (["--update.clip_range=abc"], "update.clip_range=abc is not allowed; give a number"),
-        (["--policy.kind", "dim"], "policy.kind=dim is not allowed; give one of consistency, ddim"),
+        (["--policy.kind", "dim"], "policy.kind=dim is not allowed; give one of auto, consistency, ddim"),
         (["--engine.zero_stage", "4"], "engine.zero_stage=4 is not allowed; give one of 0, 1, 2, 3"),
         (["--tracking.wandb", "1"], "tracking.wandb=1 is not allowed; give true or false"),
         (["--optimizer.betas", "0.9"], "optimizer.betas=0.9 is not allowed; give a list"),
@@ -141,7 +141,7 @@ def test_a_mistake_on_the_command_line_names_the_field_and_the_way_out(argv: lis
             "update.clip_rang in config.yaml is no field of the config; did you mean clip_range?",
         ),
         ("update.clip_range: 3", "write its section, and the field indented below it"),
-        ("policy: {kind: z}", "policy.kind=z is not allowed; give one of consistency, ddim"),
+        ("policy: {kind: z}", "policy.kind=z is not allowed; give one of auto, consistency, ddim"),
         ("update: 3", "update=3 in config.yaml is a section; indent its fields below it"),
         ("seed:", "seed=None in config.yaml has no value"),
         ("update:\nseed: 1", "update=None in config.yaml has no value"),
@@ -164,7 +164,22 @@ def test_a_mistake_in_the_file_names_the_file_the_field_and_the_way_out(
     [
         ("--policy.num_steps 1", "policy.num_steps=1 leaves nothing to train: the last step is deterministic"),
         ("--policy.kind ddim --policy.num_steps 1", "policy.num_steps=1 leaves nothing to train"),
-        ("--policy.num_steps 51", "policy.num_steps=51 exceeds the 50 steps of consistency; give fewer"),
+        *(
+            (f"--policy.kind {kind} --policy.num_steps 51", f"policy.num_steps=51 exceeds the 50 steps of {kind}; give")
+            for kind in ("consistency", "tcd")
+        ),
+        ("--policy.num_steps 1001", "policy.num_steps=1001 exceeds the 1000 steps of auto; give fewer"),
+        (
+            "--policy.timesteps [999,499] --policy.num_steps 4",
+            "policy.num_steps=4, but policy.timesteps=[999, 499] names 2; leave num_steps out",
+        ),
+        ("--policy.timesteps [499,999]", "policy.timesteps=[499, 999] must fall from step to step, noisiest first"),
+        ("--policy.timesteps [999,499,499]", "must fall from step to step, noisiest first; give [999, 499]"),
+        ("--policy.timesteps [1000,499]", "policy.timesteps=[1000, 499] must lie in [0, 999]"),
+        ("--policy.timesteps [499,-1]", "policy.timesteps=[499, -1] must lie in [0, 999]"),
+        ("--policy.timesteps [999]", "policy.num_steps=1 leaves nothing to train"),
+        ("--policy.kind tcd --policy.last_step renoise", "policy.last_step=renoise, but the last step of tcd has"),
+        ("--policy.kind euler_ancestral --policy.last_step renoise", "the last step of euler_ancestral has no noise"),
         ("--policy.num_steps 0", "policy.num_steps=0 is out of range; give 1 or more"),
         ("--policy.eta 0", "policy.eta=0.0 is out of range"),
         ("--policy.guidance_scale 0.5", "policy.guidance_scale=0.5 is out of range"),

@@ -61,7 +61,7 @@ def close(real: float) -> Any:
 
 def real_run(recompute: str, micro_batch_size: int) -> tuple[GaussianPolicy, nn.Module, Transitions]:
     """The shipped model as the trainer has it, and a micro-batch of its own transitions."""
-    backbone = Backbone.load(ModelConfig(), torch.device("cpu"), torch.float32, is_consistency=True)
+    backbone = Backbone.load(ModelConfig(), torch.device("cpu"), torch.float32, kind="consistency")
     set_recomputation(backbone.unet, recompute)
     config = PolicyConfig(num_steps=3)
     policy = build_policy(config, Network(backbone.unet, backbone.unet.config), backbone.scheduler_config)
@@ -108,7 +108,7 @@ def test_bytes_are_those_of_a_real_update(recompute: Any, micro_batch_size: int)
 def test_the_peak_of_a_real_backward_pass_is_the_traced_one(recompute: Any):
     setup = Setup(torch.float32, recompute, device="cpu")
     profile = profiles_of(recompute).unet
-    backbone = Backbone.load(ModelConfig(), torch.device("cpu"), torch.float32, is_consistency=True)
+    backbone = Backbone.load(ModelConfig(), torch.device("cpu"), torch.float32, kind="consistency")
     unet = prepare_unet(backbone.unet, setup)
     for rows in (16, 40):
         real = trace_unet(unet, ARCHITECTURE, setup, rows, trains=True)
@@ -117,7 +117,7 @@ def test_the_peak_of_a_real_backward_pass_is_the_traced_one(recompute: Any):
 
 
 def test_the_peak_of_encoding_real_images_is_the_traced_one():
-    backbone = Backbone.load(ModelConfig(), torch.device("cpu"), torch.float32, is_consistency=True)
+    backbone = Backbone.load(ModelConfig(), torch.device("cpu"), torch.float32, kind="consistency")
     vae = backbone._pipeline.vae
     for rows in (3, 32):
         images = torch.rand(rows, 3, 64, 64)

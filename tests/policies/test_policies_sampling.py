@@ -252,7 +252,7 @@ def test_the_guidance_embedding_is_that_of_diffusers(width: int) -> None:
 def test_mistaken_policies_are_refused_by_name(build_unet: BuildUNet) -> None:
     lcm, plain = build_unet(32), build_unet(None)
     with pytest.raises(ValueError, match="policy.kind=consistency, but .* use policy.kind=ddim, or make it a latent"):
-        build_policy(PolicyConfig(), Network(plain, plain.config), DDIMScheduler(**DDIM).config)
+        build_policy(PolicyConfig("consistency"), Network(plain, plain.config), DDIMScheduler(**DDIM).config)
     with pytest.raises(ValueError, match="policy.kind=ddim"):
         diffusion(lcm, 4, 1.0)
     with pytest.raises(ValueError, match="policy.guidance_scale=0.5"):

@@ -130,7 +130,7 @@ def test_folders_of_other_schedulers_give_ddims_table(source: type) -> None:
     assert torch.equal(ours.coefficients, theirs.coefficients)
 
 
-@pytest.mark.parametrize("key", ["clip_sample", "thresholding", "rescale_betas_zero_snr"])
+@pytest.mark.parametrize("key", ["clip_sample", "thresholding"])
 def test_steps_that_are_not_affine_are_refused(key: str) -> None:
     for scheduler, build in ((LCMScheduler, consistency_schedule), (DDIMScheduler, ddim_schedule)):
         with pytest.raises(ValueError, match=f"{key}=True"):

@@ -89,7 +89,7 @@ def test_a_random_model_draws_images_like_a_loaded_one(kind: str, tmp_path: Path
     monkeypatch.setattr("benchmarks.shared.random_models.load_architecture", lambda path: architecture)
     monkeypatch.setattr("benchmarks.shared.random_models.random_pipeline", lambda *_: pipeline)
     with random_weights("cpu"):  # some/model is no folder, so nothing is loaded
-        backbone = Backbone.load(ModelConfig("some/model"), torch.device("cpu"), torch.bfloat16, is_consistency=True)
+        backbone = Backbone.load(ModelConfig("some/model"), torch.device("cpu"), torch.bfloat16, kind="consistency")
     assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in backbone.unet.parameters())
     assert {p.dtype for part in backbone.frozen_parts for p in part.parameters()} == {torch.float32}
     conditioning = backbone.encode([Prompt("a red circle")], with_negative=False)
@@ -101,7 +101,7 @@ def test_a_random_model_draws_images_like_a_loaded_one(kind: str, tmp_path: Path
 
 def test_a_folder_is_loaded_as_ever():
     with random_weights("cpu"):
-        backbone = Backbone.load(ModelConfig("shapes/lcm"), torch.device("cpu"), torch.float32, is_consistency=True)
-    loaded = Backbone.load(ModelConfig("shapes/lcm"), torch.device("cpu"), torch.float32, is_consistency=True)
+        backbone = Backbone.load(ModelConfig("shapes/lcm"), torch.device("cpu"), torch.float32, kind="consistency")
+    loaded = Backbone.load(ModelConfig("shapes/lcm"), torch.device("cpu"), torch.float32, kind="consistency")
     assert SHIPPED["shapes/lcm"].is_dir()
     assert all(torch.equal(a, b) for a, b in zip(backbone.unet.parameters(), loaded.unet.parameters(), strict=True))

@@ -67,7 +67,7 @@ class GradientsOnly(Engine):
 
 @pytest.fixture(scope="module")
 def backbone(tiny_lcm_folder: str) -> Backbone:
-    return Backbone.load(ModelConfig(tiny_lcm_folder), CPU, torch.float32, is_consistency=True)
+    return Backbone.load(ModelConfig(tiny_lcm_folder), CPU, torch.float32, kind="consistency")
 
 
 @pytest.fixture(scope="module")
