@@ -34,16 +34,19 @@ def save_lcm(folder: Path) -> str:
     return str(folder)
 
 
-def save_sd(folder: Path) -> str:
-    """Saves a StableDiffusionPipeline with DDIM's scheduler."""
-    scheduler = DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1)
-    parts = {**_parts(), "unet": unet(), "scheduler": scheduler}
+def save_sd(folder: Path, scheduler: Any = None) -> str:
+    """Saves a StableDiffusionPipeline with a scheduler, or with DDIM's."""
+    ddim = DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1)
+    parts = {**_parts(), "unet": unet(), "scheduler": scheduler or ddim}
     StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
     return str(folder)
 
 
-def save_sdxl(folder: Path, pooled: int = POOLED) -> str:
-    """Saves a pipeline like stabilityai/stable-diffusion-xl-base-1.0: two text encoders, time ids, Euler."""
+def save_sdxl(folder: Path, pooled: int = POOLED, scheduler: Any = None) -> str:
+    """Saves a pipeline like stabilityai/stable-diffusion-xl-base-1.0: two text encoders, time ids, Euler.
+
+    scheduler: replaces Euler.
+    """
     parts = _parts()
     del parts["safety_checker"]
     torch.manual_seed(2)
@@ -51,7 +54,7 @@ def save_sdxl(folder: Path, pooled: int = POOLED) -> str:
     StableDiffusionXLPipeline(
         **parts,
         unet=unet(is_sdxl=True, pooled=pooled),
-        scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+        scheduler=scheduler or EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
         text_encoder_2=CLIPTextModelWithProjection(config),
         tokenizer_2=parts["tokenizer"],
         add_watermarker=False,
