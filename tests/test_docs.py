@@ -215,7 +215,9 @@ def test_every_file_that_a_text_names_is_there():
     for document, text in TEXTS.items():
         for name in re.findall(rf"(?<![\w/.]){names}", text):
             assert (ROOT / name).is_file(), f"{document.name}: {name}"
-        for name in re.findall(r"`((?:shapes|rlcm|large_scale|sd15_lcm|sdxl_lcm)/[a-z]\w+)`", text):
+        for name in re.findall(
+            r"`((?:shapes|rlcm|large_scale|sd15_lcm|sdxl_lcm|turbo|dmd2|hyper_sd|lightning|lcm_lora)/[a-z]\w+)`", text
+        ):
             is_there = (ROOT / "configs" / f"{name}.yaml").is_file()
             assert is_there or name in ("shapes/lcm", "shapes/teacher"), f"{document.name}: {name}"
 

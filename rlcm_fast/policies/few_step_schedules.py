@@ -17,7 +17,9 @@ A folder with EulerDiscreteScheduler (SDXL-Lightning, SD-Turbo) names a sampler 
 log-probability. It gets the ancestral step. The two have the same marginals: given x_0, both map N(sqrt(alpha_bar_t)
 x_0, 1 - alpha_bar_t) to N(sqrt(alpha_bar_s) x_0, 1 - alpha_bar_s), whatever the timesteps. So the network sees states
 of the noise level that it was distilled for. Measured on the tables at 1 to 50 steps: mean and variance agree within
-2e-7 (tests/policies/test_few_step_schedules.py). With one step both are the same map.
+2e-7 (tests/policies/test_few_step_schedules.py). With one step both are the same map. For a network whose x_0 is only
+the mean of the data they differ: from Gaussian data of variance 1, four steps draw a standard deviation of .705 without
+noise and .634 with it.
 
 Departures from diffusers:
  1. Euler ends at alpha_bar = 1 whatever set_alpha_to_one says, as diffusers' Euler schedulers do, which ignore it.

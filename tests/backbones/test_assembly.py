@@ -132,6 +132,28 @@ def test_an_lcm_lora_is_fused_into_the_weights(tiny_sd_folder: str, lora_folder:
     assert not adapters
 
 
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "sampled_as"),
+    [
+        ("auto", "LCMScheduler", "consistency"),
+        ("consistency", "LCMScheduler", "consistency"),
+        ("tcd", "TCDScheduler", "tcd"),
+        ("euler_ancestral", "EulerDiscreteScheduler", "euler_ancestral"),
+        ("ddim", "DDIMScheduler", "ddim"),
+    ],
+)
+def test_a_model_with_a_lora_gets_the_scheduler_of_its_kind(
+    tiny_sd_folder: str, lora_folder: str, kind: Any, scheduler: str, sampled_as: str
+):
+    backbone = load(kind, path=tiny_sd_folder, lora=lora_folder)
+    assert backbone.scheduler_config["_class_name"] == scheduler
+    policy = policy_of(backbone, kind=kind, guidance_scale=1.0)
+    assert policy.schedule.kind == sampled_as
+    if kind == "euler_ancestral":
+        assert policy.schedule.timesteps.tolist() == [999, 749, 499, 249]
+    assert load(kind, path=tiny_sd_folder).scheduler_config["_class_name"] == "DDIMScheduler", "a folder stays as it is"
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
 def test_an_lcm_lora_on_a_base_model_draws_what_its_model_card_draws(
     tiny_sd_folder: str, lora_folder: str, guidance_scale: float

@@ -89,6 +89,14 @@ def test_a_written_file_is_read_with_equal_tensors(kind: str, folders: dict[str,
     assert torch.equal(drawn(read), drawn(start))
 
 
+def test_a_file_that_names_its_scheduler_keeps_it_unless_the_policy_names_a_kind(
+    folders: dict[str, str], files: dict[str, Path]
+):
+    model = ModelConfig(str(files["sd"]), base=folders["sd"])
+    found = [type(assemble(model, torch.float32, kind).scheduler).__name__ for kind in ("auto", "consistency", "tcd")]
+    assert found == [type(load(folders["sd"]).scheduler).__name__, "LCMScheduler", "TCDScheduler"]
+
+
 @pytest.mark.parametrize("kind", ["sd", "sd2", "sdxl"])
 def test_diffusers_reads_a_written_file_with_equal_tensors(kind: str, folders: dict[str, str], files: dict[str, Path]):
     cls: Any = StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline
@@ -167,7 +175,7 @@ def test_a_file_says_what_its_unet_predicts_or_the_user_does(
 ):
     def prediction(file: Path, **more: Any) -> str:
         model = ModelConfig(str(file), base=folders["sd"], **more)
-        return assemble(model, torch.float32, False).scheduler.config["prediction_type"]
+        return assemble(model, torch.float32, "ddim").scheduler.config["prediction_type"]
 
     assert prediction(files["sd"]) == "epsilon"
     assert prediction(files["sd"], prediction="v_prediction") == "v_prediction"

@@ -306,3 +306,17 @@ def test_a_schedule_shows_its_kind_and_timesteps() -> None:
     assert str(ddim_schedule(config, 50)) == "ddim, timesteps 980 960 ... 0"
     assert "999 499.5 0" in str(euler_ancestral_schedule({**config, "timestep_spacing": "linspace"}, 3))
     assert np.isclose(euler_ancestral_schedule({**config, "timestep_spacing": "leading"}, 4).start_scale, 1)
+
+
+def test_a_network_that_knows_only_the_mean_draws_less_spread_with_noise_than_without() -> None:
+    # Gaussian data of variance 1: eps = sqrt(1 - ab_t) x_t is the mean of the noise, so states stay Gaussian.
+    scheduler = EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing")
+    scheduler.set_timesteps(4)
+    schedule = euler_ancestral_schedule(scheduler.config, 4)
+    sigmas = scheduler.sigmas.double().tolist()
+    without, ancestral = sigmas[0] ** 2, schedule.start_scale**2  # variances of the states of Euler, and of ours
+    for k, (a, b, z) in enumerate(schedule.coefficients.tolist()):
+        noise = (sigmas[k] ** 2 / (sigmas[k] ** 2 + 1)) ** 0.5
+        ancestral = (a + b * noise) ** 2 * ancestral + z**2
+        without *= (1 + (sigmas[k + 1] - sigmas[k]) * sigmas[k] / (sigmas[k] ** 2 + 1)) ** 2
+    assert (without**0.5, ancestral**0.5) == (pytest.approx(0.7046, abs=1e-4), pytest.approx(0.6339, abs=1e-4))
