@@ -164,6 +164,9 @@ def _load_backbone(config: Config, device: torch.device) -> Backbone:
         offload_idle=config.engine.offload_idle,
         decode_batch_size=config.rollout.decode_batch_size,
     )
+    for note in backbone.notes:
+        say(note)
+
     # Put in the weights that the run starts from; all weights come before the adapters beside them.
     weights, named = start_weights(config), f"resume_weights_only={config.resume_weights_only}"
     is_adapters = any(".lora_" in name for name in weights)

@@ -420,7 +420,7 @@ ELSEWHERE = {"ema.device", "engine.attention", "engine.compile", "engine.optimiz
 def test_every_field_that_takes_effect_is_resumed_with():
     by_name = {name for name, rule in RULES.items() if "[]" in name and rule.kind != "silent"}
     named = {*EVERY, *REFUSED, *REFUSED_OF_ADAPTERS, *ELSEWHERE, "model.path", "model.revision"}
-    of_other_files = {f"model.{name}" for name in ("base", "lora", "vae", "variant", "prediction")}
+    of_other_files = {f"model.{name}" for name in ("base", "lora", "loras", "vae", "variant", "prediction")}
     assert named | by_name | of_other_files == {name for name, rule in RULES.items() if rule.kind != "silent"}
 
 

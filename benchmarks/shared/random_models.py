@@ -29,10 +29,10 @@ from rlcm_fast.planner.architecture import Architecture, load_architecture
 def random_weights(device: str) -> Iterator[None]:
     """Inside, a backbone is made on `device` instead of being downloaded."""
 
-    def assemble(model: ModelConfig, dtype: torch.dtype, kind: str) -> Any:
+    def assemble(model: ModelConfig, dtype: torch.dtype, kind: str, notes: list[str] | None = None) -> Any:
         path = resolve_model_path(model.path)
         if Path(path).is_dir():
-            return assembly.assemble(model, dtype, kind)
+            return assembly.assemble(model, dtype, kind, notes)
         return random_pipeline(load_architecture(path), dtype, device)
 
     with mock.patch("rlcm_fast.backbones.pipeline.assemble", assemble):

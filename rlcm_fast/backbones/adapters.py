@@ -50,6 +50,14 @@ def merged(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNet2DC
     return whole
 
 
+def plain(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
+    """A UNet of the same config, without adapters, with these weights."""
+    whole = UNet2DConditionModel.from_config(unet.config)
+    assert isinstance(whole, UNet2DConditionModel)
+    whole.load_state_dict(dict(weights))
+    return whole
+
+
 def save_adapters(unet: UNet2DConditionModel, weights: Mapping[str, Tensor], pipeline: Any, folder: Path) -> None:
     """Save the adapters among `weights` as two files: for `load_lora_weights` of the pipeline, and for ComfyUI, A1111.
 
@@ -62,8 +70,8 @@ def save_adapters(unet: UNet2DConditionModel, weights: Mapping[str, Tensor], pip
 
 
 def _layers_of(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:
-    """The layers of PEFT's tensors, float32 on the CPU."""
-    kept = {name: weight.detach().float().cpu() for name, weight in tensors.items()}
+    """The layers of PEFT's tensors, on the CPU."""
+    kept = {name: weight.detach().cpu() for name, weight in tensors.items()}
     names = [name.removesuffix(".lora_A.weight") for name in kept if name.endswith(".lora_A.weight")]
     return {name: LoraLayer(kept[f"{name}.lora_A.weight"], kept[f"{name}.lora_B.weight"], alpha) for name in names}
 

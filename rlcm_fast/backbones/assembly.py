@@ -3,6 +3,7 @@
     path          a folder with a pipeline, which stays as it is
     path          a checkpoint in one file, with configs from this package, or from `base`, which fills what it lacks
     path, base    a UNet alone, such as latent-consistency/lcm-sdxl, which goes into the pipeline `base`
+    loras         further LoRAs, each with a scale
     path, lora    an LCM-LoRA, such as latent-consistency/lcm-lora-sdv1-5, which is fused into the weights of `path`
 
 The last two are distilled models whose folders name the scheduler of a diffusion model. They get the scheduler of
@@ -47,10 +48,11 @@ _SD21 = {"sample_size": 96, "upcast_attention": True}  # 768 pixels; its attenti
 _MISFITS = (OSError, SafetensorError, ValueError, RuntimeError)
 
 
-def assemble(model: ModelConfig, dtype: torch.dtype, kind: str) -> Any:
+def assemble(model: ModelConfig, dtype: torch.dtype, kind: str, notes: list[str] | None = None) -> Any:
     """Load the pipeline on the CPU, its UNet in `dtype`, the rest in float32: SDXL's VAE overflows in half precision.
 
     kind: of the policy; it says the scheduler of a separate UNet and of a model with a LoRA.
+    notes: receives what was found in LoRAs, in words.
 
     Raises:
         ValueError: nothing loads from there, the parts do not fit each other, or the UNet is of another kind.
@@ -59,7 +61,7 @@ def assemble(model: ModelConfig, dtype: torch.dtype, kind: str) -> Any:
     # with the weights.
     _silence_loading()
     paths = resolve_model(model)
-    unet_dtype = torch.float32 if paths.lora else dtype
+    unet_dtype = torch.float32 if paths.lora or paths.loras else dtype
     parts = _separate_parts(paths, model, unet_dtype)
     dtypes = {"unet": unet_dtype, "default": torch.float32}
     remedy = "check the name; a repository that holds a UNet alone needs model.base"
@@ -70,11 +72,16 @@ def assemble(model: ModelConfig, dtype: torch.dtype, kind: str) -> Any:
         _set_scheduler(pipeline, paths.kind, model)
     _check_parts(pipeline, model)
 
-    # Fuse the LoRA, and choose the scheduler.
+    # Fuse the LoRAs, and choose the scheduler.
+    found = [] if notes is None else notes
     if paths.lora is not None:
-        fuse_lora(pipeline, paths.lora, f"model.lora={model.lora}")
+        found.append(fuse_lora(pipeline, paths.lora, f"model.lora={model.lora}"))
+    for number, (path, scale) in enumerate(paths.loras):
+        named = f"model.loras[{number}].path={model.loras[number].path}"
+        found.append(fuse_lora(pipeline, path, named, scale))
     says_its_scheduler = paths.lora is None and paths.kind is not None and scheduler_of(paths.kind) is not None
-    if (paths.unet is not None or paths.lora is not None) and not (kind == "auto" and says_its_scheduler):
+    is_distilled = paths.unet is not None or paths.lora is not None or bool(paths.loras and kind != "auto")
+    if is_distilled and not (kind == "auto" and says_its_scheduler):
         pipeline.scheduler = _scheduler_of(kind, pipeline.scheduler)
     pipeline.unet.to(dtype)
     return pipeline
@@ -182,9 +189,8 @@ def _load_unet(path: str, model: ModelConfig, dtype: torch.dtype) -> UNet2DCondi
         assert isinstance(config, dict)
         if config.get("_class_name") != UNet2DConditionModel.__name__:
             raise OSError(f"its config.json belongs to class {config.get('_class_name')}")
-        kept = torch.float32 if model.lora else dtype
         variant = variant_of(path, model.variant)
-        return UNet2DConditionModel.from_pretrained(path, revision=model.revision, dtype=kept, variant=variant)
+        return UNet2DConditionModel.from_pretrained(path, revision=model.revision, dtype=dtype, variant=variant)
 
 
 def _check_parts(pipeline: Any, model: ModelConfig) -> None:

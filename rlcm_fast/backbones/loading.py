@@ -36,15 +36,20 @@ class ModelPaths(NamedTuple):
     lora: str | None
     vae: str | None = None  # None: the VAE of the pipeline, or of the file
     kind: FileKind | None = None  # of a checkpoint in one file
+    loras: tuple[tuple[str, float], ...] = ()  # further ones, with their scales
 
 
 def resolve_model(model: ModelConfig) -> ModelPaths:
     """Find the paths of a model; raises ValueError if they cannot exist or do not go together."""
     lora = None if model.lora is None else resolve_lora_path(model.lora)
+    loras = tuple(
+        (resolve_lora_path(source.path, f"model.loras[{number}].path"), source.scale)
+        for number, source in enumerate(model.loras)
+    )
     vae = None if model.vae is None else _resolve_vae_path(model.vae)
     if model.path not in SHIPPED and is_checkpoint(model.path):
         kind, base = _resolve_checkpoint(model)
-        return ModelPaths(base, str(kind.path), lora, vae, kind)
+        return ModelPaths(base, str(kind.path), lora, vae, kind, loras)
     if model.prediction != "auto":
         raise ValueError(
             f"model.prediction={model.prediction} is for a checkpoint in one file; the scheduler of"
@@ -52,8 +57,8 @@ def resolve_model(model: ModelConfig) -> ModelPaths:
         )
     if model.base is None:
         _refuse_unet_alone(model.path)
-        return ModelPaths(resolve_model_path(model.path), None, lora, vae)
-    return ModelPaths(resolve_model_path(model.base, "model.base"), _resolve_unet_path(model), lora, vae)
+        return ModelPaths(resolve_model_path(model.path), None, lora, vae, loras=loras)
+    return ModelPaths(resolve_model_path(model.base, "model.base"), _resolve_unet_path(model), lora, vae, loras=loras)
 
 
 def path_of_configs(model: ModelConfig) -> str:

@@ -59,6 +59,9 @@ class LoraLayer:
     def rank(self) -> int:
         return self.down.shape[0]
 
+    def to(self, dtype: torch.dtype) -> LoraLayer:
+        return LoraLayer(self.down.to(dtype), self.up.to(dtype), self.alpha)
+
     def delta(self, shape: torch.Size) -> Tensor:
         """Returns what is added to a weight of this shape, float32 on the CPU; raises ValueError if it does not fit."""
         up, down = self.up.float().flatten(1), self.down.float().flatten(1)

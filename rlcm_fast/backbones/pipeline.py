@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from torch import Tensor
 
-from rlcm_fast.backbones.adapters import WithoutAdapters, add_adapters, has_adapters, merged, save_adapters
+from rlcm_fast.backbones.adapters import WithoutAdapters, add_adapters, has_adapters, merged, plain, save_adapters
 from rlcm_fast.backbones.assembly import assemble
 from rlcm_fast.config import LoraConfig, ModelConfig
 from rlcm_fast.trajectory import Conditioning, Prompt
@@ -48,6 +48,7 @@ class Backbone:
         self._decode_batch_size = decode_batch_size
         self._encodings: dict[str, Encoding] = {}
         self._negative: Encoding | None = None
+        self.notes: tuple[str, ...] = ()  # what was found while loading, for people
         self._is_sdxl = "text_encoder_2" in pipeline.components
 
     @classmethod
@@ -66,7 +67,9 @@ class Backbone:
         offload_idle: only the UNet stays on the device. decode_batch_size: images decoded at once; 0 means all.
         """
         # Load the parts and move them to their devices; only the UNet is trained.
-        backbone = cls(assemble(model, dtype, kind), device, dtype, offload_idle, decode_batch_size)
+        notes: list[str] = []
+        backbone = cls(assemble(model, dtype, kind, notes), device, dtype, offload_idle, decode_batch_size)
+        backbone.notes = tuple(notes)
         backbone._set_image_size(model.image_size)
         backbone._pipeline.unet.to(device)
         for part in backbone.frozen_parts:
@@ -102,6 +105,11 @@ class Backbone:
         if self.has_adapters:
             return WithoutAdapters(self.unet)
         return copy.deepcopy(self.unet).requires_grad_(False)
+
+    def start_unet(self) -> UNet2DConditionModel:
+        """The UNet without adapters, if none of its own weights were trained or replaced since it was loaded."""
+        own = {name: weight for name, weight in self.unet.state_dict().items() if ".lora_" not in name}
+        return plain(self.unet, {name.replace(".base_layer.", "."): weight for name, weight in own.items()})
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -234,9 +242,13 @@ class Backbone:
 
     def export(self, unet_weights: Mapping[str, Tensor], folder: Path) -> None:
         """Write a diffusers folder with these UNet weights, which stock diffusers loads; adapters are merged in."""
+        self.with_weights(unet_weights).save_pretrained(folder)
+
+    def with_weights(self, unet_weights: Mapping[str, Tensor]) -> Any:
+        """The pipeline with a UNet of these weights, adapters merged in, in the place of its own."""
         pipeline = copy.copy(self._pipeline)
         pipeline.register_modules(unet=merged(self.unet, unet_weights))
-        pipeline.save_pretrained(folder)
+        return pipeline
 
     def export_adapters(self, unet_weights: Mapping[str, Tensor], folder: Path) -> None:
         """Write the adapters alone, for `load_lora_weights` of a stock pipeline with the start model."""

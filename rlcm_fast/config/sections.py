@@ -16,6 +16,16 @@ _LEFT_OUT = cast(int, None)  # default of a number that __post_init__ works out 
 
 
 @dataclass(frozen=True)
+class LoraSource:
+    """A LoRA that is added to the model before training."""
+
+    path: str
+    """A .safetensors file, a folder, a hub id or owner/name/file.safetensors on the hub."""
+    scale: Annotated[float, within("[-10, 10]", "a number from -10 to 10; 1 is the strength of its training")] = 1.0
+    """Strength at which it is added; 1 is the strength that it was trained with."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The model to fine-tune."""
 
@@ -27,6 +37,8 @@ class ModelConfig:
     """The pipeline that receives path's UNet (SDXL for latent-consistency/lcm-sdxl); null: path is a pipeline."""
     lora: str | None = None
     """An LCM-LoRA to fuse into the UNet before training: a folder, a .safetensors file or a hub id."""
+    loras: list[LoraSource] = field(default_factory=list)
+    """LoRAs to fuse into UNet and text encoders before training, after lora: a list of {path: PATH, scale: 1.0}."""
     vae: str | None = None
     """Another VAE: a .safetensors file, a folder or a hub id, as madebyollin/sdxl-vae-fp16-fix; null: the model's."""
     variant: str | None = None

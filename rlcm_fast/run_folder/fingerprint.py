@@ -70,13 +70,19 @@ def _leaves(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             for item in value:
                 yield from _leaves(item, f"{name}[{item.name}].")
         else:
-            yield name, _as_json(value)
+            is_list = isinstance(value, list)
+            yield name, _as_json([asdict(item) if is_dataclass(item) else item for item in value] if is_list else value)
 
 
 def item_class(hint: Any) -> type | None:
-    """Returns the dataclass of a list's items, as RewardConfig for list[RewardConfig]; None for other types."""
+    """Returns the dataclass of a list's items that have names, as RewardConfig for list[RewardConfig]; None else.
+
+    A list of items without names is one value: where an item stands matters, as for model.loras.
+    """
     items = get_args(hint) if get_origin(hint) is list else ()
-    return items[0] if items and is_dataclass(items[0]) and isinstance(items[0], type) else None
+    if not (items and is_dataclass(items[0]) and isinstance(items[0], type)):
+        return None
+    return items[0] if "name" in {field.name for field in fields(items[0])} else None
 
 
 def _as_json(value: Any) -> Any:
@@ -96,6 +102,8 @@ def model_files(model: ModelConfig) -> dict[str, Files]:
         described["unet"] = _part(paths.unet, "config.json", revision, model.hash_files)
     if paths.lora is not None:
         described["lora"] = _part(paths.lora, "pytorch_lora_weights.safetensors", None, model.hash_files)
+    for number, (path, _) in enumerate(paths.loras):
+        described[f"loras[{number}]"] = _part(path, "pytorch_lora_weights.safetensors", None, model.hash_files)
     if paths.vae is not None:
         described["vae"] = _part(paths.vae, "config.json", None, model.hash_files)
     return described

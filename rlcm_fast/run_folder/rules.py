@@ -162,6 +162,7 @@ RULES: dict[str, Rule] = {
     "model.revision": _SAME_MODEL,
     "model.base": _SAME_MODEL,
     "model.lora": _SAME_MODEL,
+    "model.loras": _SAME_MODEL,
     "model.vae": _NEW_IMAGES,
     "model.variant": _SAME_MODEL,
     "model.prediction": Rule("refused", "a network predicts what it was trained to predict"),

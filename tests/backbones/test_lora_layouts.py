@@ -17,10 +17,13 @@ from torch import Tensor
 from benchmarks.shared import tiny_pipelines
 from rlcm_fast.backbones.adapters import add_adapters, save_adapters
 from rlcm_fast.backbones.assembly import fuse_lora, load_pipeline
-from rlcm_fast.backbones.loading import LORA_FILE, resolve_lora_path, split_hub_file
+from rlcm_fast.backbones.loading import LORA_FILE, resolve_lora_path, resolve_model, split_hub_file
 from rlcm_fast.backbones.lora_layouts import KOHYA_FILE, add_lora, kohya_name, read_lora
-from rlcm_fast.config import LoraConfig
+from rlcm_fast.backbones.pipeline import Backbone
+from rlcm_fast.config import LoraConfig, LoraSource, ModelConfig, parse_config
 from rlcm_fast.planner.architecture import load_architecture
+from rlcm_fast.run_folder.fingerprint import flat
+from rlcm_fast.run_folder.rules import changes
 
 RANK, ALPHA = 2, 3.0  # so that alpha / rank is neither 1 nor the rank
 
@@ -240,3 +243,31 @@ def expected_kohya_names(model: str) -> set[str]:
                 place = f"lora_unet_{block}_transformer_blocks_{number}_{attention}"
                 found |= {f"{place}_{layer}" for layer in ("to_q", "to_k", "to_v", "to_out_0")}
     return found
+
+
+def test_several_loras_are_fused_each_with_its_scale_and_the_counts_are_said(tiny_sd_folder: str, tmp_path: Path):
+    for name in ("a", "b"):
+        save(tmp_path / name)
+    sources = [LoraSource(str(tmp_path / "a"), 0.5), LoraSource(str(tmp_path / "b" / KOHYA_FILE), -0.25)]
+    start = Backbone.load(ModelConfig(tiny_sd_folder), torch.device("cpu"), torch.float32, False)
+    both = Backbone.load(ModelConfig(tiny_sd_folder, loras=sources), torch.device("cpu"), torch.float32, False)
+    one = added_by(tmp_path / "a" / KOHYA_FILE)
+    before = start.unet.state_dict()
+    added = {name: weight - before[name] for name, weight in both.unet.state_dict().items()}
+    assert_same(added, one, 0.25)
+    assert both.notes == tuple(
+        f"model.loras[{number}].path={source.path}: 24 of 24 layers matched (24 of unet)"
+        for number, source in enumerate(sources)
+    )
+    with pytest.raises(ValueError, match=r"model.loras\[1\].path=/no/where is not a LoRA; give a folder"):
+        resolve_model(ModelConfig(tiny_sd_folder, loras=[sources[0], LoraSource("/no/where")]))
+
+
+def test_loras_are_a_list_in_a_config_and_its_order_and_scales_matter_for_a_resumed_run():
+    entry = "[{path: a.safetensors, scale: 0.8}, {path: b/c}]"
+    config = parse_config(["--model.loras", entry])
+    assert config.model.loras == [LoraSource("a.safetensors", 0.8), LoraSource("b/c")]
+    assert flat(config)["model.loras"] == [{"path": "a.safetensors", "scale": 0.8}, {"path": "b/c", "scale": 1.0}]
+    other = parse_config(["--model.loras", entry.replace("0.8", "0.7")])
+    changed = changes(*({"fields": flat(each)} for each in (config, other)))
+    assert [(change.field, change.rule.kind) for change in changed] == [("model.loras", "refused")]

@@ -24,11 +24,20 @@ def model_files(model: ModelConfig) -> list[Diagnosis]:
         paths = resolve_model(model)
     except ValueError as error:
         return [Diagnosis("model", State.WRONG, str(error))]
-    rows = [_pipeline(paths.pipeline, None if paths.unet else model.revision, without_unet=paths.unet is not None)]
-    if paths.unet is not None:
+    rows = []
+    if paths.kind is None or model.base is not None:  # a single file that is whole needs no pipeline
+        revision = None if paths.unet else model.revision
+        rows.append(_pipeline(paths.pipeline, revision, without_unet=paths.unet is not None))
+    if paths.kind is not None:
+        parts = ", ".join(sorted(paths.kind.parts))
+        size = paths.kind.path.stat().st_size / GB
+        rows.append(Diagnosis("model", State.OK, f"{paths.kind.path}, {size:.2g} GB: {parts}", {"gb": size}))
+    elif paths.unet is not None:
         rows.append(_single("model: UNet", paths.unet, model.revision, "config.json"))
-    if paths.lora is not None:
-        rows.append(_single("model: LoRA", paths.lora, None, "pytorch_lora_weights.safetensors"))
+    for lora in [*([] if paths.lora is None else [paths.lora]), *(path for path, _ in paths.loras)]:
+        rows.append(_single("model: LoRA", lora, None, "pytorch_lora_weights.safetensors"))
+    if paths.vae is not None:
+        rows.append(_single("model: VAE", paths.vae, None, "config.json"))
     return rows
 
 
