@@ -151,7 +151,7 @@ def _build(config: Config, device: torch.device, folder: RunFolder) -> Parts:
         evaluation=evaluation,
         memory=memory,
         progress=Progress(folder, engine, check_weights),
-        export=Exporter(backbone, engine),
+        export=Exporter(backbone, engine, config),
     )
 
 

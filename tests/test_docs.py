@@ -195,7 +195,7 @@ def test_every_option_of_a_training_command_is_a_field():
         assert options_of(command) <= training_options(), f"{document}: {command}"
 
 
-@pytest.mark.parametrize("name", ["sample", "evaluate", "plan", "configs"])
+@pytest.mark.parametrize("name", ["sample", "evaluate", "plan", "configs", "export"])
 def test_every_option_of_a_command_is_one_of_its_own(name: str):
     from rlcm_fast.cli.main import build_parser
 

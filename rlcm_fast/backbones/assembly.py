@@ -3,8 +3,8 @@
     path          a folder with a pipeline, which stays as it is
     path          a checkpoint in one file, with configs from this package, or from `base`, which fills what it lacks
     path, base    a UNet alone, such as latent-consistency/lcm-sdxl, which goes into the pipeline `base`
-    loras         further LoRAs, each with a scale
     path, lora    an LCM-LoRA, such as latent-consistency/lcm-lora-sdv1-5, which is fused into the weights of `path`
+    path, loras   further LoRAs, each with a scale
 
 The last two are distilled models whose folders name the scheduler of a diffusion model. They get the scheduler of
 `policy.kind`, with the same noise levels, as their model cards recommend: an LCMScheduler for consistency and auto, a

@@ -40,6 +40,7 @@ from rlcm_fast.backbones.file_kinds import (
     LAYOUTS,
     OPENCLIP_PREFIXES,
     SCHEDULER,
+    UNET_PREFIXES,
     VAE_PREFIXES,
     FileKind,
     read_header,
@@ -233,25 +234,27 @@ def save_single_file(pipeline: Any, file: Path, dtype: torch.dtype, guidance_sca
     Raises:
         ValueError: the VAE is not an AutoencoderKL, or a layer has no original name.
     """
-    # Collect the weights under their names.
-    unet: Any = pipeline.unet
-    tensors = {f"model.diffusion_model.{name}": weight for name, weight in unet_tensors(unet, guidance_scale).items()}
-    own = {name: tensors.pop(name) for name in list(tensors) if OWN in name}
-    tensors |= {name[name.index(OWN) :]: weight for name, weight in own.items()}
-    tensors |= _vae_tensors(pipeline.vae)
+    tensors = unet_tensors(pipeline.unet, guidance_scale) | _vae_tensors(pipeline.vae)
     for name in ("text_encoder", "text_encoder_2"):
         if pipeline.components.get(name) is not None:
-            tensors |= _text_tensors(name, pipeline.components[name], unet.config)
+            tensors |= _text_tensors(name, pipeline.components[name], pipeline.unet.config)
+    _write(tensors, file, dtype, {**modelspec(pipeline), **metadata})
 
-    # Write them, then the hash of the bytes into its place in the header.
+
+def save_unet_file(pipeline: Any, file: Path, dtype: torch.dtype, guidance_scale: float, **metadata: str) -> None:
+    """Writes the UNet of a pipeline alone, as `save_single_file` does."""
+    _write(unet_tensors(pipeline.unet, guidance_scale), file, dtype, {**modelspec(pipeline), **metadata})
+
+
+def _write(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+    """Writes the tensors, then the hash of their bytes into its place in the header."""
     ready = {name: weight.detach().to("cpu", dtype).contiguous().clone() for name, weight in tensors.items()}
-    described = {**modelspec(pipeline), **metadata, _HASH: _BLANK_HASH, "format": "pt"}
-    save_file(ready, file, described)
+    save_file(ready, file, {**metadata, _HASH: _BLANK_HASH, "format": "pt"})
     _put_hash(file)
 
 
 def unet_tensors(unet: Any, guidance_scale: float) -> dict[str, Tensor]:
-    """Returns the weights of a UNet by their original names; see the module's text for a guidance input."""
+    """Returns the weights of a UNet by their names in a file; see the module's text for a guidance input."""
     names, weights = UNetNames(unet.config), dict(unet.state_dict())
     found: dict[str, Tensor] = {}
     if _GUIDANCE in weights:
@@ -261,7 +264,7 @@ def unet_tensors(unet: Any, guidance_scale: float) -> dict[str, Tensor]:
         original = names.original(name)
         if original is None:
             raise ValueError(f"the original layout has no name for {name}; export --format diffusers")
-        found[original] = weight
+        found[UNET_PREFIXES[0] + original] = weight
     return found
 
 

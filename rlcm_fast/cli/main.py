@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rlcm_fast import quiet
-from rlcm_fast.cli import check_reward, configs, doctor, evaluate, plan, reward_server, sample, score
+from rlcm_fast.cli import check_reward, configs, doctor, evaluate, export, plan, reward_server, sample, score
 from rlcm_fast.faults import Fault
 from rlcm_fast.leaving import leave_at_once_if_computing
 
 COMMANDS = {
     "sample": sample,
     "evaluate": evaluate,
+    "export": export,
     "score": score,
     "check-reward": check_reward,
     "reward-server": reward_server,

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from rlcm_fast import parallel
 from rlcm_fast.backbones.pipeline import Backbone
+from rlcm_fast.config import Config
 from rlcm_fast.engine.averaging import AveragingEngine
+from rlcm_fast.run_folder.model_card import Card, diffusers_usage, lora_usage, with_kind
 
 
 @dataclass(frozen=True)
@@ -16,9 +18,10 @@ class Exporter:
 
     backbone: Backbone
     engine: AveragingEngine
+    config: Config
 
     def __call__(self, run_dir: Path) -> str:
-        """Writes run_dir/export, and run_dir/lora if there are adapters; every rank must call.
+        """Writes run_dir/export, and run_dir/lora if there are adapters, with model cards; every rank must call.
 
         Returns a line that tells the user where they are.
         """
@@ -27,7 +30,14 @@ class Exporter:
         has_adapters = self.backbone.has_adapters
         if parallel.is_main():
             self.backbone.export(weights, run_dir / "export")
+            described = with_kind(self.config, self.backbone)
+            _card(run_dir, described, diffusers_usage(run_dir / "export")).write(run_dir / "export")
             if has_adapters:
                 self.backbone.export_adapters(weights, run_dir / "lora")
+                _card(run_dir, described, lora_usage(described)).write(run_dir / "lora")
         adapters = f"; {run_dir}/lora holds its adapters for load_lora_weights" if has_adapters else ""
         return f"done: {run_dir}/export is a diffusers folder{adapters}; {run_dir}/metrics.jsonl holds the curves"
+
+
+def _card(run_dir: Path, config: Config, usage: str) -> Card:
+    return Card(run_dir.resolve(), config, config.num_iterations, usage)

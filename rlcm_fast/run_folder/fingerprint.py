@@ -70,8 +70,7 @@ def _leaves(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             for item in value:
                 yield from _leaves(item, f"{name}[{item.name}].")
         else:
-            is_list = isinstance(value, list)
-            yield name, _as_json([asdict(item) if is_dataclass(item) else item for item in value] if is_list else value)
+            yield name, _as_json([_plain(item) for item in value] if isinstance(value, list) else value)
 
 
 def item_class(hint: Any) -> type | None:
@@ -83,6 +82,10 @@ def item_class(hint: Any) -> type | None:
     if not (items and is_dataclass(items[0]) and isinstance(items[0], type)):
         return None
     return items[0] if "name" in {field.name for field in fields(items[0])} else None
+
+
+def _plain(item: Any) -> Any:
+    return asdict(item) if is_dataclass(item) and not isinstance(item, type) else item
 
 
 def _as_json(value: Any) -> Any:

@@ -1,0 +1,124 @@
+"""Write a run's weights for other tools: diffusers, ComfyUI, A1111; as a folder, one file, or a LoRA.
+
+The run stays as it is, and may go on afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlcm_fast.cli.arguments import non_negative_int, positive_int
+from rlcm_fast.cli.output import check_out_folder
+
+if TYPE_CHECKING:
+    from rlcm_fast.run_folder.formats import Export
+
+FORMATS = ("diffusers", "single-file", "lora", "safetensors-unet")
+DTYPES = ("fp32", "fp16", "bf16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a run, its run_dir")
+    kinds = "single-file: with text encoders and VAE, for ComfyUI and A1111; lora: adapters alone"
+    parser.add_argument("--format", choices=FORMATS, default="diffusers", help=kinds)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="precision of the file")
+    parser.add_argument("--iteration", type=non_negative_int, metavar="N", help="checkpoint; default: the newest")
+    parser.add_argument("--out", metavar="DIR", help="folder to write; default: RUN/exports/FORMAT")
+    guidance = "what a UNet with an input for guidance is fixed to in a single file; default: the run's"
+    parser.add_argument("--guidance-scale", type=float, metavar="SCALE", help=guidance)
+    rank = "write the difference to the start model as a LoRA of this rank, for runs that trained all weights"
+    parser.add_argument("--extract-lora", type=positive_int, metavar="RANK", help=rank)
+    relative = (
+        "the difference is to this model's UNet (a diffusers folder, a file or a hub id); default: the start model"
+    )
+    parser.add_argument("--relative-to", metavar="MODEL", help=relative)
+    images = "images to draw with the model and with its extracted LoRA, for the error that is stated; 0: none"
+    parser.add_argument("--num-images", type=non_negative_int, default=4, help=images)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    # Check the arguments, the run and the output before any weights load.
+    wanted, rank = arguments.format, arguments.extract_lora
+    if rank is not None and wanted not in ("lora", "diffusers"):
+        raise ValueError(f"extract-lora={rank} writes a LoRA, not format={wanted}; leave one of them out")
+    if arguments.relative_to is not None and rank is None:
+        raise ValueError(f"relative-to={arguments.relative_to} is for --extract-lora RANK; give it, too")
+    wanted = "lora" if rank is not None else wanted
+    out = None if arguments.out is None else check_out_folder(arguments.out)
+    from rlcm_fast.run_folder.formats import Export, FinishedRun
+
+    found = FinishedRun.find(arguments.run_dir, arguments.iteration)
+    if wanted == "lora" and rank is None and not found.has_adapters:
+        raise ValueError(
+            f"format=lora finds no adapters: run={arguments.run_dir} trained all weights; give --extract-lora 64, which"
+            " writes the difference to its start model as a LoRA"
+        )
+    out = out or check_out_folder(str(Path(arguments.run_dir) / "exports" / wanted))
+    scale = arguments.guidance_scale or found.config.policy.guidance_scale
+    export = Export(found, out, arguments.dtype, scale)
+
+    # Write it.
+    if rank is not None:
+        _extract(export, arguments)
+        return
+    write = {
+        "diffusers": export.diffusers,
+        "single-file": export.single_file,
+        "safetensors-unet": export.safetensors_unet,
+        "lora": export.lora,
+    }[wanted]
+    print(f"iteration {found.iteration} of {found.run_dir} in {write()}")
+
+
+def _extract(export: Export, arguments: argparse.Namespace) -> None:
+    """Writes the difference as a LoRA and says what it leaves out, of the weights and of images."""
+    from rlcm_fast.cli.pipelines import load_pipeline
+
+    other = arguments.relative_to
+    start = None if other is None else load_pipeline(other, device="cpu").components["unet"]
+    file, extracted = export.extracted_lora(arguments.extract_lora, start)
+    print(f"iteration {export.run.iteration} of {export.run.run_dir} in {file}")
+    print(
+        f"the LoRA leaves out {extracted.error:.1%} of the change of the weights, {extracted.unreachable:.1%} of it in"
+        " norms and biases"
+    )
+    if arguments.num_images:
+        with_lora, without = image_errors(export, file, arguments)
+        print(
+            f"{arguments.num_images} images of both differ by {with_lora:.4f} on average (pixels in [0, 1]);"
+            f" without the LoRA by {without:.4f}"
+        )
+
+
+def image_errors(export: Export, file: Path, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Mean absolute difference of pixels to the tuned model's images: of the other model with the LoRA, and without."""
+    import torch
+
+    from rlcm_fast.backbones.assembly import assemble, fuse_lora
+    from rlcm_fast.cli.pipelines import draw, load_pipeline
+    from rlcm_fast.prompts import load_prompts, prompts_for_images
+
+    # Draw the same images with each; all have the sampler of the run.
+    config = export.run.config
+    prompts = prompts_for_images(load_prompts(config.evaluation.prompts, "prompts"), arguments.num_images, config.seed)
+    settings = ([p.text for p in prompts], config.policy.num_steps, config.policy.guidance_scale, config.seed, 4)
+
+    def drawn(pipeline: Any) -> Any:
+        pipeline.set_progress_bar_config(disable=True)
+        return draw(pipeline, *settings)[0]
+
+    def other() -> Any:
+        if arguments.relative_to is None:
+            return assemble(config.model, torch.float32, config.policy.kind)
+        pipeline: Any = load_pipeline(arguments.relative_to, device="cpu")
+        pipeline.scheduler = tuned_scheduler
+        return pipeline
+
+    backbone, weights = export.run.load()
+    tuned = backbone.with_weights(weights)
+    tuned_scheduler, expected = tuned.scheduler, drawn(tuned)
+    fused = other()
+    fuse_lora(fused, str(file), f"lora={file}")
+    return (drawn(fused) - expected).abs().mean().item(), (drawn(other()) - expected).abs().mean().item()

@@ -1,0 +1,190 @@
+"""The model card of an export: README.md with the YAML head that the hub reads, curves, samples before and after."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlcm_fast.backbones.pipeline import Backbone
+from rlcm_fast.config import Config, RewardConfig
+from rlcm_fast.config.resolved import resolve
+from rlcm_fast.policies import resolve_kind
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SHIPPED = ("shapes/lcm", "shapes/teacher")
+_FEWEST_POINTS = 5  # of a curve that says something
+_SAMPLERS = {"consistency": "LCM", "ddim": "DDIM", "euler_ancestral": "Euler ancestral", "tcd": "TCD"}
+_LIMITS = (
+    "Training on a reward moves a model towards what the reward measures, not towards what people want: look at the"
+    " samples, and at a reward that was not trained on. The limits and the biases of the base model remain."
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says of an export."""
+
+    run_dir: Path
+    config: Config
+    iteration: int
+    usage: str  # how to load it, a line or a block of code
+    notes: Sequence[str] = ()  # what was lost or changed on the way
+
+    def write(self, folder: Path) -> None:
+        """Writes README.md, curves.png and the pictures before.png and after.png, as far as the run has them."""
+        pictures = _curves(self.run_dir, folder, self.iteration) + _samples(self.run_dir, folder, self.iteration)
+        parts = [f"# {self.run_dir.name}", self._summary(), self.usage, self._recipe(), *self.notes, *pictures]
+        parts += ["## Limits and licences", _LIMITS, self._licences()]
+        text = f"---\n{yaml.safe_dump(self._head(), sort_keys=False)}---\n\n" + "\n\n".join(parts) + "\n"
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+    def _head(self) -> dict[str, Any]:
+        model = self.config.model
+        bases = [path for path in (model.path, model.base, model.lora) if path is not None]
+        ids = [path for path in bases if _HUB_ID.fullmatch(path) and path not in _SHIPPED and not Path(path).exists()]
+        head: dict[str, Any] = {
+            "library_name": "diffusers",
+            "pipeline_tag": "text-to-image",
+            "license": "other",
+            "license_name": "that-of-the-base-model",
+            "tags": ["text-to-image", "reinforcement-learning", "rlcm_fast", *(["lora"] if self.is_lora else [])],
+        }
+        return {**head, "base_model": ids} if ids else head
+
+    @property
+    def is_lora(self) -> bool:
+        return self.config.lora.rank > 0
+
+    @property
+    def _rewards(self) -> list[RewardConfig]:
+        tasks = resolve(self.config, 1).tasks
+        return [reward for task in tasks for reward in task.rewards]
+
+    def _summary(self) -> str:
+        rewards = ", ".join(f"{reward.name} ({reward.weight:g})" for reward in self._rewards)
+        return (
+            f"`{self.config.model.path}`, fine-tuned with reinforcement learning by rlcm_fast {_version()} on the"
+            f" rewards (and weights) {rewards}, for {self.iteration} iterations."
+        )
+
+    def _recipe(self) -> str:
+        config, policy = self.config, self.config.policy
+        trained = f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}" if self.is_lora else "the whole UNet"
+        sizes = resolve(config, 1).sizes
+        rows = {
+            "base model": config.model.path,
+            "LoRAs in the base": _loras(config),
+            "trained": trained,
+            "sampler": f"{policy.kind}, {policy.num_steps} steps, guidance {policy.guidance_scale:g}",
+            "prompts": ", ".join(task.source for task in resolve(config, 1).tasks),
+            "images per iteration": sizes.samples_per_iteration,
+            "algorithm": config.algorithm.name,
+            "learning rate": f"{config.optimizer.lr:g} ({config.optimizer.name})",
+            "KL to the start model": config.update.kl_weight or None,
+        }
+        lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+        return "\n".join(["## Recipe", "", "| setting | value |", "|---|---|", *lines])
+
+    def _licences(self) -> str:
+        """Says whose licences bind the result; those of reward models are known to us."""
+        lines = [f"- base model: the licence of `{self.config.model.path}` binds this model, too"]
+        for reward in self._rewards:
+            for weights in _weights_of(reward.name):
+                lines.append(f"- reward {reward.name}: {weights.source or 'a file of yours'}, {weights.licence}")
+        return "\n".join(lines)
+
+
+def diffusers_usage(folder: Path) -> str:
+    """Returns the code that loads a folder of diffusers."""
+    lines = [
+        "from diffusers import DiffusionPipeline",
+        f'pipeline = DiffusionPipeline.from_pretrained("{folder.name}")',
+    ]
+    return "\n".join(["```python", *lines, "```"])
+
+
+def lora_usage(config: Config) -> str:
+    return (
+        f"`kohya.safetensors` goes into ComfyUI's or A1111's folder of LoRAs and is applied at strength 1 to"
+        f" `{config.model.path}`. {sampler(config)}"
+    )
+
+
+def sampler(config: Config) -> str:
+    """Says with which sampler the model was trained."""
+    policy = config.policy
+    eta = f" (eta {policy.eta:g})" if policy.kind in ("ddim", "tcd") else ""
+    timesteps = f" at the timesteps {', '.join(map(str, policy.timesteps))}" if policy.timesteps else ""
+    return f"Sampler: {_SAMPLERS[policy.kind]}{eta}, {policy.num_steps} steps{timesteps}."
+
+
+def with_kind(config: Config, backbone: Backbone) -> Config:
+    """Returns the config with the kind of policy that policy.kind=auto stands for; a card names it."""
+    kind = resolve_kind(config.policy, backbone.unet.config, backbone.scheduler_config)
+    return replace(config, policy=replace(config.policy, kind=kind))
+
+
+def _loras(config: Config) -> str | None:
+    """Names the LoRAs that were fused into the base model, with their scales."""
+    model = config.model
+    named = [*([model.lora] if model.lora else []), *(f"{lora.path} ({lora.scale:g})" for lora in model.loras)]
+    return ", ".join(named) or None
+
+
+def _weights_of(name: str) -> Sequence[Any]:
+    """Returns what is known of the models that a reward computes on; nothing for rewards without."""
+    from rlcm_fast.plugins import load_class
+    from rlcm_fast.rewards import BUILT_IN
+
+    facts = getattr(load_class(name, BUILT_IN), "FACTS", None) if name in BUILT_IN else None  # your class may have none
+    return () if facts is None else facts.weights
+
+
+def _version() -> str:
+    try:
+        return metadata.version("rlcm_fast")
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        return "(a checkout)"
+
+
+def _curves(run_dir: Path, folder: Path, iteration: int) -> list[str]:
+    """Draws the rewards over the iterations up to `iteration`."""
+    # Read the means of all rewards.
+    file = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line] if file.is_file() else []
+    lines = [line for line in lines if line.get("iteration", 0) < iteration]
+    names = sorted({key for line in lines for key in line if key.startswith("reward/") and key.endswith("/mean")})
+    if not names or len(lines) < _FEWEST_POINTS:
+        return []
+
+    # Draw them without a display and without pyplot's global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 2.2 * len(names)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
+        points = [(line["iteration"], line[name]) for line in lines if line.get(name) is not None]
+        axes.plot([x for x, _ in points], [y for _, y in points])
+        axes.set_ylabel(name.removeprefix("reward/").removesuffix("/mean"))
+    axes.set_xlabel("iteration")
+    figure.savefig(folder / "curves.png", dpi=80)
+    return ["![Rewards over the iterations](curves.png)"]
+
+
+def _samples(run_dir: Path, folder: Path, iteration: int) -> list[str]:
+    """Copies the run's first grid and its last one up to `iteration`."""
+    grids = [grid for grid in sorted((run_dir / "grids").glob("*.png")) if grid.stem.isdecimal()]
+    grids = [grid for grid in grids if int(grid.stem) <= iteration]
+    if len(grids) < 2:
+        return []
+    shutil.copy(grids[0], folder / "before.png")
+    shutil.copy(grids[-1], folder / "after.png")
+    before, after = int(grids[0].stem), int(grids[-1].stem)
+    return [f"Before ({before} iterations):", "![](before.png)", f"After {after}, same noise:", "![](after.png)"]
