@@ -233,7 +233,7 @@ def planned(case: Case) -> dict[str, Any]:
 
     config = config_of(case, "unused")
     architecture = load_architecture(resolve_model_path(config.model.path))
-    strategy = strategy_of(config, config.model.image_size or architecture.image_size, architecture.embeds_guidance)
+    strategy = strategy_of(config, config.model.pixels or architecture.image_size, architecture.embeds_guidance)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         strategy = replace(strategy, moves_idle=False)  # idle parts have nowhere to go

@@ -19,7 +19,7 @@ def flops_of(config: Config) -> dict[str, float]:
     from rlcm_fast.planner.tracing import Setup, prepare_unet, trace_unet
 
     architecture = load_architecture(resolve_model_path(config.model.path))
-    strategy = strategy_of(config, config.model.image_size or None, architecture.embeds_guidance)
+    strategy = strategy_of(config, config.model.pixels, architecture.embeds_guidance)
     rows = strategy.rows_per_sample
 
     def total(recompute: Any) -> tuple[float, float]:

@@ -70,7 +70,7 @@ class Backbone:
         notes: list[str] = []
         backbone = cls(assemble(model, dtype, kind, notes), device, dtype, offload_idle, decode_batch_size)
         backbone.notes = tuple(notes)
-        backbone._set_image_size(model.image_size)
+        backbone._set_image_size(model.pixels, model.image_size)
         backbone._pipeline.unet.to(device)
         for part in backbone.frozen_parts:
             part.requires_grad_(False)
@@ -80,16 +80,18 @@ class Backbone:
         backbone.unet.eval()  # because dropout would make the ratio differ from 1
         return backbone
 
-    def _set_image_size(self, pixels: int) -> None:
-        """Set the size in the config of the UNet, which policies, SDXL's time ids and exports read; 0 keeps it."""
+    def _set_image_size(self, pixels: tuple[int, int] | None, named: int | list[int]) -> None:
+        """Set the size in the config of the UNet, which policies, SDXL's time ids and exports read; None keeps it."""
+        if pixels is None:
+            return
         halvings = len(self.unet.config.block_out_channels) - 1  # pyright: ignore[reportAttributeAccessIssue]
         step = self._pipeline.vae_scale_factor * 2**halvings
-        if pixels % step:
-            raise ValueError(
-                f"model.image_size={pixels} must divide by {step}; try {max(1, round(pixels / step)) * step}"
-            )
-        if pixels > 0:
-            self.unet.register_to_config(sample_size=pixels // self._pipeline.vae_scale_factor)
+        if any(side % step for side in pixels):
+            near = [max(1, round(side / step)) * step for side in pixels]
+            remedy = near if isinstance(named, list) else near[0]
+            raise ValueError(f"model.image_size={named} must divide by {step}; try {remedy}")
+        height, width = (side // self._pipeline.vae_scale_factor for side in pixels)
+        self.unet.register_to_config(sample_size=height if height == width else [height, width])
 
     def add_adapters(self, config: LoraConfig) -> None:
         """Add LoRA adapters to the UNet; from here on, only these are trained."""

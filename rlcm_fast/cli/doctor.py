@@ -128,7 +128,7 @@ def _rows_of_run(arguments: argparse.Namespace, run: ResolvedRun) -> Iterator[Di
     rows = model_files(run.config.model)
     yield from rows
     for asked in asked_of(run):
-        size = run.config.model.image_size
+        size = run.config.model.pixels
         for row in examine(asked, size, asks_endpoints=not arguments.offline, scores=not arguments.files_only):
             rows.append(row)
             yield row

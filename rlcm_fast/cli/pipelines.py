@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -61,6 +62,16 @@ def draw(
             guidance_scale=guidance_scale,
             generator=generators,
             output_type="pt",
+            **_size_of(pipeline),
         )
         batches.append(output.images.float().cpu())
     return torch.cat(batches), time.perf_counter() - start
+
+
+def _size_of(pipeline: Any) -> dict[str, int]:
+    """Returns height and width, which pipelines of diffusers need to be told, if the UNet does not draw squares."""
+    size = pipeline.unet.config.sample_size
+    if isinstance(size, int):
+        return {}
+    height, width = size
+    return {"height": height * pipeline.vae_scale_factor, "width": width * pipeline.vae_scale_factor}

@@ -15,6 +15,7 @@ from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
     from rlcm_fast.config import Config
+    from rlcm_fast.planner.architecture import Size
     from rlcm_fast.planner.estimate import Memory, Strategy
     from rlcm_fast.planner.gpus import Gpu
     from rlcm_fast.planner.remedies import Settings
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rlcm_fast.rewards import gpu_load
 
     architecture = load_architecture(path)
-    image_size = arguments.image_size or config.model.image_size or None
+    image_size = arguments.image_size or _size(config.model.pixels)
     _check_image_size(image_size, architecture.pixels_per_latent)
     rewards = [reward for task in resolved.tasks for reward in task.rewards]
     load = gpu_load(rewards, config.evaluation.rewards, arguments.processes)
@@ -75,17 +76,26 @@ def run(arguments: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
-def _check_image_size(image_size: int | None, pixels_per_latent: int) -> None:
-    if image_size is not None and image_size % (8 * pixels_per_latent):
-        step = 8 * pixels_per_latent
-        nearest = max(step, round(image_size / step) * step)
-        raise ValueError(f"image-size={image_size} must divide by {step}; try {nearest}")
+def _size(pixels: tuple[int, int] | None) -> Size | None:
+    """Returns one number for a square."""
+    return pixels[0] if pixels is not None and pixels[0] == pixels[1] else pixels
+
+
+def _check_image_size(image_size: Size | None, pixels_per_latent: int) -> None:
+    from rlcm_fast.planner.architecture import sides
+
+    step = 8 * pixels_per_latent
+    for side in [] if image_size is None else sides(image_size):
+        if side % step:
+            raise ValueError(f"image-size={side} must divide by {step}; try {max(step, round(side / step) * step)}")
 
 
 def _head(planner: Planner, strategy: Strategy, name: str) -> list[str]:
     unet, work = planner.profiles(strategy).unet, planner.workload
     millions = (sum(unet.trainable) + unet.frozen) / 1e6
-    images = f"{work.samples} images of {strategy.image_size} pixels"
+    size = strategy.image_size
+    shown = size if isinstance(size, int) or size is None else " x ".join(map(str, size))
+    images = f"{work.samples} images of {shown} pixels"
     of = "" if work.num_processes == 1 else f" on each of {work.num_processes} GPUs"
     return [
         f"{name}: UNet of {millions:.1f} M parameters, {unet.forward_flops.total / 1e9:.4g} GFLOP forward, "

@@ -35,6 +35,7 @@ def validate(config: Config, world_size: int) -> ResolvedRun:
     check_ranges(config)
     run = resolve(config, world_size)
     _check_use(config)
+    _check_image_size(config)
     _check_policy(run)
     check_tasks(run)
     check_rewards(run)
@@ -76,6 +77,12 @@ def _check_beside_tasks(config: Config) -> None:
     for field, value, is_idle in idle:
         if is_idle:
             raise ValueError(f"{field}={value} {_BESIDE_TASKS}")
+
+
+def _check_image_size(config: Config) -> None:
+    size = config.model.image_size
+    if isinstance(size, list) and (len(size) != 2 or 0 in size):
+        raise ValueError(f"model.image_size={size} is no [height, width]; give two numbers of pixels, or one for both")
 
 
 def _check_policy(run: ResolvedRun) -> None:

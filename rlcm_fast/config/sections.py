@@ -45,10 +45,18 @@ class ModelConfig:
     """The variant of the files, as fp16; null takes the plain files, or fp16 where a folder has only those."""
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
     """What a single file's UNet predicts; auto: as the file says, or epsilon. Needed for Stable Diffusion 2 files."""
-    image_size: NonNegativeInt = 0
-    """Height and width of an image in pixels, as 512; 0 takes the size in the UNet's config. An export draws it too."""
+    image_size: Annotated[int | list[int], at_least(0, "a side in pixels, [height, width], or 0: the model's own")] = 0
+    """Pixels of an image, as 512 or [1216, 832]; 0 takes the size in the UNet's config. An export draws it too."""
     hash_files: bool = False
     """Note the SHA-256 of the model's files in checkpoints, not only sizes, times and headers; reads them all once."""
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """Height and width of an image; None leaves them to the model."""
+        size = self.image_size
+        if isinstance(size, int):
+            return (size, size) if size else None
+        return (size[0], size[1])
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,14 @@ _VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 _TEXT_ENCODERS = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
 
 
+Size = int | tuple[int, int]  # of both sides, or height and width
+
+
+def sides(size: Any) -> tuple[int, int]:
+    """Returns height and width of a size, which may be one number for both."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The configs of a model's parts, as diffusers and transformers write them."""
@@ -30,10 +38,11 @@ class Architecture:
     text_encoders: tuple[dict[str, Any], ...]
 
     @property
-    def image_size(self) -> int:
-        """Pixels per side by the UNet's config; the trainer draws images of this size."""
-        size = self.unet["sample_size"]
-        return (size if isinstance(size, int) else max(size)) * self.pixels_per_latent
+    def image_size(self) -> Size:
+        """Pixels per side, or height and width, by the UNet's config; the trainer draws images of this size."""
+        height, width = sides(self.unet["sample_size"])
+        scale = self.pixels_per_latent
+        return height * scale if height == width else (height * scale, width * scale)
 
     @property
     def pixels_per_latent(self) -> int:

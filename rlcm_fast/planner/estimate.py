@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 
 from rlcm_fast.config import Config, to_dict
-from rlcm_fast.planner.architecture import Architecture
+from rlcm_fast.planner.architecture import Architecture, Size, sides
 from rlcm_fast.planner.optimizer_states import moment_bytes
 from rlcm_fast.planner.tracing import NetworkProfile, Recompute, Setup, VaeProfile, profile_unet, profile_vae
 from rlcm_fast.planner.workload import Workload
@@ -67,7 +67,7 @@ class Strategy:
     start_model: Literal["off", "copy", "offload"] = "off"  # for the KL term
     real_image_micro_batch_size: int = 0  # pairs of the loss on real images, without guidance; 0: no such loss
     rows_per_sample: int = 1  # rows of the network's batch; 2 under classifier-free guidance
-    image_size: int | None = None  # pixels; None: the model's default
+    image_size: Size | None = None  # pixels; None: the model's default
     sums_in_float32: bool = False  # gradients of bfloat16 weights; estimate_memory finds it out from the workload
 
     @property
@@ -96,7 +96,7 @@ SETTINGS = {
 """Config field -> Strategy field, for fields whose values are the same in both."""
 
 
-def strategy_of(config: Config, image_size: int | None = None, embeds_guidance: bool = True) -> Strategy:
+def strategy_of(config: Config, image_size: Size | None = None, embeds_guidance: bool = True) -> Strategy:
     """Picks what memory depends on out of a config.
 
     embeds_guidance: the model has an input for the guidance scale, so a consistency policy needs one row per sample.
@@ -191,11 +191,12 @@ def measure(architecture: Architecture, strategy: Strategy, device: Device = "cu
     """Traces the model's networks as the strategy runs them; takes seconds, and no memory."""
     dtype, image_size = DTYPES[strategy.dtype], strategy.image_size or architecture.image_size
     setup = Setup(dtype, strategy.recompute, strategy.lora_rank, image_size, device)
+    height, width = (side // architecture.pixels_per_latent for side in sides(image_size))
     return Profiles(
         profile_unet(architecture, setup, strategy.micro_batch_size * strategy.rows_per_sample),
         profile_vae(architecture, image_size, FROZEN_DTYPE),
         sum(p.numel() for encoder in architecture.build_text_encoders() for p in encoder.parameters()),
-        architecture.unet["in_channels"] * (image_size // architecture.pixels_per_latent) ** 2 * 4,
+        architecture.unet["in_channels"] * height * width * 4,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from rlcm_fast.config import Config
 from rlcm_fast.config.checks import validate
+from rlcm_fast.planner.architecture import Size
 from rlcm_fast.planner.estimate import GIB, Strategy, strategy_of
 from rlcm_fast.planner.gpus import Gpu
 from rlcm_fast.planner.seconds import Planner
@@ -56,7 +57,7 @@ class Remedies:
 
     planner: Planner
     config: Config
-    image_size: int | None  # pixels; None: the model's default
+    image_size: Size | None  # pixels; None: the model's default
     gpu: Gpu
 
     def cheaper(self) -> Settings | None:

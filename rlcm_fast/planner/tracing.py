@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from rlcm_fast.engine.recomputation import set_recomputation
-from rlcm_fast.planner.architecture import Architecture
+from rlcm_fast.planner.architecture import Architecture, Size, sides
 
 Recompute = Literal["none", "block", "selective"]
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -64,7 +64,7 @@ class Setup:
     dtype: torch.dtype
     recompute: Recompute = "none"
     lora_rank: int = 0
-    image_size: int | None = None  # pixels; None: as the UNet's config says
+    image_size: Size | None = None  # pixels; None: as the UNet's config says
     device: Literal["cuda", "cpu"] = "cuda"  # whose attention kernel to trace
 
 
@@ -185,20 +185,22 @@ def profile_unet(architecture: Architecture, setup: Setup, rows: int) -> Network
     )
 
 
-def profile_vae(architecture: Architecture, image_size: int, dtype: torch.dtype) -> VaeProfile:
+def profile_vae(architecture: Architecture, image_size: Size, dtype: torch.dtype) -> VaeProfile:
     """Traces how the VAE decodes latents to images and encodes images to latents."""
     vae: Any = nn.Module.to(architecture.build_vae(), dtype).requires_grad_(False)
-    side = image_size // architecture.pixels_per_latent
+    height, width = sides(image_size)
+    scale = architecture.pixels_per_latent
 
-    def profile(work: Callable[[Tensor], Any], channels: int, side: int) -> ImageProfile:
+    def profile(work: Callable[[Tensor], Any], *shape: int) -> ImageProfile:
         passes = {}
         for rows in _FEW:
             with LiveBytes(vae.parameters()) as passes[rows], _fused_attention("cuda"):
-                work(torch.empty(rows, channels, side, side, device="meta", dtype=dtype))
+                work(torch.empty(rows, *shape, device="meta", dtype=dtype))
         return ImageProfile(Curve(tuple((n, passes[n].peak) for n in _FEW)), passes[1].flops)
 
-    decoder = profile(lambda z: vae.decode(z, return_dict=False)[0].float(), architecture.unet["in_channels"], side)
-    encoder = profile(lambda images: vae.encode(images, return_dict=False), 3, image_size)
+    latent = (architecture.unet["in_channels"], height // scale, width // scale)
+    decoder = profile(lambda z: vae.decode(z, return_dict=False)[0].float(), *latent)
+    encoder = profile(lambda images: vae.encode(images, return_dict=False), 3, height, width)
     return VaeProfile(sum(p.numel() for p in vae.parameters()), decoder, encoder)
 
 
@@ -238,10 +240,11 @@ def unet_inputs(architecture: Architecture, setup: Setup, rows: int, device: tor
     Some UNets get more: the guidance scale's embedding; in SDXL the pooled text and the six sizes (R, 6).
     """
     config = architecture.unet
-    side = (setup.image_size or architecture.image_size) // architecture.pixels_per_latent
+    pixels = sides(setup.image_size or architecture.image_size)
+    latent = [side // architecture.pixels_per_latent for side in pixels]
     zeros = partial(torch.zeros, device=device, dtype=setup.dtype)
     inputs: dict[str, Any] = {
-        "sample": zeros(rows, config["in_channels"], side, side),
+        "sample": zeros(rows, config["in_channels"], *latent),
         "timestep": torch.zeros(rows, device=device, dtype=torch.int64),
         "encoder_hidden_states": zeros(rows, architecture.num_tokens, config["cross_attention_dim"]),
     }

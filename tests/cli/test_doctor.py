@@ -309,7 +309,7 @@ def test_the_kernels_agree_on_a_gpu():
 
 
 def test_the_picture_is_one():
-    picture = picture_of(33)
+    picture = picture_of((33, 33))
     assert picture.shape == (1, 3, 33, 33)
     assert 0 <= picture.min() < picture.max() <= 1
 

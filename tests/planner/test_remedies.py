@@ -44,13 +44,13 @@ def suggested(arguments: Sequence[str], model: str, gib: float, processes: int =
     """The config, what to change of it, and its planner."""
     config = parse_config(arguments)
     planner = planner_of(model, Workload.of(validate(config, processes)))
-    return config, Remedies(planner, config, config.model.image_size or None, gpu_of(gib)).cheaper(), planner
+    return config, Remedies(planner, config, config.model.pixels, gpu_of(gib)).cheaper(), planner
 
 
 def assert_is_a_remedy(arguments: Sequence[str], model: str, gib: float, processes: int = 1) -> bool:
     """Parsed as a user would type it; False where nothing was suggested."""
     config, settings, planner = suggested(arguments, model, gib, processes)
-    size = config.model.image_size or None
+    size = config.model.pixels
     if settings is None:
         assert not planner.fits(strategy_of(config, size), gpu_of(gib))
         return False

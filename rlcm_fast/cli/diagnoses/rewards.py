@@ -58,7 +58,9 @@ def _first_prompt(source: str, field: str) -> Prompt:
     return Prompt("a photo of a cat") if source.startswith(PREFIX) else load_prompts(source, field)[0]
 
 
-def examine(asked: Asked, image_size: int, asks_endpoints: bool, scores: bool) -> Iterator[Diagnosis]:
+def examine(
+    asked: Asked, image_size: tuple[int, int] | None, asks_endpoints: bool, scores: bool
+) -> Iterator[Diagnosis]:
     """Yields the rows of one reward: files first; if they are here, what it answers to one picture.
 
     A reward with a URL is asked only if `asks_endpoints`, and none is built unless `scores`.
@@ -82,7 +84,7 @@ def examine(asked: Asked, image_size: int, asks_endpoints: bool, scores: bool) -
     if not scores or (is_remote and not asks_endpoints):
         yield Diagnosis(what, State.NOTE, "was not asked to score a picture")
         return
-    yield from _answers(what, asked, image_size or _PIXELS)
+    yield from _answers(what, asked, image_size or (_PIXELS, _PIXELS))
     if files:
         gc.collect()  # the model goes before the next one loads
 
@@ -100,7 +102,7 @@ def _of_files(what: str, files: ModelFiles) -> Diagnosis:
     return Diagnosis(what, State.DOWNLOAD, words, {"download_gb": weights.gigabytes})
 
 
-def _answers(what: str, asked: Asked, size: int) -> Iterator[Diagnosis]:
+def _answers(what: str, asked: Asked, size: tuple[int, int]) -> Iterator[Diagnosis]:
     """Yields what the reward answers to one picture, and its test of itself."""
     # Build it and show it the picture.
     config, prompt = asked.config, asked.prompt
@@ -129,11 +131,14 @@ def _answers(what: str, asked: Asked, size: int) -> Iterator[Diagnosis]:
         yield Diagnosis(what, state, words, {"found": test.found, "expected": test.expected})
 
 
-def test_picture(size: int) -> Tensor:
-    """A picture (1, 3, size, size) float32 in [0, 1]: an orange disc before a blue sky."""
-    row = torch.linspace(-1, 1, size)
-    distance = (row[:, None].square() + row.square()).sqrt()  # from the centre
-    disc = ((0.5 - distance) * size / 4).clamp(0, 1)
-    sky = torch.stack([0.3 + 0.1 * row, 0.5 + 0.1 * row, 0.8 + 0.1 * row])[:, :, None].expand(3, size, size)
+def test_picture(size: tuple[int, int]) -> Tensor:
+    """A picture (1, 3, H, W) float32 in [0, 1]: an orange disc before a blue sky."""
+    height, width = size
+    short = min(size)
+    down, across = (torch.linspace(-side / short, side / short, side) for side in size)
+    distance = (down[:, None].square() + across.square()).sqrt()  # from the centre
+    disc = ((0.5 - distance) * short / 4).clamp(0, 1)
+    row = torch.linspace(-1, 1, height)
+    sky = torch.stack([0.3 + 0.1 * row, 0.5 + 0.1 * row, 0.8 + 0.1 * row])[:, :, None].expand(3, height, width)
     orange = torch.tensor([0.9, 0.5, 0.1])[:, None, None]
     return (disc * orange + (1 - disc) * sky)[None]
