@@ -49,7 +49,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")
     if is_worker or not config.pluginmanager.has_plugin("xdist") or option.numprocesses is not None or option.usepdb:
         return
-    is_whole = all(Path(argument).is_dir() for argument in config.args) and not option.keyword and not option.lf
+    last_failed = getattr(option, "lf", False)  # pytest has the option only with its cache
+    is_whole = all(Path(argument).is_dir() for argument in config.args) and not option.keyword and not last_failed
     if is_whole:
         option.numprocesses, option.dist, option.loadscopereorder = NUM_WORKERS, "loadfile", False
 
