@@ -42,6 +42,8 @@ from rlcm_fast.stages.update import Updater
 from rlcm_fast.stages.weight_check import WeightCheck
 from rlcm_fast.tasks import Tasks
 
+_SURVEYED = 10_000  # prompts of each task that are looked at for their length; tokenizing them takes a second
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -135,6 +137,7 @@ def _build(config: Config, device: torch.device, folder: RunFolder) -> Parts:
 
     # Bind the stages to what they need.
     evaluation = build_evaluation(run, tasks, images, engine)
+    backbone.texts.survey([*tasks.texts(_SURVEYED), *evaluation.texts])
     # With torch.compile, another batch size would be another graph.
     num_checked = 1 if config.engine.compile == "off" else config.rollout.micro_batch_size
     check_weights = WeightCheck(images, engine, evaluation.grid.prompts[:1] * num_checked, config.evaluation.seed)
@@ -163,7 +166,9 @@ def _load_backbone(config: Config, device: torch.device) -> Backbone:
         kind=config.policy.kind,
         offload_idle=config.engine.offload_idle,
         decode_batch_size=config.rollout.decode_batch_size,
+        prompts=config.prompts,
     )
+    backbone.texts.cut.tell = say
     for note in backbone.notes:
         say(note)
 

@@ -78,6 +78,10 @@ class Tasks:
         """Returns the prompts of a round that this process draws images for."""
         return [prompt for name in names for prompt in self._samplers[name].next_batch()]
 
+    def texts(self, most: int) -> list[str]:
+        """Returns prompts of all tasks that are at hand, at most `most` of each."""
+        return [prompt.text for sampler in self._samplers.values() for prompt in sampler.known(most)]
+
     def advantage_metrics(self, names: Sequence[str]) -> dict[str, float]:
         """Returns `advantage/...` of the last batch; `advantage/TASK/...` if there are several tasks."""
         metrics = self.advantages.metrics()

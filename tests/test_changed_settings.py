@@ -222,6 +222,17 @@ def test_an_old_checkpoint_says_that_its_settings_cannot_be_compared(
     assert any("does not say what it was trained with: its settings cannot be compared" in line for line in said)
 
 
+def test_another_negative_prompt_empties_the_buffers(tiny_sd_folder: str, tmp_path: Path, said: list[str]):
+    settings = {"policy__kind": "ddim", "update__num_updates": 1}
+    trained(tiny_sd_folder, tmp_path / "run", **settings)
+    again = {"resume": "latest", "num_iterations": 3, "prompts__negative": "blurry", "prompts__long": "chunks"}
+    trainer = Trainer(make_config(tiny_sd_folder, tmp_path / "run", **settings, **again))
+    assert buffers(trainer) == 0
+    fate = "images change at once, so the advantage buffers are emptied"
+    assert f"changed since the checkpoint: prompts.negative  -> blurry; {fate}" in said
+    assert f"changed since the checkpoint: prompts.long cut -> chunks; {fate}" in said
+
+
 def test_gone_checkpoints_with_metrics_are_refused_and_without_them_it_starts_at_0(
     tiny_lcm_folder: str, run_dir: Path, said: list[str]
 ):
@@ -348,6 +359,7 @@ def test_deterministic_algorithms_alone_change_no_number_on_a_cpu(
 
 
 EVERY: dict[str, tuple[object, dict[str, object]]] = {
+    "model.clip_skip": (1, {}),
     "model.image_size": (32, {}),
     "policy.num_steps": (5, {}),
     "policy.timesteps": ([999, 499, 249], {}),
@@ -363,6 +375,8 @@ EVERY: dict[str, tuple[object, dict[str, object]]] = {
     "prompts.source": ("shapes:one", {}),
     "prompts.num_prompts": (4, {}),
     "prompts.images_per_prompt": (4, {}),
+    "prompts.long": ("chunks", {}),
+    "prompts.max_chunks": (3, {"prompts.long": "chunks"}),
     "task_schedule": ("by_task", {"tasks": None}),
     "advantages.kind": ("group", {}),
     "advantages.scale": ("group", {}),
@@ -414,7 +428,7 @@ EVERY: dict[str, tuple[object, dict[str, object]]] = {
     "seed": (1, {}),
 }
 # Whose tests are others: lists, what needs a GPU, a compiler or another base, what a test above resumes.
-ELSEWHERE = {"ema.device", "engine.attention", "engine.compile", "engine.optimizer_in_backward"}
+ELSEWHERE = {"prompts.negative", "ema.device", "engine.attention", "engine.compile", "engine.optimizer_in_backward"}
 
 
 def test_every_field_that_takes_effect_is_resumed_with():

@@ -201,7 +201,8 @@ def _check_parts(pipeline: Any, model: ModelConfig) -> None:
         raise ValueError(f"{named} has no UNet2DConditionModel; give a Stable Diffusion or LCM folder")
     unet_config: Any = parts["unet"].config
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in parts]
-    for name in ("vae", *encoders):
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    for name in ("vae", *encoders, *tokenizers):
         if parts.get(name) is None:
             raise ValueError(f"{named} has no {name}; give a text-to-image folder (a refiner is not one)")
 

@@ -3,14 +3,13 @@
 folder or hub id -> Backbone;   prompts -> Conditioning (each encoded once);   latents -> images;   weights -> folder
 """
 
-# B images, D distinct prompts, L tokens, E embedding, P pooled embedding, C H W latent
+# B images, D distinct prompts, C H W latent
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,12 @@ from torch import Tensor
 
 from rlcm_fast.backbones.adapters import WithoutAdapters, add_adapters, has_adapters, merged, plain, save_adapters
 from rlcm_fast.backbones.assembly import assemble
-from rlcm_fast.config import LoraConfig, ModelConfig
+from rlcm_fast.backbones.text_checks import check_configs, check_pipeline
+from rlcm_fast.backbones.texts import Encoding, TextEncoder, TextSettings
+from rlcm_fast.config import LoraConfig, ModelConfig, PromptsConfig
 from rlcm_fast.trajectory import Conditioning, Prompt
 
 _ENCODING_BYTES = 256 * 2**20  # limit for the text encodings that are kept
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Encoding of one text, on the device."""
-
-    embeds: Tensor  # (L, E); SDXL's two encoders side by side
-    pooled: Tensor | None  # (P,), only from SDXL's second encoder
 
 
 class Backbone:
@@ -50,6 +43,7 @@ class Backbone:
         self._negative: Encoding | None = None
         self.notes: tuple[str, ...] = ()  # what was found while loading, for people
         self._is_sdxl = "text_encoder_2" in pipeline.components
+        self.texts = TextEncoder(pipeline, device)
 
     @classmethod
     def load(
@@ -60,16 +54,23 @@ class Backbone:
         kind: str,
         offload_idle: bool = False,
         decode_batch_size: int = 0,
+        prompts: PromptsConfig | None = None,
     ) -> Backbone:
         """Load what `model` names, the UNet in `dtype` and the rest in float32; raises ValueError as `assemble` does.
 
         kind: of the policy; it says the scheduler if there is a `model.base` or a `model.lora`.
         offload_idle: only the UNet stays on the device. decode_batch_size: images decoded at once; 0 means all.
+        prompts: the negative prompt, and how long prompts are read.
         """
+        settings = TextSettings(model.clip_skip, prompts or PromptsConfig())
+        check_configs(model, settings)
+
         # Load the parts and move them to their devices; only the UNet is trained.
         notes: list[str] = []
         backbone = cls(assemble(model, dtype, kind, notes), device, dtype, offload_idle, decode_batch_size)
         backbone.notes = tuple(notes)
+        check_pipeline(backbone._pipeline, settings)
+        backbone.texts = TextEncoder(backbone._pipeline, device, settings)
         backbone._set_image_size(model.pixels, model.image_size)
         backbone._pipeline.unet.to(device)
         for part in backbone.frozen_parts:
@@ -138,35 +139,40 @@ class Backbone:
     def encode(self, prompts: Sequence[Prompt], with_negative: bool, remember: bool = True) -> Conditioning:
         """Conditioning of B samples; each distinct text is encoded once and kept while there is room.
 
-        Without `remember`, the texts are encoded together and forgotten, which captions of millions of images need.
+        Without `remember`, the texts are encoded together and forgotten, which captions of millions of images need, and
+        the negative is the empty text, whatever the negative prompt is: it stands for captions that are dropped.
         """
         # Encode the distinct texts, or look them up.
         distinct = list(dict.fromkeys(prompt.text for prompt in prompts))
-        self._encode_missing(distinct if remember else [], with_negative)
+        negative: Encoding | None = None
         if remember:
+            self._encode_missing(distinct, with_negative)
             encodings = [self._encodings[text] for text in distinct]
+            negative = self._negative if with_negative else None
         else:
             with self._on_device(*self.text_encoders):
-                encodings, _ = self._encode_together(distinct, with_negative=False)
+                encodings = self.texts.encode(distinct)
+                negative = self.texts.empty() if with_negative else None
         self._forget_oldest()
 
         # Bundle them for the samples.
         rows = {text: row for row, text in enumerate(distinct)}
-        negative = self._negative if with_negative else None
+        embeds, pooled = self.texts.stacked(encodings)
+        negative_embeds, negative_pooled = self.texts.stacked([negative]) if negative else (None, None)
         return Conditioning(
-            prompt_embeds=torch.stack([encoding.embeds for encoding in encodings]),
+            prompt_embeds=embeds,
             index=torch.tensor([rows[prompt.text] for prompt in prompts], device=self.device),
-            negative_embeds=negative.embeds[None] if negative else None,
-            pooled_embeds=_stack([encoding.pooled for encoding in encodings]),
-            negative_pooled=_stack([negative.pooled]) if negative else None,
+            negative_embeds=negative_embeds,
+            pooled_embeds=pooled,
+            negative_pooled=negative_pooled,
             time_ids=self._time_ids() if self._is_sdxl else None,
         )
 
     def _forget_oldest(self) -> None:
         """Forget the oldest encodings (0.2 MB each for Stable Diffusion): few of millions of prompts ever return."""
-        bytes_each = sum(encoding.embeds.nbytes for encoding in list(self._encodings.values())[:1])
-        while len(self._encodings) * bytes_each > _ENCODING_BYTES:
-            del self._encodings[next(iter(self._encodings))]
+        kept = sum(encoding.embeds.nbytes for encoding in self._encodings.values())
+        while kept > _ENCODING_BYTES:
+            kept -= self._encodings.pop(next(iter(self._encodings))).embeds.nbytes
 
     def _encode_missing(self, texts: list[str], with_negative: bool) -> None:
         """Encode new texts one by one: the last bits depend on the batch, and a resumed run forms other batches."""
@@ -176,23 +182,9 @@ class Backbone:
             return
         with self._on_device(*self.text_encoders):
             for text in missing:
-                self._encodings[text] = self._encode_together([text], with_negative=False)[0][0]
+                (self._encodings[text],) = self.texts.encode([text])
             if lacks_negative:
-                _, self._negative = self._encode_together([""], with_negative=True)
-
-    def _encode_together(self, texts: list[str], with_negative: bool) -> tuple[list[Encoding], Encoding | None]:
-        """Encode texts, and what guidance leads away from: the empty text, or zeros if an SDXL folder asks for them."""
-        encoded = self._pipeline.encode_prompt(
-            prompt=texts,
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=with_negative,
-        )
-        embeds, negative, pooled, negative_pooled = encoded if self._is_sdxl else (*encoded, None, None)
-        encodings = [Encoding(row, None if pooled is None else pooled[i]) for i, row in enumerate(embeds)]
-        if not with_negative:
-            return encodings, None
-        return encodings, Encoding(negative[0], None if negative_pooled is None else negative_pooled[0])
+                self._negative = self.texts.negative()
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -255,9 +247,3 @@ class Backbone:
     def export_adapters(self, unet_weights: Mapping[str, Tensor], folder: Path) -> None:
         """Write the adapters alone, for `load_lora_weights` of a stock pipeline with the start model."""
         save_adapters(self.unet, unet_weights, self._pipeline, folder)
-
-
-def _stack(rows: Sequence[Tensor | None]) -> Tensor | None:
-    """Stack the rows that are there; None if there are none."""
-    present = [row for row in rows if row is not None]
-    return torch.stack(present) if present else None

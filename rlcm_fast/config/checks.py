@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from rlcm_fast.config import Config, PolicyConfig
+from rlcm_fast.config import Config, PolicyConfig, PromptsConfig
 from rlcm_fast.config.algorithm_checks import check_algorithm
 from rlcm_fast.config.engine_checks import check_engine
 from rlcm_fast.config.ranges import check_ranges
@@ -36,6 +36,7 @@ def validate(config: Config, world_size: int) -> ResolvedRun:
     run = resolve(config, world_size)
     _check_use(config)
     _check_image_size(config)
+    _check_texts(config)
     _check_policy(run)
     check_tasks(run)
     check_rewards(run)
@@ -83,6 +84,20 @@ def _check_image_size(config: Config) -> None:
     size = config.model.image_size
     if isinstance(size, list) and (len(size) != 2 or 0 in size):
         raise ValueError(f"model.image_size={size} is no [height, width]; give two numbers of pixels, or one for both")
+
+
+def _check_texts(config: Config) -> None:
+    prompts, scale = config.prompts, config.policy.guidance_scale
+    if prompts.negative and scale == 1:
+        raise ValueError(
+            f"prompts.negative={prompts.negative} has no use with policy.guidance_scale={scale:g}, which is no "
+            "guidance; raise it, or set prompts.negative=''"
+        )
+    if prompts.long == "cut" and prompts.max_chunks != PromptsConfig().max_chunks:
+        raise ValueError(
+            f"prompts.max_chunks={prompts.max_chunks} has no use with prompts.long=cut; set prompts.long=chunks, or "
+            "leave it out"
+        )
 
 
 def _check_policy(run: ResolvedRun) -> None:

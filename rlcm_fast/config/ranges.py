@@ -65,7 +65,7 @@ def _numbers(section: Any, prefix: str) -> Iterator[tuple[str, float, Range]]:
         for place, part in parts.items():
             if is_dataclass(part):
                 yield from _numbers(part, f"{place}.")
-            elif allowed is not None:
+            elif allowed is not None and part is not None:
                 yield place, part, allowed
 
 

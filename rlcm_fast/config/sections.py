@@ -6,6 +6,7 @@ A `Source` may name a file that lies beside the YAML file (files.py).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, cast
 
@@ -45,6 +46,8 @@ class ModelConfig:
     """The variant of the files, as fp16; null takes the plain files, or fp16 where a folder has only those."""
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
     """What a single file's UNet predicts; auto: as the file says, or epsilon. Needed for Stable Diffusion 2 files."""
+    clip_skip: Annotated[int | None, at_least(1, "1 or more, or null for none")] = None
+    """Layers that the text encoders leave out for prompts, as diffusers counts: A1111's "Clip skip" 2 is 1 here."""
     image_size: Annotated[int | list[int], at_least(0, "a side in pixels, [height, width], or 0: the model's own")] = 0
     """Pixels of an image, as 512 or [1216, 832]; 0 takes the size in the UNet's config. An export draws it too."""
     hash_files: bool = False
@@ -106,6 +109,22 @@ class PromptsConfig:
     """Distinct prompts of an iteration, over all processes."""
     images_per_prompt: PositiveInt = 4
     """Images of each prompt in an iteration; the batch has num_prompts * images_per_prompt images."""
+    negative: str = ""
+    """The negative prompt of every image, which classifier-free guidance leads away from; empty is none."""
+    long: Literal["cut", "chunks"] = "cut"
+    """Prompts over 75 tokens: cut after them, or encoded in chunks of 75, as A1111 does."""
+    max_chunks: Annotated[int, within("[2, 4]", "2, 3 or 4 chunks, or set prompts.long=cut for 1")] = 2
+    """Chunks of a prompt that are read if long=chunks; a UNet gets 2, 6 or 12 of them for 2, 3 or 4."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Most chunks of a prompt that are read."""
+        return self.max_chunks if self.long == "chunks" else 1
+
+    @property
+    def encoded_chunks(self) -> int:
+        """Chunks of every encoding: those of a shorter prompt are repeated, which needs a common multiple."""
+        return math.lcm(*range(1, self.num_chunks + 1))
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,10 @@ class Sampler(Protocol):
         """The next num_prompts * images_per_prompt prompts of this rank; the repeats of a prompt lie side by side."""
         ...
 
+    def known(self, most: int) -> Sequence[Prompt]:
+        """Prompts that are at hand, at most `most`; of a dataset those of the window that is read."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """The state as plain values for JSON, the same on every rank."""
         ...
@@ -146,6 +150,9 @@ class PromptSampler:
     def next_batch(self) -> list[Prompt]:
         rows = self._draw()[self._share.rank_rows].tolist()
         return self._share.repeated(self._prompts[row] for row in rows)
+
+    def known(self, most: int) -> Sequence[Prompt]:
+        return self._prompts[:most]
 
     def state_dict(self) -> dict[str, int]:
         return {"num_batches": self._num_batches, "fingerprint": self._fingerprint}

@@ -126,6 +126,9 @@ class StreamSampler:
     def next_batch(self) -> list[Prompt]:
         return self._share.repeated(map(Prompt, self._draw()[self._share.rank_rows]))
 
+    def known(self, most: int) -> list[Prompt]:
+        return [Prompt(text) for text in self._window[:most]]
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "stream": self._stream.state_dict(),

@@ -84,6 +84,9 @@ class Card:
             "LoRAs in the base": _loras(config),
             "trained": trained,
             "sampler": f"{policy.kind}, {policy.num_steps} steps, guidance {policy.guidance_scale:g}",
+            "clip skip (that of A1111 is one more)": config.model.clip_skip,
+            "negative prompt": config.prompts.negative or None,
+            "long prompts": _long_prompts(config),
             "prompts": ", ".join(task.source for task in resolve(config, 1).tasks),
             "images per iteration": sizes.samples_per_iteration,
             "algorithm": config.algorithm.name,
@@ -137,6 +140,11 @@ def _loras(config: Config) -> str | None:
     model = config.model
     named = [*([model.lora] if model.lora else []), *(f"{lora.path} ({lora.scale:g})" for lora in model.loras)]
     return ", ".join(named) or None
+
+
+def _long_prompts(config: Config) -> str | None:
+    """Says how prompts over 75 tokens were read; None if they were cut, as usual."""
+    return f"{config.prompts.num_chunks} chunks of 75 tokens" if config.prompts.long == "chunks" else None
 
 
 def _weights_of(name: str) -> Sequence[Any]:

@@ -178,6 +178,12 @@ class Evaluation:
     evaluators: Sequence[Evaluator]
     grid: HeldOut
 
+    @property
+    def texts(self) -> list[str]:
+        """The prompts of all images that are drawn here."""
+        held_out = [self.grid, *(evaluator.held_out for evaluator in self.evaluators)]
+        return [prompt.text for images in held_out for prompt in images.prompts]
+
     def __call__(self, iteration: int, tracker: Tracker, is_scored: bool, is_drawn: bool) -> dict[str, float]:
         """Scores held-out images and draws the grid, with the weights after `iteration` iterations."""
         if not (is_scored or is_drawn):

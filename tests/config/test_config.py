@@ -184,6 +184,17 @@ def test_a_mistake_in_the_file_names_the_file_the_field_and_the_way_out(
         ("--policy.eta 0", "policy.eta=0.0 is out of range"),
         ("--policy.guidance_scale 0.5", "policy.guidance_scale=0.5 is out of range"),
         ("--prompts.num_prompts 0", "prompts.num_prompts=0 is out of range; give 1 or more"),
+        (
+            "--prompts.negative blurry --policy.guidance_scale 1",
+            "prompts.negative=blurry has no use with policy.guidance_scale=1, which is no guidance; raise it, or set",
+        ),
+        (
+            "--prompts.max_chunks 3",
+            "prompts.max_chunks=3 has no use with prompts.long=cut; set prompts.long=chunks, or",
+        ),
+        ("--prompts.long chunks --prompts.max_chunks 5", "prompts.max_chunks=5 is out of range; give 2, 3 or 4 chunks"),
+        ("--prompts.long mask", "prompts.long=mask is not allowed; give one of cut, chunks"),
+        ("--model.clip_skip 0", "model.clip_skip=0 is out of range; give 1 or more, or null for none"),
         ("--rewards []", "rewards=[] leaves nothing to optimise"),
         ("--advantages.min_count 17", "advantages.min_count=17 must lie between 2 and advantages.buffer_size=16"),
         ("--advantages.kind group --prompts.images_per_prompt 1", "prompts.images_per_prompt=1 makes no group"),
