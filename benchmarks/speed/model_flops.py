@@ -23,7 +23,8 @@ def flops_of(config: Config) -> dict[str, float]:
     rows = strategy.rows_per_sample
 
     def total(recompute: Any) -> tuple[float, float]:
-        setup = Setup(DTYPES[strategy.dtype], recompute, strategy.lora_rank, strategy.image_size)
+        shape = (strategy.lora_rank, strategy.image_size)
+        setup = Setup(DTYPES[strategy.dtype], recompute, *shape, text_chunks=strategy.text_chunks)
         traced = trace_unet(prepare_unet(architecture.build_unet(), setup), architecture, setup, rows, trains=True)
         return traced.forward_flops.total, traced.flops.total
 

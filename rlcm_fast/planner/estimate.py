@@ -68,6 +68,7 @@ class Strategy:
     real_image_micro_batch_size: int = 0  # pairs of the loss on real images, without guidance; 0: no such loss
     rows_per_sample: int = 1  # rows of the network's batch; 2 under classifier-free guidance
     image_size: Size | None = None  # pixels; None: the model's default
+    text_chunks: int = 1  # chunks of a text's encoding
     sums_in_float32: bool = False  # gradients of bfloat16 weights; estimate_memory finds it out from the workload
 
     @property
@@ -114,6 +115,7 @@ def strategy_of(config: Config, image_size: Size | None = None, embeds_guidance:
         found["ema"] = {"model": "gpu", "cpu": "cpu"}[config.ema.device]
     found |= {"start_model": start_model, "real_image_micro_batch_size": pairs}
     found |= {"rows_per_sample": 2 if is_guided else 1, "image_size": image_size}
+    found["text_chunks"] = config.prompts.encoded_chunks
     return replace(Strategy(), **found)
 
 
@@ -190,7 +192,7 @@ class Memory:
 def measure(architecture: Architecture, strategy: Strategy, device: Device = "cuda") -> Profiles:
     """Traces the model's networks as the strategy runs them; takes seconds, and no memory."""
     dtype, image_size = DTYPES[strategy.dtype], strategy.image_size or architecture.image_size
-    setup = Setup(dtype, strategy.recompute, strategy.lora_rank, image_size, device)
+    setup = Setup(dtype, strategy.recompute, strategy.lora_rank, image_size, device, strategy.text_chunks)
     height, width = (side // architecture.pixels_per_latent for side in sides(image_size))
     return Profiles(
         profile_unet(architecture, setup, strategy.micro_batch_size * strategy.rows_per_sample),

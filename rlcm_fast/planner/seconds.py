@@ -53,7 +53,7 @@ class Planner:
 
     def profiles(self, strategy: Strategy) -> Profiles:
         """Traces the model, once for all strategies that run the network alike."""
-        key = (strategy.dtype.removeprefix("pure_"), strategy.recompute, strategy.lora_rank, strategy.image_size)
+        key = (strategy.dtype.removeprefix("pure_"), strategy.recompute, *_shape(strategy))
         if key not in self._profiles:
             self._profiles[key] = measure(self.architecture, strategy)
         return self._profiles[key]
@@ -122,11 +122,16 @@ class Planner:
 
     def least(self, strategy: Strategy) -> int:
         """Bytes without activations; any profile with the same trained weights will do, so it seldom needs tracing."""
-        same = (strategy.lora_rank, strategy.image_size)
+        same = _shape(strategy)
         traced = (profiles for (_, _, *key), profiles in self._profiles.items() if tuple(key) == same)
         profiles = next(traced, None) or self.profiles(strategy)
         memory = estimate_memory(strategy, profiles, self.workload, self.rewards)
         return memory.always + memory.gradients + max(memory.bucket, memory.step_temporaries)
+
+
+def _shape(strategy: Strategy) -> tuple[Any, ...]:
+    """Returns what the shapes of a pass depend on, beside its rows."""
+    return strategy.lora_rank, strategy.image_size, strategy.text_chunks
 
 
 def _divisors(number: int) -> list[int]:

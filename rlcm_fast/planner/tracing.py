@@ -66,6 +66,7 @@ class Setup:
     lora_rank: int = 0
     image_size: Size | None = None  # pixels; None: as the UNet's config says
     device: Literal["cuda", "cpu"] = "cuda"  # whose attention kernel to trace
+    text_chunks: int = 1  # chunks of a text's encoding, each as long as the text encoder's input
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,9 @@ def unet_inputs(architecture: Architecture, setup: Setup, rows: int, device: tor
     inputs: dict[str, Any] = {
         "sample": zeros(rows, config["in_channels"], *latent),
         "timestep": torch.zeros(rows, device=device, dtype=torch.int64),
-        "encoder_hidden_states": zeros(rows, architecture.num_tokens, config["cross_attention_dim"]),
+        "encoder_hidden_states": zeros(
+            rows, architecture.num_tokens * setup.text_chunks, config["cross_attention_dim"]
+        ),
     }
     if config.get("time_cond_proj_dim"):
         inputs["timestep_cond"] = zeros(rows, config["time_cond_proj_dim"])

@@ -23,7 +23,7 @@ from rlcm_fast.planner import estimate
 from rlcm_fast.planner.architecture import load_architecture
 from rlcm_fast.planner.estimate import GIB, Memory, Profiles, Strategy, estimate_memory, measure, strategy_of
 from rlcm_fast.planner.optimizer_states import moment_bytes
-from rlcm_fast.planner.tracing import LiveBytes, Setup, prepare_unet, trace_unet
+from rlcm_fast.planner.tracing import LiveBytes, Setup, prepare_unet, trace_unet, unet_inputs
 from rlcm_fast.planner.workload import Workload
 from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.rewards import RewardLoad
@@ -306,3 +306,23 @@ def test_offloaded_rewards_count_in_the_rollout_alone():
     for load, staged in ((RewardLoad(offloaded=GIB), rollout), (RewardLoad(always=GIB), without.keys())):
         stages = estimate_memory(Strategy(), profiles_of("none"), WORK, load).stages
         assert stages == {name: size + (GIB if name in staged else 0) for name, size in without.items()}
+
+
+@pytest.mark.parametrize(("max_chunks", "copies"), [(0, 1), (2, 2), (3, 6), (4, 12)])
+def test_long_prompts_have_the_tokens_of_all_chunks(max_chunks: int, copies: int):
+    options = ["--prompts.long", "chunks", "--prompts.max_chunks", str(max_chunks)] if max_chunks else []
+    strategy = strategy_of(parse_config(options))
+    assert strategy.text_chunks == copies
+    setup = Setup(torch.float32, text_chunks=strategy.text_chunks)
+    text = unet_inputs(ARCHITECTURE, setup, 3, torch.device("meta"))["encoder_hidden_states"]
+    assert text.shape[:2] == (3, ARCHITECTURE.num_tokens * copies)
+
+
+def test_more_tokens_of_a_text_are_more_work():
+    unet = prepare_unet(ARCHITECTURE.build_unet(), Setup(torch.float32))
+    passes = [
+        trace_unet(unet, ARCHITECTURE, Setup(torch.float32, text_chunks=chunks), 2, trains=True) for chunks in (1, 2, 6)
+    ]
+    flops, saved = [one.flops.total for one in passes], [one.saved for one in passes]
+    assert flops[0] < flops[1] < flops[2]
+    assert saved[0] < saved[1] < saved[2]
