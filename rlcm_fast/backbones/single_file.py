@@ -227,7 +227,7 @@ def _filled(build: Callable[[], Any], weight_of: Find, part: str, dtype: torch.d
 
 
 def save_single_file(pipeline: Any, file: Path, dtype: torch.dtype, guidance_scale: float, **metadata: str) -> None:
-    """Writes a pipeline, text encoders and VAE included, under the original names.
+    """Writes a pipeline, text encoders and VAE included, under the original names, without its textual inversions.
 
     guidance_scale: what a latent consistency model's UNet is fixed to in other tools; without effect for others.
 
@@ -238,7 +238,17 @@ def save_single_file(pipeline: Any, file: Path, dtype: torch.dtype, guidance_sca
     for name in ("text_encoder", "text_encoder_2"):
         if pipeline.components.get(name) is not None:
             tensors |= _text_tensors(name, pipeline.components[name], pipeline.unet.config)
+    added = textual_inversions(pipeline)
+    for name, weight in tensors.items():
+        if added and name.endswith("token_embedding.weight"):
+            tensors[name] = weight[: pipeline.tokenizer.vocab_size]  # other tools want the rows of CLIP and no more
     _write(tensors, file, dtype, {**modelspec(pipeline), **metadata})
+
+
+def textual_inversions(pipeline: Any) -> list[str]:
+    """Returns the placeholders that were added to a pipeline's tokenizer, such as <cat>, <cat>_1."""
+    tokenizer = pipeline.tokenizer
+    return [name for name, token in tokenizer.added_tokens_encoder.items() if token >= tokenizer.vocab_size]
 
 
 def save_unet_file(pipeline: Any, file: Path, dtype: torch.dtype, guidance_scale: float, **metadata: str) -> None:

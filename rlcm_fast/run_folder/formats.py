@@ -25,7 +25,7 @@ from torch import Tensor
 from rlcm_fast.backbones.extraction import Extracted, extract_lora
 from rlcm_fast.backbones.lora_layouts import KOHYA_FILE, write_kohya
 from rlcm_fast.backbones.pipeline import Backbone
-from rlcm_fast.backbones.single_file import modelspec, save_single_file, save_unet_file
+from rlcm_fast.backbones.single_file import modelspec, save_single_file, save_unet_file, textual_inversions
 from rlcm_fast.config import Config, parse_config, to_dict
 from rlcm_fast.run_folder import checkpoint as checkpoints
 from rlcm_fast.run_folder.model_card import Card, diffusers_usage, lora_usage, sampler, with_kind
@@ -125,7 +125,10 @@ class Export:
         save_single_file(pipeline, file, DTYPES[self.dtype], self.guidance_scale, **self._metadata())
         usage = f"`{file.name}` goes into ComfyUI's `models/checkpoints` or A1111's `models/Stable-diffusion`."
         config = with_kind(self.run.config, backbone)
-        self._card(config, f"{usage} {sampler(config)}", _guidance_notes(pipeline.unet, self.guidance_scale))
+        notes = [*_guidance_notes(pipeline.unet, self.guidance_scale), *_inversion_notes(pipeline)]
+        for note in _inversion_notes(pipeline):
+            say(note)
+        self._card(config, f"{usage} {sampler(config)}", notes)
         return file
 
     def safetensors_unet(self) -> Path:
@@ -181,6 +184,16 @@ def _guidance_notes(unet: Any, guidance_scale: float) -> list[str]:
     return [
         f"The UNet's input for the guidance scale is fixed to {guidance_scale:g} in this file: draw with your tool's"
         " CFG at 1. rlcm_fast reads the input itself back from the file."
+    ]
+
+
+def _inversion_notes(pipeline: Any) -> list[str]:
+    added = textual_inversions(pipeline)
+    if not added:
+        return []
+    return [
+        f"A single file has no place for the textual inversions of this model ({', '.join(added[:4])}): load them in"
+        " your tool, or use --format diffusers, which keeps them."
     ]
 
 

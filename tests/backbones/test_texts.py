@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.shared import tiny_pipelines
 from rlcm_fast.backbones.chunks import Splitter, split_as_a1111
 from rlcm_fast.backbones.pipeline import Backbone
-from rlcm_fast.backbones.single_file import tokenizers
+from rlcm_fast.backbones.single_file import save_single_file, textual_inversions, tokenizers
 from rlcm_fast.config import ModelConfig, PolicyConfig, PromptsConfig
 from rlcm_fast.policies import Network, build_policy
 from rlcm_fast.trajectory import Conditioning, Prompt
@@ -304,6 +305,17 @@ def test_a_textual_inversion_is_not_split_between_chunks(inverted: str):
     ours = encode(backbone, f"{letters} <cat> b").prompt_embeds
     alone = encode(load(inverted), "<cat> b").prompt_embeds
     torch.testing.assert_close(ours[:, 32:], alone)
+
+
+def test_a_single_file_leaves_textual_inversions_out_and_names_them(inverted: str, tiny_sd_folder: str, tmp_path: Path):
+    pipelines = {"with.safetensors": stock(inverted), "without.safetensors": stock(tiny_sd_folder)}
+    for name, pipeline in pipelines.items():
+        save_single_file(pipeline, tmp_path / name, torch.float32, guidance_scale=1.0)
+    ours, plain = (load_file(tmp_path / name) for name in pipelines)
+    assert ours.keys() == plain.keys()
+    assert all(torch.equal(ours[name], weight) for name, weight in plain.items())
+    found = [textual_inversions(pipeline) for pipeline in pipelines.values()]
+    assert found == [["<cat>", "<cat>_1", "<cat>_2", "<dog>"], []]
 
 
 @pytest.mark.parametrize(
