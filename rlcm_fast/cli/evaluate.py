@@ -10,13 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlcm_fast.cli.arguments import add_sampling_arguments, positive_int
+from rlcm_fast.cli.arguments import add_sampling_arguments, check_texts, positive_int
 from rlcm_fast.cli.output import check_device, check_out, write
 from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rlcm_fast.backbones.texts import TextEncoder
     from rlcm_fast.config import RewardConfig
     from rlcm_fast.rewards import Reward
     from rlcm_fast.trajectory import Prompt
@@ -43,7 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     # Check the arguments before anything is drawn.
     out = None if arguments.out is None else check_out(arguments.out)
     check_device(arguments.device)
-    from rlcm_fast.cli.pipelines import load_pipeline
+    check_texts(arguments)
+    from rlcm_fast.cli.pipelines import encoder_of, load_pipeline, text_settings
     from rlcm_fast.prompts import load_prompts, prompts_for_images
     from rlcm_fast.rewards import build_rewards, check_groups
 
@@ -53,10 +55,12 @@ def run(arguments: argparse.Namespace) -> None:
     prompts = prompts_for_images(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
 
     # Draw and score at each number of steps, and write the report.
+    reading = text_settings(arguments)
     pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)
-    settings = ("model", "lora", "prompts", "num_images", "guidance_scale", "seed")
+    encoder = encoder_of(pipeline, reading, [prompt.text for prompt in prompts])
+    settings = ("model", "lora", "prompts", "num_images", "guidance_scale", "negative", "clip_skip", "long", "seed")
     report = {name: getattr(arguments, name) for name in settings} | {
-        "results": [measure(pipeline, prompts, rewards, steps, arguments) for steps in arguments.num_steps]
+        "results": [measure(pipeline, prompts, rewards, steps, arguments, encoder) for steps in arguments.num_steps]
     }
     text = finite_json(report, indent=2)
     if out is None:
@@ -97,10 +101,12 @@ def measure(
     rewards: Mapping[str, Reward],
     num_steps: int,
     arguments: argparse.Namespace,
+    encoder: TextEncoder | None = None,
 ) -> dict[str, Any]:
     """Draws images at one number of steps and scores them by every reward; set rewards score groups.
 
-    The time includes the drawing only. A reward that fails does so on the first image, before the others are drawn.
+    encoder: what reads the prompts; None: the pipeline. The time includes the drawing only. A reward that fails does so
+    on the first image, before the others are drawn.
     """
     from rlcm_fast.cli.pipelines import draw
     from rlcm_fast.cli.scoring import raw_scores
@@ -109,12 +115,12 @@ def measure(
     # Draw one image, which sets up the pipeline and is not timed, and try the rewards on it.
     texts = [prompt.text for prompt in prompts]
     settings = (num_steps, arguments.guidance_scale, arguments.seed, arguments.batch_size)
-    first, _ = draw(pipeline, texts[:1], *settings)
+    first, _ = draw(pipeline, texts[:1], *settings, encoder)
     for name, reward in rewards.items():
         raw_scores(name, reward, first, prompts[:1])
 
     # Draw all images.
-    images, seconds = draw(pipeline, texts, *settings)
+    images, seconds = draw(pipeline, texts, *settings, encoder)
 
     # Score them.
     scores = {}

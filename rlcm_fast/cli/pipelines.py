@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import sys
 import time
 from collections.abc import Sequence
@@ -12,11 +14,14 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from rlcm_fast.backbones import assembly
 from rlcm_fast.backbones.file_kinds import is_checkpoint
 from rlcm_fast.backbones.loading import SHIPPED, resolve_lora_path, resolve_model_path, variant_of
-from rlcm_fast.config import ModelConfig
+from rlcm_fast.backbones.text_checks import check_configs, check_pipeline
+from rlcm_fast.backbones.texts import TextEncoder, TextSettings
+from rlcm_fast.config import ModelConfig, PromptsConfig
 
 
 def load_pipeline(
@@ -43,12 +48,61 @@ def load_pipeline(
     return pipeline.to(target)
 
 
+OPTIONS = ("clip-skip", "negative")
+
+
+def text_settings(arguments: argparse.Namespace) -> TextSettings:
+    """Returns how the arguments say that texts are read; refuses what the model has no use for, before it loads.
+
+    Raises:
+        ValueError: the model cannot skip so many layers, or has no use for a negative prompt.
+    """
+    prompts = PromptsConfig(negative=arguments.negative, long=arguments.long, max_chunks=arguments.max_chunks)
+    settings = TextSettings(arguments.clip_skip, prompts)
+    check_configs(ModelConfig(arguments.model, revision=arguments.revision), settings, OPTIONS)
+    return settings
+
+
+def encoder_of(pipeline: Any, settings: TextSettings, texts: Sequence[str]) -> TextEncoder | None:
+    """Returns what reads texts as the settings say; says on stderr how many of them are cut.
+
+    It is None if the pipeline can read them itself, or has text encoders of another kind.
+
+    Raises:
+        ValueError: as `text_settings`, or the text encoders are of another kind.
+    """
+    encoder_names = [name for name in pipeline.components if name.startswith("text_encoder")]
+    encoders = [pipeline.components[name] for name in encoder_names]
+    if not encoders or not all(isinstance(one, CLIPTextModel | CLIPTextModelWithProjection) for one in encoders):
+        if settings != TextSettings():
+            raise ValueError(
+                "negative, clip-skip and long are for the text encoders of Stable Diffusion and SDXL, and this model "
+                "has others; leave them out"
+            )
+        return None
+    check_pipeline(pipeline, settings, OPTIONS)
+    encoder = TextEncoder(pipeline, pipeline.device, settings)
+    encoder.cut.tell = _to_stderr
+    encoder.survey(texts)
+    return None if encoder.is_plain else encoder
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def draw(
-    pipeline: DiffusionPipeline, texts: Sequence[str], num_steps: int, guidance_scale: float, seed: int, batch_size: int
+    pipeline: DiffusionPipeline,
+    texts: Sequence[str],
+    num_steps: int,
+    guidance_scale: float,
+    seed: int,
+    batch_size: int,
+    encoder: TextEncoder | None = None,
 ) -> tuple[Tensor, float]:
     """Draws images (B, 3, H, W), float32 in [0, 1] on the CPU, and returns them with the seconds that this took.
 
-    Image i has the noise of seed + i.
+    Image i has the noise of seed + i. encoder: reads the texts, as `encoder_of` made it; None: the pipeline does.
     """
     # Draw batch by batch; a generator per image makes it independent of its batch.
     batches: list[Tensor] = []
@@ -57,7 +111,7 @@ def draw(
         chunk = list(texts[first : first + batch_size])
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(chunk))]
         output = pipeline(  # pyright: ignore[reportCallIssue]  # each pipeline class defines its own __call__
-            prompt=chunk,
+            **({"prompt": chunk} if encoder is None else _encoded(pipeline, encoder, chunk)),
             num_inference_steps=num_steps,
             guidance_scale=guidance_scale,
             generator=generators,
@@ -66,6 +120,19 @@ def draw(
         )
         batches.append(output.images.float().cpu())
     return torch.cat(batches), time.perf_counter() - start
+
+
+def _encoded(pipeline: Any, encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Returns the encodings of texts as arguments of a pipeline; those with guidance get the negative prompt, too."""
+    embeds, pooled = encoder.stacked(encoder.encode(texts))
+    found = {"prompt_embeds": embeds}
+    accepted = inspect.signature(pipeline.__call__).parameters
+    negative, negative_pooled = encoder.stacked([encoder.negative()] * len(texts))
+    if "negative_prompt_embeds" in accepted:
+        found["negative_prompt_embeds"] = negative
+    if "pooled_prompt_embeds" in accepted and pooled is not None and negative_pooled is not None:
+        found |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": negative_pooled}
+    return found
 
 
 def _size_of(pipeline: Any) -> dict[str, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from rlcm_fast.cli.arguments import add_sampling_arguments, positive_int
+from rlcm_fast.cli.arguments import add_sampling_arguments, check_texts, positive_int
 from rlcm_fast.cli.output import PICTURES, check_device, check_out, write
 
 
@@ -23,14 +23,15 @@ def run(arguments: argparse.Namespace) -> None:
     # Check the arguments before anything is drawn.
     out = check_out(arguments.out, PICTURES)
     check_device(arguments.device)
-    from rlcm_fast.cli.pipelines import draw, load_pipeline
+    check_texts(arguments)
+    from rlcm_fast.cli.pipelines import draw, encoder_of, load_pipeline, text_settings
     from rlcm_fast.grids import captioned_grid
 
     # Draw the images and write the grid.
     texts = [text for text in arguments.prompt for _ in range(arguments.num_images)]
+    reading = text_settings(arguments)
     pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)
-    images, _ = draw(
-        pipeline, texts, arguments.num_steps, arguments.guidance_scale, arguments.seed, arguments.batch_size
-    )
+    settings = (arguments.num_steps, arguments.guidance_scale, arguments.seed, arguments.batch_size)
+    images, _ = draw(pipeline, texts, *settings, encoder_of(pipeline, reading, arguments.prompt))
     write(out, captioned_grid(images, texts, columns=arguments.num_images).save)
     print(f"{len(images)} images in {out}")

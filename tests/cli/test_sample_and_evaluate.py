@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from rlcm_fast.cli import pipelines
 from rlcm_fast.cli.evaluate import statistics
 from rlcm_fast.cli.main import main
 from rlcm_fast.cli.pipelines import draw, load_pipeline
@@ -189,3 +191,72 @@ def test_a_reward_that_may_fail_is_for_runs():
 
     with pytest.raises(ValueError, match="name=diversity on_failure=skip works in a run only, .*; leave it out"):
         reward_configs(["{name: diversity, on_failure: skip}"])
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_text_settings_draw_as_the_pipeline_does_with_them(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
+    folder = request.getfixturevalue(f"tiny_{kind}_folder")
+    drawn: list[torch.Tensor] = []
+    original = pipelines.draw
+
+    def noted(*settings: Any) -> tuple[torch.Tensor, float]:
+        images, seconds = original(*settings)
+        drawn.append(images)
+        return images, seconds
+
+    monkeypatch.setattr(pipelines, "draw", noted)
+    common = ["sample", "--model", folder, "--num-steps", "2", "--num-images", "1", "--out", str(tmp_path / "a.png")]
+    assert main([*common, "--prompt", "a star", "--negative", "blurry"]) == 0
+    assert main([*common, "--prompt", "a star", "--long", "chunks"]) == 0
+    assert main([*common, "--prompt", "a star"]) == 0
+    pipeline: Any = load_pipeline(folder, device="cpu")
+    settings: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "pt"}
+    generator = torch.Generator().manual_seed(0)
+    expected = pipeline("a star", negative_prompt="blurry", generator=generator, **settings).images
+    torch.testing.assert_close(drawn[0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(drawn[1], drawn[2], atol=1e-5, rtol=0)
+    assert not torch.allclose(drawn[0], drawn[2], atol=1e-3)
+
+
+def test_sample_skips_layers_and_says_what_it_cuts(
+    tiny_sd_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    common = ["sample", "--model", tiny_sd_folder, "--num-steps", "2", "--num-images", "1"]
+    long = " ".join("abcdefghijklmnopqrstuvwxyz0123456789")
+    for name, more in {"a": [], "b": ["--clip-skip", "1"], "c": ["--long", "chunks"]}.items():
+        assert main([*common, "--prompt", long, *more, "--out", str(tmp_path / f"{name}.png")]) == 0
+        said = capsys.readouterr().err
+        assert ("1 of 1 distinct prompts are too long for the 30 tokens" in said) == (name != "c")
+        assert "truncated" not in said
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in "abc"]
+    assert len(set(pictures)) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        (
+            "sd",
+            ["--negative", "x", "--guidance-scale", "1"],
+            "negative=x has no use with guidance-scale=1, which is no",
+        ),
+        ("sd", ["--max-chunks", "3"], "max-chunks=3 has no use with long=cut; give --long chunks, too"),
+        ("sd", ["--clip-skip", "2"], "clip-skip=2 leaves no layer of this model's text encoder; give 1 to 1"),
+        ("lcm", ["--negative", "x"], "negative=x has no use: the guidance scale is an input of this model's UNet"),
+    ],
+)
+def test_text_settings_without_a_use_end_in_one_line(
+    kind: str,
+    more: list[str],
+    message: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+):
+    arguments = ["--model", request.getfixturevalue(f"tiny_{kind}_folder"), "--out", str(tmp_path / "a.png")]
+    assert main(["sample", "--prompt", "a star", *arguments, *more]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(f"error: {message}"), "nothing is loaded before"
+    assert "\n" not in line
