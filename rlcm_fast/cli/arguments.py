@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser, several_steps: bool) -> None:
+    """Adds the arguments; num_steps is a list, of several numbers if `several_steps`."""
     model = "shapes/lcm, shapes/teacher, the export/ folder of a run, or any LCM or Stable Diffusion folder or hub id"
     parser.add_argument("--model", required=True, metavar="DIR", help=model)
     lora = "a LoRA to add to the model: the lora/ folder of a run, a .safetensors file or a hub id"
     parser.add_argument("--lora", metavar="DIR", help=lora)
     parser.add_argument("--revision", help="revision of a hub id")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
+    steps = parser.add_mutually_exclusive_group()
+    count = "denoising steps" + (", one or several numbers" if several_steps else "")
+    steps.add_argument(
+        "--num-steps",
+        nargs="+" if several_steps else 1,
+        type=positive_int,
+        metavar="N",
+        help=f"{count}; default: those of the run that made the model, else 4",
+    )
+    timesteps = "the training timestep of each step, noisiest first; default: those of the run, if it named some"
+    steps.add_argument("--timesteps", type=falling_ints, metavar="999,749,...", help=timesteps)
+    guidance = "classifier-free guidance; 1 turns it off; default: that of the run, else 4"
+    parser.add_argument("--guidance-scale", type=float, metavar="SCALE", help=guidance)
     parser.add_argument("--negative", default="", metavar="TEXT", help="negative prompt, for models with guidance")
     skip = "layers that the text encoders leave out, as diffusers counts: A1111's 2 is 1 here"
     parser.add_argument("--clip-skip", type=positive_int, metavar="N", help=skip)
@@ -40,6 +54,16 @@ def positive_int(text: str) -> int:
 
 def non_negative_int(text: str) -> int:
     return _int_from(text, 0)
+
+
+def falling_ints(text: str) -> list[int]:
+    parts = text.replace(",", " ").split()
+    numbers = [int(part) for part in parts if part.isdecimal()]
+    if not numbers or len(numbers) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: give whole numbers, as 999,749,499,249")
+    if any(later >= number for number, later in itertools.pairwise(numbers)):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: the numbers must fall, noisiest first")
+    return numbers
 
 
 def _int_from(text: str, least: int) -> int:

@@ -29,13 +29,10 @@ REWARDS_HELP = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_sampling_arguments(parser)
+    add_sampling_arguments(parser, several_steps=True)
     parser.add_argument("--rewards", nargs="+", required=True, metavar="NAME", help=REWARDS_HELP)
     source = "prompt source, like prompts.source in a config: shapes:one, ..., a .txt or .jsonl file, hf:DATASET"
     parser.add_argument("--prompts", default="shapes:one:held_out", metavar="SOURCE", help=source)
-    parser.add_argument(
-        "--num-steps", nargs="+", type=positive_int, default=[4], help="denoising steps, one or several numbers"
-    )
     parser.add_argument("--num-images", type=positive_int, default=64, help="images for each number of steps")
     parser.add_argument("--out", help="JSON file to write; default: stdout")
 
@@ -46,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_device(arguments.device)
     check_texts(arguments)
     from rlcm_fast.cli.pipelines import encoder_of, load_pipeline, text_settings
+    from rlcm_fast.cli.sampling import Sampling
     from rlcm_fast.prompts import load_prompts, prompts_for_images
     from rlcm_fast.rewards import build_rewards, check_groups
 
@@ -57,10 +55,12 @@ def run(arguments: argparse.Namespace) -> None:
     # Draw and score at each number of steps, and write the report.
     reading = text_settings(arguments)
     pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)
+    sampling = Sampling.settle(pipeline, arguments)
+    arguments.guidance_scale = sampling.guidance_scale
     encoder = encoder_of(pipeline, reading, [prompt.text for prompt in prompts])
     settings = ("model", "lora", "prompts", "num_images", "guidance_scale", "negative", "clip_skip", "long", "seed")
     report = {name: getattr(arguments, name) for name in settings} | {
-        "results": [measure(pipeline, prompts, rewards, steps, arguments, encoder) for steps in arguments.num_steps]
+        "results": [measure(pipeline, prompts, rewards, steps, arguments, encoder) for steps in sampling.num_steps]
     }
     text = finite_json(report, indent=2)
     if out is None:
@@ -109,6 +109,7 @@ def measure(
     on the first image, before the others are drawn.
     """
     from rlcm_fast.cli.pipelines import draw
+    from rlcm_fast.cli.sampling import sampler_of
     from rlcm_fast.cli.scoring import raw_scores
     from rlcm_fast.rewards import evaluate
 
@@ -128,6 +129,7 @@ def measure(
         scores[name] = evaluate(name, reward, raw_scores(name, reward, images, prompts), prompts, iteration=0)
     return {
         "num_steps": num_steps,
+        "sampler": sampler_of(pipeline),
         "seconds_per_image": seconds / len(images),
         "rewards": {name: statistics(values) for name, values in scores.items()},
     }

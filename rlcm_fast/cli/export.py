@@ -98,27 +98,28 @@ def image_errors(export: Export, file: Path, arguments: argparse.Namespace) -> t
 
     from rlcm_fast.backbones.assembly import assemble, fuse_lora
     from rlcm_fast.cli.pipelines import draw, load_pipeline
+    from rlcm_fast.cli.policy_scheduler import PolicyScheduler
     from rlcm_fast.prompts import load_prompts, prompts_for_images
 
-    # Draw the same images with each; all have the sampler of the run.
+    # Draw the same images with each, as the run drew them.
     config = export.run.config
     prompts = prompts_for_images(load_prompts(config.evaluation.prompts, "prompts"), arguments.num_images, config.seed)
     settings = ([p.text for p in prompts], config.policy.num_steps, config.policy.guidance_scale, config.seed, 4)
 
     def drawn(pipeline: Any) -> Any:
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler = PolicyScheduler(config.policy, tuned.unet.config, tuned_scheduler)
         return draw(pipeline, *settings)[0]
 
     def other() -> Any:
         if arguments.relative_to is None:
             return assemble(config.model, torch.float32, config.policy.kind)
-        pipeline: Any = load_pipeline(arguments.relative_to, device="cpu")
-        pipeline.scheduler = tuned_scheduler
-        return pipeline
+        return load_pipeline(arguments.relative_to, device="cpu")
 
     backbone, weights = export.run.load()
     tuned = backbone.with_weights(weights)
-    tuned_scheduler, expected = tuned.scheduler, drawn(tuned)
+    tuned_scheduler = tuned.scheduler
+    expected = drawn(tuned)
     fused = other()
     fuse_lora(fused, str(file), f"lora={file}")
     return (drawn(fused) - expected).abs().mean().item(), (drawn(other()) - expected).abs().mean().item()

@@ -12,9 +12,8 @@ from rlcm_fast.cli.output import PICTURES, check_device, check_out, write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_sampling_arguments(parser)
+    add_sampling_arguments(parser, several_steps=False)
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="one or more prompts, each quoted")
-    parser.add_argument("--num-steps", type=positive_int, default=4, help="denoising steps")
     parser.add_argument("--num-images", type=positive_int, default=4, help="images per prompt, a row of the grid")
     parser.add_argument("--out", default="grid.png", help="image file to write")
 
@@ -25,13 +24,16 @@ def run(arguments: argparse.Namespace) -> None:
     check_device(arguments.device)
     check_texts(arguments)
     from rlcm_fast.cli.pipelines import draw, encoder_of, load_pipeline, text_settings
+    from rlcm_fast.cli.sampling import Sampling, sampler_of
     from rlcm_fast.grids import captioned_grid
 
     # Draw the images and write the grid.
     texts = [text for text in arguments.prompt for _ in range(arguments.num_images)]
     reading = text_settings(arguments)
     pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)
-    settings = (arguments.num_steps, arguments.guidance_scale, arguments.seed, arguments.batch_size)
+    sampling = Sampling.settle(pipeline, arguments)
+    settings = (sampling.num_steps[0], sampling.guidance_scale, arguments.seed, arguments.batch_size)
     images, _ = draw(pipeline, texts, *settings, encoder_of(pipeline, reading, arguments.prompt))
     write(out, captioned_grid(images, texts, columns=arguments.num_images).save)
-    print(f"{len(images)} images in {out}")
+    drawn = f"{sampling.num_steps[0]} steps, guidance {sampling.guidance_scale:g}"
+    print(f"{len(images)} images in {out} ({sampler_of(pipeline)}; {drawn})")

@@ -1,7 +1,7 @@
 """Samplers as Gaussian policies: tables of schedules, and one policy for each kind of network."""
 
 from rlcm_fast.policies.base import GaussianPolicy, Network
-from rlcm_fast.policies.build import build_policy, resolve_kind
+from rlcm_fast.policies.build import build_policy, build_schedule, resolve_kind
 from rlcm_fast.policies.consistency import ConsistencyPolicy
 from rlcm_fast.policies.diffusion import DiffusionPolicy
 from rlcm_fast.policies.few_step_schedules import euler_ancestral_schedule, tcd_schedule
@@ -15,6 +15,7 @@ __all__ = [
     "NoiseLevels",
     "Schedule",
     "build_policy",
+    "build_schedule",
     "consistency_schedule",
     "ddim_schedule",
     "euler_ancestral_schedule",

@@ -28,13 +28,20 @@ def build_policy(config: PolicyConfig, network: Network, scheduler_config: Mappi
     Raises:
         ValueError: the model is of another kind, or an affine Gaussian step cannot express its scheduler.
     """
-    kind = resolve_kind(config, network.config, scheduler_config)
-    is_sampled = config.last_step == "sampled"
-    schedule = _schedule(config, kind, scheduler_config, "deterministic" if is_sampled else config.last_step)
-    schedule = schedule.with_sampled_image(config.last_sigma) if is_sampled else schedule
-    if kind == "consistency":
+    schedule = build_schedule(config, network.config, scheduler_config)
+    if schedule.kind == "consistency":
         return ConsistencyPolicy(network, schedule, config.guidance_scale)
     return DiffusionPolicy(network, schedule, config.guidance_scale)
+
+
+def build_schedule(
+    config: PolicyConfig, unet_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]
+) -> Schedule:
+    """Build the table of the steps of a policy; raises ValueError as `build_policy` does."""
+    kind = resolve_kind(config, unet_config, scheduler_config)
+    is_sampled = config.last_step == "sampled"
+    schedule = _schedule(config, kind, scheduler_config, "deterministic" if is_sampled else config.last_step)
+    return schedule.with_sampled_image(config.last_sigma) if is_sampled else schedule
 
 
 def resolve_kind(config: PolicyConfig, unet_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import Config
 from rlcm_fast.engine.averaging import AveragingEngine
 from rlcm_fast.run_folder.model_card import Card, diffusers_usage, lora_usage, with_kind
+from rlcm_fast.run_folder.sampler_file import write_sampler
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,11 @@ class Exporter:
         if parallel.is_main():
             self.backbone.export(weights, run_dir / "export")
             described = with_kind(self.config, self.backbone)
+            write_sampler(described.policy, run_dir / "export")
             _card(run_dir, described, diffusers_usage(run_dir / "export")).write(run_dir / "export")
             if has_adapters:
                 self.backbone.export_adapters(weights, run_dir / "lora")
+                write_sampler(described.policy, run_dir / "lora")
                 _card(run_dir, described, lora_usage(described)).write(run_dir / "lora")
         adapters = f"; {run_dir}/lora holds its adapters for load_lora_weights" if has_adapters else ""
         return f"done: {run_dir}/export is a diffusers folder{adapters}; {run_dir}/metrics.jsonl holds the curves"

@@ -30,6 +30,7 @@ from rlcm_fast.config import Config, parse_config, to_dict
 from rlcm_fast.run_folder import checkpoint as checkpoints
 from rlcm_fast.run_folder.model_card import Card, diffusers_usage, lora_usage, sampler, with_kind
 from rlcm_fast.run_folder.resume import put_weights
+from rlcm_fast.run_folder.sampler_file import RECIPE, write_sampler
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.run_folder.wholeness import damage
 
@@ -172,9 +173,10 @@ class Export:
         """Returns the texts of the file's header: title, date, recipe."""
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         recipe = json.dumps({**to_dict(self.run.config), "finished_iterations": self.run.iteration})
-        return {"modelspec.title": self.name, "modelspec.date": today, "rlcm_fast.recipe": recipe}
+        return {"modelspec.title": self.name, "modelspec.date": today, RECIPE: recipe}
 
     def _card(self, config: Config, usage: str, notes: Sequence[str]) -> None:
+        write_sampler(config.policy, self.folder)
         Card(self.run.run_dir.resolve(), config, self.run.iteration, usage, notes).write(self.folder)
 
 

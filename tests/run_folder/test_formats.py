@@ -22,6 +22,7 @@ from rlcm_fast.backbones.extraction import extract_lora
 from rlcm_fast.backbones.lora_layouts import add_lora, read_lora
 from rlcm_fast.cli.main import main as rlcm_fast
 from rlcm_fast.config import ModelConfig, parse_config
+from rlcm_fast.run_folder.sampler_file import read_sampler
 from rlcm_fast.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -72,6 +73,19 @@ def test_a_single_file_holds_the_exported_model_and_its_recipe(run: Path, tiny_l
     recipe = json.loads(metadata["rlcm_fast.recipe"])
     assert (recipe["finished_iterations"], recipe["policy"]["num_steps"]) == (6, 3)
     assert metadata["modelspec.title"] == "my_run"
+
+
+def test_what_is_exported_says_how_it_was_sampled(run: Path, lora_run: Path, tmp_path: Path):
+    assert export(run, "--format", "single-file", "--out", str(tmp_path)) == 0
+    exports = [run / "export", tmp_path / "my_run.safetensors", tmp_path, lora_run / "export", lora_run / "lora"]
+    policies = [read_sampler(str(place)) for place in exports]
+    assert None not in policies
+    sampled = {(policy.num_steps, policy.guidance_scale, policy.eta) for policy in policies if policy is not None}
+    assert sampled == {(3, 4.0, 1.0)}
+    assert [policy.kind for policy in policies if policy is not None] == [KIND, "auto", KIND, KIND, KIND]
+    image = tmp_path / "grid.png"
+    given = ["--prompt", "a star", "--num-images", "1", "--out", str(image)]
+    assert rlcm_fast(["sample", "--model", str(run / "export"), *given]) == 0
 
 
 def test_the_unet_alone_goes_into_its_pipeline_again(run: Path, tiny_lcm_folder: str, tmp_path: Path):
