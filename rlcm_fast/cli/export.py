@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the difference is to this model's UNet (a diffusers folder, a file or a hub id); default: the start model"
     )
     parser.add_argument("--relative-to", metavar="MODEL", help=relative)
+    hub = "also upload the folder to this repository of the Hugging Face hub, made if it is not there"
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help=hub)
+    parser.add_argument("--private", action="store_true", help="make the new repository of --push-to-hub private")
     images = "images to draw with the model and with its extracted LoRA, for the error that is stated; 0: none"
     parser.add_argument("--num-images", type=non_negative_int, default=4, help=images)
 
@@ -46,7 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.relative_to is not None and rank is None:
         raise ValueError(f"relative-to={arguments.relative_to} is for --extract-lora RANK; give it, too")
     wanted = "lora" if rank is not None else wanted
+    if arguments.private and arguments.push_to_hub is None:
+        raise ValueError("private=true is for --push-to-hub OWNER/NAME; give it, too")
     out = None if arguments.out is None else check_out_folder(arguments.out)
+    if arguments.push_to_hub is not None:
+        _check_hub(arguments.push_to_hub, out)
     from rlcm_fast.run_folder.formats import Export, FinishedRun
 
     found = FinishedRun.find(arguments.run_dir, arguments.iteration)
@@ -56,20 +63,39 @@ def run(arguments: argparse.Namespace) -> None:
             " writes the difference to its start model as a LoRA"
         )
     out = out or check_out_folder(str(Path(arguments.run_dir) / "exports" / wanted))
-    scale = arguments.guidance_scale or found.config.policy.guidance_scale
+    scale = found.config.policy.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
     export = Export(found, out, arguments.dtype, scale)
 
-    # Write it.
+    # Write it, and upload it.
     if rank is not None:
         _extract(export, arguments)
-        return
-    write = {
-        "diffusers": export.diffusers,
-        "single-file": export.single_file,
-        "safetensors-unet": export.safetensors_unet,
-        "lora": export.lora,
-    }[wanted]
-    print(f"iteration {found.iteration} of {found.run_dir} in {write()}")
+    else:
+        write = {
+            "diffusers": export.diffusers,
+            "single-file": export.single_file,
+            "safetensors-unet": export.safetensors_unet,
+            "lora": export.lora,
+        }[wanted]
+        print(f"iteration {found.iteration} of {found.run_dir} in {write()}", flush=True)
+    if arguments.push_to_hub is not None:
+        from rlcm_fast.cli.hub import upload
+
+        message = f"{found.run_dir.resolve().name} after {found.iteration} iterations"
+        print(f"uploaded: {upload(out, arguments.push_to_hub, arguments.private, message)}")
+
+
+def _check_hub(repository: str, out: Path | None) -> None:
+    """Refuses a repository, or a folder that would be uploaded with files of others in it; raises ValueError."""
+    from rlcm_fast.cli.hub import check_repository
+    from rlcm_fast.run_folder.sampler_file import SAMPLER_FILE
+
+    check_repository(repository)
+    others = [] if out is None or (out / SAMPLER_FILE).is_file() else sorted(file.name for file in out.iterdir())
+    if others:
+        raise ValueError(
+            f"push-to-hub={repository} uploads all of out={out}, which holds other files, such as {others[0]}; give a"
+            " new folder"
+        )
 
 
 def _extract(export: Export, arguments: argparse.Namespace) -> None:
