@@ -234,6 +234,11 @@ def save_single_file(pipeline: Any, file: Path, dtype: torch.dtype, guidance_sca
     Raises:
         ValueError: the VAE is not an AutoencoderKL, or a layer has no original name.
     """
+    _write(file_tensors(pipeline, guidance_scale), file, dtype, {**modelspec(pipeline), **metadata})
+
+
+def file_tensors(pipeline: Any, guidance_scale: float) -> dict[str, Tensor]:
+    """Returns the weights of a pipeline by their names in a file; raises ValueError as `save_single_file` does."""
     tensors = unet_tensors(pipeline.unet, guidance_scale) | _vae_tensors(pipeline.vae)
     for name in ("text_encoder", "text_encoder_2"):
         if pipeline.components.get(name) is not None:
@@ -242,7 +247,7 @@ def save_single_file(pipeline: Any, file: Path, dtype: torch.dtype, guidance_sca
     for name, weight in tensors.items():
         if added and name.endswith("token_embedding.weight"):
             tensors[name] = weight[: pipeline.tokenizer.vocab_size]  # other tools want the rows of CLIP and no more
-    _write(tensors, file, dtype, {**modelspec(pipeline), **metadata})
+    return tensors
 
 
 def textual_inversions(pipeline: Any) -> list[str]:

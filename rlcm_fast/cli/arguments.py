@@ -8,10 +8,10 @@ import itertools
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, several_steps: bool) -> None:
     """Adds the arguments; num_steps is a list, of several numbers if `several_steps`."""
-    model = "shapes/lcm, shapes/teacher, the export/ folder of a run, or any LCM or Stable Diffusion folder or hub id"
-    parser.add_argument("--model", required=True, metavar="DIR", help=model)
+    model = "shapes/lcm, the export/ folder of a run, a .safetensors file, or any folder or hub id of Stable Diffusion"
+    parser.add_argument("--model", required=True, metavar="MODEL", help=model)
     lora = "a LoRA to add to the model: the lora/ folder of a run, a .safetensors file or a hub id"
-    parser.add_argument("--lora", metavar="DIR", help=lora)
+    parser.add_argument("--lora", metavar="LORA", help=lora)
     parser.add_argument("--revision", help="revision of a hub id")
     steps = parser.add_mutually_exclusive_group()
     count = "denoising steps" + (", one or several numbers" if several_steps else "")

@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     out = out or check_out_folder(str(Path(arguments.run_dir) / "exports" / wanted))
     scale = found.config.policy.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
-    export = Export(found, out, arguments.dtype, scale)
+    export = Export(found, out, arguments.dtype, scale, arguments.push_to_hub)
 
     # Write it, and upload it.
     if rank is not None:

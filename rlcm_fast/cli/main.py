@@ -76,7 +76,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of each argument that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.required or action.default is None else super()._get_help_string(action)
+        has_none = action.required or action.default is None or action.default is False
+        return action.help if has_none else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):

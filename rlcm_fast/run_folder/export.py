@@ -33,7 +33,9 @@ class Exporter:
             self.backbone.export(weights, run_dir / "export")
             described = with_kind(self.config, self.backbone)
             write_sampler(described.policy, run_dir / "export")
-            _card(run_dir, described, diffusers_usage(run_dir / "export")).write(run_dir / "export")
+            scheduler = self.backbone.scheduler_config["_class_name"]
+            usage = diffusers_usage(described, f"{run_dir.resolve().name}/export", scheduler)
+            _card(run_dir, described, usage).write(run_dir / "export")
             if has_adapters:
                 self.backbone.export_adapters(weights, run_dir / "lora")
                 write_sampler(described.policy, run_dir / "lora")

@@ -108,6 +108,7 @@ class Export:
     folder: Path
     dtype: str
     guidance_scale: float
+    repository: str | None = None  # of the hub, where it goes; its card names it
 
     @property
     def name(self) -> str:
@@ -117,7 +118,9 @@ class Export:
         backbone, weights = self.run.load()
         pipeline = backbone.with_weights(weights)
         pipeline.to(DTYPES[self.dtype]).save_pretrained(self.folder)
-        self._card(with_kind(self.run.config, backbone), diffusers_usage(self.folder), [])
+        config, scheduler = with_kind(self.run.config, backbone), backbone.scheduler_config["_class_name"]
+        place = self.repository or f"{self.name}/{self.folder.name}"
+        self._card(config, diffusers_usage(config, place, scheduler), [])
         return self.folder
 
     def single_file(self) -> Path:

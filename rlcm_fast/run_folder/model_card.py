@@ -22,6 +22,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHIPPED = ("shapes/lcm", "shapes/teacher")
 _FEWEST_POINTS = 5  # of a curve that says something
 _SAMPLERS = {"consistency": "LCM", "ddim": "DDIM", "euler_ancestral": "Euler ancestral", "tcd": "TCD"}
+_SCHEDULERS = {  # of diffusers
+    "consistency": "LCMScheduler",
+    "ddim": "DDIMScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "tcd": "TCDScheduler",
+}
+_TAKE_TIMESTEPS = ("consistency", "tcd")  # those whose scheduler of diffusers takes named timesteps
 _LIMITS = (
     "Training on a reward moves a model towards what the reward measures, not towards what people want: look at the"
     " samples, and at a reward that was not trained on. The limits and the biases of the base model remain."
@@ -50,11 +57,13 @@ class Card:
         model = self.config.model
         bases = [path for path in (model.path, model.base, model.lora) if path is not None]
         ids = [path for path in bases if _HUB_ID.fullmatch(path) and path not in _SHIPPED and not Path(path).exists()]
+        licence = {"license": "other", "license_name": "that-of-the-base-model"}
+        if model.path in _SHIPPED and not ids:
+            licence = {"license": "apache-2.0"}
         head: dict[str, Any] = {
             "library_name": "diffusers",
             "pipeline_tag": "text-to-image",
-            "license": "other",
-            "license_name": "that-of-the-base-model",
+            **licence,
             "tags": ["text-to-image", "reinforcement-learning", "rlcm_fast", *(["lora"] if self.is_lora else [])],
         }
         return {**head, "base_model": ids} if ids else head
@@ -71,8 +80,8 @@ class Card:
     def _summary(self) -> str:
         rewards = ", ".join(f"{reward.name} ({reward.weight:g})" for reward in self._rewards)
         return (
-            f"`{self.config.model.path}`, fine-tuned with reinforcement learning by rlcm_fast {_version()} on the"
-            f" rewards (and weights) {rewards}, for {self.iteration} iterations."
+            f"`{shown(self.config.model.path)}`, fine-tuned with reinforcement learning by rlcm_fast {_version()} on"
+            f" the rewards (and weights) {rewards}, for {self.iteration} iterations."
         )
 
     def _recipe(self) -> str:
@@ -80,14 +89,15 @@ class Card:
         trained = f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}" if self.is_lora else "the whole UNet"
         sizes = resolve(config, 1).sizes
         rows = {
-            "base model": config.model.path,
+            "base model": shown(config.model.path),
             "LoRAs in the base": _loras(config),
             "trained": trained,
             "sampler": f"{policy.kind}, {policy.num_steps} steps, guidance {policy.guidance_scale:g}",
+            "timesteps": " ".join(map(str, policy.timesteps)) or None,
             "clip skip (that of A1111 is one more)": config.model.clip_skip,
             "negative prompt": config.prompts.negative or None,
             "long prompts": _long_prompts(config),
-            "prompts": ", ".join(task.source for task in resolve(config, 1).tasks),
+            "prompts": ", ".join(shown(task.source) for task in resolve(config, 1).tasks),
             "images per iteration": sizes.samples_per_iteration,
             "algorithm": config.algorithm.name,
             "learning rate": f"{config.optimizer.lr:g} ({config.optimizer.name})",
@@ -98,27 +108,52 @@ class Card:
 
     def _licences(self) -> str:
         """Says whose licences bind the result; those of reward models are known to us."""
-        lines = [f"- base model: the licence of `{self.config.model.path}` binds this model, too"]
+        base = self.config.model.path
+        lines = [f"- base model: the licence of `{shown(base)}` binds this model, too"]
+        if base in _SHIPPED:
+            lines = [f"- base model: `{base}` comes with rlcm_fast, under the Apache License 2.0"]
         for reward in self._rewards:
             for weights in _weights_of(reward.name):
                 lines.append(f"- reward {reward.name}: {weights.source or 'a file of yours'}, {weights.licence}")
         return "\n".join(lines)
 
 
-def diffusers_usage(folder: Path) -> str:
-    """Returns the code that loads a folder of diffusers."""
-    lines = [
-        "from diffusers import DiffusionPipeline",
-        f'pipeline = DiffusionPipeline.from_pretrained("{folder.name}")',
-    ]
-    return "\n".join(["```python", *lines, "```"])
+def diffusers_usage(config: Config, place: str, scheduler: str) -> str:
+    """Returns the code that loads a folder of diffusers, or a repository of the hub, and draws as the run did.
+
+    scheduler: the class that the folder names.
+    """
+    # Load it; the class that was trained may be another than the folder's.
+    policy, wanted = config.policy, _SCHEDULERS[config.policy.kind]
+    imported = sorted({"DiffusionPipeline", *([wanted] if scheduler != wanted else [])})
+    lines = [f"from diffusers import {', '.join(imported)}", ""]
+    lines.append(f'pipeline = DiffusionPipeline.from_pretrained("{place}")')
+    if scheduler != wanted:
+        lines.append(f"pipeline.scheduler = {wanted}.from_config(pipeline.scheduler.config)")
+
+    # Draw.
+    takes_them = policy.timesteps and policy.kind in _TAKE_TIMESTEPS
+    steps = f"timesteps={policy.timesteps}" if takes_them else f"num_inference_steps={policy.num_steps}"
+    eta = f", eta={policy.eta:g}" if policy.kind in ("ddim", "tcd") else ""
+    lines.append(f'image = pipeline("...", {steps}, guidance_scale={policy.guidance_scale:g}{eta}).images[0]')
+    code = "\n".join(["```python", *lines, "```"])
+    if policy.timesteps and not takes_them:
+        code += f"\n\n{wanted} takes no named timesteps: `rlcm-fast sample --model {place}` draws at those of the run."
+    return f"{code}\n\n{sampler(config)}"
 
 
 def lora_usage(config: Config) -> str:
+    """Says where a LoRA goes."""
+    base = shown(config.model.path)
     return (
-        f"`kohya.safetensors` goes into ComfyUI's or A1111's folder of LoRAs and is applied at strength 1 to"
-        f" `{config.model.path}`. {sampler(config)}"
+        "`kohya.safetensors` goes into ComfyUI's or A1111's folder of LoRAs, or into `pipeline.load_lora_weights` of"
+        f" diffusers, and is applied at strength 1 to `{base}`. {sampler(config)}"
     )
+
+
+def shown(path: str) -> str:
+    """Returns what a card calls a file or folder; where it lies on this machine is nobody's business."""
+    return Path(path).name if Path(path).expanduser().is_absolute() else path
 
 
 def sampler(config: Config) -> str:
@@ -138,7 +173,8 @@ def with_kind(config: Config, backbone: Backbone) -> Config:
 def _loras(config: Config) -> str | None:
     """Names the LoRAs that were fused into the base model, with their scales."""
     model = config.model
-    named = [*([model.lora] if model.lora else []), *(f"{lora.path} ({lora.scale:g})" for lora in model.loras)]
+    named = [shown(model.lora)] if model.lora else []
+    named += [f"{shown(lora.path)} ({lora.scale:g})" for lora in model.loras]
     return ", ".join(named) or None
 
 
