@@ -296,7 +296,10 @@ def bias_at(unet: Any, guidance_scale: float) -> Tensor:
 
 def _vae_tensors(vae: Any) -> dict[str, Tensor]:
     if not isinstance(vae, AutoencoderKL):
-        raise ValueError(f"a single file holds an AutoencoderKL, not a {type(vae).__name__}; use --format diffusers")
+        raise ValueError(
+            f"a single file holds an AutoencoderKL, and the VAE of this model is an {type(vae).__name__}; use --format"
+            " diffusers, or safetensors-unet"
+        )
     num_blocks = len(vae.config["block_out_channels"])
     found = {}
     for name, weight in vae.state_dict().items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlcm_fast import parallel
@@ -39,7 +39,8 @@ class Exporter:
             if has_adapters:
                 self.backbone.export_adapters(weights, run_dir / "lora")
                 write_sampler(described.policy, run_dir / "lora")
-                _card(run_dir, described, lora_usage(described)).write(run_dir / "lora")
+                card = _card(run_dir, described, lora_usage(described))
+                replace(card, is_adapter=True).write(run_dir / "lora")
         adapters = f"; {run_dir}/lora holds its adapters for load_lora_weights" if has_adapters else ""
         return f"done: {run_dir}/export is a diffusers folder{adapters}; {run_dir}/metrics.jsonl holds the curves"
 

@@ -150,7 +150,7 @@ class Export:
         kept = {name: w.to(DTYPES[self.dtype]) if ".lora_" in name else w for name, w in weights.items()}
         backbone.export_adapters(kept, self.folder)
         config = with_kind(self.run.config, backbone)
-        self._card(config, lora_usage(config), [])
+        self._card(config, lora_usage(config), [], is_adapter=True)
         return self.folder / KOHYA_FILE
 
     def extracted_lora(self, rank: int, relative_to: UNet2DConditionModel | None = None) -> tuple[Path, Extracted]:
@@ -169,7 +169,7 @@ class Export:
             f" norm), {extracted.unreachable:.1%} of it in norms and biases, which a LoRA does not reach."
         )
         config = with_kind(self.run.config, backbone)
-        self._card(config, lora_usage(config), [note])
+        self._card(config, lora_usage(config), [note], is_adapter=True)
         return file, extracted
 
     def _metadata(self) -> dict[str, str]:
@@ -178,9 +178,9 @@ class Export:
         recipe = json.dumps({**to_dict(self.run.config), "finished_iterations": self.run.iteration})
         return {"modelspec.title": self.name, "modelspec.date": today, RECIPE: recipe}
 
-    def _card(self, config: Config, usage: str, notes: Sequence[str]) -> None:
+    def _card(self, config: Config, usage: str, notes: Sequence[str], is_adapter: bool = False) -> None:
         write_sampler(config.policy, self.folder)
-        Card(self.run.run_dir.resolve(), config, self.run.iteration, usage, notes).write(self.folder)
+        Card(self.run.run_dir.resolve(), config, self.run.iteration, usage, notes, is_adapter).write(self.folder)
 
 
 def _guidance_notes(unet: Any, guidance_scale: float) -> list[str]:

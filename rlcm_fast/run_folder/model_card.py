@@ -44,6 +44,7 @@ class Card:
     iteration: int
     usage: str  # how to load it, a line or a block of code
     notes: Sequence[str] = ()  # what was lost or changed on the way
+    is_adapter: bool = False  # it is a LoRA, to be used with a base model
 
     def write(self, folder: Path) -> None:
         """Writes README.md, curves.png and the pictures before.png and after.png, as far as the run has them."""
@@ -64,13 +65,9 @@ class Card:
             "library_name": "diffusers",
             "pipeline_tag": "text-to-image",
             **licence,
-            "tags": ["text-to-image", "reinforcement-learning", "rlcm_fast", *(["lora"] if self.is_lora else [])],
+            "tags": ["text-to-image", "reinforcement-learning", "rlcm_fast", *(["lora"] if self.is_adapter else [])],
         }
         return {**head, "base_model": ids} if ids else head
-
-    @property
-    def is_lora(self) -> bool:
-        return self.config.lora.rank > 0
 
     @property
     def _rewards(self) -> list[RewardConfig]:
@@ -86,7 +83,11 @@ class Card:
 
     def _recipe(self) -> str:
         config, policy = self.config, self.config.policy
-        trained = f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}" if self.is_lora else "the whole UNet"
+        trained = (
+            f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}"
+            if config.lora.rank > 0
+            else "the whole UNet"
+        )
         sizes = resolve(config, 1).sizes
         rows = {
             "base model": shown(config.model.path),
