@@ -39,13 +39,19 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, several_steps: bool)
 
 def check_texts(arguments: argparse.Namespace) -> None:
     """Refuses settings of texts that have no use; raises ValueError before a model loads."""
-    if arguments.negative and arguments.guidance_scale <= 1:
-        raise ValueError(
-            f"negative={arguments.negative} has no use with guidance-scale={arguments.guidance_scale:g}, which is no "
-            "guidance; raise it, or leave it out"
-        )
+    if arguments.guidance_scale is not None:
+        check_negative(arguments.negative, arguments.guidance_scale)
     if arguments.long == "cut" and arguments.max_chunks != 2:
         raise ValueError(f"max-chunks={arguments.max_chunks} has no use with long=cut; give --long chunks, too")
+
+
+def check_negative(negative: str, guidance_scale: float) -> None:
+    """Refuses a negative prompt without guidance."""
+    if negative and guidance_scale <= 1:
+        raise ValueError(
+            f"negative={negative} has no use with guidance-scale={guidance_scale:g}, which is no guidance; raise it, or "
+            "leave it out"
+        )
 
 
 def positive_int(text: str) -> int:

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rlcm_fast.cli.arguments import check_negative
 from rlcm_fast.cli.policy_scheduler import PolicyScheduler
 from rlcm_fast.config import PolicyConfig
 from rlcm_fast.run_folder.sampler_file import read_sampler
@@ -30,7 +31,8 @@ class Sampling:
         The pipeline of another model keeps its scheduler, unless the arguments name timesteps.
 
         Raises:
-            ValueError: the model's scheduler has no such timesteps, or does not say what it is.
+            ValueError: the model's scheduler has no such timesteps, or does not say what it is; or there is a negative
+                prompt and no guidance.
         """
         # Find how the run drew, and what the arguments change.
         trained = read_sampler(arguments.model, arguments.revision)
@@ -40,6 +42,7 @@ class Sampling:
         if arguments.timesteps:
             policy = replace(policy, num_steps=len(arguments.timesteps), timesteps=arguments.timesteps)
         guidance = policy.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
+        check_negative(arguments.negative, guidance)
 
         # Let the pipeline draw so.
         if trained is not None or arguments.timesteps:
