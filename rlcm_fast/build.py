@@ -33,6 +33,7 @@ from rlcm_fast.run_folder.progress import Progress
 from rlcm_fast.run_folder.resume import RunFolder, begin, put_weights, start_weights
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.evaluation import Evaluation, build_evaluation
+from rlcm_fast.stages.image_sizes import ImageSizes
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.stages.real_images import RealImages, check_pairs
 from rlcm_fast.stages.rollout import Collector
@@ -147,7 +148,7 @@ def _build(config: Config, device: torch.device, folder: RunFolder) -> Parts:
         tasks=tasks,
         images=images,
         engine=engine,
-        collector=Collector(images, tasks.rewards, config.rollout, tasks.offloading),
+        collector=Collector(images, tasks.rewards, config.rollout, tasks.offloading, ImageSizes.of(run)),
         updater=Updater(images.policy, algorithm, engine, config.update, start_model, real_images),
         real_images=real_images,
         task_gradients=_task_gradients(policy_around(backbone.unet), algorithm, run),

@@ -147,6 +147,7 @@ class Stream(IntEnum):
     RATIO_NOISE = 3
     TASK_GRADIENTS = 4
     REAL_IMAGES = 5
+    IMAGE_SIZES = 6
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,10 @@ class Turn:
     def generator(self, stream: Stream) -> torch.Generator:
         """Returns the random numbers of this turn and process for one purpose."""
         return generator(self.seed, stream, rank(), self.iteration * self.num_rounds + self.round)
+
+    def shared_generator(self, stream: Stream) -> torch.Generator:
+        """Returns the random numbers of this turn for one purpose, the same on every process."""
+        return generator(self.seed, stream, self.iteration * self.num_rounds + self.round)
 
 
 def barrier() -> None:

@@ -1,19 +1,22 @@
 """What a rollout leaves behind: prompts, their encodings, the visited states and the log-probs of the actions.
 
 Data flow: a policy's `sample` makes a `Trajectory`; the rollout concatenates the trajectories of its micro-batches; the
-update takes `transitions` in any order, mixes samples and steps, and hands them to the policy's `log_prob`.
+update takes `transitions` in any order, mixes samples and steps, and hands them to the policy's `log_prob`. Images of
+several sizes make a `MixedTrajectory`, which holds a `Trajectory` of each size and has the same methods.
 
 Latents are float32 here, whatever the dtype of the network. Rollout and training cast the SAME stored state to the
 network's dtype, so the ratio is exactly one before the first update.
 """
 
-# B samples, K actions, N transitions, D distinct prompts, L tokens, E embedding, P pooled embedding, C H W latent
+# B samples, B_i of image size i, K actions, N transitions, D distinct prompts, L tokens, E embedding,
+# P pooled embedding, C H W latent
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,6 +47,7 @@ class Conditioning:
     pooled_embeds: Tensor | None = None  # (D, P), of SDXL's second text encoder; None for models with one encoder
     negative_pooled: Tensor | None = None  # (1, P)
     time_ids: Tensor | None = None  # (1, 6) float32, SDXL's original size, crop and target size, height first
+    latent_size: tuple[int, int] | None = None  # H and W of the latents to draw; None: as the network's config says
 
     @property
     def embeds(self) -> Tensor:
@@ -92,6 +96,15 @@ class Trajectory:
     def num_transitions(self) -> int:
         return self.log_probs.numel()
 
+    @property
+    def size_of(self) -> Tensor:
+        """The image size of each sample, (B,) int64: all have the size 0."""
+        return torch.zeros(self.num_samples, dtype=torch.int64)
+
+    def with_log_probs(self, log_probs: Tensor) -> Trajectory:
+        """Returns the trajectory with other log-probs (B, K)."""
+        return replace(self, log_probs=log_probs)
+
     def transitions(self, rows: Tensor) -> Transitions:
         """Returns the transitions `rows` (N,) int64, flat indices b * K + k; copies states on the latents' device."""
         rows = rows.to(self.latents.device)
@@ -122,3 +135,76 @@ class Trajectory:
             log_probs=torch.cat([part.log_probs for part in parts]),
             conditioning=replace(first, index=index),
         )
+
+
+@dataclass(frozen=True)
+class MixedTrajectory:
+    """The trajectories of samples of several image sizes, one for each size."""
+
+    parts: Sequence[Trajectory]  # of size 0, 1, ...
+    samples: Sequence[Tensor]  # (B_i,) int64 in [0, B), the sample of this trajectory that each sample of a part is
+
+    @property
+    def num_samples(self) -> int:
+        return sum(part.num_samples for part in self.parts)
+
+    @property
+    def num_actions(self) -> int:
+        return self.parts[0].num_actions
+
+    @property
+    def num_transitions(self) -> int:
+        return self.num_samples * self.num_actions
+
+    @cached_property
+    def size_of(self) -> Tensor:
+        """The image size of each sample, (B,) int64: the part that holds it."""
+        sizes = [torch.full_like(samples, index) for index, samples in enumerate(self.samples)]
+        return torch.cat(sizes)[self._places]
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """The log-probs of all samples, (B, K) float32 at rollout time."""
+        joined = torch.cat([part.log_probs for part in self.parts])
+        return joined[self._places.to(joined.device)]
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Where each sample lies if the parts are joined, (B,) int64."""
+        return torch.cat(list(self.samples)).argsort()
+
+    def with_log_probs(self, log_probs: Tensor) -> MixedTrajectory:
+        """Returns the trajectory with other log-probs (B, K)."""
+        of_parts = [log_probs[samples.to(log_probs.device)] for samples in self.samples]
+        parts = [replace(part, log_probs=own) for part, own in zip(self.parts, of_parts, strict=True)]
+        return MixedTrajectory(parts, self.samples)
+
+    def transitions(self, rows: Tensor) -> Transitions:
+        """Returns the transitions `rows` (N,) int64, flat indices b * K + k of samples of one size."""
+        # Find the part that holds them, and their rows there.
+        rows = rows.cpu()
+        sample, step = rows // self.num_actions, rows % self.num_actions
+        index = int(self.size_of[sample[0]])
+        assert bool((self.size_of[sample] == index).all()), "transitions of several image sizes are no batch"
+        inner = torch.searchsorted(self.samples[index], sample)
+        found = self.parts[index].transitions(inner * self.num_actions + step)
+
+        # Name their samples as this trajectory does, because advantages lie in that order.
+        return replace(found, sample=sample.to(found.sample.device))
+
+
+AnyTrajectory = Trajectory | MixedTrajectory
+
+
+def by_size(trajectory: AnyTrajectory, rows: Tensor) -> list[Tensor]:
+    """Returns the places in `rows` (N,), flat indices b * K + k, of each image size that there is, in ascending order.
+
+    All processes get as many, because they draw the same sizes for their samples.
+    """
+    sizes = trajectory.size_of[rows.cpu() // trajectory.num_actions]
+    return [(sizes == size).nonzero().flatten() for size in sizes.unique().tolist()]
+
+
+def micro_batches(trajectory: AnyTrajectory, rows: Tensor, most: int) -> list[Tensor]:
+    """Cuts transitions `rows` (N,) into micro-batches of at most `most`, each of one image size; returns places."""
+    return [part for places in by_size(trajectory, rows) for part in places.split(most)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Backbone:
         backbone.notes = tuple(notes)
         check_pipeline(backbone._pipeline, settings)
         backbone.texts = TextEncoder(backbone._pipeline, device, settings)
-        backbone._set_image_size(model.pixels, model.image_size)
+        backbone._set_image_size(model)
         backbone._pipeline.unet.to(device)
         for part in backbone.frozen_parts:
             part.requires_grad_(False)
@@ -81,18 +82,34 @@ class Backbone:
         backbone.unet.eval()  # because dropout would make the ratio differ from 1
         return backbone
 
-    def _set_image_size(self, pixels: tuple[int, int] | None, named: int | list[int]) -> None:
-        """Set the size in the config of the UNet, which policies, SDXL's time ids and exports read; None keeps it."""
-        if pixels is None:
-            return
+    def _set_image_size(self, model: ModelConfig) -> None:
+        """Set the size in the config of the UNet, which policies, SDXL's time ids and exports read, to the first one.
+
+        Raises ValueError for a size that the UNet cannot halve.
+        """
+        # Check all sizes.
+        named = {f"model.image_sizes[{index}]": size for index, size in enumerate(model.image_sizes)}
+        for field, size in (named or {"model.image_size": model.image_size}).items():
+            self._check_image_size(field, size)
+
+        # Set the first one; None keeps the model's.
+        if model.pixels is not None:
+            height, width = self._latent_size(model.pixels)
+            self.unet.register_to_config(sample_size=height if height == width else [height, width])
+
+    def _check_image_size(self, field: str, size: int | list[int]) -> None:
         halvings = len(self.unet.config.block_out_channels) - 1  # pyright: ignore[reportAttributeAccessIssue]
         step = self._pipeline.vae_scale_factor * 2**halvings
+        pixels = size if isinstance(size, list) else [size]
         if any(side % step for side in pixels):
             near = [max(1, round(side / step)) * step for side in pixels]
-            remedy = near if isinstance(named, list) else near[0]
-            raise ValueError(f"model.image_size={named} must divide by {step}; try {remedy}")
+            remedy = near if isinstance(size, list) else near[0]
+            raise ValueError(f"{field}={size} must divide by {step}; try {remedy}")
+
+    def _latent_size(self, pixels: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the latents of an image of so many pixels."""
         height, width = (side // self._pipeline.vae_scale_factor for side in pixels)
-        self.unet.register_to_config(sample_size=height if height == width else [height, width])
+        return height, width
 
     def add_adapters(self, config: LoraConfig) -> None:
         """Add LoRA adapters to the UNet; from here on, only these are trained."""
@@ -165,8 +182,13 @@ class Backbone:
             negative_embeds=negative_embeds,
             pooled_embeds=pooled,
             negative_pooled=negative_pooled,
-            time_ids=self._time_ids() if self._is_sdxl else None,
+            time_ids=self._time_ids(self.image_size) if self._is_sdxl else None,
         )
+
+    def sized(self, conditioning: Conditioning, pixels: tuple[int, int]) -> Conditioning:
+        """The same conditioning for images of another height and width."""
+        time_ids = self._time_ids(pixels) if self._is_sdxl else None
+        return replace(conditioning, time_ids=time_ids, latent_size=self._latent_size(pixels))
 
     def _forget_oldest(self) -> None:
         """Forget the oldest encodings (0.2 MB each for Stable Diffusion): few of millions of prompts ever return."""
@@ -188,14 +210,13 @@ class Backbone:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Height and width in pixels, the first of several sizes."""
         size = self.unet.config.sample_size  # pyright: ignore[reportAttributeAccessIssue]
         height, width = (size, size) if isinstance(size, int) else size
         return height * self._pipeline.vae_scale_factor, width * self._pipeline.vae_scale_factor
 
-    def _time_ids(self) -> Tensor:
+    def _time_ids(self, pixels: tuple[int, int]) -> Tensor:
         """SDXL's size input (1, 6): the size of an image before cropping, no crop, and the size after cropping."""
-        pixels = self.image_size
         return torch.tensor([[*pixels, 0, 0, *pixels]], dtype=torch.float32, device=self.device)
 
     @torch.no_grad()

@@ -49,8 +49,8 @@ def check_negative(negative: str, guidance_scale: float) -> None:
     """Refuses a negative prompt without guidance."""
     if negative and guidance_scale <= 1:
         raise ValueError(
-            f"negative={negative} has no use with guidance-scale={guidance_scale:g}, which is no guidance; raise it, or "
-            "leave it out"
+            f"negative={negative} has no use with guidance-scale={guidance_scale:g}, which is no guidance; raise it, "
+            "or leave it out"
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rlcm_fast.config import Config, PolicyConfig, PromptsConfig
 from rlcm_fast.config.algorithm_checks import check_algorithm
 from rlcm_fast.config.engine_checks import check_engine
+from rlcm_fast.config.image_sizes import check_image_sizes
 from rlcm_fast.config.ranges import check_ranges
 from rlcm_fast.config.resolved import ResolvedRun, resolve
 from rlcm_fast.config.reward_checks import check_rewards
@@ -35,7 +36,7 @@ def validate(config: Config, world_size: int) -> ResolvedRun:
     check_ranges(config)
     run = resolve(config, world_size)
     _check_use(config)
-    _check_image_size(config)
+    check_image_sizes(config)
     _check_texts(config)
     _check_policy(run)
     check_tasks(run)
@@ -78,12 +79,6 @@ def _check_beside_tasks(config: Config) -> None:
     for field, value, is_idle in idle:
         if is_idle:
             raise ValueError(f"{field}={value} {_BESIDE_TASKS}")
-
-
-def _check_image_size(config: Config) -> None:
-    size = config.model.image_size
-    if isinstance(size, list) and (len(size) != 2 or 0 in size):
-        raise ValueError(f"model.image_size={size} is no [height, width]; give two numbers of pixels, or one for both")
 
 
 def _check_texts(config: Config) -> None:

@@ -101,7 +101,7 @@ def _type_name(hint: Any) -> str:
         return ", ".join(f"`{choice}`" if choice else "empty" for choice in get_args(hint))
     if get_origin(hint) is list:
         (item,) = get_args(hint)
-        return f"list of {_NAMES.get(item, 'mappings')}"
+        return f"list of {'lists' if get_origin(item) is list else _NAMES.get(item, 'mappings')}"
     if get_origin(hint) is tuple:
         return "list of number"
     choices = [part for part in get_args(hint) if part is not type(None)]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rlcm_fast.config import Config, RewardConfig, TaskConfig
+from rlcm_fast.config.image_sizes import prompts_of_blocks
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Sizes:
     trained_actions_per_sample: int
     transitions_per_iteration: int
     transitions_per_update: int
-    micro_batches_per_update_and_process: int
+    micro_batches_per_update_and_process: int  # at most, if images have several sizes
     real_image_micro_batches: int  # of an update, on each process
     updates_per_iteration: int
     total_updates: int
@@ -131,6 +132,9 @@ def _sizes(config: Config, rounds: tuple[tuple[Task, ...], ...], world_size: int
     actions = config.policy.num_steps - (config.policy.last_step == "deterministic")
     trained = config.update.num_timesteps or actions
     transitions_per_update = max(samples) * trained // config.update.num_updates
+    micro_batches = transitions_per_update // world_size // config.update.micro_batch_size
+    if len(config.model.image_sizes) > 1:
+        micro_batches = max(_micro_batches_of_sizes(config, tasks, trained, world_size) for tasks in rounds)
     updates = config.update.num_passes * config.update.num_updates * len(rounds)
     real_images = config.pretraining
     pairs = real_images.batch_size if real_images.weight > 0 else 0
@@ -145,9 +149,27 @@ def _sizes(config: Config, rounds: tuple[tuple[Task, ...], ...], world_size: int
         trained_actions_per_sample=trained,
         transitions_per_iteration=sum(samples) * trained,
         transitions_per_update=transitions_per_update,
-        micro_batches_per_update_and_process=transitions_per_update // world_size // config.update.micro_batch_size,
+        micro_batches_per_update_and_process=micro_batches,
         real_image_micro_batches=pairs // world_size // real_images.micro_batch_size,
         updates_per_iteration=updates,
         total_updates=updates * config.num_iterations,
         total_queries=sum(samples) * config.num_iterations,
     )
+
+
+def _micro_batches_of_sizes(config: Config, tasks: Sequence[Task], trained: int, world_size: int) -> int:
+    """Returns the most micro-batches of an update on each process, if each holds images of one size.
+
+    An update takes an equal share of each size's transitions, rounded up to whole ones, or to whole pairs for rebel.
+    """
+    # Count the images that a process draws of each size.
+    samples = [0] * len(config.model.image_sizes)
+    for task in tasks:
+        blocks = prompts_of_blocks(max(1, round(task.num_prompts) // world_size), len(samples))
+        for block, count in enumerate(blocks):
+            samples[block] += count * task.images_per_prompt
+
+    # Divide their transitions among the updates and into micro-batches.
+    unit = 2 * trained if config.algorithm.name == "rebel" else 1
+    shares = [-(-count * trained // (unit * config.update.num_updates)) * unit for count in samples]
+    return sum(-(-share // config.update.micro_batch_size) for share in shares)

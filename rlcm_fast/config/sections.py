@@ -50,16 +50,25 @@ class ModelConfig:
     """Layers that the text encoders leave out for prompts, as diffusers counts: A1111's "Clip skip" 2 is 1 here."""
     image_size: Annotated[int | list[int], at_least(0, "a side in pixels, [height, width], or 0: the model's own")] = 0
     """Pixels of an image, as 512 or [1216, 832]; 0 takes the size in the UNet's config. An export draws it too."""
+    image_sizes: list[list[int]] = field(default_factory=list)
+    """Several sizes, as [[1024, 1024], [1216, 832]]: each prompt draws one; replaces image_size, at most 6."""
     hash_files: bool = False
     """Note the SHA-256 of the model's files in checkpoints, not only sizes, times and headers; reads them all once."""
 
     @property
     def pixels(self) -> tuple[int, int] | None:
-        """Height and width of an image; None leaves them to the model."""
+        """Height and width of an image, the first of several; None leaves them to the model."""
+        if self.image_sizes:
+            return self.sizes[0]
         size = self.image_size
         if isinstance(size, int):
             return (size, size) if size else None
         return (size[0], size[1])
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each of `image_sizes`; empty if the run has one size."""
+        return tuple((height, width) for height, width in self.image_sizes)
 
 
 @dataclass(frozen=True)

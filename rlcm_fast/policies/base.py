@@ -153,7 +153,8 @@ class GaussianPolicy(ABC):
         diffusers. start (B, C, H, W) float32 replaces the drawn first states. If the last action draws the image
         (Schedule.image_is_action), x_0 is what it drew; without `explores` x_0 is its mean.
         """
-        x_t = self.first_states(len(conditioning.index), generator) if start is None else start
+        size = conditioning.latent_size
+        x_t = self.first_states(len(conditioning.index), generator, size) if start is None else start
         states, log_probs, x_0 = [x_t], [], x_t
 
         # Denoise step by step: actions draw noise, other steps go to their mean.
@@ -163,7 +164,7 @@ class GaussianPolicy(ABC):
             if k == self.num_steps - 1:
                 x_0 = functional.gaussian_mean(x_t, m, self.schedule.image_coefficients.expand(len(x_t), 3))
             if k < self.num_actions:
-                noise = self.noise(len(x_t), generator)
+                noise = self.noise(len(x_t), generator, size)
                 x_t, log_prob = functional.gaussian_step(x_t, m, self.coefficients(step), noise)
                 states.append(x_t)
                 log_probs.append(log_prob)
@@ -176,11 +177,15 @@ class GaussianPolicy(ABC):
         actions = torch.stack(log_probs, dim=1) if log_probs else x_t.new_zeros(len(x_t), 0)
         return Trajectory(torch.stack(states, dim=1), actions, conditioning), x_0
 
-    def first_states(self, num_samples: int, generator: torch.Generator) -> Tensor:
-        """Draw the states (num_samples, C, H, W) float32 that sampling begins with."""
-        return self.noise(num_samples, generator) * self.schedule.start_scale
+    def first_states(self, num_samples: int, generator: torch.Generator, size: tuple[int, int] | None = None) -> Tensor:
+        """Draw the states (num_samples, C, H, W) float32 that sampling begins with; size: see `noise`."""
+        return self.noise(num_samples, generator, size) * self.schedule.start_scale
 
-    def noise(self, num_samples: int, generator: torch.Generator) -> Tensor:
-        """Standard normal numbers (num_samples, C, H, W) float32 on the device of the policy."""
-        shape = (num_samples, *self.latent_shape)
+    def noise(self, num_samples: int, generator: torch.Generator, size: tuple[int, int] | None = None) -> Tensor:
+        """Standard normal numbers (num_samples, C, H, W) float32 on the device of the policy.
+
+        size: H and W; None takes those of the network's config.
+        """
+        channels, *of_network = self.latent_shape
+        shape = (num_samples, channels, *(size or of_network))
         return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(self.device)

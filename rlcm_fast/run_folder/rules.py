@@ -168,6 +168,7 @@ RULES: dict[str, Rule] = {
     "model.prediction": Rule("refused", "a network predicts what it was trained to predict"),
     "model.clip_skip": _NEW_IMAGES,
     "model.image_size": _NEW_IMAGES,
+    "model.image_sizes": _NEW_IMAGES,
     "model.hash_files": _SILENT,
     "lora.rank": Rule("refused", _ADAPTERS, way_out=_EXPORT),
     "lora.alpha": _SAME_ADAPTERS,

@@ -111,8 +111,11 @@ class Tracker:
             self._bar.set_postfix(_postfix(metrics), refresh=False)
             self._bar.update(1)
 
-    def grid(self, iteration: int, images: Tensor, texts: Sequence[str]) -> None:
-        """Saves images (B, 3, H, W) with their captions as grids/<iteration>.png and as an event."""
+    def grid(self, iteration: int, images: Tensor | Sequence[Tensor], texts: Sequence[str]) -> None:
+        """Saves images (B, 3, H, W) with their captions as grids/<iteration>.png and as an event.
+
+        A list of images (3, H, W) may have several sizes.
+        """
         if self._bar is None:
             return
         picture = captioned_grid(images, texts, columns=4)

@@ -1,7 +1,8 @@
 """Scores held-out images at fixed seeds, with the trained rewards and with rewards that the run does not optimise.
 
 Prompts and noise are the same every time, so a difference comes from the policy. Micro-batch i has the noise of
-(seed, i) and goes to rank i mod world size, so the numbers do not depend on how many processes share the work. Set
+(seed, i) and goes to rank i mod world size, so the numbers do not depend on how many processes share the work. With
+several image sizes, prompt i is drawn at size i mod their number, and each size is also reported by itself. Set
 rewards make groups of all images together and report the value of each group, whatever its members are credited.
 
 A reward that fails on one process ends the evaluation on all of them, once all have drawn their images. Images that a
@@ -27,6 +28,7 @@ from rlcm_fast.engine.averaging import AveragingEngine
 from rlcm_fast.prompts import load_prompts, prompts_for_images
 from rlcm_fast.rewards import (
     DecodedImages,
+    GroupReward,
     Offloading,
     Reward,
     RewardService,
@@ -38,6 +40,7 @@ from rlcm_fast.rewards import (
 )
 from rlcm_fast.rewards.diversity import Diversity, Thumbnails
 from rlcm_fast.run_folder.tracking import Tracker, say
+from rlcm_fast.stages.image_sizes import Run, Size
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.stages.rollout import mean_and_std
 from rlcm_fast.tasks import Tasks, skipped_names
@@ -53,6 +56,17 @@ class HeldOut:
     prompts: list[Prompt]
     seed: int
     micro_batch_size: int
+    sizes: Sequence[Size] = ()  # the prompts take them in turn; empty: the model's
+
+    @property
+    def micro_batches(self) -> list[Run]:
+        """The rows of each micro-batch, all of one size."""
+        rows, num_sizes = torch.arange(len(self.prompts)), max(1, len(self.sizes))
+        found = []
+        for index in range(num_sizes):
+            size = self.sizes[index] if self.sizes else None
+            found += [Run(part, size) for part in rows[index::num_sizes].split(self.micro_batch_size) if len(part)]
+        return found
 
     def draw(self, images: TextToImage) -> Iterator[tuple[Tensor, list[Prompt]]]:
         """Yields this rank's share of the images (B, 3, H, W) and their prompts, one micro-batch at a time.
@@ -60,15 +74,35 @@ class HeldOut:
         Under ZeRO-3 a forward pass needs all ranks: each rank takes part in every round and keeps only its
         micro-batches.
         """
-        size = self.micro_batch_size
-        micro_batches = [list(self.prompts[i : i + size]) for i in range(0, len(self.prompts), size)]
+        micro_batches = self.micro_batches
         for first in range(0, len(micro_batches), parallel.world_size()):
             index = first + parallel.rank()
             is_mine = index < len(micro_batches)
-            batch = micro_batches[index if is_mine else first]
-            _, x_0 = images.sample(images.encode(batch), parallel.generator(self.seed, index))
+            x_0, batch = self._drawn(images, micro_batches, index if is_mine else first)
             if is_mine:
                 yield images.decode(x_0), batch
+
+    def draw_all(self, images: TextToImage) -> tuple[list[Tensor], list[Prompt]]:
+        """Returns all images, each (3, H, W), and their prompts, size by size; every rank must call this.
+
+        Only the main process decodes them; the others have none.
+        """
+        micro_batches = self.micro_batches
+        pictures: list[Tensor] = []
+        prompts: list[Prompt] = []
+        for index in range(len(micro_batches)):
+            x_0, batch = self._drawn(images, micro_batches, index)
+            if parallel.is_main():
+                pictures += images.decode(x_0)
+                prompts += batch
+        return pictures, prompts
+
+    def _drawn(self, images: TextToImage, micro_batches: Sequence[Run], index: int) -> tuple[Tensor, list[Prompt]]:
+        """Returns x_0 (B, C, H, W) of a micro-batch, drawn with its own noise, and its prompts."""
+        run = micro_batches[index]
+        batch = [self.prompts[row] for row in run.rows.tolist()]
+        conditioning = images.sized(images.encode(batch), run.size)
+        return images.sample(conditioning, parallel.generator(self.seed, index))[1], batch
 
 
 @dataclass(frozen=True)
@@ -93,7 +127,8 @@ class Evaluator:
     def __call__(self, images: TextToImage, iteration: int) -> dict[str, float]:
         """Returns `<prefix>/<reward>/mean`, `<prefix>/<reward>/std` and `<prefix>/diversity`, equal on every rank.
 
-        A reward that may fail also has `<prefix>/<reward>/skipped`. Raises a Fault, on all ranks together, if a reward
+        With several sizes, a reward of single images also has `<prefix>/<reward>/HEIGHTxWIDTH/mean` and `std`. A reward
+        that may fail also has `<prefix>/<reward>/skipped`. Raises a Fault, on all ranks together, if a reward
         fails and may not.
         """
         # Draw and score this rank's images, and join them with those of the others: groups may span ranks.
@@ -116,7 +151,17 @@ class Evaluator:
                     metrics[f"{prefix}/{name}/skipped"] = self._num_skipped(gathered, iteration, problems)
                 values = parallel.together(partial(self._values, prefix, name, gathered, iteration))
                 metrics |= mean_and_std(f"{prefix}/{name}", values)
+                if not isinstance(self.rewards[prefix][name][0], GroupReward):
+                    metrics |= self._by_size(f"{prefix}/{name}", values)
             metrics[f"{prefix}/diversity"] = diversity
+        return metrics
+
+    def _by_size(self, key: str, values: Tensor) -> dict[str, float]:
+        """Returns mean and deviation of values (N,) for each of several sizes."""
+        sizes = self.held_out.sizes
+        metrics: dict[str, float] = {}
+        for index, (height, width) in enumerate(sizes if len(sizes) > 1 else ()):
+            metrics |= mean_and_std(f"{key}/{height}x{width}", values[index :: len(sizes)])
         return metrics
 
     def _values(self, prefix: str, name: str, gathered: Tensor, iteration: int) -> Tensor:
@@ -161,7 +206,7 @@ class Evaluator:
     def _gathered(self, of_rank: Tensor | None) -> Tensor:
         """Returns the rows of all ranks (N, ...), in the order of the prompts; None stands for no rows."""
         gathered = joined(parallel.all_gather_list([] if of_rank is None else [of_rank.cpu()]))
-        micro_batches = torch.arange(len(self.held_out.prompts)).split(self.held_out.micro_batch_size)
+        micro_batches = [run.rows for run in self.held_out.micro_batches]
         size = parallel.world_size()
         order = torch.cat([rows for rank in range(size) for rows in micro_batches[rank::size]])
         rows = torch.empty_like(gathered)
@@ -191,8 +236,8 @@ class Evaluation:
         metrics: dict[str, float] = {}
         with self.engine.averaged():
             if is_drawn:
-                for pictures, prompts in self.grid.draw(self.images):  # one micro-batch, on the main process
-                    tracker.grid(iteration, pictures, [prompt.text for prompt in prompts])
+                pictures, prompts = self.grid.draw_all(self.images)
+                tracker.grid(iteration, pictures, [prompt.text for prompt in prompts])
             for evaluator in self.evaluators if is_scored else ():
                 metrics |= evaluator(self.images, iteration)
         return metrics
@@ -210,10 +255,10 @@ def build_evaluation(run: ResolvedRun, tasks: Tasks, images: TextToImage, engine
         prefix = f"eval/{task.name}" if run.has_tasks else "eval"
         rewards.setdefault(task.evaluation, {})[prefix] = {**tasks.watched, **tasks.trained[task.name]}
         skipped[prefix] = skipped_names(task.rewards) | (watched - tasks.trained[task.name].keys())
-    config = run.config.evaluation
+    config, sizes = run.config.evaluation, run.config.model.sizes
     evaluators = [
         replace(
-            build_evaluator(replace(config, prompts=source), by_prefix),
+            build_evaluator(replace(config, prompts=source), by_prefix, sizes),
             config=run.config.rollout,
             skipped=skipped,
             offloading=tasks.offloading,
@@ -221,16 +266,18 @@ def build_evaluation(run: ResolvedRun, tasks: Tasks, images: TextToImage, engine
         for source, by_prefix in rewards.items()
     ]
     prompts = grid_prompts(list(rewards), run.config.tracking.grid_images)
-    return Evaluation(images, engine, evaluators, HeldOut(prompts, config.seed, len(prompts)))
+    return Evaluation(images, engine, evaluators, HeldOut(prompts, config.seed, len(prompts), sizes))
 
 
-def build_evaluator(config: EvaluationConfig, rewards: Mapping[str, NamedRewards]) -> Evaluator:
+def build_evaluator(
+    config: EvaluationConfig, rewards: Mapping[str, NamedRewards], sizes: Sequence[Size] = ()
+) -> Evaluator:
     """Builds an evaluator with rewards by prefix; on ShapesWorld it adds the detector, which no reward replaces."""
     if config.prompts.startswith("shapes:"):
         detector: NamedRewards = {"shapes_alignment": (build_reward("shapes_alignment", {}), 1.0)}
         rewards = {prefix: {**detector, **own} for prefix, own in rewards.items()}
     prompts = prompts_for_images(load_prompts(config.prompts, "evaluation.prompts"), config.num_images, config.seed)
-    return Evaluator(HeldOut(prompts, config.seed, config.micro_batch_size), rewards)
+    return Evaluator(HeldOut(prompts, config.seed, config.micro_batch_size, sizes), rewards)
 
 
 def grid_prompts(sources: Sequence[str], num_images: int) -> list[Prompt]:

@@ -29,6 +29,10 @@ class TextToImage:
         """Encodes the prompts; the pipeline encodes each distinct text once in the run."""
         return self.backbone.encode(prompts, with_negative=self.policy.needs_negative)
 
+    def sized(self, conditioning: Conditioning, size: tuple[int, int] | None) -> Conditioning:
+        """Returns the conditioning for images of so many pixels, height and width; None leaves them to the model."""
+        return conditioning if size is None else self.backbone.sized(conditioning, size)
+
     def sample(self, conditioning: Conditioning, generator: torch.Generator) -> tuple[Trajectory, Tensor]:
         """Returns a trajectory and x_0 (B, C, H, W) for evaluation: a sampled last step adds no noise to x_0."""
         return self.policy.sample(conditioning, generator, explores=False)

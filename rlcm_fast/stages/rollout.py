@@ -2,6 +2,7 @@
 
     prompts -> conditioning -> [sample -> decode -> submit to the reward workers] per micro-batch -> gather
 
+The images of a micro-batch have one size; several sizes (image_sizes.py) make a MixedTrajectory.
 Worker threads compute the rewards while the next micro-batch is sampled. The time that is left to wait is measured.
 Before it decodes a micro-batch, the rollout waits if too many others still wait for scores: they would fill the memory.
 
@@ -25,9 +26,10 @@ from rlcm_fast.config import RolloutConfig
 from rlcm_fast.parallel import Stream, Turn
 from rlcm_fast.rewards import Offloading, Rewards, Skipping
 from rlcm_fast.run_folder.tracking import say
+from rlcm_fast.stages.image_sizes import ImageSizes, joined
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.tasks import TaskRewards
-from rlcm_fast.trajectory import Prompt, Trajectory
+from rlcm_fast.trajectory import AnyTrajectory, Prompt, Trajectory
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Rollout:
     """A batch of images: their prompts, trajectories and rewards, and the seconds that they took."""
 
     prompts: Sequence[Prompt]  # len B
-    trajectory: Trajectory
+    trajectory: AnyTrajectory
     rewards: dict[str, Rewards]  # by task, in the order of the samples
     seconds: float  # sampling, decoding and waiting for rewards
     num_skipped: int | None = None  # images without a score, on all processes; None if no reward may fail
@@ -85,6 +87,7 @@ class Collector:
     rewards: TaskRewards
     config: RolloutConfig
     offloading: Offloading = field(default_factory=Offloading)  # models of rewards that are away between rollouts
+    sizes: ImageSizes = field(default_factory=ImageSizes)
 
     def rollout(self, prompts: Sequence[Prompt], turn: Turn, may_stop: Callable[[], None] = lambda: None) -> Rollout:
         """Draws and scores one image for each of the B prompts, in their order.
@@ -100,27 +103,33 @@ class Collector:
 
     def _draw_and_score(
         self, prompts: Sequence[Prompt], turn: Turn, may_stop: Callable[[], None]
-    ) -> tuple[Trajectory, dict[str, Rewards]]:
-        # Encode each prompt once, and draw the first noise if images of a prompt share it.
+    ) -> tuple[AnyTrajectory, dict[str, Rewards]]:
+        # Encode each prompt once, and find out which images have which size.
         generator = turn.generator(Stream.ROLLOUT)
         conditioning = self.images.encode(prompts)
-        first_states = None  # (D, C, H, W), one for each distinct prompt
-        if self.config.shared_noise:
-            first_states = self.images.policy.first_states(len(conditioning.prompt_embeds), generator)
+        runs = self.sizes.runs(len(prompts), turn)
+        first_states: dict[tuple[int, int] | None, Tensor] = {}  # (D, C, H, W) of a size, if images of a prompt share
 
         # Sample and decode micro-batch by micro-batch; the reward workers score meanwhile.
-        parts = []
-        for rows in torch.arange(len(prompts)).split(self.config.micro_batch_size):
-            may_stop()
-            texts = conditioning.take(rows.to(conditioning.index.device))
-            start = None if first_states is None else first_states[texts.index]
-            trajectory, x_0 = self.images.explore(texts, generator, start)
-            self.rewards.wait_for_room(may_stop)
-            self.rewards.submit(self.images.decode(x_0), [prompts[row] for row in rows.tolist()])
-            parts.append(trajectory)
+        parts: list[list[Trajectory]] = []
+        for run in runs:
+            of_size = self.images.sized(conditioning, run.size)
+            if self.config.shared_noise and run.size not in first_states:
+                num_distinct = len(conditioning.prompt_embeds)
+                drawn = self.images.policy.first_states(num_distinct, generator, of_size.latent_size)
+                first_states[run.size] = drawn
+            parts.append([])
+            for rows in run.rows.split(self.config.micro_batch_size):
+                may_stop()
+                texts = of_size.take(rows.to(conditioning.index.device))
+                start = first_states[run.size][texts.index] if first_states else None
+                trajectory, x_0 = self.images.explore(texts, generator, start)
+                self.rewards.wait_for_room(may_stop)
+                self.rewards.submit(self.images.decode(x_0), [prompts[row] for row in rows.tolist()])
+                parts[-1].append(trajectory)
 
         # Join the micro-batches and wait for the rewards that are still missing.
-        trajectory = Trajectory.cat(parts)
+        trajectory = joined(runs, parts)
         return trajectory, parallel.together(lambda: self.rewards.gather(turn.iteration, may_stop))
 
     def _num_skipped(self, rewards: dict[str, Rewards], iteration: int) -> int:

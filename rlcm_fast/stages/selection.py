@@ -6,6 +6,8 @@
 
 If num_timesteps is above 0, each rollout draws that many of the K actions of a sample. `by_step` draws the same actions
 for all samples of all processes, because their gradients make one update; otherwise each sample draws its own actions.
+
+With several image sizes, each update takes an equal share of every size: as many micro-batches on every process.
 """
 
 # B samples, K actions, T <= K of them trained, U updates, N transitions of an update
@@ -20,7 +22,7 @@ from torch import Tensor
 from rlcm_fast import parallel
 from rlcm_fast.config import UpdateConfig
 from rlcm_fast.policies.schedules import Schedule
-from rlcm_fast.trajectory import Trajectory
+from rlcm_fast.trajectory import AnyTrajectory
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Selection:
     """Chooses the transitions of a rollout to train on, and hands them out to updates."""
 
     def __init__(
-        self, trajectory: Trajectory, config: UpdateConfig, samples_together: int, generator: torch.Generator
+        self, trajectory: AnyTrajectory, config: UpdateConfig, samples_together: int, generator: torch.Generator
     ) -> None:
         """samples_together: how many neighbouring samples share an update with all their actions; 1: none."""
         self._config = config
@@ -43,8 +45,9 @@ class Selection:
         self._generator = generator
         first = torch.arange(trajectory.num_samples)[:, None] * trajectory.num_actions
         self._by_sample = first + self._steps(trajectory)  # (B, T); by_step: in the order of updates
+        self._size_of = trajectory.size_of  # (B,)
 
-    def _steps(self, trajectory: Trajectory) -> Tensor:
+    def _steps(self, trajectory: AnyTrajectory) -> Tensor:
         """Draws the actions to train on, (B, T) or (1, T) int64 in [0, K); with `by_step` every rank must call this."""
         num_actions = trajectory.num_actions
         num_trained = self._config.num_timesteps or num_actions
@@ -66,14 +69,24 @@ class Selection:
         num_updates = self._config.num_updates
         if self._samples_together > 1:
             groups = self._by_sample.reshape(len(self._by_sample) // self._samples_together, -1)
-            parts = groups[self._shuffled(len(groups))].reshape(num_updates, -1)
+            order = self._dealt(self._size_of[:: self._samples_together])
+            parts = groups[order].reshape(num_updates, -1)
             return [UpdateRows(part, self._shuffled(len(part))) for part in parts]
         if self._config.order == "mixed":
             rows = self._by_sample.flatten()
-            parts = rows[self._shuffled(len(rows))].reshape(num_updates, -1)
+            order = self._dealt(self._size_of.repeat_interleave(self._by_sample.shape[1]))
+            parts = rows[order].reshape(num_updates, -1)
             return [UpdateRows(part, torch.arange(len(part))) for part in parts]
         parts = self._by_sample.T.reshape(num_updates, -1)
         return [UpdateRows(part, self._shuffled(len(part))) for part in parts]
+
+    def _dealt(self, sizes: Tensor) -> Tensor:
+        """Returns a random order of things of these image sizes (N,), in U equal parts that share each size equally."""
+        order = self._shuffled(len(sizes))
+        if sizes.min() == sizes.max():
+            return order
+        by_size = order[sizes[order].argsort(stable=True)]
+        return by_size.reshape(-1, self._config.num_updates).T.flatten()
 
     def _shuffled(self, count: int) -> Tensor:
         """Returns a random order of `count` things, (count,) int64."""

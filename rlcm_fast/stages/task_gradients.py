@@ -26,7 +26,7 @@ from rlcm_fast.parallel import Stream, Turn
 from rlcm_fast.policies.base import GaussianPolicy
 from rlcm_fast.stages.rollout import Rollout
 from rlcm_fast.stages.selection import Selection, step_weights
-from rlcm_fast.trajectory import Trajectory
+from rlcm_fast.trajectory import AnyTrajectory, micro_batches
 
 Gradient = list[Tensor]
 
@@ -60,7 +60,7 @@ class TaskGradients:
         return gradient_metrics(gradients)
 
     def by_task(
-        self, trajectory: Trajectory, sample_weights: Tensor, tasks: Sequence[str], generator: torch.Generator
+        self, trajectory: AnyTrajectory, sample_weights: Tensor, tasks: Sequence[str], generator: torch.Generator
     ) -> dict[str, Gradient]:
         """Returns each task's gradient, float32 on the CPU; sample_weights (B,) and tasks (B) belong to the samples."""
         # Choose transitions as an update would, and compute the signal of each.
@@ -81,17 +81,17 @@ class TaskGradients:
             gradients[task] = [parallel.mean(part) for part in gradient]
         return gradients
 
-    def _gradient(self, trajectory: Trajectory, rows: Tensor, signals: Tensor) -> Gradient:
+    def _gradient(self, trajectory: AnyTrajectory, rows: Tensor, signals: Tensor) -> Gradient:
         """Returns d(mean loss of the transitions rows (N,)) / d(network weights), computed in micro-batches."""
         total = [torch.zeros(parameter.shape) for parameter in self._trained]
-        for places in torch.arange(len(rows)).split(self._config.micro_batch_size):
+        for places in micro_batches(trajectory, rows, self._config.micro_batch_size):
             loss = self._loss(trajectory, rows[places], signals[places.to(signals.device)])
             parts = torch.autograd.grad(loss * len(places) / len(rows), self._trained)
             for sum_, part in zip(total, parts, strict=True):
                 sum_ += part.float().cpu()
         return total
 
-    def _loss(self, trajectory: Trajectory, rows: Tensor, signals: Tensor) -> Tensor:
+    def _loss(self, trajectory: AnyTrajectory, rows: Tensor, signals: Tensor) -> Tensor:
         transitions = trajectory.transitions(rows)
         m = self._policy.network_output(transitions.x_t, transitions.step, transitions.conditioning)
         coef = self._policy.coefficients(transitions.step)

@@ -6,7 +6,8 @@
                       [micro-batches of real image-text pairs -> weight * their loss -> backward]; step
 
 Each micro-batch is weighted by its share of the part, so the sum is the mean over the part, whatever the size of
-micro-batches and whatever was left out: K micro-batches give the gradient of one.
+micro-batches and whatever was left out: K micro-batches give the gradient of one. A micro-batch holds images of one
+size. As log-probs are means over elements, an image weighs the same whatever its size.
 
 An update whose gradient is not finite moves nothing (engine/base.py); skipped_updates.py counts such updates and stops
 the run.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -37,7 +38,7 @@ from rlcm_fast.stages.selection import Selection, step_weights
 from rlcm_fast.stages.skipped_updates import SkippedUpdates
 from rlcm_fast.stages.start_model import StartModel
 from rlcm_fast.stages.update_metrics import Record, UpdateMetrics
-from rlcm_fast.trajectory import Trajectory
+from rlcm_fast.trajectory import AnyTrajectory, by_size, micro_batches
 
 
 class ExtraLoss(Protocol):
@@ -72,7 +73,7 @@ class Updater:
         self.skipped = SkippedUpdates(self.config.max_skipped_updates, self.engine.skips_whole_updates, self.say)
 
     def update(
-        self, trajectory: Trajectory, sample_weights: Tensor, turn: Turn, may_stop: Callable[[], None] = lambda: None
+        self, trajectory: AnyTrajectory, sample_weights: Tensor, turn: Turn, may_stop: Callable[[], None] = lambda: None
     ) -> UpdateMetrics:
         """Trains on the chosen transitions `num_passes` times; sample_weights (B,) come from the algorithm.
 
@@ -97,7 +98,7 @@ class Updater:
                 work.train_on(part.rows[part.order], signals[part.order.to(signals.device)])
         return work.record.summary(time.perf_counter() - start)
 
-    def check_ratio(self, trajectory: Trajectory, turn: Turn, say: Callable[[str], None]) -> dict[str, float]:
+    def check_ratio(self, trajectory: AnyTrajectory, turn: Turn, say: Callable[[str], None]) -> dict[str, float]:
         """Measures how far rounding alone moves the ratio from 1, and warns if the clip would act on that."""
         config = self.config
         generator = parallel.generator(turn.seed, Stream.RATIO_NOISE, parallel.rank())
@@ -110,25 +111,28 @@ class Updater:
             )
         return {"ratio/noise_floor": noise}
 
-    def ratio_noise(self, trajectory: Trajectory, generator: torch.Generator) -> float:
-        """Returns the largest |ratio - 1| of one shuffled micro-batch under unchanged weights."""
-        rows = torch.randperm(trajectory.num_transitions, generator=generator)[: self.config.micro_batch_size]
-        if self.config.old_log_probs == "recompute":
-            trajectory = self._recomputed(trajectory, rows.flip(0))
-        transitions = trajectory.transitions(rows)
-        new = self.policy.log_prob(transitions).detach()  # with gradients, as in the update
-        return torch.expm1(new - transitions.log_prob_old).abs().max().item()
+    def ratio_noise(self, trajectory: AnyTrajectory, generator: torch.Generator) -> float:
+        """Returns the largest |ratio - 1| of one shuffled micro-batch of each image size under unchanged weights."""
+        noise = []
+        for rows in by_size(trajectory, torch.arange(trajectory.num_transitions)):
+            rows = rows[torch.randperm(len(rows), generator=generator)[: self.config.micro_batch_size]]
+            if self.config.old_log_probs == "recompute":
+                trajectory = self._recomputed(trajectory, rows.flip(0))
+            transitions = trajectory.transitions(rows)
+            new = self.policy.log_prob(transitions).detach()  # with gradients, as in the update
+            noise.append(torch.expm1(new - transitions.log_prob_old).abs().max().item())
+        return max(noise)
 
-    def _recomputed(self, trajectory: Trajectory, rows: Tensor) -> Trajectory:
+    def _recomputed(self, trajectory: AnyTrajectory, rows: Tensor) -> AnyTrajectory:
         """Recomputes the log-probs of `rows` (N,) under the present weights, in micro-batches of the update's size.
 
         Gradients are on but not used: without them torch.compile runs other graphs, which round differently.
         """
         log_probs = trajectory.log_probs.flatten()
-        parts = rows.split(self.config.micro_batch_size)
+        parts = [rows[places] for places in micro_batches(trajectory, rows, self.config.micro_batch_size)]
         new = torch.cat([self.policy.log_prob(trajectory.transitions(part)).detach() for part in parts])
-        log_probs = log_probs.index_put((rows.to(log_probs.device),), new.to(log_probs))
-        return replace(trajectory, log_probs=log_probs.view_as(trajectory.log_probs))
+        log_probs = log_probs.index_put((torch.cat(parts).to(log_probs.device),), new.to(log_probs))
+        return trajectory.with_log_probs(log_probs.view_as(trajectory.log_probs))
 
 
 class _RolloutUpdates:
@@ -137,7 +141,7 @@ class _RolloutUpdates:
     def __init__(
         self,
         updater: Updater,
-        trajectory: Trajectory,
+        trajectory: AnyTrajectory,
         sample_weights: Tensor,
         rows: Tensor,
         may_stop: Callable[[], None],
@@ -166,19 +170,20 @@ class _RolloutUpdates:
         if self.record.num_updates == 0:
             return torch.zeros_like(weights)
         policy, size = self._updater.policy, self._updater.config.micro_batch_size
-        parts = (self._trajectory.transitions(part) for part in rows.split(size))
-        return torch.cat([policy.log_prob(part) - part.log_prob_old for part in parts])
+        places = micro_batches(self._trajectory, rows, size)
+        parts = (self._trajectory.transitions(rows[part]) for part in places)
+        changes = torch.cat([policy.log_prob(part) - part.log_prob_old for part in parts])
+        return changes[torch.cat(places).argsort().to(changes.device)]
 
     def train_on(self, rows: Tensor, signals: Tensor) -> None:
         """Takes one optimizer step on the transitions rows (N,) with signals (N,)."""
         updater = self._updater
         if updater.real_images:
             self._read(updater.real_images)
-        kept = self._kept(signals)
-        micro_batches = kept.split(updater.config.micro_batch_size)
+        batches = self._micro_batches(rows, signals)
         num_extra = updater.real_images.num_micro_batches if updater.real_images else 0
-        updater.engine.begin_update(len(micro_batches) + num_extra)
-        for places in micro_batches:
+        updater.engine.begin_update(len(batches) + num_extra)
+        for places in batches:
             if self.record.num_updates == 0:
                 self._may_stop()
             self._backward(rows[places], signals[places.to(signals.device)], len(places) / len(rows))
@@ -189,23 +194,32 @@ class _RolloutUpdates:
             updater.skipped.taken()
         else:
             self.record.num_skipped += 1
-            updater.skipped.skipped(self.record.not_finite(len(micro_batches), num_extra))
-        self.record.update(num_chosen=len(rows), num_trained=len(kept))
+            updater.skipped.skipped(self.record.not_finite(len(batches), num_extra))
+        self.record.update(num_chosen=len(rows), num_trained=sum(len(places) for places in batches))
 
-    def _kept(self, signals: Tensor) -> Tensor:
+    def _micro_batches(self, rows: Tensor, signals: Tensor) -> list[Tensor]:
         """Returns the places of the transitions to train on: those with a signal, and others to fill micro-batches.
 
-        Every process has as many micro-batches as the process that needs most, because passes may wait for each other.
+        Every process has as many micro-batches of a size as the process that needs most, because passes may wait for
+        each other.
         """
-        if self._start_outputs is not None:  # the KL term is a signal of its own
-            return torch.arange(len(signals))
-        is_silent = (signals == 0).cpu()
-        if not parallel.any_rank(bool(is_silent.any())):
-            return torch.arange(len(signals))
-        size = self._updater.config.micro_batch_size
-        num_needed = max(1, -(-int((~is_silent).sum()) // size))
-        num_micro_batches = max(parallel.all_gather_list([num_needed]))
-        return is_silent.to(torch.uint8).argsort(stable=True)[: num_micro_batches * size]
+        # Train on all if each has a signal; the KL term is a signal of its own.
+        size, is_silent = self._updater.config.micro_batch_size, (signals == 0).cpu()
+        if self._start_outputs is not None or not parallel.any_rank(bool(is_silent.any())):
+            return micro_batches(self._trajectory, rows, size)
+
+        # Count the micro-batches that each image size needs, on the process that needs most.
+        of_sizes = by_size(self._trajectory, rows)
+        needed = [-(-int((~is_silent[places]).sum()) // size) for places in of_sizes]
+        most = torch.tensor(parallel.all_gather_list([needed])).amax(dim=0)  # (sizes,)
+        most[0] = max(int(most[0]), int(most.sum() == 0))  # at least one
+
+        # Fill them, transitions with a signal first.
+        batches: list[Tensor] = []
+        for places, count in zip(of_sizes, most.tolist(), strict=True):
+            first = is_silent[places].to(torch.uint8).argsort(stable=True)[: count * size]
+            batches += places[first].split(size) if count > 0 else ()
+        return batches
 
     def _backward(self, rows: Tensor, signals: Tensor, share: float) -> None:
         """Adds `share` of the mean loss of a micro-batch to the update's gradient."""

@@ -217,7 +217,8 @@ def test_transitions_without_a_signal_are_skipped_and_the_gradient_stays_the_sam
         forward = setting.network.of_state.register_forward_hook(lambda *_: calls.append(is_skipping))  # noqa: B023
         with pytest.MonkeyPatch.context() as patch:
             if not is_skipping:
-                patch.setattr(update_module._RolloutUpdates, "_kept", lambda _, signals: torch.arange(len(signals)))
+                whole = "_micro_batches", lambda _, rows, signals: torch.arange(len(rows)).split(4)
+                patch.setattr(update_module._RolloutUpdates, *whole)
             metrics.append(setting.update(quiet))
         forward.remove()
         changes.append(difference(setting.engine.full_weights(), before).double())

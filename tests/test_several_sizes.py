@@ -1,0 +1,238 @@
+"""Several image sizes in a run (model.image_sizes): each prompt draws one, and everything else follows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+
+from rlcm_fast.algorithms import build_algorithm
+from rlcm_fast.backbones.pipeline import Backbone
+from rlcm_fast.config import Config, ModelConfig, parse_config
+from rlcm_fast.config.checks import validate
+from rlcm_fast.config.image_sizes import prompts_of_blocks
+from rlcm_fast.grids import captioned_grid
+from rlcm_fast.parallel import Turn
+from rlcm_fast.stages.rollout import Rollout
+from rlcm_fast.stages.task_gradients import TaskGradients
+from rlcm_fast.trainer import Trainer
+from rlcm_fast.trajectory import MixedTrajectory, Prompt, Trajectory, by_size, micro_batches
+
+pytestmark = pytest.mark.usefixtures("one_process")
+HIGH, SMALL, LARGE = (24, 16), (16, 16), (24, 24)  # pixels
+SIZES = [list(HIGH), list(SMALL)]
+
+
+def make_config(model: str, run_dir: Path, **settings: Any) -> Config:
+    """settings: with __ for the dots."""
+    named = {"model.image_sizes": SIZES, **{name.replace("__", "."): value for name, value in settings.items()}}
+    config = parse_config(tiny_runs.arguments(model, run_dir, named))
+    validate(config, 1)
+    return config
+
+
+def drawn(trainer: Trainer, iteration: int = 0) -> tuple[Rollout, Turn]:
+    """The rollout of a turn after the first, which measures no noise of the ratio."""
+    turn = Turn(iteration, seed=trainer.config.seed)
+    return trainer.collector.rollout(trainer.tasks.next_batch(["default"]), turn), turn
+
+
+@pytest.fixture(scope="module", params=["lcm", "sd", "sdxl"])
+def trainer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    folder = request.getfixturevalue(f"tiny_{request.param}_folder")
+    settings = {"prompts__num_prompts": 4, "update__micro_batch_size": 4, "update__num_updates": 1}
+    kind = {} if request.param == "lcm" else {"policy__kind": "ddim", "policy__guidance_scale": 2.0}
+    return Trainer(make_config(folder, tmp_path_factory.mktemp("run"), **settings, **kind))
+
+
+def test_all_images_of_a_prompt_have_one_size_and_rewards_see_uniform_batches(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[tuple[tuple[int, ...], list[str]]] = []
+    submit = trainer.tasks.rewards.submit
+
+    def noted(images: Tensor, prompts: list[Prompt]) -> None:
+        seen.append((tuple(images.shape[2:]), [prompt.text for prompt in prompts]))
+        submit(images, prompts)
+
+    monkeypatch.setattr(trainer.tasks.rewards, "submit", noted)
+    batch, _ = drawn(trainer)
+    assert [text for _, texts in seen for text in texts] == [prompt.text for prompt in batch.prompts]
+    sizes = {text: {size for size, texts in seen if text in texts} for _, texts in seen for text in texts}
+    assert sorted(size for of_text in sizes.values() for size in of_text) == [SMALL, SMALL, HIGH, HIGH]
+    trajectory = batch.trajectory
+    assert isinstance(trajectory, MixedTrajectory)
+    by_sample = [{0: trajectory.parts[0], 1: trajectory.parts[1]}[size] for size in trajectory.size_of.tolist()]
+    shapes = [size for size, texts in seen for _ in texts]
+    assert [tuple(part.latents.shape[3:]) for part in by_sample] == [(high // 2, wide // 2) for high, wide in shapes]
+
+
+def test_the_ratio_is_one_before_the_first_update_at_every_size(trainer: Trainer):
+    batch, turn = drawn(trainer)
+    generator = torch.Generator().manual_seed(0)
+    assert trainer.updater.ratio_noise(batch.trajectory, generator) < 1e-6
+    weights = torch.tensor([1.0, -1.0] * 4)
+    metrics = trainer.updater.update(batch.trajectory, weights, turn)
+    assert abs(metrics.ratio_mean.item() - 1) < 1e-6 and metrics.ratio_max_deviation.item() < 1e-5
+    assert metrics.grad_norm > 0
+
+
+def test_the_gradient_is_the_weighted_sum_of_each_sizes_own(tiny_sdxl_folder: str, tmp_path: Path):
+    """A size with twice the transitions weighs twice as much; pixels do not count."""
+    settings = {"policy__kind": "ddim", "prompts__num_prompts": 3, "update__num_updates": 1}
+    trainer = Trainer(make_config(tiny_sdxl_folder, tmp_path, **settings, update__micro_batch_size=3))
+    trajectory, config = drawn(trainer)[0].trajectory, trainer.config
+    assert isinstance(trajectory, MixedTrajectory)
+    policy = trainer.images.policy
+    policy.unet = trainer.images.backbone.unet
+    measure = TaskGradients(policy, build_algorithm(config.algorithm, config.update), config.update, 1, 1)
+    weights = torch.tensor([1.0, -0.5, 2.0, 0.25, -1.0, 0.75])
+
+    def gradient(of: Any, of_samples: Tensor) -> Tensor:
+        tasks = ["default"] * len(of_samples)
+        found = measure.by_task(of, of_samples, tasks, torch.Generator().manual_seed(0))["default"]
+        return torch.cat([part.double().flatten() for part in found])
+
+    whole, shares = gradient(trajectory, weights), [len(samples) / 6 for samples in trajectory.samples]
+    own = [gradient(*pair) for pair in zip(trajectory.parts, [weights[s] for s in trajectory.samples], strict=True)]
+    assert sorted(shares) == [1 / 3, 2 / 3]
+    summed = shares[0] * own[0] + shares[1] * own[1]
+    assert (whole - summed).norm() < 1e-5 * whole.norm()
+    assert (whole - own[0]).norm() > 0.1 * whole.norm()
+
+
+def test_an_update_takes_the_same_step_whatever_its_micro_batches(tiny_lcm_folder: str, tmp_path: Path):
+    stepped = []
+    for size in (12, 2):
+        settings = {"prompts__num_prompts": 3, "update__num_updates": 1, "update__kl_weight": 0.1}
+        options = {"update__micro_batch_size": size, "optimizer__eps": 1.0, "optimizer__lr": 1.0}
+        trainer = Trainer(make_config(tiny_lcm_folder, tmp_path / str(size), **settings, **options))
+        batch, turn = drawn(trainer, iteration=1)
+        trainer.updater.update(batch.trajectory, torch.tensor([1.0, -0.5, 2.0, 0.25, -1.0, 0.75]), turn)
+        stepped.append(trainer.engine.full_weights())
+    largest = max((stepped[0][name] - weight).abs().max().item() for name, weight in stepped[1].items())
+    assert largest < 1e-6
+
+
+def test_sdxl_is_told_each_size_as_stock_diffusers_tells_it(tiny_sdxl_folder: str):
+    backbone = Backbone.load(
+        ModelConfig(tiny_sdxl_folder, image_sizes=SIZES), torch.device("cpu"), torch.float32, "ddim"
+    )
+    stock: Any = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_folder)
+    conditioning = backbone.encode([Prompt("a star")], with_negative=False)
+    assert backbone.image_size == HIGH
+    for size in (HIGH, SMALL):
+        sized = backbone.sized(conditioning, size)
+        assert sized.time_ids is not None
+        assert torch.equal(sized.time_ids, stock._get_add_time_ids(size, (0, 0), size, torch.float32, 12))
+        assert sized.latent_size == (size[0] // 2, size[1] // 2)
+
+
+def test_a_resumed_run_is_bitwise_the_same(tiny_lcm_folder: str, tmp_path: Path):
+    settings = {"num_iterations": 3, "checkpoint__every": 1, "checkpoint__keep": 3}
+    settings |= {"evaluation__every": 1, "tracking__grid_every": 3}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    Trainer(make_config(tiny_lcm_folder, whole, **settings)).run()
+    shutil.copytree(whole, resumed)
+    for last in ("checkpoints/iteration_000002", "checkpoints/iteration_000003", "export"):
+        shutil.rmtree(resumed / last)
+    Trainer(make_config(tiny_lcm_folder, resumed, **settings, resume="latest")).run()
+    lines = tiny_runs.metrics(whole)
+    assert tiny_runs.metrics(resumed) == lines and len(lines) == 4
+    unet = "export/unet/diffusion_pytorch_model.safetensors"
+    assert (whole / unet).read_bytes() == (resumed / unet).read_bytes()
+    assert json.loads((whole / "export/unet/config.json").read_text())["sample_size"] == [12, 8]
+
+    # Evaluations say what each size scores.
+    name = f"eval/{tiny_runs.REWARD}"
+    means = [lines[0][f"{name}/{size}/mean"] for size in ("24x16", "16x16")]
+    assert lines[0][f"{name}/mean"] == pytest.approx((2 * means[0] + means[1]) / 3)
+    assert Image.open(whole / "grids" / "000003.png").height > 128 * 24 / 16
+
+
+def test_every_update_takes_its_share_of_every_size():
+    counts = [0, 0]
+    lengths = torch.tensor([4, 2])
+    parts = [Trajectory(torch.zeros(n, 3, 1, n, 1), torch.rand(n, 2), _no_text(n)) for n in lengths.tolist()]
+    trajectory = MixedTrajectory(parts, [torch.tensor([0, 1, 4, 5]), torch.tensor([2, 3])])
+    config = parse_config(["--update.num_updates", "4"]).update
+    from rlcm_fast.stages.selection import Selection
+
+    updates = Selection(trajectory, config, 1, torch.Generator().manual_seed(0)).one_pass()
+    assert torch.cat([part.rows for part in updates]).sort().values.tolist() == list(range(12))
+    for update in updates:
+        places = by_size(trajectory, update.rows)
+        assert [len(of_size) for of_size in places] == [2, 1]
+        for batch in micro_batches(trajectory, update.rows, 2):
+            taken = trajectory.transitions(update.rows[batch])
+            counts[0 if taken.x_t.shape[2] == 4 else 1] += len(batch)
+            log_probs = trajectory.log_probs[taken.sample, taken.step]
+            assert torch.equal(taken.log_prob_old, log_probs)
+    assert counts == [8, 4]
+    doubled = trajectory.with_log_probs(2 * trajectory.log_probs)
+    assert torch.equal(doubled.log_probs, 2 * trajectory.log_probs)
+
+
+def _no_text(count: int) -> Any:
+    from rlcm_fast.trajectory import Conditioning
+
+    return Conditioning(torch.zeros(1, 1, 1), torch.zeros(count, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "num_sizes", "blocks"), [(4, 2, [2, 2]), (4, 3, [2, 1, 1]), (5, 3, [2, 2, 1]), (1, 3, [1])]
+)
+def test_prompts_divide_as_equally_as_whole_prompts_allow(num_prompts: int, num_sizes: int, blocks: list[int]):
+    assert prompts_of_blocks(num_prompts, num_sizes) == blocks
+
+
+def test_sizes_are_drawn_equally_often_and_depend_on_seed_and_iteration_alone(tiny_lcm_folder: str, tmp_path: Path):
+    from rlcm_fast.config.resolved import resolve
+    from rlcm_fast.stages.image_sizes import ImageSizes
+
+    sizes = ImageSizes.of(resolve(make_config(tiny_lcm_folder, tmp_path, prompts__num_prompts=1), 1))
+    first = [sizes.runs(2, Turn(iteration, seed=3))[0].size for iteration in range(100)]
+    assert first == [sizes.runs(2, Turn(iteration, seed=3))[0].size for iteration in range(100)]
+    assert 35 < first.count(HIGH) < 65
+
+
+def test_cells_of_a_grid_hold_the_largest_image():
+    images = [torch.zeros(3, 64, 128), torch.zeros(3, 128, 64)]
+    grid = captioned_grid(images, ["wide", "high"], columns=2)
+    assert grid.width == 2 * (128 + 6) + 6
+    assert grid.getpixel((6 + 1, 6 + 32 + 1)) == (0, 0, 0) and grid.getpixel((6 + 1, 6 + 30)) == (255, 255, 255)
+    assert grid.getpixel((6 + 134 + 33, 6 + 1)) == (0, 0, 0) and grid.getpixel((6 + 134 + 30, 6 + 1)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model__image_sizes": [[16]]}, r"model.image_sizes\[0\]=\[16\] is no \[height, width\]"),
+        ({"model__image_sizes": [[16, 0]]}, r"model.image_sizes\[0\]=\[16, 0\] is no \[height, width\]"),
+        ({"model__image_sizes": [[16, 16], [16, 16]]}, r"model.image_sizes\[1\]=\[16, 16\] is there twice"),
+        ({"model__image_sizes": [[8 * n, 8] for n in range(1, 8)]}, r"are 7 sizes; give at most 6"),
+        ({"model__image_size": 16}, r"model.image_size=16 beside model.image_sizes=\[\[24, 16\], \[16, 16\]\]"),
+        ({"pretraining__weight": 0.1, "pretraining__data": "shapes:all"}, r"pretraining.weight=0.1 reads real images"),
+        (
+            {"engine__optimizer_in_backward": True, "engine__dtype": "pure_bf16", "optimizer__name": "adamw_8bit"},
+            "engine.optimizer_in_backward=true has one micro-batch",
+        ),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused(tiny_lcm_folder: str, settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        make_config(tiny_lcm_folder, Path("run"), **settings)
+
+
+def test_a_size_that_the_unet_cannot_halve_is_named(tiny_lcm_folder: str):
+    model = ModelConfig(tiny_lcm_folder, image_sizes=[[16, 16], [18, 16]])
+    with pytest.raises(ValueError, match=r"model.image_sizes\[1\]=\[18, 16\] must divide by 4; try \[16, 16\]"):
+        Backbone.load(model, torch.device("cpu"), torch.float32, "consistency")
