@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,25 @@ from torch import Tensor
 
 from rlcm_fast.algorithms import build_algorithm
 from rlcm_fast.backbones.pipeline import Backbone
+from rlcm_fast.cli import plan
+from rlcm_fast.cli.main import main as rlcm_fast
 from rlcm_fast.config import Config, ModelConfig, parse_config
 from rlcm_fast.config.checks import validate
 from rlcm_fast.config.image_sizes import prompts_of_blocks
+from rlcm_fast.config.resolved import resolve
 from rlcm_fast.grids import captioned_grid
 from rlcm_fast.parallel import Turn
+from rlcm_fast.planner.architecture import load_architecture
+from rlcm_fast.planner.estimate import strategy_of
+from rlcm_fast.planner.gpus import GPUS
+from rlcm_fast.planner.seconds import Planner, Seconds
+from rlcm_fast.planner.workload import Workload
+from rlcm_fast.stages.image_sizes import ImageSizes
 from rlcm_fast.stages.rollout import Rollout
+from rlcm_fast.stages.selection import Selection
 from rlcm_fast.stages.task_gradients import TaskGradients
 from rlcm_fast.trainer import Trainer
-from rlcm_fast.trajectory import MixedTrajectory, Prompt, Trajectory, by_size, micro_batches
+from rlcm_fast.trajectory import Conditioning, MixedTrajectory, Prompt, Trajectory, by_size, micro_batches
 
 pytestmark = pytest.mark.usefixtures("one_process")
 HIGH, SMALL, LARGE = (24, 16), (16, 16), (24, 24)  # pixels
@@ -164,8 +175,6 @@ def test_every_update_takes_its_share_of_every_size():
     parts = [Trajectory(torch.zeros(n, 3, 1, n, 1), torch.rand(n, 2), _no_text(n)) for n in lengths.tolist()]
     trajectory = MixedTrajectory(parts, [torch.tensor([0, 1, 4, 5]), torch.tensor([2, 3])])
     config = parse_config(["--update.num_updates", "4"]).update
-    from rlcm_fast.stages.selection import Selection
-
     updates = Selection(trajectory, config, 1, torch.Generator().manual_seed(0)).one_pass()
     assert torch.cat([part.rows for part in updates]).sort().values.tolist() == list(range(12))
     for update in updates:
@@ -182,8 +191,6 @@ def test_every_update_takes_its_share_of_every_size():
 
 
 def _no_text(count: int) -> Any:
-    from rlcm_fast.trajectory import Conditioning
-
     return Conditioning(torch.zeros(1, 1, 1), torch.zeros(count, dtype=torch.int64))
 
 
@@ -195,9 +202,6 @@ def test_prompts_divide_as_equally_as_whole_prompts_allow(num_prompts: int, num_
 
 
 def test_sizes_are_drawn_equally_often_and_depend_on_seed_and_iteration_alone(tiny_lcm_folder: str, tmp_path: Path):
-    from rlcm_fast.config.resolved import resolve
-    from rlcm_fast.stages.image_sizes import ImageSizes
-
     sizes = ImageSizes.of(resolve(make_config(tiny_lcm_folder, tmp_path, prompts__num_prompts=1), 1))
     first = [sizes.runs(2, Turn(iteration, seed=3))[0].size for iteration in range(100)]
     assert first == [sizes.runs(2, Turn(iteration, seed=3))[0].size for iteration in range(100)]
@@ -210,6 +214,58 @@ def test_cells_of_a_grid_hold_the_largest_image():
     assert grid.width == 2 * (128 + 6) + 6
     assert grid.getpixel((6 + 1, 6 + 32 + 1)) == (0, 0, 0) and grid.getpixel((6 + 1, 6 + 30)) == (255, 255, 255)
     assert grid.getpixel((6 + 134 + 33, 6 + 1)) == (0, 0, 0) and grid.getpixel((6 + 134 + 30, 6 + 1)) == (255, 255, 255)
+
+
+@pytest.mark.slow  # it traces two networks
+def test_the_plan_has_the_memory_of_the_largest_size_and_the_mean_of_the_seconds(tiny_sdxl_folder: str):
+    sizes = [(64, 32), (64, 64)]
+    run = resolve(parse_config(["--model.image_sizes", json.dumps(sizes)]), 1)
+    planner = Planner(load_architecture(tiny_sdxl_folder), Workload.of(run), sizes=sizes)
+    strategy = strategy_of(run.config, plan._largest(sizes))
+    of_one = [planner._seconds(replace(strategy, image_size=size), GPUS["h100"]) for size in sizes]
+    seconds = planner.seconds(strategy, GPUS["h100"])
+    for stage in ("sampling", "decoding", "update", "step", "iteration"):
+        assert getattr(seconds, stage) == pytest.approx(sum(getattr(one, stage) for one in of_one) / 2)
+    peaks = [planner.memory(replace(strategy, image_size=size)).peak for size in sizes]
+    assert planner.memory(strategy).peak == peaks[1] > peaks[0]
+    said = " ".join(plan._head(planner, strategy, "tiny"))
+    assert "images of 64 x 32, 64 x 64 pixels" in said and "bytes and GFLOP are those of the largest" in said
+
+
+def test_the_plan_takes_the_mean_of_the_seconds(tiny_sdxl_folder: str, monkeypatch: pytest.MonkeyPatch):
+    pixels = {(64, 32): 2.0, (64, 64): 4.0}
+    alike = lambda _, strategy, gpu: Seconds(*[pixels[strategy.image_size]] * 4)  # noqa: E731
+    monkeypatch.setattr(Planner, "_seconds", alike)
+    run = resolve(parse_config(["--model.image_sizes", json.dumps(list(pixels))]), 1)
+    planner = Planner(load_architecture(tiny_sdxl_folder), Workload.of(run), sizes=list(pixels))
+    assert planner.seconds(strategy_of(run.config), GPUS["h100"]) == Seconds(3.0, 3.0, 3.0, 3.0)
+    assert Workload.of(run).num_image_sizes == 2 and plan._largest(list(pixels)) == (64, 64)
+
+
+def test_the_micro_batches_that_an_update_may_have_are_counted_for_the_engine(tiny_lcm_folder: str, tmp_path: Path):
+    whole = make_config(tiny_lcm_folder, tmp_path, update__num_updates=1, update__micro_batch_size=8)
+    assert resolve(whole, 1).sizes.micro_batches_per_update_and_process == 2  # one of each size
+    odd = make_config(tiny_lcm_folder, tmp_path, prompts__num_prompts=3, update__micro_batch_size=6)
+    assert resolve(odd, 1).sizes.micro_batches_per_update_and_process == 2  # 4 and 2 of the 6 transitions
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_commands_draw_the_size_that_they_are_given(
+    tiny_lcm_folder: str, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / ("grid.png" if command == "sample" else "scores.json")
+    what = ["--prompt", "a star", "--num-images", "1"] if command == "sample" else ["--rewards", "jpeg_compressibility"]
+    few = ["--num-images", "2", "--num-steps", "1", "--model", tiny_lcm_folder, "--out", str(out)]
+    assert rlcm_fast([command, *what, *few, "--size", "32x16"]) == 0
+    if command == "sample":
+        assert Image.open(out).height > 128 * 32 / 16
+    else:
+        assert json.loads(out.read_text())["size"] == [32, 16]
+    assert rlcm_fast([command, *what, *few, "--size", "33x16"]) == 2
+    assert "size=33x16 must divide by 2; try 32x16" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        rlcm_fast([command, *what, *few, "--size", "33"])
+    assert "33 is no size: give height x width in pixels, as 1216x832" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

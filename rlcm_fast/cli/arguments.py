@@ -34,6 +34,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, several_steps: bool)
     parser.add_argument("--max-chunks", type=int, choices=(2, 3, 4), default=2, help="chunks that are read of a prompt")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the noise")
     parser.add_argument("--batch-size", type=positive_int, default=16, help="images drawn at once")
+    size = "pixels of an image, height x width, as 1216x832; default: the size in the config of the model's UNet"
+    parser.add_argument("--size", type=image_size, metavar="HxW", help=size)
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
 
 
@@ -76,3 +78,12 @@ def _int_from(text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text} is not allowed: give a whole number of {least} or more")
     return int(text)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Returns height and width of a text like 1216x832."""
+    height, _, width = text.lower().partition("x")
+    try:
+        return _int_from(height, 1), _int_from(width, 1)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text} is no size: give height x width in pixels, as 1216x832") from None

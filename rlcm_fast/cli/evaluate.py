@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     out = None if arguments.out is None else check_out(arguments.out)
     check_device(arguments.device)
     check_texts(arguments)
-    from rlcm_fast.cli.pipelines import encoder_of, load_pipeline, text_settings
+    from rlcm_fast.cli.pipelines import encoder_of, load_pipeline, set_size, text_settings
     from rlcm_fast.cli.sampling import Sampling
     from rlcm_fast.prompts import load_prompts, prompts_for_images
     from rlcm_fast.rewards import build_rewards, check_groups
@@ -55,10 +55,12 @@ def run(arguments: argparse.Namespace) -> None:
     # Draw and score at each number of steps, and write the report.
     reading = text_settings(arguments)
     pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)
+    set_size(pipeline, arguments.size)
     sampling = Sampling.settle(pipeline, arguments)
     arguments.guidance_scale = sampling.guidance_scale
     encoder = encoder_of(pipeline, reading, [prompt.text for prompt in prompts])
-    settings = ("model", "lora", "prompts", "num_images", "guidance_scale", "negative", "clip_skip", "long", "seed")
+    drawing = ("model", "lora", "prompts", "num_images", "guidance_scale", "seed", "size")
+    settings = (*drawing, "negative", "clip_skip", "long")
     report = {name: getattr(arguments, name) for name in settings} | {
         "results": [measure(pipeline, prompts, rewards, steps, arguments, encoder) for steps in sampling.num_steps]
     }

@@ -135,6 +135,20 @@ def _encoded(pipeline: Any, encoder: TextEncoder, texts: Sequence[str]) -> dict[
     return found
 
 
+def set_size(pipeline: Any, size: tuple[int, int] | None) -> None:
+    """Makes `draw` draw images of so many pixels, height and width; None leaves the model's size.
+
+    Raises ValueError if a side is no whole number of latents.
+    """
+    if size is None:
+        return
+    step = pipeline.vae_scale_factor
+    if any(side % step for side in size):
+        height, width = (max(1, round(side / step)) * step for side in size)
+        raise ValueError(f"size={size[0]}x{size[1]} must divide by {step}; try {height}x{width}")
+    pipeline.unet.register_to_config(sample_size=[side // pipeline.vae_scale_factor for side in size])
+
+
 def _size_of(pipeline: Any) -> dict[str, int]:
     """Returns height and width, which pipelines of diffusers need to be told, if the UNet does not draw squares."""
     size = pipeline.unet.config.sample_size

@@ -7,6 +7,7 @@ memory.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -57,12 +58,14 @@ def run(arguments: argparse.Namespace) -> None:
     from rlcm_fast.rewards import gpu_load
 
     architecture = load_architecture(path)
-    image_size = arguments.image_size or _size(config.model.pixels)
-    _check_image_size(image_size, architecture.pixels_per_latent)
+    sizes = [] if arguments.image_size else [_size(pixels) for pixels in config.model.sizes]
+    image_size = arguments.image_size or _size(_largest(config.model.sizes) or config.model.pixels)
+    for size in sizes or [image_size]:
+        _check_image_size(size, architecture.pixels_per_latent)
     rewards = [reward for task in resolved.tasks for reward in task.rewards]
     load = gpu_load(rewards, config.evaluation.rewards, arguments.processes)
     load = replace(load, always=load.always + round(arguments.reward_gib * GIB))
-    planner = Planner(architecture, Workload.of(resolved), load)
+    planner = Planner(architecture, Workload.of(resolved), load, [size for size in sizes if size is not None])
     strategy = strategy_of(config, image_size or architecture.image_size, architecture.embeds_guidance)
 
     # Print the plan, for programs or for people.
@@ -81,6 +84,11 @@ def _size(pixels: tuple[int, int] | None) -> Size | None:
     return pixels[0] if pixels is not None and pixels[0] == pixels[1] else pixels
 
 
+def _largest(sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """Returns the size of most pixels, which decides on memory; None of no sizes."""
+    return max(sizes, key=lambda size: size[0] * size[1], default=None)
+
+
 def _check_image_size(image_size: Size | None, pixels_per_latent: int) -> None:
     from rlcm_fast.planner.architecture import sides
 
@@ -93,17 +101,22 @@ def _check_image_size(image_size: Size | None, pixels_per_latent: int) -> None:
 def _head(planner: Planner, strategy: Strategy, name: str) -> list[str]:
     unet, work = planner.profiles(strategy).unet, planner.workload
     millions = (sum(unet.trainable) + unet.frozen) / 1e6
-    size = strategy.image_size
-    shown = size if isinstance(size, int) or size is None else " x ".join(map(str, size))
+    shown = ", ".join(_shown(size) for size in planner.sizes or [strategy.image_size])
     images = f"{work.samples} images of {shown} pixels"
+    several = ["several sizes: bytes and GFLOP are those of the largest, seconds the mean"] if planner.sizes else []
     of = "" if work.num_processes == 1 else f" on each of {work.num_processes} GPUs"
     return [
         f"{name}: UNet of {millions:.1f} M parameters, {unet.forward_flops.total / 1e9:.4g} GFLOP forward, "
         f"{unet.training_flops.total / 1e9:.5g} with backward",
         f"an iteration{of}: {images}, {work.num_steps} steps each, {work.samples * work.num_trained} transitions; "
         f"micro-batches of {strategy.rollout_micro_batch_size} (rollout) and {strategy.micro_batch_size} (update)",
+        *several,
         "",
     ]
+
+
+def _shown(size: Size | None) -> str:
+    return " x ".join(map(str, size)) if isinstance(size, tuple) else str(size)
 
 
 _WORDS = {

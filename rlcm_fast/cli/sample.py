@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
     out = check_out(arguments.out, PICTURES)
     check_device(arguments.device)
     check_texts(arguments)
-    from rlcm_fast.cli.pipelines import draw, encoder_of, load_pipeline, text_settings
+    from rlcm_fast.cli.pipelines import draw, encoder_of, load_pipeline, set_size, text_settings
     from rlcm_fast.cli.sampling import Sampling, sampler_of
     from rlcm_fast.grids import captioned_grid
 
@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     texts = [text for text in arguments.prompt for _ in range(arguments.num_images)]
     reading = text_settings(arguments)
     pipeline = load_pipeline(arguments.model, arguments.revision, arguments.device, arguments.lora)
+    set_size(pipeline, arguments.size)
     sampling = Sampling.settle(pipeline, arguments)
     settings = (sampling.num_steps[0], sampling.guidance_scale, arguments.seed, arguments.batch_size)
     images, _ = draw(pipeline, texts, *settings, encoder_of(pipeline, reading, arguments.prompt))

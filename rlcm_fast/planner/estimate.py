@@ -278,7 +278,7 @@ def _optimizer_bytes(strategy: Strategy, sizes: Sequence[int], processes: int) -
 
 def _sums_in_float32(training: Strategy, workload: Workload) -> bool:
     """Whether gradients of bfloat16 weights are float32: under ZeRO, if an update has several micro-batches."""
-    passes = -(-workload.transitions_per_update // training.micro_batch_size)
+    passes = max(-(-workload.transitions_per_update // training.micro_batch_size), workload.num_image_sizes)
     is_several = passes > 1 or training.real_image_micro_batch_size > 0
     return training.dtype == "bf16" and training.zero_stage >= 1 and is_several
 

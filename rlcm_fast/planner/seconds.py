@@ -5,13 +5,13 @@ Planner(architecture, workload) -> memory, seconds, largest micro-batches       
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 import torch
 
-from rlcm_fast.planner.architecture import Architecture
+from rlcm_fast.planner.architecture import Architecture, Size
 from rlcm_fast.planner.estimate import (
     FROZEN_DTYPE,
     GIB,
@@ -45,8 +45,16 @@ class Seconds:
 class Planner:
     """Plans iterations of one model; traces each kind of network once."""
 
-    def __init__(self, architecture: Architecture, workload: Workload, rewards: RewardLoad = NO_REWARDS) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        workload: Workload,
+        rewards: RewardLoad = NO_REWARDS,
+        sizes: Sequence[Size] = (),
+    ) -> None:
+        """sizes: the pixels of a run's images if they have several sizes; the strategy has the largest."""
         self.architecture = architecture
+        self.sizes = sizes
         self.workload = workload
         self.rewards = rewards
         self._profiles: dict[tuple[Any, ...], Profiles] = {}
@@ -65,7 +73,15 @@ class Planner:
         return self.memory(strategy).peak <= gpu.memory_gib * GIB
 
     def seconds(self, strategy: Strategy, gpu: Gpu) -> Seconds:
-        """Seconds at the assumed utilisation of the GPU."""
+        """Seconds at the assumed utilisation of the GPU; the mean over several image sizes."""
+        of_sizes = [self._seconds(replace(strategy, image_size=size), gpu) for size in self.sizes]
+        if not of_sizes:
+            return self._seconds(strategy, gpu)
+        stages = zip(*map(astuple, of_sizes), strict=True)
+        return Seconds(*(sum(of_stage) / len(of_sizes) for of_stage in stages))
+
+    def _seconds(self, strategy: Strategy, gpu: Gpu) -> Seconds:
+        """Seconds with images of one size."""
         # Count the passes: each transition is trained, each pair of the loss on real images encoded and trained.
         profiles, work, memory = self.profiles(strategy), self.workload, self.memory(strategy)
         rows, unet = work.samples * strategy.rows_per_sample, profiles.unet

@@ -22,6 +22,7 @@ class Workload:
     num_updates: int  # in all passes together
     pairs_per_update: int  # of real images and captions
     recomputes_log_probs: bool = False
+    num_image_sizes: int = 1
 
     @classmethod
     def of(cls, run: ResolvedRun) -> Workload:
@@ -38,4 +39,5 @@ class Workload:
             num_updates=sizes.updates_per_iteration,
             pairs_per_update=real_images.batch_size // sizes.num_processes if real_images.weight > 0 else 0,
             recomputes_log_probs=update.recomputes_log_probs,
+            num_image_sizes=max(1, len(run.config.model.sizes)),
         )

@@ -17,7 +17,7 @@ from rlcm_fast.parallel import Turn
 from rlcm_fast.rewards import Skipping
 from rlcm_fast.stages.rollout import Collector, Rollout
 from rlcm_fast.tasks import TaskRewards
-from rlcm_fast.trajectory import Prompt
+from rlcm_fast.trajectory import Prompt, Trajectory
 
 NUM_SAMPLES = 6
 
@@ -57,6 +57,7 @@ def test_rewards_are_those_of_the_samples_in_their_order():
 def test_micro_batches_become_one_trajectory_with_the_prompts_in_order():
     batch, _ = draw(micro_batch_size=4)
     assert (batch.trajectory.num_samples, batch.trajectory.num_actions) == (NUM_SAMPLES, 2)
+    assert isinstance(batch.trajectory, Trajectory)
     assert batch.trajectory.conditioning.index.tolist() == [0, 1, 2, 3, 0, 1]
     transitions = batch.trajectory.transitions(torch.arange(12))
     torch.testing.assert_close(policy_of(TinyNetwork()).log_prob(transitions), transitions.log_prob_old)
@@ -70,7 +71,8 @@ def test_prompts_are_encoded_once_and_stopping_is_offered_before_every_micro_bat
 
 
 def test_images_of_a_prompt_may_share_their_first_state_and_only_that():
-    shared, apart = (draw(4, shared_noise=is_shared)[0].trajectory.latents for is_shared in (True, False))
+    drawn = [draw(4, shared_noise=is_shared)[0].trajectory for is_shared in (True, False)]
+    shared, apart = (trajectory.latents for trajectory in drawn if isinstance(trajectory, Trajectory))
     assert torch.equal(shared[0, 0], shared[4, 0])  # a, b, c, d, a, b
     assert torch.equal(shared[1, 0], shared[5, 0]) and not torch.equal(shared[0, 0], shared[1, 0])
     assert not torch.equal(shared[0, 1], shared[4, 1])

@@ -26,7 +26,7 @@ from rlcm_fast.stages.evaluation import Evaluator, HeldOut
 from rlcm_fast.stages.rollout import Collector
 from rlcm_fast.tasks import TaskRewards
 from rlcm_fast.trainer import Trainer
-from rlcm_fast.trajectory import Prompt
+from rlcm_fast.trajectory import Prompt, Trajectory
 
 
 def run_watched(model: str, folder: Path, runs: Mapping[str, Mapping[str, object]]) -> int:
@@ -141,6 +141,7 @@ def _watch(trainer: Trainer) -> dict[str, Any]:
     def watched_rollout(prompts: Any, *more: Any) -> Any:
         batch = rollout(prompts, *more)
         seen["prompts"].append([prompt.text for prompt in prompts])
+        assert isinstance(batch.trajectory, Trajectory)
         seen["noise"].append(batch.trajectory.latents[:, 0].clone())
         seen["rewards"].append(batch.total)
         return batch
