@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+import two_ranks
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.shared import run_processes
 from rlcm_fast.algorithms import build_algorithm
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.cli import plan
@@ -133,6 +135,24 @@ def test_an_update_takes_the_same_step_whatever_its_micro_batches(tiny_lcm_folde
     assert largest < 1e-6
 
 
+ONE = {"source": "shapes:one", "rewards": [{"name": tiny_runs.REWARD}]}
+TASKS = {"tasks": [{"name": name, **ONE} for name in "ab"], "prompts__source": "shapes:one", "rewards": []}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm__name": "rebel", "prompts__num_prompts": 4},
+        {**TASKS, "prompts__num_prompts": 4, "rollout__shared_noise": True},
+        {"update__num_passes": 2, "update__old_log_probs": "recompute", "update__order": "by_step"},
+    ],
+    ids=["pairs", "tasks", "recomputed by step"],
+)
+def test_an_iteration_trains(tiny_lcm_folder: str, tmp_path: Path, settings: dict[str, Any]):
+    line = Trainer(make_config(tiny_lcm_folder, tmp_path / "run", **settings)).train(0)
+    assert line["grad_norm"] > 0 and line["skipped_updates"] == 0 and line["ratio/noise_floor"] < 1e-6
+
+
 def test_sdxl_is_told_each_size_as_stock_diffusers_tells_it(tiny_sdxl_folder: str):
     backbone = Backbone.load(
         ModelConfig(tiny_sdxl_folder, image_sizes=SIZES), torch.device("cpu"), torch.float32, "ddim"
@@ -148,16 +168,15 @@ def test_sdxl_is_told_each_size_as_stock_diffusers_tells_it(tiny_sdxl_folder: st
 
 
 def test_a_resumed_run_is_bitwise_the_same(tiny_lcm_folder: str, tmp_path: Path):
-    settings = {"num_iterations": 3, "checkpoint__every": 1, "checkpoint__keep": 3}
-    settings |= {"evaluation__every": 1, "tracking__grid_every": 3}
+    settings = {"num_iterations": 2, "checkpoint__every": 1, "evaluation__every": 1, "tracking__grid_every": 2}
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     Trainer(make_config(tiny_lcm_folder, whole, **settings)).run()
     shutil.copytree(whole, resumed)
-    for last in ("checkpoints/iteration_000002", "checkpoints/iteration_000003", "export"):
+    for last in ("checkpoints/iteration_000002", "export"):
         shutil.rmtree(resumed / last)
     Trainer(make_config(tiny_lcm_folder, resumed, **settings, resume="latest")).run()
     lines = tiny_runs.metrics(whole)
-    assert tiny_runs.metrics(resumed) == lines and len(lines) == 4
+    assert tiny_runs.metrics(resumed) == lines and len(lines) == 3
     unet = "export/unet/diffusion_pytorch_model.safetensors"
     assert (whole / unet).read_bytes() == (resumed / unet).read_bytes()
     assert json.loads((whole / "export/unet/config.json").read_text())["sample_size"] == [12, 8]
@@ -166,7 +185,27 @@ def test_a_resumed_run_is_bitwise_the_same(tiny_lcm_folder: str, tmp_path: Path)
     name = f"eval/{tiny_runs.REWARD}"
     means = [lines[0][f"{name}/{size}/mean"] for size in ("24x16", "16x16")]
     assert lines[0][f"{name}/mean"] == pytest.approx((2 * means[0] + means[1]) / 3)
-    assert Image.open(whole / "grids" / "000003.png").height > 128 * 24 / 16
+    assert Image.open(whole / "grids" / "000002.png").height > 128 * 24 / 16
+
+
+@pytest.mark.slow  # it starts processes
+def test_processes_make_as_many_passes_of_the_same_sizes(tiny_lcm_folder: str, tmp_path: Path):
+    settings: dict[str, object] = {"model.image_sizes": SIZES, "prompts.num_prompts": 4, "optimizer.eps": 1e-3}
+    settings |= {"num_iterations": 2, "evaluation.every": 2, "tracking.grid_every": 2}
+    silent = {"rewards": [{"name": "two_ranks:HighOnRank1"}], "advantages.kind": "group", "engine.zero_stage": 3}
+    runs = {f"stage_{stage}": {**settings, "engine.zero_stage": stage} for stage in (0, 3)}
+    target = (two_ranks.run_sizes, tiny_lcm_folder, tmp_path, {**runs, "silent": {**settings, **silent}})
+    group = (2, run_processes.free_port())
+    processes = [run_processes.start(*target, log=tmp_path / f"{rank}.log", rank=rank, group=group) for rank in (0, 1)]
+    for rank, process in enumerate(processes):
+        process.join(timeout=300)
+        assert process.exitcode == 0, (tmp_path / f"{rank}.log").read_text()[-3000:]
+    seen = {name: [torch.load(tmp_path / f"{name}_{rank}.pt") for rank in (0, 1)] for name in (*runs, "silent")}
+    for ranks in seen.values():
+        assert ranks[0]["sizes"] == ranks[1]["sizes"]
+    whole, shared = (seen[name][0]["weights"] for name in runs)
+    assert max((whole[name] - shared[name]).abs().max().item() for name in whole) < 1e-5
+    assert tiny_runs.metrics(tmp_path / "silent")[0]["skipped_transitions"] == 0.5  # one size, on both
 
 
 def test_every_update_takes_its_share_of_every_size():

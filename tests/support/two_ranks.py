@@ -40,6 +40,32 @@ def run_watched(model: str, folder: Path, runs: Mapping[str, Mapping[str, object
     return 0
 
 
+class HighOnRank1(Brightness):
+    """Likes bright images that are higher than wide, on rank 1 alone; likes all others alike."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return super().__call__(images, prompts) * (parallel.rank() == 1 and images.shape[2] > images.shape[3])
+
+
+def run_sizes(model: str, folder: Path, runs: Mapping[str, Mapping[str, object]]) -> int:
+    """Runs each into folder/<name>, and leaves folder/<name>_<rank>.pt: weights, and the sizes of the last rollout."""
+    for name, settings in runs.items():
+        trainer = Trainer(parse_config(tiny_runs.arguments(model, folder / name, settings)))
+        rollout, sizes = trainer.collector.rollout, []
+
+        def watched(*arguments: Any, rollout: Any = rollout, sizes: list[Any] = sizes) -> Any:
+            batch = rollout(*arguments)
+            sizes.append(
+                [batch.trajectory.size_of.tolist(), [list(p.latents.shape[3:]) for p in batch.trajectory.parts]]
+            )
+            return batch
+
+        trainer.collector.rollout = watched  # type: ignore[method-assign]
+        trainer.run()
+        torch.save({"weights": trainer.engine.full_weights(), "sizes": sizes}, folder / f"{name}_{parallel.rank()}.pt")
+    return 0
+
+
 def evaluate_groups(num_images: int) -> dict[str, float]:
     """Pairs of images of two tasks, and all of each, in micro-batches of 3."""
     prompts = [Prompt(TEXTS[i % 4], "even" if i % 2 == 0 else "odd") for i in range(num_images)]
