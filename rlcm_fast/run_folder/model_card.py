@@ -126,8 +126,8 @@ def diffusers_usage(config: Config, place: str, scheduler: str) -> str:
     """
     # Load it; the class that was trained may be another than the folder's.
     policy, wanted = config.policy, _SCHEDULERS[config.policy.kind]
-    imported = sorted({"DiffusionPipeline", *([wanted] if scheduler != wanted else [])})
-    lines = [f"from diffusers import {', '.join(imported)}", ""]
+    imported = ["DiffusionPipeline", *([wanted] if scheduler != wanted else [])]
+    lines = [f"from diffusers import {', '.join(sorted(imported))}", ""]
     lines.append(f'pipeline = DiffusionPipeline.from_pretrained("{place}")')
     if scheduler != wanted:
         lines.append(f"pipeline.scheduler = {wanted}.from_config(pipeline.scheduler.config)")
