@@ -43,14 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     # Check the arguments, the run and the output before any weights load.
-    wanted, rank = arguments.format, arguments.extract_lora
-    if rank is not None and wanted not in ("lora", "diffusers"):
-        raise ValueError(f"extract-lora={rank} writes a LoRA, not format={wanted}; leave one of them out")
-    if arguments.relative_to is not None and rank is None:
-        raise ValueError(f"relative-to={arguments.relative_to} is for --extract-lora RANK; give it, too")
-    wanted = "lora" if rank is not None else wanted
-    if arguments.private and arguments.push_to_hub is None:
-        raise ValueError("private=true is for --push-to-hub OWNER/NAME; give it, too")
+    _check_arguments(arguments)
+    rank = arguments.extract_lora
+    wanted = arguments.format if rank is None else "lora"
     out = None if arguments.out is None else check_out_folder(arguments.out)
     if arguments.push_to_hub is not None:
         _check_hub(arguments.push_to_hub, out)
@@ -82,6 +77,22 @@ def run(arguments: argparse.Namespace) -> None:
 
         message = f"{found.run_dir.resolve().name} after {found.iteration} iterations"
         print(f"uploaded: {upload(out, arguments.push_to_hub, arguments.private, message)}")
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuses arguments that contradict each other or would do nothing; raises ValueError."""
+    wanted, rank, scale = arguments.format, arguments.extract_lora, arguments.guidance_scale
+    if rank is not None and wanted not in ("lora", "diffusers"):
+        raise ValueError(f"extract-lora={rank} writes a LoRA, not format={wanted}; leave one of them out")
+    if arguments.relative_to is not None and rank is None:
+        raise ValueError(f"relative-to={arguments.relative_to} is for --extract-lora RANK; give it, too")
+    if scale is not None and wanted not in ("single-file", "safetensors-unet"):
+        raise ValueError(
+            f"guidance-scale={scale:g} is for --format single-file and safetensors-unet, whose UNet has no input for"
+            f" it; format={wanted if rank is None else 'lora'} keeps the input, so leave it out"
+        )
+    if arguments.private and arguments.push_to_hub is None:
+        raise ValueError("private=true is for --push-to-hub OWNER/NAME; give it, too")
 
 
 def _check_hub(repository: str, out: Path | None) -> None:

@@ -27,6 +27,7 @@ from rlcm_fast.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
 KIND = "consistency"
+BIAS = "model.diffusion_model.time_embed.0.bias"
 SETTINGS = {"checkpoint.every": 1, "checkpoint.keep": 5, "optimizer.lr": 1e-2, "tracking.grid_every": 2}
 
 
@@ -125,10 +126,13 @@ def test_a_model_card_says_what_it_is_made_of(run: Path, lora_run: Path):
     assert head["pipeline_tag"] == "text-to-image" and "rlcm_fast" in head["tags"] and "lora" not in head["tags"]
     assert "plugin_rewards:Brightness (1), for 6 iterations" in card
     assert "| sampler | consistency, 3 steps, guidance 4 |" in card
+    assert 'from_pretrained("my_run/export")' in card and "num_inference_steps=3, guidance_scale=4" in card
     for picture in ("curves.png", "before.png", "after.png"):
         assert f"]({picture})" in card and (run / "export" / picture).stat().st_size > 100
     lora = (lora_run / "lora" / "README.md").read_text()
     assert "lora" in yaml.safe_load(lora.split("---\n")[1])["tags"]
+    merged = (lora_run / "export" / "README.md").read_text()
+    assert "lora" not in yaml.safe_load(merged.split("---\n")[1])["tags"], "the adapters are merged in"
     assert "LoRA of rank 2, alpha 4" in lora and "curves.png" not in lora, "two points are no curve"
 
 
@@ -182,12 +186,22 @@ def test_a_lora_relative_to_a_base_model_without_a_guidance_input(run: Path, tin
         (["--iteration", "9"], r"iteration=9 is not among the checkpoints that run=.* kept \(2, 3, 4, 5, 6\)"),
         (["--format", "single-file", "--extract-lora", "4"], "extract-lora=4 writes a LoRA, not format=single-file"),
         (["--relative-to", "x"], "relative-to=x is for --extract-lora RANK"),
+        (["--guidance-scale", "0"], "guidance-scale=0 is for --format single-file and safetensors-unet"),
     ],
 )
 def test_mistakes_are_one_line(run: Path, arguments: list[str], message: str, capsys: Any):
     assert export(run, *arguments) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert re.search(message, line)
+
+
+def test_a_guidance_scale_of_zero_is_one(run: Path, tmp_path: Path):
+    for scale in ("0", "4"):
+        given = ["--format", "safetensors-unet", "--guidance-scale", scale, "--out", str(tmp_path / scale)]
+        assert export(run, *given) == 0
+        assert f"fixed to {scale} in this file" in (tmp_path / scale / "README.md").read_text()
+    biases = [load_file(tmp_path / scale / "my_run_unet.safetensors")[BIAS] for scale in ("0", "4")]
+    assert not torch.equal(*biases)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: Any):
