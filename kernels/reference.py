@@ -95,9 +95,12 @@ def philox_words(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
     """The four random words of a counter of four words, each 32 bits in an int64; seed int64, broadcast to them."""
     key = [seed & _WORD, seed >> 32 & _WORD]
     for _ in range(10):
-        products = [_PHILOX_B * counter[2], _PHILOX_A * counter[0]]  # wraps around 2^64; the upper words are masked
-        (high_b, low_b), (high_a, low_a) = ((product >> 32 & _WORD, product & _WORD) for product in products)
-        counter = [high_b ^ counter[1] ^ key[0], low_b, high_a ^ counter[3] ^ key[1], low_a]
+        b, a = _PHILOX_B * counter[2], _PHILOX_A * counter[0]  # wraps around 2^64; the upper words are masked
+        low_b, low_a = b & _WORD, a & _WORD
+        # In place: what it takes is memory for new tensors.
+        high_b = b.bitwise_right_shift_(32).bitwise_and_(_WORD).bitwise_xor_(counter[1]).bitwise_xor_(key[0])
+        high_a = a.bitwise_right_shift_(32).bitwise_and_(_WORD).bitwise_xor_(counter[3]).bitwise_xor_(key[1])
+        counter = [high_b, low_b, high_a, low_a]
         key = [key[0] + _KEY_A & _WORD, key[1] + _KEY_B & _WORD]
     return counter
 

@@ -59,7 +59,7 @@ class Conditioning:
         """The pooled encoding of each sample (B, P); every access gathers it anew."""
         return None if self.pooled_embeds is None else self.pooled_embeds[self.index]
 
-    def take(self, rows: Tensor) -> Conditioning:
+    def take(self, rows: Tensor | slice) -> Conditioning:
         """Returns the conditioning of the samples `rows` (N,); it shares the encodings and copies nothing."""
         return replace(self, index=self.index[rows])
 
@@ -100,6 +100,14 @@ class Trajectory:
     def size_of(self) -> Tensor:
         """The image size of each sample, (B,) int64: all have the size 0."""
         return torch.zeros(self.num_samples, dtype=torch.int64)
+
+    def part(self, size: int) -> Trajectory:
+        """Returns the trajectories of the samples of an image size."""
+        return self
+
+    def inner(self, rows: Tensor) -> Tensor:
+        """Returns where transitions of one image size, flat indices b * K + k, lie in the part that holds them."""
+        return rows
 
     def with_log_probs(self, log_probs: Tensor) -> Trajectory:
         """Returns the trajectory with other log-probs (B, K)."""
@@ -181,30 +189,59 @@ class MixedTrajectory:
 
     def transitions(self, rows: Tensor) -> Transitions:
         """Returns the transitions `rows` (N,) int64, flat indices b * K + k of samples of one size."""
-        # Find the part that holds them, and their rows there.
         rows = rows.cpu()
-        sample, step = rows // self.num_actions, rows % self.num_actions
-        index = int(self.size_of[sample[0]])
-        assert bool((self.size_of[sample] == index).all()), "transitions of several image sizes are no batch"
-        inner = torch.searchsorted(self.samples[index], sample)
-        found = self.parts[index].transitions(inner * self.num_actions + step)
-
+        found = self.part(self._size(rows)).transitions(self.inner(rows))
         # Name their samples as this trajectory does, because advantages lie in that order.
-        return replace(found, sample=sample.to(found.sample.device))
+        return replace(found, sample=(rows // self.num_actions).to(found.sample.device))
+
+    def part(self, size: int) -> Trajectory:
+        """Returns the trajectories of the samples of an image size."""
+        return self.parts[size]
+
+    def inner(self, rows: Tensor) -> Tensor:
+        """Returns where transitions of one image size, flat indices b * K + k, lie in the part that holds them."""
+        sample, step = rows // self.num_actions, rows % self.num_actions
+        return torch.searchsorted(self.samples[self._size(rows)], sample) * self.num_actions + step
+
+    def _size(self, rows: Tensor) -> int:
+        sizes = self.size_of[rows // self.num_actions]
+        assert bool((sizes == sizes[0]).all()), "transitions of several image sizes are no batch"
+        return int(sizes[0])
 
 
 AnyTrajectory = Trajectory | MixedTrajectory
 
 
-def by_size(trajectory: AnyTrajectory, rows: Tensor) -> list[Tensor]:
+def by_size(trajectory: AnyTrajectory, rows: Tensor) -> dict[int, Tensor]:
     """Returns the places in `rows` (N,), flat indices b * K + k, of each image size that there is, in ascending order.
 
     All processes get as many, because they draw the same sizes for their samples.
     """
     sizes = trajectory.size_of[rows.cpu() // trajectory.num_actions]
-    return [(sizes == size).nonzero().flatten() for size in sizes.unique().tolist()]
+    return {size: (sizes == size).nonzero().flatten() for size in sizes.unique().tolist()}
 
 
 def micro_batches(trajectory: AnyTrajectory, rows: Tensor, most: int) -> list[Tensor]:
     """Cuts transitions `rows` (N,) into micro-batches of at most `most`, each of one image size; returns places."""
-    return [part for places in by_size(trajectory, rows) for part in places.split(most)]
+    return [part for places in by_size(trajectory, rows).values() for part in places.split(most)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The transitions of a micro-batch, which have one image size."""
+
+    size: int
+    rows: Tensor  # (n,) int64 on the device, flat indices b * K + k in the part of this size
+    signals: Tensor  # (n,) float32 on the device
+
+
+def batches(trajectory: AnyTrajectory, rows: Tensor, signals: Tensor, places: Sequence[Tensor]) -> list[Batch]:
+    """Returns the micro-batches `places`, each of one image size, of transitions rows (N,) with signals (N,).
+
+    rows and places are on the CPU. They are copied to the device of the signals all at once.
+    """
+    lengths = [len(part) for part in places]
+    sizes = [int(trajectory.size_of[rows[part[0]] // trajectory.num_actions]) for part in places]
+    inner = torch.cat([trajectory.inner(rows[part]) for part in places]).to(signals.device)
+    chosen = signals[torch.cat(list(places)).to(signals.device)]
+    return [Batch(*each) for each in zip(sizes, inner.split(lengths), chosen.split(lengths), strict=True)]

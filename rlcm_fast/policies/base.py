@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rlcm_fast.kernels import functional
+from rlcm_fast.policies.noise import DrawnNoise, Noise
 from rlcm_fast.policies.schedules import Schedule
 from rlcm_fast.trajectory import Conditioning, Trajectory, Transitions
 
@@ -142,19 +143,20 @@ class GaussianPolicy(ABC):
     def sample(
         self,
         conditioning: Conditioning,
-        generator: torch.Generator,
-        start: Tensor | None = None,
+        noise: Noise | torch.Generator,
         explores: bool = True,
     ) -> tuple[Trajectory, Tensor]:
         """Draw a trajectory, and x_0 (B, C, H, W) float32, the latents of its images (not divided by a scaling factor).
 
-        It draws the first state and then one noise tensor per action, as the pipelines of diffusers do, so the same
-        seed gives the same image. A generator on another device draws there, and the numbers are copied, as in
-        diffusers. start (B, C, H, W) float32 replaces the drawn first states. If the last action draws the image
-        (Schedule.image_is_action), x_0 is what it drew; without `explores` x_0 is its mean.
+        A generator draws the first states and then one noise tensor per action, as the pipelines of diffusers do, so
+        the same seed gives the same image; on another device it draws there, and the numbers are copied.
+        If the last action draws the image (Schedule.image_is_action), x_0 is what it drew; without `explores` x_0 is
+        its mean.
         """
-        size = conditioning.latent_size
-        x_t = self.first_states(len(conditioning.index), generator, size) if start is None else start
+        shape = (len(conditioning.index), *self.latent_shape_of(conditioning))
+        if isinstance(noise, torch.Generator):
+            noise = DrawnNoise.draw(shape, self.num_actions, noise, self.device)
+        x_t = noise.first_states(self.schedule.start_scale, shape)
         states, log_probs, x_0 = [x_t], [], x_t
 
         # Denoise step by step: actions draw noise, other steps go to their mean.
@@ -164,8 +166,7 @@ class GaussianPolicy(ABC):
             if k == self.num_steps - 1:
                 x_0 = functional.gaussian_mean(x_t, m, self.schedule.image_coefficients.expand(len(x_t), 3))
             if k < self.num_actions:
-                noise = self.noise(len(x_t), generator, size)
-                x_t, log_prob = functional.gaussian_step(x_t, m, self.coefficients(step), noise)
+                x_t, log_prob = noise.act(k, x_t, m, self.coefficients(step))
                 states.append(x_t)
                 log_probs.append(log_prob)
             else:
@@ -177,15 +178,8 @@ class GaussianPolicy(ABC):
         actions = torch.stack(log_probs, dim=1) if log_probs else x_t.new_zeros(len(x_t), 0)
         return Trajectory(torch.stack(states, dim=1), actions, conditioning), x_0
 
-    def first_states(self, num_samples: int, generator: torch.Generator, size: tuple[int, int] | None = None) -> Tensor:
-        """Draw the states (num_samples, C, H, W) float32 that sampling begins with; size: see `noise`."""
-        return self.noise(num_samples, generator, size) * self.schedule.start_scale
-
-    def noise(self, num_samples: int, generator: torch.Generator, size: tuple[int, int] | None = None) -> Tensor:
-        """Standard normal numbers (num_samples, C, H, W) float32 on the device of the policy.
-
-        size: H and W; None takes those of the network's config.
-        """
+    def latent_shape_of(self, conditioning: Conditioning) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the latents of a batch, whose images may have another size than the network's config."""
         channels, *of_network = self.latent_shape
-        shape = (num_samples, channels, *(size or of_network))
-        return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(self.device)
+        height, width = conditioning.latent_size or of_network
+        return channels, height, width

@@ -28,6 +28,7 @@ from rlcm_fast.run_folder.rules import SILENT, Fingerprint, changes
 from rlcm_fast.run_folder.tracking import say
 
 _KEY = "fingerprint"  # in state.json
+_NOISE = {"rollout_noise": "row seeds"}  # in state.json; older versions drew noise for each micro-batch
 
 
 class RunFolder:
@@ -61,7 +62,7 @@ class RunFolder:
     def save(self, iteration: int, engine: Engine, state: Mapping[str, Any]) -> None:
         """Writes a checkpoint after `iteration` iterations; every rank must call."""
         model = self._described_model() if parallel.is_main() else {}
-        whole = {**state, _KEY: {**self._now, "model": model, "lr": engine.lr}}
+        whole = {**state, **_NOISE, _KEY: {**self._now, "model": model, "lr": engine.lr}}
         keep = self._config.checkpoint.keep
         self.checkpoint = checkpoints.save_checkpoint(self.run_dir, iteration, engine, whole, keep)
 
@@ -187,6 +188,11 @@ def _check_settings(config: Config, checkpoint: Path) -> None:
         say(f"{checkpoint} does not say what it was trained with: its settings cannot be compared with this config")
     else:
         _compare(config, before, checkpoint)
+    if state.keys().isdisjoint(_NOISE) and finished < config.num_iterations:
+        say(
+            f"{checkpoint} is of a version that drew the noise of rollouts in another way: the images to come have"
+            " other noise than in a run that was not interrupted"
+        )
     if finished == config.num_iterations:
         say(
             f"{checkpoint} has all {finished} iterations: evaluating and exporting again; raise num_iterations to train"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlcm_fast.backbones.pipeline import Backbone
-from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.policies import GaussianPolicy, Noise
 from rlcm_fast.trajectory import Conditioning, Prompt, Trajectory
 
 
@@ -37,11 +37,9 @@ class TextToImage:
         """Returns a trajectory and x_0 (B, C, H, W) for evaluation: a sampled last step adds no noise to x_0."""
         return self.policy.sample(conditioning, generator, explores=False)
 
-    def explore(
-        self, conditioning: Conditioning, generator: torch.Generator, start: Tensor | None = None
-    ) -> tuple[Trajectory, Tensor]:
-        """Returns a trajectory to learn from and x_0 (B, C, H, W); start (B, C, H, W) replaces drawn first states."""
-        return self.policy.sample(conditioning, generator, start)
+    def explore(self, conditioning: Conditioning, noise: Noise) -> tuple[Trajectory, Tensor]:
+        """Returns a trajectory to learn from and x_0 (B, C, H, W)."""
+        return self.policy.sample(conditioning, noise)
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Returns images (B, 3, H, W) float32 in [0, 1]."""

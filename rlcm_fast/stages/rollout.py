@@ -24,6 +24,7 @@ from torch import Tensor
 from rlcm_fast import parallel
 from rlcm_fast.config import RolloutConfig
 from rlcm_fast.parallel import Stream, Turn
+from rlcm_fast.policies import SeededNoise
 from rlcm_fast.rewards import Offloading, Rewards, Skipping
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.image_sizes import ImageSizes, joined
@@ -104,28 +105,25 @@ class Collector:
     def _draw_and_score(
         self, prompts: Sequence[Prompt], turn: Turn, may_stop: Callable[[], None]
     ) -> tuple[AnyTrajectory, dict[str, Rewards]]:
-        # Encode each prompt once, and find out which images have which size.
-        generator = turn.generator(Stream.ROLLOUT)
+        # Encode each prompt once, and draw the seeds of the noise; images of a prompt may share the first one.
+        policy = self.images.policy
         conditioning = self.images.encode(prompts)
-        runs = self.sizes.runs(len(prompts), turn)
-        first_states: dict[tuple[int, int] | None, Tensor] = {}  # (D, C, H, W) of a size, if images of a prompt share
+        noise = SeededNoise.draw(len(prompts), policy.num_actions, turn.generator(Stream.ROLLOUT), policy.device)
+        if self.config.shared_noise:
+            noise = noise.shared_by(conditioning.index)
 
-        # Sample and decode micro-batch by micro-batch; the reward workers score meanwhile.
+        # Sample and decode micro-batch by micro-batch, each of one image size; the reward workers score meanwhile.
+        runs = self.sizes.runs(len(prompts), turn)
         parts: list[list[Trajectory]] = []
         for run in runs:
             of_size = self.images.sized(conditioning, run.size)
-            if self.config.shared_noise and run.size not in first_states:
-                num_distinct = len(conditioning.prompt_embeds)
-                drawn = self.images.policy.first_states(num_distinct, generator, of_size.latent_size)
-                first_states[run.size] = drawn
             parts.append([])
-            for rows in run.rows.split(self.config.micro_batch_size):
+            for first in range(run.rows.start, run.rows.stop, self.config.micro_batch_size):
                 may_stop()
-                texts = of_size.take(rows.to(conditioning.index.device))
-                start = first_states[run.size][texts.index] if first_states else None
-                trajectory, x_0 = self.images.explore(texts, generator, start)
+                rows = slice(first, min(first + self.config.micro_batch_size, run.rows.stop))
+                trajectory, x_0 = self.images.explore(of_size.take(rows), noise.take(rows))
                 self.rewards.wait_for_room(may_stop)
-                self.rewards.submit(self.images.decode(x_0), [prompts[row] for row in rows.tolist()])
+                self.rewards.submit(self.images.decode(x_0), prompts[rows])
                 parts[-1].append(trajectory)
 
         # Join the micro-batches and wait for the rewards that are still missing.

@@ -19,21 +19,19 @@ import torch
 from torch import Tensor
 
 from rlcm_fast.policies.base import GaussianPolicy
-from rlcm_fast.trajectory import AnyTrajectory, by_size
+from rlcm_fast.trajectory import AnyTrajectory, Trajectory, by_size
 
 
 @dataclass(frozen=True)
 class StartOutputs:
-    """The start model's network outputs for the chosen transitions of a rollout."""
+    """The start model's network outputs for the chosen transitions of a rollout's samples of one image size."""
 
-    m: list[Tensor]  # (N_i, C, H_i, W_i) float32, one for each image size
-    size_of: Tensor  # (B K,) int64, the place in m of each chosen transition's size
-    row_of: Tensor  # (B K,) int64, the row of each chosen transition there
+    m: Tensor  # (N, C, H, W) float32
+    row_of: Tensor  # (B K,) int64 on the device of m, the row of m of each chosen transition
 
     def take(self, rows: Tensor) -> Tensor:
-        """Returns m (n, C, H, W) of the transitions `rows` (n,), flat indices b K + k of samples of one size."""
-        m = self.m[int(self.size_of[rows[0]])]
-        return m[self.row_of[rows].to(m.device)]
+        """Returns m (n, C, H, W) of the transitions `rows` (n,), flat indices b K + k on the device."""
+        return self.m[self.row_of[rows]]
 
 
 @dataclass(frozen=True)
@@ -44,16 +42,18 @@ class StartModel:
     applied: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @torch.no_grad()
-    def outputs(self, trajectory: AnyTrajectory, rows: Tensor, micro_batch_size: int) -> StartOutputs:
-        """Runs the start model on the transitions `rows` (N,)."""
-        outputs: list[Tensor] = []
-        size_of, row_of = torch.zeros(2, trajectory.num_transitions, dtype=torch.int64)
+    def outputs(self, trajectory: AnyTrajectory, rows: Tensor, micro_batch_size: int) -> dict[int, StartOutputs]:
+        """Runs the start model on the transitions `rows` (N,); returns its outputs by image size."""
+        outputs: dict[int, StartOutputs] = {}
         with self.applied():
-            for size, places in enumerate(by_size(trajectory, rows)):
-                of_size, parts = rows[places], []
-                for part in of_size.split(micro_batch_size):
-                    taken = trajectory.transitions(part)
-                    parts.append(self.policy.network_output(taken.x_t, taken.step, taken.conditioning))
-                outputs.append(torch.cat(parts))
-                size_of[of_size], row_of[of_size] = size, torch.arange(len(of_size))
-        return StartOutputs(outputs, size_of, row_of)
+            for size, of_size in by_size(trajectory, rows).items():
+                part, inner = trajectory.part(size), trajectory.inner(rows[of_size])
+                m = torch.cat([self._output(part, few) for few in inner.split(micro_batch_size)])
+                row_of = torch.zeros(part.num_transitions, dtype=torch.int64)
+                row_of[inner] = torch.arange(len(inner))
+                outputs[size] = StartOutputs(m, row_of.to(m.device))
+        return outputs
+
+    def _output(self, trajectory: Trajectory, rows: Tensor) -> Tensor:
+        taken = trajectory.transitions(rows)
+        return self.policy.network_output(taken.x_t, taken.step, taken.conditioning)

@@ -38,7 +38,7 @@ from rlcm_fast.stages.selection import Selection, step_weights
 from rlcm_fast.stages.skipped_updates import SkippedUpdates
 from rlcm_fast.stages.start_model import StartModel
 from rlcm_fast.stages.update_metrics import Record, UpdateMetrics
-from rlcm_fast.trajectory import AnyTrajectory, by_size, micro_batches
+from rlcm_fast.trajectory import AnyTrajectory, Batch, batches, by_size, micro_batches
 
 
 class ExtraLoss(Protocol):
@@ -114,7 +114,7 @@ class Updater:
     def ratio_noise(self, trajectory: AnyTrajectory, generator: torch.Generator) -> float:
         """Returns the largest |ratio - 1| of one shuffled micro-batch of each image size under unchanged weights."""
         noise = []
-        for rows in by_size(trajectory, torch.arange(trajectory.num_transitions)):
+        for rows in by_size(trajectory, torch.arange(trajectory.num_transitions)).values():
             rows = rows[torch.randperm(len(rows), generator=generator)[: self.config.micro_batch_size]]
             if self.config.old_log_probs == "recompute":
                 trajectory = self._recomputed(trajectory, rows.flip(0))
@@ -180,13 +180,17 @@ class _RolloutUpdates:
         updater = self._updater
         if updater.real_images:
             self._read(updater.real_images)
-        batches = self._micro_batches(rows, signals)
+        # Copy to the device once an update which transitions it trains on; its micro-batches copy nothing.
+        places = self._micro_batches(rows, signals)
+        made = batches(self._trajectory, rows, signals, places)
         num_extra = updater.real_images.num_micro_batches if updater.real_images else 0
-        updater.engine.begin_update(len(batches) + num_extra)
-        for places in batches:
+
+        # Add up the gradients of all micro-batches and step.
+        updater.engine.begin_update(len(made) + num_extra)
+        for batch in made:
             if self.record.num_updates == 0:
                 self._may_stop()
-            self._backward(rows[places], signals[places.to(signals.device)], len(places) / len(rows))
+            self._backward(batch, len(batch.rows) / len(rows))
         if updater.real_images:
             self._backward_extra(updater.real_images)
         if math.isfinite(self._norm):
@@ -194,8 +198,8 @@ class _RolloutUpdates:
             updater.skipped.taken()
         else:
             self.record.num_skipped += 1
-            updater.skipped.skipped(self.record.not_finite(len(batches), num_extra))
-        self.record.update(num_chosen=len(rows), num_trained=sum(len(places) for places in batches))
+            updater.skipped.skipped(self.record.not_finite(len(made), num_extra))
+        self.record.update(num_chosen=len(rows), num_trained=sum(len(batch.rows) for batch in made))
 
     def _micro_batches(self, rows: Tensor, signals: Tensor) -> list[Tensor]:
         """Returns the places of the transitions to train on: those with a signal, and others to fill micro-batches.
@@ -209,7 +213,7 @@ class _RolloutUpdates:
             return micro_batches(self._trajectory, rows, size)
 
         # Count the micro-batches that each image size needs, on the process that needs most.
-        of_sizes = by_size(self._trajectory, rows)
+        of_sizes = list(by_size(self._trajectory, rows).values())
         needed = [-(-int((~is_silent[places]).sum()) // size) for places in of_sizes]
         most = torch.tensor(parallel.all_gather_list([needed])).amax(dim=0)  # (sizes,)
         most[0] = max(int(most[0]), int(most.sum() == 0))  # at least one
@@ -221,18 +225,18 @@ class _RolloutUpdates:
             batches += places[first].split(size) if count > 0 else ()
         return batches
 
-    def _backward(self, rows: Tensor, signals: Tensor, share: float) -> None:
+    def _backward(self, batch: Batch, share: float) -> None:
         """Adds `share` of the mean loss of a micro-batch to the update's gradient."""
         policy, config = self._updater.policy, self._updater.config
-        transitions = self._trajectory.transitions(rows)
+        transitions = self._trajectory.part(batch.size).transitions(batch.rows)
         m = policy.network_output(transitions.x_t, transitions.step, transitions.conditioning)
         coef = policy.coefficients(transitions.step)
         # With one update per rollout the old policy is the present one: its log-prob is the new one, detached (exact).
         old = None if config.is_on_policy else transitions.log_prob_old
-        loss, stats = self._updater.algorithm.loss_of_output(transitions, m, coef, old, signals)
+        loss, stats = self._updater.algorithm.loss_of_output(transitions, m, coef, old, batch.signals)
         kl = m.new_zeros(())
         if self._start_outputs is not None:
-            kl = functional.gaussian_kl(m, self._start_outputs.take(rows), coef).mean()
+            kl = functional.gaussian_kl(m, self._start_outputs[batch.size].take(batch.rows), coef).mean()
         self._updater.engine.backward(share * (loss + config.kl_weight * kl))
         self.record.micro_batch(stats, loss.detach(), kl.detach())
         self._step()

@@ -16,7 +16,7 @@ from rlcm_fast.kernels.functional import RatioStats
 
 @dataclass(frozen=True)
 class UpdateMetrics:
-    """Statistics over all micro-batches of a round on this process. Reading the 0-d tensors is the only device sync."""
+    """Statistics over all micro-batches of a round on this process; `metrics` reads its tensors in one transfer."""
 
     ratio_mean: Tensor
     ratio_max_deviation: Tensor
@@ -25,7 +25,7 @@ class UpdateMetrics:
     loss: Tensor
     kl_to_start: Tensor  # 0 if update.kl_weight is 0
     skipped: float  # share of the chosen transitions without a signal, which the network did not run on
-    real_image_loss: float | None  # weighted, mean over updates; None without real images
+    real_image_loss: Tensor | None  # () weighted, mean over updates; None without real images
     real_images_skipped: int  # real images that could not be read, on this process
     grad_norm: float  # of the last update that was not skipped, before clipping, over all processes; NaN without one
     skipped_updates: int  # updates whose gradient was not finite, the same on every process
@@ -49,14 +49,13 @@ class UpdateMetrics:
             "skipped_transitions": self.loss.new_tensor(self.skipped),
         }
         if self.real_image_loss is not None:
-            means["pretraining/loss"] = self.loss.new_tensor(self.real_image_loss)
+            means["pretraining/loss"] = self.real_image_loss
             # The mean over processes of what makes their sum.
             on_all = float(self.real_images_skipped * parallel.world_size())
             means["pretraining/skipped"] = self.loss.new_tensor(on_all)
-        averaged = parallel.all_gather(torch.stack([*means.values(), has_one])[None]).mean(dim=0).tolist()
-        share = averaged.pop()
+        gathered = parallel.all_gather(torch.stack([*means.values(), has_one, self.ratio_max_deviation])[None])
+        *averaged, share, deviation = torch.cat([gathered[:, :-1].mean(dim=0), gathered[:, -1:].amax(dim=0)]).tolist()
         averaged[0] /= share or 1.0
-        deviation = parallel.all_gather(self.ratio_max_deviation[None]).max().item()
         return {
             **dict(zip(means, averaged, strict=True)),
             "ratio/max_deviation": deviation,
@@ -109,7 +108,7 @@ class Record:
         self.num_trained += num_trained
 
     def summary(self, seconds: float) -> UpdateMetrics:
-        extra = torch.stack(self.extra_losses).sum().item() / self.num_updates if self.extra_losses else None
+        extra = torch.stack(self.extra_losses).sum() / self.num_updates if self.extra_losses else None
         return UpdateMetrics(
             ratio_mean=torch.stack([s.ratio_mean for s in self.stats]).mean(),
             ratio_max_deviation=torch.stack([s.ratio_max_deviation for s in self.stats]).max(),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlcm_fast.config import RolloutConfig
 from rlcm_fast.parallel import Turn
+from rlcm_fast.policies import Noise
 from rlcm_fast.rewards import Reward
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.stages.rollout import Collector, Rollout
@@ -34,11 +35,9 @@ class Slowly(TextToImage):
         super().__init__(images.policy, images.backbone)
         self.work = work
 
-    def explore(
-        self, conditioning: Conditioning, generator: torch.Generator, start: Tensor | None = None
-    ) -> tuple[Trajectory, Tensor]:
+    def explore(self, conditioning: Conditioning, noise: Noise) -> tuple[Trajectory, Tensor]:
         self.work()
-        return super().explore(conditioning, generator, start)
+        return super().explore(conditioning, noise)
 
 
 class Working:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rlcm_fast.config import RolloutConfig
 from rlcm_fast.faults import Fault
-from rlcm_fast.parallel import Turn
+from rlcm_fast.parallel import Stream, Turn
+from rlcm_fast.policies import SeededNoise
 from rlcm_fast.rewards import Skipping
 from rlcm_fast.stages.rollout import Collector, Rollout
 from rlcm_fast.tasks import TaskRewards
@@ -77,6 +78,26 @@ def test_images_of_a_prompt_may_share_their_first_state_and_only_that():
     assert torch.equal(shared[1, 0], shared[5, 0]) and not torch.equal(shared[0, 0], shared[1, 0])
     assert not torch.equal(shared[0, 1], shared[4, 1])
     assert not torch.equal(apart[0, 0], apart[4, 0])
+
+
+def test_noise_does_not_depend_on_the_micro_batch():
+    whole, cut = (draw(size)[0].trajectory.latents for size in (NUM_SAMPLES, 2))
+    assert torch.equal(whole[:, 0], cut[:, 0])
+    torch.testing.assert_close(whole, cut, rtol=0, atol=1e-5)  # the network's last bits depend on its batch
+    other_turn = torch.randint(2**63 - 1, (NUM_SAMPLES, 3), generator=Turn(1).generator(Stream.ROLLOUT))
+    assert not torch.equal(SeededNoise(other_turn).first_states(1.0, whole[:, 0].shape), whole[:, 0])
+
+
+def test_seeded_noise_is_standard_normal_in_the_first_state_and_in_each_action():
+    noise = SeededNoise.draw(64, 2, torch.Generator().manual_seed(0), torch.device("cpu"))
+    shape = (64, 4, 16, 16)  # 65,536 numbers
+    zeros, coef = torch.zeros(shape), torch.tensor([0.0, 0.0, 1.0]).expand(64, 3)
+    drawn = [noise.first_states(1.0, shape), *(noise.act(k, zeros, zeros, coef)[0] for k in (0, 1))]
+    for numbers in drawn:
+        assert abs(numbers.mean().item()) < 4 / 256 and numbers.std().item() == pytest.approx(1, abs=4 / 362)
+    pairs = torch.stack([numbers.flatten() for numbers in drawn])
+    assert (torch.corrcoef(pairs) - torch.eye(3)).abs().max() < 4 / 256
+    torch.testing.assert_close(noise.first_states(0.5, shape), 0.5 * drawn[0])
 
 
 class Failing(Brightness):
