@@ -172,6 +172,7 @@ def _load_backbone(config: Config, device: torch.device) -> Backbone:
     backbone.texts.cut.tell = say
     for note in backbone.notes:
         say(note)
+    backbone.tell(say)
 
     # Put in the weights that the run starts from; all weights come before the adapters beside them.
     weights, named = start_weights(config), f"resume_weights_only={config.resume_weights_only}"

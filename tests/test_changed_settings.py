@@ -364,6 +364,7 @@ EVERY: dict[str, tuple[object, dict[str, object]]] = {
     "model.clip_skip": (1, {}),
     "model.image_size": (32, {}),
     "model.image_sizes": ([[16, 16], [24, 16]], {}),
+    "model.vae_dtype": ("bf16", {}),
     "policy.num_steps": (5, {}),
     "policy.timesteps": ([999, 499, 249], {}),
     "policy.guidance_scale": (2.0, {}),

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from torch import Tensor
 
 from rlcm_fast.backbones.adapters import WithoutAdapters, add_adapters, has_adapters, merged, plain, save_adapters
 from rlcm_fast.backbones.assembly import assemble
+from rlcm_fast.backbones.image_coder import ImageCoder
 from rlcm_fast.backbones.text_checks import check_configs, check_pipeline
 from rlcm_fast.backbones.texts import Encoding, TextEncoder, TextSettings
 from rlcm_fast.config import LoraConfig, ModelConfig, PromptsConfig
+from rlcm_fast.frozen import FrozenNetwork
 from rlcm_fast.trajectory import Conditioning, Prompt
 
 _ENCODING_BYTES = 256 * 2**20  # limit for the text encodings that are kept
@@ -33,18 +34,21 @@ class Backbone:
     """A loaded text-to-image pipeline; all parts but the UNet are frozen and never managed by DeepSpeed."""
 
     def __init__(
-        self, pipeline: Any, device: torch.device, dtype: torch.dtype, offload_idle: bool, decode_batch_size: int
+        self, pipeline: Any, coder: ImageCoder, device: torch.device, dtype: torch.dtype, offload_idle: bool
     ) -> None:
-        self._pipeline = pipeline
+        self._pipeline, self._coder = pipeline, coder
         self.device = device
         self.dtype = dtype
-        self._moves_parts = offload_idle and device.type != "cpu"
-        self._decode_batch_size = decode_batch_size
         self._encodings: dict[str, Encoding] = {}
         self._negative: Encoding | None = None
         self.notes: tuple[str, ...] = ()  # what was found while loading, for people
         self._is_sdxl = "text_encoder_2" in pipeline.components
         self.texts = TextEncoder(pipeline, device)
+        self._encoders = [FrozenNetwork(encoder, device) for encoder in self.text_encoders]
+        if not offload_idle:
+            for encoder in self._encoders:
+                encoder.to_device()
+        self._offloads = offload_idle and device.type != "cpu"
 
     @classmethod
     def load(
@@ -66,9 +70,12 @@ class Backbone:
         settings = TextSettings(model.clip_skip, prompts or PromptsConfig())
         check_configs(model, settings)
 
-        # Load the parts and move them to their devices; only the UNet is trained.
+        # Load the parts; only the UNet is trained, and the others are on the device only where they work.
         notes: list[str] = []
-        backbone = cls(assemble(model, dtype, kind, notes), device, dtype, offload_idle, decode_batch_size)
+        pipeline = assemble(model, dtype, kind, notes)
+        vae_dtype = _vae_dtype(model, pipeline, device)
+        coder = ImageCoder(pipeline.vae, device, vae_dtype, offload_idle, decode_batch_size)
+        backbone = cls(pipeline, coder, device, dtype, offload_idle)
         backbone.notes = tuple(notes)
         check_pipeline(backbone._pipeline, settings)
         backbone.texts = TextEncoder(backbone._pipeline, device, settings)
@@ -76,8 +83,6 @@ class Backbone:
         backbone._pipeline.unet.to(device)
         for part in backbone.frozen_parts:
             part.requires_grad_(False)
-            if not backbone._moves_parts:
-                part.to(device)
         backbone.unet.requires_grad_(True)
         backbone.unet.eval()  # because dropout would make the ratio differ from 1
         return backbone
@@ -167,7 +172,7 @@ class Backbone:
             encodings = [self._encodings[text] for text in distinct]
             negative = self._negative if with_negative else None
         else:
-            with self._on_device(*self.text_encoders):
+            with self._encoding():
                 encodings = self.texts.encode(distinct)
                 negative = self.texts.empty() if with_negative else None
         self._forget_oldest()
@@ -190,6 +195,14 @@ class Backbone:
         time_ids = self._time_ids(pixels) if self._is_sdxl else None
         return replace(conditioning, time_ids=time_ids, latent_size=self._latent_size(pixels))
 
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """The text encoders are on the device inside; with offload_idle only there."""
+        with ExitStack() as stack:
+            for encoder in self._encoders if self._offloads else ():
+                stack.enter_context(encoder.in_use())
+            yield
+
     def _forget_oldest(self) -> None:
         """Forget the oldest encodings (0.2 MB each for Stable Diffusion): few of millions of prompts ever return."""
         kept = sum(encoding.embeds.nbytes for encoding in self._encodings.values())
@@ -202,7 +215,7 @@ class Backbone:
         lacks_negative = with_negative and self._negative is None
         if not (missing or lacks_negative):
             return
-        with self._on_device(*self.text_encoders):
+        with self._encoding():
             for text in missing:
                 (self._encodings[text],) = self.texts.encode([text])
             if lacks_negative:
@@ -219,45 +232,26 @@ class Backbone:
         """SDXL's size input (1, 6): the size of an image before cropping, no crop, and the size after cropping."""
         return torch.tensor([[*pixels, 0, 0, *pixels]], dtype=torch.float32, device=self.device)
 
-    @torch.no_grad()
+    def tell(self, say: Callable[[str], None]) -> None:
+        """From here on, `say` receives what is measured, for people."""
+        self._coder.say = say
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """The VAE's decoder is on the device inside, however often it decodes."""
+        return self._coder.decoding()
+
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents x_0 (B, C, H, W) to images (B, 3, H, W) float32 in [0, 1], as diffusers' pipelines do."""
-        vae = self._pipeline.vae
-        with self._on_device(vae):
-            slices = (latents / vae.config.scaling_factor).split(self._decode_batch_size or len(latents))
-            images = torch.cat([vae.decode(part, return_dict=False)[0] for part in slices])
-        return (images / 2 + 0.5).clamp(0, 1).float()
+        return self._coder.decode(latents)
 
-    @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encode images (B, 3, H, W) in [0, 1] to latents x_0 (B, C, h, w) float32, scaled as the UNet expects them.
-
-        For an AutoencoderKL, `generator` samples them from the posterior. UNets like Stable Diffusion's were trained on
-        such samples; the mode of the posterior lies close by but is not a typical latent. Other VAEs need no sampling.
-        """
-        vae = self._pipeline.vae
-        with self._on_device(vae):
-            slices = (images.to(self.device) * 2 - 1).split(self._decode_batch_size or len(images))
-            latents = torch.cat([retrieve_latents(vae.encode(part.to(vae.dtype)), generator) for part in slices])
-        return (latents * vae.config.scaling_factor).float()
-
-    @contextmanager
-    def _on_device(self, *parts: torch.nn.Module) -> Iterator[None]:
-        """Move the parts to the device within the block; with offload_idle, they return to the CPU afterwards."""
-        if not self._moves_parts:
-            yield
-            return
-        try:
-            for part in parts:
-                part.to(self.device)
-            yield
-        finally:
-            for part in parts:
-                part.to("cpu")
+        """Encode images (B, 3, H, W) in [0, 1] to latents x_0 (B, C, h, w) float32, scaled as the UNet expects them."""
+        return self._coder.encode(images, generator)
 
     def export(self, unet_weights: Mapping[str, Tensor], folder: Path) -> None:
         """Write a diffusers folder with these UNet weights, which stock diffusers loads; adapters are merged in."""
-        self.with_weights(unet_weights).save_pretrained(folder)
+        with self._coder.original():
+            self.with_weights(unet_weights).save_pretrained(folder)
 
     def with_weights(self, unet_weights: Mapping[str, Tensor]) -> Any:
         """The pipeline with a UNet of these weights, adapters merged in, in the place of its own."""
@@ -268,3 +262,9 @@ class Backbone:
     def export_adapters(self, unet_weights: Mapping[str, Tensor], folder: Path) -> None:
         """Write the adapters alone, for `load_lora_weights` of a stock pipeline with the start model."""
         save_adapters(self.unet, unet_weights, self._pipeline, folder)
+
+
+def _vae_dtype(model: ModelConfig, pipeline: Any, device: torch.device) -> str:
+    """Returns the precision of the decoder, or auto if float16 is to be tried; SDXL's VAE says that it overflows."""
+    is_large = "text_encoder_2" in pipeline.components and pipeline.vae.config.get("force_upcast", True)
+    return "fp32" if model.vae_dtype == "auto" and (device.type != "cuda" or is_large) else model.vae_dtype

@@ -12,13 +12,14 @@ from typing import Any, Literal
 from torch import nn
 
 from rlcm_fast.config import RewardConfig
+from rlcm_fast.frozen import FrozenNetwork
 from rlcm_fast.plugins import build, load_class
 from rlcm_fast.rewards.base import ImagesFailed, Reward, RewardError, SetReward, check_scores
 from rlcm_fast.rewards.failures import Skipping
 from rlcm_fast.rewards.groups import GroupReward
 from rlcm_fast.rewards.memory import Held, RewardLoad, gpu_networks
 from rlcm_fast.rewards.models import OnModels, check_files
-from rlcm_fast.rewards.offload import FrozenNetwork, Movable, Offloading, networks_used
+from rlcm_fast.rewards.offload import Movable, Offloading, networks_used
 from rlcm_fast.rewards.parts import in_parts, inner
 from rlcm_fast.rewards.placement import placed
 from rlcm_fast.rewards.service import (

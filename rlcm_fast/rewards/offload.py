@@ -2,9 +2,9 @@
 
     rollout, evaluation:   with offloading.in_use(): sample, decode, score, gather
 
-A network of the pack never changes, so a copy of it stays in the CPU's memory: moving it to the GPU is one copy, and
-leaving the GPU is none. Networks that rewards share move once, and are offloaded if one of these rewards asks for it.
-A reward of yours moves its own models, by the methods of `Movable`. On a CPU nothing moves.
+A network of the pack never changes, so a copy of it stays in the CPU's memory (frozen.py). Networks that
+rewards share move once, and are offloaded if one of these rewards asks for it. A reward of yours moves its own models,
+by the methods of `Movable`. On a CPU nothing moves.
 
 Models go to the GPU in the stream of the rollout, which the workers' streams wait for before they score, and leave it
 after the last score has arrived. This was not run on a GPU yet.
@@ -31,29 +31,6 @@ class Movable(Protocol):
     def to_cpu(self) -> None:
         """Moves the models to the CPU's memory; they may be there."""
         ...
-
-
-class FrozenNetwork:
-    """A network whose weights never change; its copy in the CPU's memory stays."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        tensors = [*network.parameters(), *network.buffers()]
-        self._places = [(tensor, tensor.device, tensor.detach().cpu()) for tensor in tensors]
-        self._is_on_device = True
-
-    def to_device(self) -> None:
-        """Copies the weights to the device that the network was loaded on."""
-        if not self._is_on_device:
-            for tensor, device, kept in self._places:
-                tensor.data = kept.to(device)
-        self._is_on_device = True
-
-    def to_cpu(self) -> None:
-        """Frees the weights on the device."""
-        for tensor, _, kept in self._places:
-            tensor.data = kept
-        self._is_on_device = False
 
 
 class Offloading:

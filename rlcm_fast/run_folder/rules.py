@@ -164,6 +164,7 @@ RULES: dict[str, Rule] = {
     "model.lora": _SAME_MODEL,
     "model.loras": _SAME_MODEL,
     "model.vae": _NEW_IMAGES,
+    "model.vae_dtype": _EFFECT,
     "model.variant": _SAME_MODEL,
     "model.prediction": Rule("refused", "a network predicts what it was trained to predict"),
     "model.clip_skip": _NEW_IMAGES,

@@ -132,7 +132,7 @@ class Evaluator:
         fails and may not.
         """
         # Draw and score this rank's images, and join them with those of the others: groups may span ranks.
-        with self.offloading.in_use():
+        with self.offloading.in_use(), images.decoding():
             scored = parallel.together(lambda: self._score(images, iteration))
         diversity = Diversity().value(self._gathered(scored.thumbnails)[None]).item()
         raw_scores = {

@@ -8,6 +8,7 @@ prompts -> encode -> conditioning -> sample -> trajectory and x_0 -> decode -> i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,10 @@ class TextToImage:
     def explore(self, conditioning: Conditioning, noise: Noise) -> tuple[Trajectory, Tensor]:
         """Returns a trajectory to learn from and x_0 (B, C, H, W)."""
         return self.policy.sample(conditioning, noise)
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """The decoder is on the device inside, however often it decodes."""
+        return self.backbone.decoding()
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Returns images (B, 3, H, W) float32 in [0, 1]."""

@@ -97,7 +97,7 @@ class Collector:
         Raises a Fault, on all processes together, if a reward fails and may not.
         """
         began = time.perf_counter()
-        with self.offloading.in_use():
+        with self.offloading.in_use(), self.images.decoding():
             trajectory, rewards = self._draw_and_score(prompts, turn, may_stop)
         num_skipped = self._num_skipped(rewards, turn.iteration) if self.rewards.may_skip else None
         return Rollout(prompts, trajectory, rewards, time.perf_counter() - began, num_skipped)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
+from rlcm_fast.backbones.image_coder import ImageCoder
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import ModelConfig
+from rlcm_fast.frozen import FrozenNetwork
 from rlcm_fast.trajectory import Prompt
 
 CPU, DEVICE = torch.device("cpu"), torch.device("meta")
@@ -31,26 +36,22 @@ def device_of(part: nn.Module) -> str:
 
 
 @pytest.fixture
-def moves(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
-    """(class, device) of every Module.to; a part gets its weights back when it comes home from the meta device."""
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(class, place) of every network that is moved by its owner."""
     recorded: list[tuple[str, str]] = []
-    at_home: dict[nn.Module, dict[str, torch.Tensor]] = {}
-    to = nn.Module.to
 
-    def spy(part: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
-        target = str(arguments[0]) if arguments else ""
-        if target in ("meta", "cpu"):
-            recorded.append((type(part).__name__, target))
-        if target == "meta":
-            at_home[part] = {name: value.clone() for name, value in part.state_dict().items()}
-        if target != "cpu" or part not in at_home:
-            return to(part, *arguments, **keywords)
-        part.to_empty(device="cpu").load_state_dict(at_home.pop(part))
-        return part
+    def noted(name: str, place: str) -> Callable[[FrozenNetwork], None]:
+        move = getattr(FrozenNetwork, name)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(nn.Module, "to", spy)
-        yield recorded
+        def moved(frozen: FrozenNetwork) -> None:
+            recorded.append((type(frozen.network).__name__, place))
+            move(frozen)
+
+        return moved
+
+    monkeypatch.setattr(FrozenNetwork, "to_device", noted("to_device", "device"))
+    monkeypatch.setattr(FrozenNetwork, "to_cpu", noted("to_cpu", "cpu"))
+    return recorded
 
 
 @pytest.mark.parametrize("size, slices", [(0, [5]), (2, [2, 2, 1]), (8, [5])])
@@ -69,7 +70,7 @@ def test_idle_parts_are_on_the_device_only_while_they_work(
     backbone = load(request.getfixturevalue(f"tiny_{kind}_folder"), DEVICE, offload_idle=True)
     assert len(backbone.text_encoders) == num_encoders
     assert device_of(backbone.unet) == "meta"
-    assert moves == [("UNet2DConditionModel", "meta")]
+    assert {device_of(part) for part in backbone.frozen_parts} == {"cpu"}
     working: list[str] = []
     for part in (*backbone.text_encoders, backbone._pipeline.vae.decoder):
         part.register_forward_pre_hook(lambda module, _: working.append(device_of(module)))
@@ -80,8 +81,14 @@ def test_idle_parts_are_on_the_device_only_while_they_work(
     assert len(moves) == 2 * num_encoders, "there and back, once for all texts"
     backbone.encode(PROMPTS, with_negative=True)
     assert len(moves) == 2 * num_encoders, "nothing new to encode"
+    moves.clear()
     assert backbone.decode(latents(2).to(DEVICE)).shape == (2, 3, 16, 16)
-    assert moves[-2:] == [("AutoencoderKL", "meta"), ("AutoencoderKL", "cpu")]
+    assert [place for _, place in moves] == ["device", "cpu"], "the decoder alone"
+    moves.clear()
+    with backbone.decoding():
+        for _ in range(3):
+            backbone.decode(latents(2).to(DEVICE))
+    assert [place for _, place in moves] == ["device", "cpu"], "once for all micro-batches of a rollout"
     assert set(working) == {"meta"}
     assert {device_of(part) for part in backbone.frozen_parts} == {"cpu"}
 
@@ -93,9 +100,43 @@ def test_a_part_goes_home_after_an_error_too(tiny_sd_folder: str, moves: list[tu
     assert {device_of(part) for part in backbone.frozen_parts} == {"cpu"}
 
 
-def test_all_parts_stay_on_the_device_unless_idle_ones_are_offloaded(tiny_sd_folder: str):
+def test_what_works_stays_on_the_device_and_the_encoder_comes_with_real_images(tiny_sd_folder: str):
     backbone = load(tiny_sd_folder, DEVICE)
-    assert {device_of(part) for part in (*backbone.frozen_parts, backbone.unet)} == {"meta"}
+    vae = backbone._pipeline.vae
+    assert {device_of(part) for part in (vae.decoder, vae.post_quant_conv, *backbone.text_encoders)} == {"meta"}
+    assert {device_of(part) for part in (vae.encoder, vae.quant_conv)} == {"cpu"}
+    backbone.encode_images(torch.zeros(2, 3, 16, 16))
+    assert {device_of(part) for part in backbone.frozen_parts} == {"meta"}
+
+
+def test_an_export_has_the_whole_vae_in_float32_and_the_run_goes_on(tiny_sd_folder: str, tmp_path: Path):
+    model = ModelConfig(tiny_sd_folder, vae_dtype="bf16")
+    backbone = Backbone.load(model, CPU, torch.float32, kind="ddim")
+    before = backbone.decode(latents(2))
+    backbone.export(backbone.unet.state_dict(), tmp_path)
+    exported = AutoencoderKL.from_pretrained(tmp_path, subfolder="vae").state_dict()
+    original = AutoencoderKL.from_pretrained(tiny_sd_folder, subfolder="vae").state_dict()
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(weight, original[name]) for name, weight in exported.items())
+    assert torch.equal(backbone.decode(latents(2)), before)
+    assert not torch.equal(before, load(tiny_sd_folder).decode(latents(2)))
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_float16_is_tried_on_the_first_latents_and_kept_if_it_is_as_good(tiny_sd_folder: str, overflows: bool):
+    said: list[str] = []
+    vae: Any = AutoencoderKL.from_pretrained(tiny_sd_folder, subfolder="vae")
+    if overflows:  # as SDXL's VAE does
+        vae.decoder.conv_in.weight.data *= 1e6
+    in_single = ImageCoder(copy.deepcopy(vae), CPU).decode(latents(5))
+    coder = ImageCoder(vae, CPU, "auto")
+    coder.say = said.append
+    decoded = [coder.decode(latents(5)) for _ in range(2)]
+    assert torch.equal(*decoded) and decoded[0].dtype == torch.float32
+    (line,) = said
+    assert ("decodes in float32" in line) == overflows
+    assert torch.equal(decoded[0], in_single) == overflows
+    assert (decoded[0] - in_single).abs().mean() < 0.5 / 255
 
 
 def test_on_a_cpu_offloading_does_nothing(tiny_sdxl_folder: str, moves: list[tuple[str, str]]):

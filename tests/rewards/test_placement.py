@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rlcm_fast.config import RewardConfig, RolloutConfig
 from rlcm_fast.config.reward_checks import check_place
+from rlcm_fast.frozen import FrozenNetwork
 from rlcm_fast.parallel import Turn
 from rlcm_fast.rewards import (
     ImagesFailed,
@@ -31,7 +32,6 @@ from rlcm_fast.rewards import (
     check_reward,
     gpu_load,
     make_placed,
-    offload,
     place,
 )
 from rlcm_fast.rewards.clip_score import ClipScore
@@ -263,7 +263,7 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, nn.Module]]:
     """Notes where networks go; on a CPU, "device" and "cpu" are one place."""
     moved: list[tuple[str, nn.Module]] = []
 
-    class Noted(offload.FrozenNetwork):
+    class Noted(FrozenNetwork):
         def to_device(self) -> None:
             moved.append(("device", self.network))
             super().to_device()
@@ -341,7 +341,7 @@ def test_what_cannot_move_is_refused(name: str, way_out: str):
 def test_a_network_that_left_has_its_own_weights_again():
     network = nn.BatchNorm1d(2).requires_grad_(False).eval()
     kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    frozen = offload.FrozenNetwork(network)
+    frozen = FrozenNetwork(network)
     for move in (frozen.to_cpu, frozen.to_cpu, frozen.to_device, frozen.to_device):
         move()
         assert all(torch.equal(kept[name], tensor) for name, tensor in network.state_dict().items())

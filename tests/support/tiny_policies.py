@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +96,9 @@ class TinyBackbone:
     def encode(self, prompts: Sequence[Prompt], with_negative: bool) -> Conditioning:
         self.log.append("encode")
         return encode(prompts)
+
+    def decoding(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def decode(self, latents: Tensor) -> Tensor:
         self.log.append("decode")

@@ -1,0 +1,136 @@
+"""A frozen VAE: its decoder makes images of latents, its encoder makes latents of real images.
+
+Only the decoder is on the device; the encoder joins it when it is first used, and only real images use it. With
+offload_idle each is there only while it works, and `decoding` keeps the decoder there over a whole rollout.
+
+dtype=auto tries the decoder in float16 on the first latents of the run, and keeps that if images stay finite and change
+by less than half a grey level on average. SDXL's own VAE overflows in float16; madebyollin/sdxl-vae-fp16-fix does not.
+"""
+
+# B images, C H W latent
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from torch import Tensor, nn
+
+from rlcm_fast.frozen import FrozenNetwork
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_ENCODER_PARTS = ("encoder", "quant_conv")
+_NUM_TRIED = 4  # images that both precisions decode
+_MOST_CHANGE = 0.5 / 255  # of pixels in [0, 1], on average
+
+
+class ImageCoder:
+    """Decodes latents to images and encodes images to latents."""
+
+    def __init__(
+        self,
+        vae: Any,
+        device: torch.device,
+        dtype: str = "fp32",
+        offload_idle: bool = False,
+        batch_size: int = 0,
+    ) -> None:
+        """vae: on the CPU in float32. batch_size: images decoded or encoded at once; 0 means all.
+
+        dtype: of the decoder: fp32, fp16, bf16, or auto, which tries float16 with the first latents.
+        """
+        # Split the VAE, whose halves are seldom needed together.
+        self._vae, self._device, self._batch_size = vae, device, batch_size
+        parts = dict(vae.named_children())
+        self._decoder_parts = nn.ModuleList([part for name, part in parts.items() if name not in _ENCODER_PARTS])
+        self._encoder_parts = nn.ModuleList([part for name, part in parts.items() if name in _ENCODER_PARTS])
+
+        # Place the decoder.
+        self._offloads = offload_idle and device.type != "cpu"
+        self._tries_half, self._dtype = dtype == "auto", _DTYPES.get(dtype, torch.float32)
+        self._encoder = FrozenNetwork(self._encoder_parts, device)
+        self._original = FrozenNetwork(self._decoder_parts, device)  # in float32; a copy of it stays on the CPU
+        self._decoder = self._original if self._dtype == torch.float32 else self._converted(self._dtype)
+        self._return_home()
+        self.say: Callable[[str], None] = lambda line: None  # receives what was measured, for people
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """The decoder is on the device inside, however often it decodes."""
+        return self._decoder.in_use() if self._offloads else nullcontext()
+
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        """All of the VAE is in float32 on the CPU inside, as it was loaded."""
+        self._encoder.to_cpu()
+        self._original.to_cpu()
+        yield
+        self._return_home()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents x_0 (B, C, H, W) to images (B, 3, H, W) float32 in [0, 1], as diffusers' pipelines do."""
+        if self._tries_half:
+            self._tries_half = False
+            self._try_half(latents[:_NUM_TRIED])
+        return (self._decoded(latents) / 2 + 0.5).clamp(0, 1).float()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Encode images (B, 3, H, W) in [0, 1] to latents x_0 (B, C, h, w) float32, scaled as the UNet expects them.
+
+        For an AutoencoderKL, `generator` samples them from the posterior. UNets like Stable Diffusion's were trained on
+        such samples; the mode of the posterior lies close by but is not a typical latent. Other VAEs need no sampling.
+        """
+        with self._encoding():
+            slices = (images.to(self._device) * 2 - 1).split(self._batch_size or len(images))
+            latents = torch.cat([retrieve_latents(self._vae.encode(part), generator) for part in slices])
+        return (latents * self._vae.config.scaling_factor).float()
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        if self._offloads:
+            with self._encoder.in_use():
+                yield
+            return
+        self._encoder.to_device()
+        yield
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Decode to pixels around [-1, 1], not clamped, in the decoder's dtype."""
+        with self.decoding():
+            scaled = (latents / self._vae.config.scaling_factor).to(self._dtype)
+            slices = scaled.split(self._batch_size or len(scaled))
+            return torch.cat([self._vae.decode(part, return_dict=False)[0] for part in slices])
+
+    def _try_half(self, latents: Tensor) -> None:
+        """Keep float16 if it decodes these latents as well as float32 does."""
+        # Decode with both, each in a visit of its own.
+        single = self._decoded(latents)
+        self._dtype, self._decoder = torch.float16, self._converted(torch.float16)
+        self._return_home()
+        change = ((self._decoded(latents).float() - single).abs().mean() / 2).item()  # NaN or infinite if it overflows
+        if change < _MOST_CHANGE:
+            self.say(f"model.vae_dtype=auto: the VAE decodes in float16, which changes pixels by {change:.1e}")
+            return
+
+        # Go back to float32.
+        self._dtype, self._decoder = torch.float32, self._original
+        self._return_home()
+        self.say(f"model.vae_dtype=auto: the VAE decodes in float32; float16 would change pixels by {change:.1e}")
+
+    def _converted(self, dtype: torch.dtype) -> FrozenNetwork:
+        """The decoder in another dtype, made of the original; on a GPU in the memory format of its convolutions."""
+        self._original.to_cpu()
+        module: Any = self._decoder_parts.to(dtype)
+        if self._device.type == "cuda":
+            module.to(memory_format=torch.channels_last)
+        return FrozenNetwork(module, self._device)
+
+    def _return_home(self) -> None:
+        """Puts the decoder where it belongs when nothing is decoded: on the device, unless idle parts leave it."""
+        self._decoder.to_cpu()
+        if not self._offloads:
+            self._decoder.to_device()
