@@ -164,11 +164,12 @@ class Memory:
 
     @property
     def stages(self) -> dict[str, int]:
-        """Peak of each stage."""
+        """Peak of each stage; the VAE's decoder is there for the whole rollout."""
+        rollout = self.always + self.offloaded_rewards + (self.vae if self.moves_idle else 0)
         return {
             "encoding": self.always + self.offloaded_rewards + (self.text_encoders if self.moves_idle else 0),
-            "sampling": self.always + self.offloaded_rewards + self.sampling,
-            "decoding": self.always + self.offloaded_rewards + self.decoding + (self.vae if self.moves_idle else 0),
+            "sampling": rollout + self.sampling,
+            "decoding": rollout + self.decoding,
             "update": self.always + self.gradients + self.bucket + self.activations,
             "step": self.always + self.gradients + self.step_temporaries,
             **({"encoding images": self.real_images} if self.encoding_images else {}),
@@ -235,7 +236,7 @@ def estimate_memory(
         gradients=gradients,
         master=0 if strategy.offload_optimizer else master,
         moments=0 if strategy.offload_optimizer else moments,
-        vae=profiles.vae.numel * FROZEN_DTYPE.itemsize,
+        vae=(profiles.vae.decoder.numel + (profiles.vae.encoder.numel if pairs else 0)) * FROZEN_DTYPE.itemsize,
         text_encoders=profiles.text_numel * FROZEN_DTYPE.itemsize,
         start_model=(trained + unet.frozen) * itemsize if strategy.copies_start_model else 0,
         ema=trained * 4 if strategy.ema == "gpu" else 0,

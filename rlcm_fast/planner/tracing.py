@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -102,17 +102,17 @@ class NetworkProfile:
 
 @dataclass(frozen=True)
 class ImageProfile:
-    """One pass of a VAE's decoder or encoder."""
+    """A VAE's decoder or encoder: its weights, and one pass."""
 
+    numel: int
     peak: Curve
     flops: Flops  # per image
 
 
 @dataclass(frozen=True)
 class VaeProfile:
-    """A VAE's decoder, encoder, and number of weights; all weights are on the GPU together."""
+    """A VAE's decoder and its encoder, which is on the GPU only for real images."""
 
-    numel: int
     decoder: ImageProfile
     encoder: ImageProfile
 
@@ -192,17 +192,19 @@ def profile_vae(architecture: Architecture, image_size: Size, dtype: torch.dtype
     height, width = sides(image_size)
     scale = architecture.pixels_per_latent
 
-    def profile(work: Callable[[Tensor], Any], *shape: int) -> ImageProfile:
-        passes = {}
+    def profile(names: Sequence[str], work: Callable[[Tensor], Any], *shape: int) -> ImageProfile:
+        parts = [part for name, part in vae.named_children() if name in names]
+        numel, passes = sum(p.numel() for part in parts for p in part.parameters()), {}
         for rows in _FEW:
             with LiveBytes(vae.parameters()) as passes[rows], _fused_attention("cuda"):
                 work(torch.empty(rows, *shape, device="meta", dtype=dtype))
-        return ImageProfile(Curve(tuple((n, passes[n].peak) for n in _FEW)), passes[1].flops)
+        return ImageProfile(numel, Curve(tuple((n, passes[n].peak) for n in _FEW)), passes[1].flops)
 
     latent = (architecture.unet["in_channels"], height // scale, width // scale)
-    decoder = profile(lambda z: vae.decode(z, return_dict=False)[0].float(), *latent)
-    encoder = profile(lambda images: vae.encode(images, return_dict=False), 3, height, width)
-    return VaeProfile(sum(p.numel() for p in vae.parameters()), decoder, encoder)
+    decode, encode = ("decoder", "post_quant_conv"), ("encoder", "quant_conv")
+    decoder = profile(decode, lambda z: vae.decode(z, return_dict=False)[0].float(), *latent)
+    encoder = profile(encode, lambda images: vae.encode(images, return_dict=False), 3, height, width)
+    return VaeProfile(decoder, encoder)
 
 
 def prepare_unet(unet: Any, setup: Setup) -> Any:
