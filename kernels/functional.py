@@ -67,9 +67,7 @@ def gaussian_log_prob(
         return reference.gaussian_log_prob(x, m, x_next, coef)
     from rlcm_fast.kernels.triton_ops import gaussian
 
-    # Store r / (sigma D) only for a backward pass.
-    keeps_residual = _wants_gradient(x, m, x_next, m_uncond)
-    return gaussian.gaussian_log_prob(x, m, m_uncond, x_next, _rows_of(coef), guidance_scale, keeps_residual)[0]
+    return gaussian.gaussian_log_prob(x, m, m_uncond, x_next, _rows_of(coef), guidance_scale)
 
 
 def gaussian_step(
@@ -127,7 +125,10 @@ def clipped_ratio_loss(
         return reference.clipped_ratio_loss(log_prob, log_prob_old, advantages, clip_range, advantage_clip)
     from rlcm_fast.kernels.triton_ops import loss
 
-    value, stats, _ = loss.clipped_ratio_loss(log_prob, log_prob_old, advantages, clip_range, advantage_clip)
+    old = None if log_prob_old is None else _rows_of(log_prob_old)
+    value, stats = loss.clipped_ratio_loss(
+        log_prob.float().contiguous(), old, _rows_of(advantages), clip_range, advantage_clip
+    )
     return value, RatioStats(*stats.unbind())
 
 
@@ -142,20 +143,25 @@ def policy_loss(
     advantage_clip: float,
     m_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
+    factor: float = 1.0,
 ) -> tuple[Tensor, RatioStats]:
     """`clipped_ratio_loss` of `gaussian_log_prob`: the loss () and the stats, differentiable in x, m, m_uncond, x_next.
 
-    Triton needs two launches, and one more in the backward pass for each input that requires a gradient.
+    Triton needs one launch, and one in the backward pass for each input that requires a gradient. On-policy, without
+    guidance, the first launch writes the gradient in m too. `factor` is what you multiply the loss by before its
+    backward pass, such as a micro-batch's share; the value that is returned does not contain it. If another factor
+    comes, the result is the same, only slower.
     """
     if not dispatch.is_triton(x, m, x_next, coef, m_uncond, log_prob_old, advantages):
         log_prob = gaussian_log_prob(x, m, x_next, coef, m_uncond, guidance_scale)
         return reference.clipped_ratio_loss(log_prob, log_prob_old, advantages, clip_range, advantage_clip)
     from rlcm_fast.kernels.triton_ops import loss
 
-    # Store r / (sigma D) only for a backward pass.
-    keeps_residual = _wants_gradient(x, m, x_next, m_uncond)
-    arguments = (_rows_of(coef), guidance_scale, log_prob_old, advantages, clip_range, advantage_clip, keeps_residual)
-    value, stats, *_ = loss.policy_loss(x, m, m_uncond, x_next, *arguments)
+    old = None if log_prob_old is None else _rows_of(log_prob_old)
+    settings = (clip_range, advantage_clip, factor)
+    value, stats = loss.policy_loss(
+        x, m, m_uncond, x_next, _rows_of(coef), guidance_scale, old, _rows_of(advantages), *settings
+    )
     return value, RatioStats(*stats.unbind())
 
 
@@ -314,10 +320,8 @@ def group_norm_silu(
     return group_norm.group_norm_silu(x, weight, bias, num_groups, eps, silu)[0]
 
 
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _rows_of(coef: Tensor) -> Tensor:
-    """The coefficients as the kernels read them: (N, 3) float32, dense, 12 bytes per row."""
-    return coef.detach().float().contiguous()
+def _rows_of(values: Tensor) -> Tensor:
+    """Coefficients (N, 3), or a number for each row (N,), as the kernels read them: constants, float32, dense."""
+    if values.dtype == torch.float32 and not values.requires_grad and values.is_contiguous():
+        return values
+    return values.detach().float().contiguous()

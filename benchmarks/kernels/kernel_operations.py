@@ -5,7 +5,8 @@ move. States and noise are float32, as in training; `dtype` is that of the netwo
 
 Bytes: each input is read once and each result written once, in each of the passes. A backward pass runs after all of
 the forward pass, so one float32 tensor of the latents' size passes between them, written and read; that is the least,
-as reading the inputs once more would move more. What the caches save or an implementation adds is not in it.
+as reading the inputs once more, as our kernels do, would move more. On-policy nothing passes between them. What the
+caches save or an implementation adds is not in it.
 """
 
 # N rows (samples or transitions), C H W latent, D = C H W; coef rows are A, B, sigma
@@ -140,6 +141,15 @@ def _policy_loss_inputs(num_rows: int, shape: Shape, dtype: torch.dtype, device:
     return x, m, x_next, coef, log_prob_old, _advantages(num_rows, device), torch.ones((), device=device)
 
 
+def _on_policy_loss_inputs(num_rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    *latents_and_coef, _, advantages, upstream = _policy_loss_inputs(num_rows, shape, dtype, device)
+    return *latents_and_coef, advantages, upstream
+
+
+def _on_policy_loss(x: Tensor, m: Tensor, x_next: Tensor, coef: Tensor, advantages: Tensor) -> Any:
+    return functional.policy_loss(x, m, x_next, coef, None, advantages, CLIP_RANGE, ADVANTAGE_CLIP)
+
+
 def _rebel_inputs(num_rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """N pairs of trajectories."""
     size, generator = (2 * num_rows, _NUM_ACTIONS), _generator(device)
@@ -178,6 +188,11 @@ def _bytes_of_policy_loss(inputs: Inputs) -> int:
     return _bytes_of_training(inputs) + _FLOAT * len(inputs[0]) + 7 * _FLOAT
 
 
+def _bytes_of_on_policy_loss(inputs: Inputs) -> int:
+    """One pass: its gradient in m needs no sum over a row."""
+    return size_in_bytes(*inputs, inputs[1]) + 7 * _FLOAT
+
+
 def _bytes_of_step(inputs: Inputs) -> int:
     return size_in_bytes(*inputs) + _FLOAT * (inputs[0].numel() + len(inputs[0]))
 
@@ -188,6 +203,13 @@ OPERATIONS = (
         _policy_loss_inputs,
         partial(functional.policy_loss, clip_range=CLIP_RANGE, advantage_clip=ADVANTAGE_CLIP),
         _bytes_of_policy_loss,
+        wanted=(1,),
+    ),
+    Operation(
+        "policy_loss on-policy forward+backward",
+        _on_policy_loss_inputs,
+        _on_policy_loss,
+        _bytes_of_on_policy_loss,
         wanted=(1,),
     ),
     Operation(

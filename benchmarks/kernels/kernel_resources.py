@@ -17,11 +17,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernels.kernel_driver import pretending
 from benchmarks.shared.reporting import print_summary, write_csv
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -55,7 +55,7 @@ def measure(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict[str, An
             "format": str(memory_format).removeprefix("torch.").removesuffix("_format"),
         }
         for operation, call in operations(dtype, memory_format).items():
-            with compiling_for(architecture) as kernels:
+            with pretending(architecture) as kernels:
                 call()
             for kernel in kernels:
                 rows.append({"operation": operation, "kernel": kernel.name, **labels, **resources(kernel)})
@@ -73,10 +73,11 @@ def operations(dtype: Any, memory_format: Any) -> dict[str, Callable[[], Any]]:
 
     # Latents, and what comes with their rows.
     x, m, m_uncond, x_next = zeros(_SHAPE, dtype), zeros(_SHAPE, dtype), zeros(_SHAPE, dtype), zeros(_SHAPE, dtype)
-    residual = zeros(_SHAPE, torch.float32)
+    inputs, above = (x, m, None, x_next, torch.ones(_SHAPE[0], 3), 1.0), torch.ones(())
     coef, rows = torch.ones(_SHAPE[0], 3), torch.zeros(_SHAPE[0])
     pairs = torch.zeros(_SHAPE[0], 4)
     seeds = torch.zeros(_SHAPE[0], dtype=torch.int64)
+    trained = m.detach().requires_grad_()
     clip = (rows, rows, 1e-4, 10.0)
 
     # A weight's 8-bit moments.
@@ -95,54 +96,23 @@ def operations(dtype: Any, memory_format: Any) -> dict[str, Callable[[], Any]]:
     norm = (hidden, dy, group, group, weight, weight)
     return {
         **({} if dtype == torch.float16 else of_weights),
-        "log_prob": lambda: gaussian.gaussian_log_prob(x, m, None, x_next, coef, 1.0, True),
-        "log_prob, guided": lambda: gaussian.gaussian_log_prob(x, m, m_uncond, x_next, coef, 2.0, True),
-        "gradient": lambda: gaussian.row_gradient(residual, rows, rows[:1].squeeze(), coef, 1, 1.0, m),
+        "log_prob": lambda: gaussian.gaussian_log_prob(x, m, None, x_next, coef, 1.0),
+        "log_prob, guided": lambda: gaussian.gaussian_log_prob(x, m, m_uncond, x_next, coef, 2.0),
+        "gradient": lambda: gaussian.input_gradient(inputs, 1, rows, above),
+        "gradient, known": lambda: gaussian.input_gradient(inputs, 1, rows, above, torch.empty_like(m), 1.0),
         "step": lambda: gaussian.gaussian_step(x, m, None, coef, x_next, None, 1.0),
         "step, guided, seeds": lambda: gaussian.gaussian_step(x, m, m_uncond, coef, None, seeds, 2.0),
         "clipped_ratio_loss": lambda: loss.clipped_ratio_loss(rows, *clip),
         "rebel_residual": lambda: rebel.rebel_residual(pairs, pairs, rows, 1.0),
-        "policy_loss": lambda: loss.policy_loss(x, m, None, x_next, coef, 1.0, *clip, True),
+        "policy_loss": lambda: loss.policy_loss(x, m, None, x_next, coef, 1.0, *clip),
+        "policy_loss, guided": lambda: loss.policy_loss(x, m, m_uncond, x_next, coef, 2.0, *clip),
+        "policy_loss, on-policy": lambda: loss.policy_loss(x, trained, None, x_next, coef, 1.0, None, *clip[1:]),
         "group_norm_silu": lambda: group_norm.group_norm_silu(hidden, weight, weight, 32, 1e-5, True),
         "group_norm_silu, sums": lambda: group_norm.group_norm_silu_sums(*norm, True),
         "group_norm_silu, gradient": lambda: group_norm.group_norm_silu_input_gradient(
             *norm, torch.ones(2, *group.shape), True
         ),
     }
-
-
-@contextmanager
-def compiling_for(architecture: int) -> Iterator[list[Any]]:
-    """Launches of Triton kernels compile for `architecture` and are noted in the list; nothing runs."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    # A driver that claims to have such a GPU, and a launch that stops after compiling.
-    class Driver:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", architecture, 32)
-
-        def get_current_device(self) -> int:
-            return architecture  # so that each keeps a cache of its own
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    compiled: list[Any] = []
-    launch = triton.JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
-
-    # In their places until the block ends.
-    active = triton.runtime.driver._active
-    triton.runtime.driver.set_active(Driver())  # pyright: ignore[reportArgumentType]
-    triton.JITFunction.run = compile_only
-    try:
-        yield compiled
-    finally:
-        triton.JITFunction.run = launch
-        triton.runtime.driver._active = active
 
 
 def resources(kernel: Any) -> dict[str, int]:

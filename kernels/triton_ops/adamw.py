@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlcm_fast.kernels.quantization import BLOCK, codebook, edges_between
-from rlcm_fast.kernels.triton_ops.gaussian import EXACT
+from rlcm_fast.kernels.triton_ops.launches import EXACT
 
 _BLOCKS = 4  # per program: 8 elements per thread, as many as one counter of Philox serves
 _COLUMNS = tl.constexpr(8)  # of the table: six addresses, number of elements, index

@@ -1,33 +1,62 @@
 """Log-probability and sampling step of x_s = A x_t + B m + sigma z; each row is summed in a fixed order.
 
-    r      = (x_next - A x - B m) / sigma,          m = m_u + w (m_c - m_u) with guidance
+    r      = (x_next - A x - B m) (1 / sigma),      m = m_u + w (m_c - m_u) with guidance
     log p  = -mean(r^2) / 2 - log sigma - log(2 pi) / 2
     d log p / d m = B r / (sigma D),   / d x = A r / (sigma D),   / d x_next = -r / (sigma D)
 
-The first launch sums r^2 chunk by chunk and, if an input requires a gradient, writes r / (sigma D). The second launch
-adds the chunks of each row and finishes the formula. The backward pass launches once for each input that requires a
-gradient.
+One launch: a program for each tile of a row, and the last to arrive finishes the row (arrival.py). The backward pass
+launches once for each input that requires a gradient. It computes r anew, from inputs that are in memory in any case:
+a stored float32 r would move as many bytes or more, and would need memory of its own.
+
+1 / sigma is rounded once per row and then multiplied; a row with sigma = 0 has r = 0 and no gradient.
 """
 
-# N rows, D = C H W elements of a row, K chunks of a row; coef rows are A, B, sigma
+# N rows, D = C H W elements of a row, K tiles of a row; coef rows are A, B, sigma
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # The annotations belong to the kernel: a launch passes numbers for its constexpr, and triton declares NoReturn.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from rlcm_fast.kernels.triton_ops.arrival import counters_for, is_last, sum_of_tiles
+from rlcm_fast.kernels.triton_ops.launches import is_traced, launch, operator, plan_for, traced_plan, wrap_triton
 from rlcm_fast.kernels.triton_ops.noise import normal
-from rlcm_fast.kernels.triton_ops.rows import Walk, walk_over
 
+# A new number of rows needs no compiling, and what has N numbers may begin anywhere in memory.
+_OF_ROWS = ["coef", "seeds", "row_gradient", "above", "log_prob_old", "advantages"]
+kernel = partial(triton.jit, do_not_specialize=["N"], do_not_specialize_on_alignment=_OF_ROWS)
 _HALF_LOG_TWO_PI = tl.constexpr(0.9189385332046727)
-_ROWS = 128  # per program that finishes rows
-# Fused multiply-adds would round differently from the reference, and differently in each version of triton.
-EXACT = {"enable_fp_fusion": False, "num_warps": 4}
+
+
+@triton.jit
+def product(a, b):
+    """a b, rounded. As a fused multiply-add of zero it cannot be fused with an addition that follows.
+
+    Inductor compiles kernels with fusing allowed; the rounding would then differ from that of an eager call.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
+def place_of_program(num_tiles):
+    """Row (int64) and tile of this program; the tiles of a row are neighbours."""
+    return (tl.program_id(0) // num_tiles).to(tl.int64), tl.program_id(0) % num_tiles
+
+
+@triton.jit
+def tile_of(k, C, P, tile_c: tl.constexpr, tile_p: tl.constexpr):
+    """Channels (tile_c, 1), positions (1, tile_p) of tile k, and which of its elements exist."""
+    c, p = tl.arange(0, tile_c)[:, None], k * tile_p + tl.arange(0, tile_p)[None, :]
+    return c, p, (c < C) & (p < P)
 
 
 @triton.jit
@@ -37,250 +66,291 @@ def mean_of_tile(x, m, m_uncond, guidance, a, b, x_at, m_at, u_at, inside, guide
     out = tl.load(m + m_at, mask=inside, other=0.0).to(tl.float32)
     if guided:
         uncond = tl.load(m_uncond + u_at, mask=inside, other=0.0).to(tl.float32)
-        out = uncond + guidance * (out - uncond)
-    return a * x_t + b * out
+        out = uncond + product(guidance, out - uncond)
+    return product(a, x_t) + product(b, out)
 
 
 @triton.jit
-def tile_of(first, tile_c: tl.constexpr, tile_p: tl.constexpr):
-    """Channels (tile_c, 1) and positions (1, tile_p) of the tile that begins at position `first`."""
-    return tl.arange(0, tile_c)[:, None], first + tl.arange(0, tile_p)[None, :]
+def inverse_of(sigma):
+    """1 / sigma, and 0 for the sigma 0 of a row that is no action."""
+    return tl.where(sigma > 0, tl.div_rn(1.0, tl.where(sigma > 0, sigma, 1.0)), 0.0)
 
 
 @triton.jit
-def _residual_kernel(
-    x, m, m_uncond, x_next, coef, partial, residual, guidance,
-    x_n, m_n, u_n, s_n, r_n,
-    C, P, size,
+def standardised(x_s, mean, inverse, inside):
+    """r of a tile, 0 outside."""
+    return tl.where(inside, product(inverse, x_s - mean), 0.0)
+
+
+@triton.jit
+def sum_of_squares(r):
+    """The sum of r^2 over a tile (C, P)."""
+    return tl.sum(tl.sum(product(r, r), axis=1), axis=0)
+
+
+@triton.jit
+def log_prob_of_row(partial, coef, n, num_tiles, size, block: tl.constexpr):
+    """log p of row n from the sums of its tiles; 0 where sigma is 0."""
+    total = sum_of_tiles(partial + n * num_tiles, num_tiles, block)
+    sigma = tl.load(coef + 3 * n + 2)
+    half_mean = product(0.5, tl.div_rn(total, size * 1.0))
+    log_prob = -half_mean - tl.log(tl.where(sigma > 0, sigma, 1.0)) - _HALF_LOG_TWO_PI
+    return tl.where(sigma > 0, log_prob, 0.0)
+
+
+@kernel
+def _log_prob_kernel(
+    x, m, m_uncond, x_next, coef, partial, counters, log_prob, guidance,
+    N, C, P, num_tiles, x_n, m_n, u_n, s_n,
     x_c: tl.constexpr, x_p: tl.constexpr, m_c: tl.constexpr, m_p: tl.constexpr, u_c: tl.constexpr, u_p: tl.constexpr,
-    s_c: tl.constexpr, s_p: tl.constexpr, r_c: tl.constexpr, r_p: tl.constexpr,
-    tile_c: tl.constexpr, tile_p: tl.constexpr, chunk_p: tl.constexpr,
-    guided: tl.constexpr, writes_residual: tl.constexpr,
+    s_c: tl.constexpr, s_p: tl.constexpr,
+    tile_c: tl.constexpr, tile_p: tl.constexpr, block: tl.constexpr, interleaved: tl.constexpr, guided: tl.constexpr,
 ):  # fmt: skip
-    """Store partial[n, k], the sum of r^2 over chunk k, and residual = r / (sigma D)."""
-    n, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    a, b, sigma = tl.load(coef + 3 * n), tl.load(coef + 3 * n + 1), tl.load(coef + 3 * n + 2)
+    # Sum r^2 over the tile.
+    n, k = place_of_program(num_tiles)
+    a, b, inverse = tl.load(coef + 3 * n), tl.load(coef + 3 * n + 1), inverse_of(tl.load(coef + 3 * n + 2))
+    c, p, inside = tile_of(k, C, P, tile_c, tile_p)
+    mean = mean_of_tile(
+        x, m, m_uncond, guidance, a, b,
+        n * x_n + c * x_c + p * x_p, n * m_n + c * m_c + p * m_p, n * u_n + c * u_c + p * u_p, inside, guided,
+    )  # fmt: skip
+    x_s = tl.load(x_next + n * s_n + c * s_c + p * s_p, mask=inside, other=0.0).to(tl.float32)
+    tl.store(partial + n * num_tiles + k, sum_of_squares(standardised(x_s, mean, inverse, inside)))
 
-    # Walk over the tiles of the chunk and sum r^2.
-    total = tl.zeros((tile_c, tile_p), dtype=tl.float32)
-    for first in range(0, chunk_p, tile_p):
-        c, p = tile_of(k * chunk_p + first, tile_c, tile_p)
-        inside = (c < C) & (p < P)
-        mean = mean_of_tile(
-            x, m, m_uncond, guidance, a, b,
-            n * x_n + c * x_c + p * x_p, n * m_n + c * m_c + p * m_p, n * u_n + c * u_c + p * u_p, inside, guided,
-        )  # fmt: skip
-        x_s = tl.load(x_next + n * s_n + c * s_c + p * s_p, mask=inside, other=0.0).to(tl.float32)
-        r = tl.where(inside, tl.div_rn(x_s - mean, tl.zeros_like(mean) + sigma), 0.0)
-        total += r * r
-        if writes_residual:
-            scaled = tl.div_rn(r, tl.zeros_like(r) + sigma * size)
-            tl.store(residual + n * r_n + c * r_c + p * r_p, scaled, mask=inside)
-    tl.store(partial + n * tl.num_programs(1) + k, tl.sum(tl.sum(total, axis=1), axis=0))
+    # Finish the row.
+    if is_last(counters + n, num_tiles):
+        tl.store(log_prob + n, log_prob_of_row(partial, coef, n, num_tiles, C * P, block))
 
 
-@triton.jit
+@kernel
 def _step_kernel(
-    x, m, m_uncond, noise, seeds, coef, x_next, partial, guidance,
-    x_n, m_n, u_n, z_n, s_n,
-    C, P,
+    x, m, m_uncond, noise, x_next, seeds, coef, partial, counters, log_prob, guidance,
+    N, C, P, num_tiles, x_n, m_n, u_n, z_n, s_n,
     x_c: tl.constexpr, x_p: tl.constexpr, m_c: tl.constexpr, m_p: tl.constexpr, u_c: tl.constexpr, u_p: tl.constexpr,
     z_c: tl.constexpr, z_p: tl.constexpr, s_c: tl.constexpr, s_p: tl.constexpr,
-    tile_c: tl.constexpr, tile_p: tl.constexpr, chunk_p: tl.constexpr,
-    guided: tl.constexpr, draws: tl.constexpr, interleaved: tl.constexpr,
+    tile_c: tl.constexpr, tile_p: tl.constexpr, block: tl.constexpr, interleaved: tl.constexpr,
+    guided: tl.constexpr, draws: tl.constexpr,
 ):  # fmt: skip
-    """Store x_next = A x + B m + sigma z, with z given or drawn, and the partial sums of r^2 of the rounded x_next."""
-    n, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Store x_next = A x + B m + sigma z, with z given or drawn, and the log-probability of the rounded x_next."""
+    # Find the mean and the noise of the tile.
+    n, k = place_of_program(num_tiles)
     a, b, sigma = tl.load(coef + 3 * n), tl.load(coef + 3 * n + 1), tl.load(coef + 3 * n + 2)
-    divisor = tl.where(sigma > 0, sigma, 1.0)
+    c, p, inside = tile_of(k, C, P, tile_c, tile_p)
+    mean = mean_of_tile(
+        x, m, m_uncond, guidance, a, b,
+        n * x_n + c * x_c + p * x_p, n * m_n + c * m_c + p * m_p, n * u_n + c * u_c + p * u_p, inside, guided,
+    )  # fmt: skip
+    if draws:
+        run = c * P + p
+        z = normal(tl.load(seeds + n), run % interleaved * (P // interleaved) + run // interleaved)
+    else:
+        z = tl.load(noise + n * z_n + c * z_c + p * z_p, mask=inside, other=0.0).to(tl.float32)
 
-    # Walk over the tiles of the chunk, make the next state and sum its r^2.
-    total = tl.zeros((tile_c, tile_p), dtype=tl.float32)
-    for first in range(0, chunk_p, tile_p):
-        c, p = tile_of(k * chunk_p + first, tile_c, tile_p)
-        inside = (c < C) & (p < P)
-        mean = mean_of_tile(
-            x, m, m_uncond, guidance, a, b,
-            n * x_n + c * x_c + p * x_p, n * m_n + c * m_c + p * m_p, n * u_n + c * u_c + p * u_p, inside, guided,
-        )  # fmt: skip
-        if draws:
-            run = c * P + p
-            z = normal(tl.load(seeds + n), run % interleaved * (P // interleaved) + run // interleaved)
-        else:
-            z = tl.load(noise + n * z_n + c * z_c + p * z_p, mask=inside, other=0.0).to(tl.float32)
-        x_s = mean + sigma * z
-        tl.store(x_next + n * s_n + c * s_c + p * s_p, x_s, mask=inside)
-        r = tl.where(inside, tl.div_rn(x_s - mean, tl.zeros_like(mean) + divisor), 0.0)
-        total += r * r
-    tl.store(partial + n * tl.num_programs(1) + k, tl.sum(tl.sum(total, axis=1), axis=0))
+    # Make the next state and sum its r^2.
+    x_s = mean + product(sigma, z)
+    tl.store(x_next + n * s_n + c * s_c + p * s_p, x_s, mask=inside)
+    tl.store(partial + n * num_tiles + k, sum_of_squares(standardised(x_s, mean, inverse_of(sigma), inside)))
+
+    # Finish the row.
+    if is_last(counters + n, num_tiles):
+        tl.store(log_prob + n, log_prob_of_row(partial, coef, n, num_tiles, C * P, block))
 
 
 @triton.jit
-def log_prob_of_rows(partial, coef, rows, inside, num_chunks, size):
-    """log p of some rows from their partial sums, which are added in order; 0 where sigma is 0."""
-    total = tl.zeros(rows.shape, dtype=tl.float32)
-    for k in range(num_chunks):
-        total += tl.load(partial + rows.to(tl.int64) * num_chunks + k, mask=inside, other=0.0)
-    sigma = tl.load(coef + 3 * rows + 2, mask=inside, other=1.0)
-    is_action = sigma > 0
-    log_sigma = tl.log(tl.where(is_action, sigma, 1.0))
-    return tl.where(is_action, -0.5 * tl.div_rn(total, tl.zeros_like(total) + size) - log_sigma - _HALF_LOG_TWO_PI, 0.0)
+def gradient_scale(above, row_gradient, sigma, size):
+    """What r is multiplied by for the gradient in the mean: (above row_gradient) / (sigma D)."""
+    return product(product(above, row_gradient), tl.div_rn(inverse_of(sigma), size * 1.0))
 
 
-@triton.jit
-def _end_rows_kernel(partial, coef, log_prob, N, num_chunks, size, block: tl.constexpr):
-    rows = tl.program_id(0) * block + tl.arange(0, block)
-    inside = rows < N
-    tl.store(log_prob + rows, log_prob_of_rows(partial, coef, rows, inside, num_chunks, size), mask=inside)
-
-
-@triton.jit
-def _scale_rows_kernel(
-    residual, grad, upstream, coef, out, factor,
-    r_n, o_n, C, P,
-    column: tl.constexpr, has_upstream: tl.constexpr,
-    r_c: tl.constexpr, r_p: tl.constexpr, o_c: tl.constexpr, o_p: tl.constexpr,
-    tile_c: tl.constexpr, tile_p: tl.constexpr, chunk_p: tl.constexpr,
+@kernel
+def _gradient_kernel(
+    x, m, m_uncond, x_next, out, coef, row_gradient, above, guidance, factor, known_above,
+    N, C, P, num_tiles, x_n, m_n, u_n, s_n, o_n,
+    x_c: tl.constexpr, x_p: tl.constexpr, m_c: tl.constexpr, m_p: tl.constexpr, u_c: tl.constexpr, u_p: tl.constexpr,
+    s_c: tl.constexpr, s_p: tl.constexpr, o_c: tl.constexpr, o_p: tl.constexpr,
+    tile_c: tl.constexpr, tile_p: tl.constexpr, block: tl.constexpr, interleaved: tl.constexpr,
+    guided: tl.constexpr, column: tl.constexpr, has_above: tl.constexpr, is_known: tl.constexpr,
 ):  # fmt: skip
-    """Store out = residual * grad[n] * upstream * coef[n, column] * factor; column 3 stands for 1."""
-    n, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    scale = tl.load(grad + n) * factor
-    if has_upstream:
-        scale *= tl.load(upstream)
-    if column < 3:
-        scale *= tl.load(coef + 3 * n + column)
-    for first in range(0, chunk_p, tile_p):
-        c, p = tile_of(k * chunk_p + first, tile_c, tile_p)
-        inside = (c < C) & (p < P)
-        value = tl.load(residual + n * r_n + c * r_c + p * r_p, mask=inside, other=0.0)
-        tl.store(out + n * o_n + c * o_c + p * o_p, (value * scale).to(out.dtype.element_ty), mask=inside)
+    """Store out = r row_gradient[n] above coef[n, column] factor / (sigma D); column 3 stands for 1.
 
-
-def launch_residual(
-    x: Tensor,
-    m: Tensor,
-    m_uncond: Tensor | None,
-    x_next: Tensor,
-    coef: Tensor,
-    guidance: float,
-    residual: Tensor | None,
-) -> tuple[Tensor, Walk]:
-    """The partial sums (N, K) and their walk; fills `residual` (N, C, H, W) float32 if you give it."""
-    # Let m stand in for absent tensors; the kernel does not access them.
-    tensors = [x, m, m if m_uncond is None else m_uncond, x_next, m if residual is None else residual]
-    walk, strides = walk_over(tensors)
-    partial = torch.empty(len(x), walk.num_chunks, dtype=torch.float32, device=x.device)
-    _residual_kernel[(len(x), walk.num_chunks)](
-        *tensors[:4], coef, partial, tensors[4], guidance,
-        *(row for row, _, _ in strides),
-        walk.channels, walk.positions, walk.size,
-        *(inner for _, *pair in strides for inner in pair),
-        tile_c=walk.tile_channels, tile_p=walk.tile_positions, chunk_p=walk.chunk_positions,
-        guided=m_uncond is not None, writes_residual=residual is not None, **EXACT,
-    )  # fmt: skip
-    return partial, walk
-
-
-def end_rows(partial: Tensor, coef: Tensor, walk: Walk) -> Tensor:
-    """Log-probabilities (N,) from partial sums (N, K)."""
-    log_prob = torch.empty(len(partial), dtype=torch.float32, device=partial.device)
-    grid = (triton.cdiv(len(partial), _ROWS),)
-    _end_rows_kernel[grid](partial, coef, log_prob, len(partial), walk.num_chunks, walk.size, block=_ROWS, **EXACT)
-    return log_prob
-
-
-@torch.library.custom_op("rlcm_fast::row_gradient", mutates_args=())
-def row_gradient(
-    residual: Tensor, grad: Tensor, upstream: Tensor | None, coef: Tensor, column: int, factor: float, like: Tensor
-) -> Tensor:
-    """Product of residual (N, C, H, W), grad (N,), upstream (), coef[:, column] (1 for column 3) and factor.
-
-    The result has the dtype and layout of `like`. It is a separate operator, so that a compiled backward pass sees it.
+    is_known: `out` holds that already for above = known_above, so there is nothing to do if that is what came.
     """
-    out = torch.empty_like(like)
-    walk, (of_residual, of_out) = walk_over([residual, out])
-    _scale_rows_kernel[(len(out), walk.num_chunks)](
-        residual, grad.contiguous(), grad if upstream is None else upstream, coef, out, factor,
-        of_residual[0], of_out[0], walk.channels, walk.positions, column, upstream is not None,
-        *of_residual[1:], *of_out[1:],
-        tile_c=walk.tile_channels, tile_p=walk.tile_positions, chunk_p=walk.chunk_positions, **EXACT,
+    gain = tl.load(above).to(tl.float32) if has_above else 1.0
+    if is_known:
+        if gain == known_above:
+            return
+    # Compute r of the tile.
+    n, k = place_of_program(num_tiles)
+    a, b, sigma = tl.load(coef + 3 * n), tl.load(coef + 3 * n + 1), tl.load(coef + 3 * n + 2)
+    c, p, inside = tile_of(k, C, P, tile_c, tile_p)
+    mean = mean_of_tile(
+        x, m, m_uncond, guidance, a, b,
+        n * x_n + c * x_c + p * x_p, n * m_n + c * m_c + p * m_p, n * u_n + c * u_c + p * u_p, inside, guided,
     )  # fmt: skip
+    x_s = tl.load(x_next + n * s_n + c * s_c + p * s_p, mask=inside, other=0.0).to(tl.float32)
+    r = standardised(x_s, mean, inverse_of(sigma), inside)
+
+    # Scale it.
+    scale = gradient_scale(gain, tl.load(row_gradient + n).to(tl.float32), sigma, C * P) * factor
+    if column < 3:
+        scale = product(scale, tl.load(coef + 3 * n + column))
+    tl.store(out + n * o_n + c * o_c + p * o_p, product(scale, r).to(out.dtype.element_ty), mask=inside)
+
+
+def input_gradient(
+    inputs: tuple[Any, ...], place: int, row_gradient: Tensor, above: Tensor | None, out: Tensor | None = None,
+    known_above: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The gradient of one of x, m, m_uncond, x_next (`place` 0 to 3): of the sum of above row_gradient[n] log p[n].
+
+    inputs: x, m, m_uncond, x_next, coef, guidance. The result has the dtype and layout of that input. `out` is given if
+    it holds the gradient for above = known_above already; it is overwritten if above is another number.
+    """
+    like = inputs[place]
+    is_known = out is not None
+    made = torch.empty_like(like) if out is None else out
+    tensors, flags, head = _gradient_arguments(inputs, place, row_gradient, above, made)
+    plan = plan_for("gradient", tensors, *flags, is_known)
+    launch(_gradient_kernel, plan, *tensors, *head, known_above)
+    return made
+
+
+def _gradient_arguments(
+    inputs: tuple[Any, ...], place: int, row_gradient: Tensor, above: Tensor | None, out: Tensor
+) -> tuple[list[Tensor], tuple[bool | int, ...], tuple[Any, ...]]:
+    """The tensors of rows, the flags but the last, and the other arguments but the last."""
+    x, m, m_uncond, x_next, coef, guidance = inputs
+    w = 1.0 if m_uncond is None else guidance
+    column, factor = ((0, 1.0), (1, w), (1, 1.0 - w), (3, -1.0))[place]
+    tensors = [x, m, m if m_uncond is None else m_uncond, x_next, out]
+    flags = (m_uncond is not None, column, above is not None)
+    return tensors, flags, (coef, row_gradient, row_gradient if above is None else above, guidance, factor)
+
+
+@operator("row_gradient")
+def row_gradient_operator(
+    x: Tensor, m: Tensor, m_uncond: Tensor | None, x_next: Tensor, coef: Tensor, guidance: float,
+    place: int, row_gradient: Tensor, above: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`input_gradient` for a tracer."""
+    inputs = (x, m, m_uncond, x_next, coef, guidance)
+    out = torch.empty_like(inputs[place])
+    tensors, flags, head = _gradient_arguments(inputs, place, row_gradient.contiguous(), above, out)
+    plan = traced_plan(tensors, *flags, False)
+    wrap_triton(_gradient_kernel)[plan.grid](*tensors, *head, 0.0, *plan.tail)
     return out
 
 
-@row_gradient.register_fake
-def _(residual, grad, upstream, coef, column, factor, like):
-    return torch.empty_like(like)
+def traced_gradients(ctx: Any, row_gradient: Tensor, above: Tensor | None) -> list[Tensor | None]:
+    """Gradients of x, m, m_uncond and x_next, the first inputs of an operator; None for those not needed."""
+    gradients: list[Tensor | None] = []
+    for place in range(4):
+        is_needed = ctx.needs_input_grad[place] and ctx.saved_tensors[place] is not None
+        arguments = (*ctx.saved_tensors[:5], ctx.guidance, place, row_gradient, above)
+        gradients.append(row_gradient_operator(*arguments) if is_needed else None)
+    return gradients
 
 
-def input_gradients(
-    ctx, residual: Tensor, grad: Tensor, upstream: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, m, m_uncond and x_next, the first four inputs of an operator; None for those not needed."""
-    x, m, m_uncond, x_next, coef = ctx.saved_tensors[:5]
-    w = ctx.guidance if m_uncond is not None else 1.0
-    factors = ((x, 0, 1.0), (m, 1, w), (m_uncond, 1, 1.0 - w), (x_next, 3, -1.0))
-    x_grad, m_grad, u_grad, s_grad = (
-        row_gradient(residual, grad, upstream, coef, column, factor, like) if is_needed and like is not None else None
-        for (like, column, factor), is_needed in zip(factors, ctx.needs_input_grad[:4], strict=True)
-    )
-    return x_grad, m_grad, u_grad, s_grad
+def gradients_of(ctx: Any, row_gradient: Tensor, above: Tensor | None, done: Tensor | None) -> list[Tensor | None]:
+    """As traced_gradients, without an operator; `done` is a gradient of m that needs no computing."""
+    inputs = (*ctx.saved_tensors[:5], ctx.guidance)
+    gradients: list[Tensor | None] = []
+    for place in range(4):
+        if place == 1 and done is not None:
+            gradients.append(done)
+        else:
+            is_needed = ctx.needs_input_grad[place] and inputs[place] is not None
+            gradients.append(input_gradient(inputs, place, row_gradient, above) if is_needed else None)
+    return gradients
 
 
-@torch.library.custom_op("rlcm_fast::gaussian_log_prob", mutates_args=())
 def gaussian_log_prob(
-    x: Tensor, m: Tensor, m_uncond: Tensor | None, x_next: Tensor, coef: Tensor, guidance: float, keeps_residual: bool
-) -> tuple[Tensor, Tensor]:
-    """Log-probability (N,), and r / (sigma D) float32 in the layout of m, empty unless keeps_residual is set."""
-    residual = torch.empty_like(m, dtype=torch.float32) if keeps_residual else None
-    partial, walk = launch_residual(x, m, m_uncond, x_next, coef, guidance, residual)
-    return end_rows(partial, coef, walk), coef.new_empty(0) if residual is None else residual
+    x: Tensor, m: Tensor, m_uncond: Tensor | None, x_next: Tensor, coef: Tensor, guidance: float
+) -> Tensor:
+    """Log-probability (N,) float32, differentiable in x, m, m_uncond and x_next."""
+    if is_traced(x, m, m_uncond, x_next, coef):
+        return log_prob_operator(x, m, m_uncond, x_next, coef, guidance)
+    if torch.is_grad_enabled():
+        return _LogProb.apply(x, m, m_uncond, x_next, coef, guidance)
+    return _log_prob(x, m, m_uncond, x_next, coef, guidance)
 
 
-@gaussian_log_prob.register_fake
-def _(x, m, m_uncond, x_next, coef, guidance, keeps_residual):
-    residual = torch.empty_like(m, dtype=torch.float32) if keeps_residual else coef.new_empty(0)
-    return coef.new_empty(x.shape[0]), residual
+def _log_prob(x: Tensor, m: Tensor, m_uncond: Tensor | None, x_next: Tensor, coef: Tensor, guidance: float) -> Tensor:
+    tensors = [x, m, m if m_uncond is None else m_uncond, x_next]
+    plan = plan_for("log_prob", tensors, m_uncond is not None)
+    log_prob, partial = coef.new_empty(plan.num_rows), coef.new_empty(plan.grid)
+    counters = counters_for(plan.num_rows, plan.device)
+    launch(_log_prob_kernel, plan, *tensors, coef, partial, counters, log_prob, guidance)
+    return log_prob
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, m, m_uncond, x_next, coef, guidance):
+        ctx.guidance = guidance
+        ctx.save_for_backward(x, m, m_uncond, x_next, coef)
+        return _log_prob(x, m, m_uncond, x_next, coef, guidance)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return (*gradients_of(ctx, gradient.contiguous(), None, None), None, None)
+
+
+@operator("gaussian_log_prob")
+def log_prob_operator(
+    x: Tensor, m: Tensor, m_uncond: Tensor | None, x_next: Tensor, coef: Tensor, guidance: float
+) -> Tensor:
+    """`gaussian_log_prob` for a tracer."""
+    tensors = [x, m, m if m_uncond is None else m_uncond, x_next]
+    plan = traced_plan(tensors, m_uncond is not None)
+    log_prob, partial = coef.new_empty(plan.num_rows), coef.new_empty(plan.grid)
+    counters = coef.new_zeros(plan.num_rows + 1, dtype=torch.int32)
+    arguments = (*tensors, coef, partial, counters, log_prob, guidance)
+    wrap_triton(_log_prob_kernel)[plan.grid](*arguments, *plan.tail)
+    return log_prob
 
 
 def _keep_log_prob(ctx, inputs, output):
-    x, m, m_uncond, x_next, coef, ctx.guidance, ctx.keeps_residual = inputs
-    ctx.save_for_backward(x, m, m_uncond, x_next, coef, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # otherwise autograd launches a kernel that fills zeros of the residual's size
+    *tensors, ctx.guidance = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _log_prob_backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 7
-    assert ctx.keeps_residual, "a call without keeps_residual has no gradient"
-    return *input_gradients(ctx, ctx.saved_tensors[5], grad, None), None, None, None
+def _log_prob_backward(ctx, gradient):
+    return (*traced_gradients(ctx, gradient, None), None, None)
 
 
-gaussian_log_prob.register_autograd(_log_prob_backward, setup_context=_keep_log_prob)
+log_prob_operator.register_autograd(_log_prob_backward, setup_context=_keep_log_prob)
 
 
-@torch.library.custom_op("rlcm_fast::gaussian_step", mutates_args=())
 def gaussian_step(
     x: Tensor, m: Tensor, m_uncond: Tensor | None, coef: Tensor, noise: Tensor | None, seeds: Tensor | None,
     guidance: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x_next and log_prob from either noise (N, C, H, W) or seeds (N,) int64; not differentiable."""
+    """x_next and log_prob from either noise (N, C, H, W) or seeds (N,) int64; call it without gradients."""
+    if is_traced(x, m, m_uncond, coef, noise):
+        return step_operator(x, m, m_uncond, coef, noise, seeds, guidance)
     x_next = torch.empty_like(x, dtype=torch.float32)
     tensors = [x, m, m if m_uncond is None else m_uncond, x if noise is None else noise, x_next]
-    walk, strides = walk_over(tensors)
-    partial = torch.empty(len(x), walk.num_chunks, dtype=torch.float32, device=x.device)
-    _step_kernel[(len(x), walk.num_chunks)](
-        *tensors[:4], coef if seeds is None else seeds, coef, x_next, partial, guidance,
-        *(row for row, _, _ in strides),
-        walk.channels, walk.positions,
-        *(inner for _, *pair in strides for inner in pair),
-        tile_c=walk.tile_channels, tile_p=walk.tile_positions, chunk_p=walk.chunk_positions,
-        guided=m_uncond is not None, draws=noise is None, interleaved=walk.interleaved, **EXACT,
-    )  # fmt: skip
-    return x_next, end_rows(partial, coef, walk)
+    plan = plan_for("step", tensors, m_uncond is not None, noise is None)
+    log_prob, partial = coef.new_empty(plan.num_rows), coef.new_empty(plan.grid)
+    counters = counters_for(plan.num_rows, plan.device)
+    seeds_or_none = coef if seeds is None else seeds
+    launch(_step_kernel, plan, *tensors, seeds_or_none, coef, partial, counters, log_prob, guidance)
+    return x_next, log_prob
 
 
-@gaussian_step.register_fake
-def _(x, m, m_uncond, coef, noise, seeds, guidance):
-    return torch.empty_like(x, dtype=torch.float32), coef.new_empty(x.shape[0])
+@operator("gaussian_step")
+def step_operator(
+    x: Tensor, m: Tensor, m_uncond: Tensor | None, coef: Tensor, noise: Tensor | None, seeds: Tensor | None,
+    guidance: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`gaussian_step` for a tracer."""
+    x_next = torch.empty_like(x, dtype=torch.float32)
+    tensors = [x, m, m if m_uncond is None else m_uncond, x if noise is None else noise, x_next]
+    plan = traced_plan(tensors, m_uncond is not None, noise is None)
+    log_prob, partial = coef.new_empty(plan.num_rows), coef.new_empty(plan.grid)
+    counters = coef.new_zeros(plan.num_rows + 1, dtype=torch.int32)
+    arguments = (*tensors, coef if seeds is None else seeds, coef, partial, counters, log_prob, guidance)
+    wrap_triton(_step_kernel)[plan.grid](*arguments, *plan.tail)
+    return x_next, log_prob

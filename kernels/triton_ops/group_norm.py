@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rlcm_fast.kernels.triton_ops import group_norm_kernels as kernels
-from rlcm_fast.kernels.triton_ops.gaussian import EXACT
 from rlcm_fast.kernels.triton_ops.group_norm_kernels import Chunks, chunks_of, power_of_two
+from rlcm_fast.kernels.triton_ops.launches import EXACT
 from rlcm_fast.kernels.triton_ops.rows import strides_of
 
 _MERGED = 1024  # elements that a merging program holds in registers

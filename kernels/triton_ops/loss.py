@@ -1,29 +1,62 @@
-"""Clipped loss of log-probabilities, or directly of network outputs, with its statistics in the same launch.
+"""Clipped loss of log-probabilities, or directly of network outputs, with its statistics, in one launch.
 
     rho  = exp(log_prob - log_prob_old), the exponent clamped to +-20;  a = advantage clamped to +-advantage_clip
     loss = mean of max(-a rho, -a clip(rho, 1 - clip_range, 1 + clip_range))
     d loss / d log_prob = -a rho / N, and 0 where the clip holds: a > 0 above the range, a < 0 below it
 
-One program walks over the rows in order, so sums have the same bits in every run. ratio - 1 is computed as expm1 of the
-log-ratio: in float32, the subtraction would be nothing but rounding below 1e-7, where these ratios lie.
+One program walks over the rows in order, so sums have the same bits in every run. For network outputs it is the last
+that finishes a row (arrival.py). ratio - 1 is computed as expm1 of the log-ratio: in float32, the subtraction would be
+nothing but rounding below 1e-7, where these ratios lie.
+
+On-policy, rho = 1 and d loss / d log_prob = -a / N do not depend on the row's sum. So the program of a tile writes the
+tile's gradient in the output m at once, for the factor that the caller says it will multiply the loss by. The backward
+pass compares that factor with the one that came, on the device; only if they differ does it compute the gradient anew.
 """
 
-# N rows
+# N rows, K tiles of a row
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 # The annotations belong to the kernel: a launch passes numbers for its constexpr.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from rlcm_fast.kernels.triton_ops.gaussian import EXACT, input_gradients, launch_residual, log_prob_of_rows
+from rlcm_fast.kernels.triton_ops.arrival import counters_for, is_last
+from rlcm_fast.kernels.triton_ops.gaussian import (
+    gradient_scale,
+    gradients_of,
+    input_gradient,
+    inverse_of,
+    kernel,
+    log_prob_of_row,
+    mean_of_tile,
+    place_of_program,
+    product,
+    standardised,
+    sum_of_squares,
+    tile_of,
+    traced_gradients,
+)
+from rlcm_fast.kernels.triton_ops.launches import (
+    EXACT,
+    Plan,
+    is_traced,
+    launch,
+    operator,
+    plan_for,
+    traced_plan,
+    wrap_triton,
+)
 
 NUM_STATS = 6  # per loss, in the order of reference.RatioStats
-_BLOCK = 1024
+_BLOCK = 128  # rows at a time; more would take registers from the programs of the tiles
 
 
 @triton.jit
@@ -31,46 +64,43 @@ def _expm1(d):
     """exp(d) - 1; for |d| below one half by its series, whose remainder is under 1e-9 of it."""
     series = 1.0 + d / 10.0
     for i in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]
-        series = 1.0 + d / (9.0 - i) * series
-    return tl.where(tl.abs(d) < 0.5, d * series, tl.exp(d) - 1.0)
+        series = 1.0 + product(d / (9.0 - i), series)
+    return tl.where(tl.abs(d) < 0.5, product(d, series), tl.exp(d) - 1.0)
 
 
 @triton.jit
-def _loss_kernel(
-    log_prob, log_prob_old, advantages, partial, coef, loss, stats, grad,
-    N, num_chunks, size, clip_range, advantage_clip,
-    is_on_policy: tl.constexpr, ends_rows: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    """Store loss (), stats (6,) and d loss / d log_prob (N,); `ends_rows` makes log_prob (N,) from partial sums."""
-    losses = tl.zeros((block,), dtype=tl.float32)
-    deviations = tl.zeros((block,), dtype=tl.float32)
-    largest = tl.zeros((block,), dtype=tl.float32)
-    above = tl.zeros((block,), dtype=tl.float32)
-    below = tl.zeros((block,), dtype=tl.float32)
-    k1 = tl.zeros((block,), dtype=tl.float32)
-    k3 = tl.zeros((block,), dtype=tl.float32)
-    for first in range(0, N, block):
-        rows = first + tl.arange(0, block)
-        inside = rows < N
+def clamped(values, limit):
+    """The values within +-limit; NaN stays."""
+    return tl.minimum(tl.maximum(values, -limit), limit, propagate_nan=tl.PropagateNan.ALL)
 
-        # Load or finish the log-probabilities.
-        if ends_rows:
-            new = log_prob_of_rows(partial, coef, rows, inside, num_chunks, size)
-            tl.store(log_prob + rows, new, mask=inside)
-        else:
-            new = tl.load(log_prob + rows, mask=inside, other=0.0).to(tl.float32)
+
+@triton.jit
+def _finish_loss(
+    log_prob, log_prob_old, advantages, loss, stats, row_gradient, N, clip_range, advantage_clip,
+    is_on_policy: tl.constexpr, rows_at_once: tl.constexpr,
+):  # fmt: skip
+    """Store loss (), stats (6,) and d loss / d log_prob (N,)."""
+    losses = tl.zeros((rows_at_once,), dtype=tl.float32)
+    deviations = tl.zeros((rows_at_once,), dtype=tl.float32)
+    largest = tl.zeros((rows_at_once,), dtype=tl.float32)
+    above = tl.zeros((rows_at_once,), dtype=tl.float32)
+    below = tl.zeros((rows_at_once,), dtype=tl.float32)
+    k1 = tl.zeros((rows_at_once,), dtype=tl.float32)
+    k3 = tl.zeros((rows_at_once,), dtype=tl.float32)
+    for first in range(0, N, rows_at_once):
+        rows = first + tl.arange(0, rows_at_once)
+        inside = rows < N
 
         # Compute the clamped log-ratio and the clamped advantage.
         if is_on_policy:
-            d = tl.zeros((block,), dtype=tl.float32)
+            d = tl.zeros((rows_at_once,), dtype=tl.float32)
             moves = inside
         else:
-            raw = new - tl.load(log_prob_old + rows, mask=inside, other=0.0).to(tl.float32)
-            raw = tl.where(inside, raw, 0.0)
-            d = tl.minimum(tl.maximum(raw, -20.0), 20.0, propagate_nan=tl.PropagateNan.ALL)
+            new = tl.load(log_prob + rows, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+            raw = tl.where(inside, new - tl.load(log_prob_old + rows, mask=inside, other=0.0).to(tl.float32), 0.0)
+            d = clamped(raw, 20.0)
             moves = inside & (raw == d)
-        a = tl.load(advantages + rows, mask=inside, other=0.0).to(tl.float32)
-        a = tl.minimum(tl.maximum(a, -advantage_clip), advantage_clip, propagate_nan=tl.PropagateNan.ALL)
+        a = clamped(tl.load(advantages + rows, mask=inside, other=0.0).to(tl.float32), advantage_clip)
 
         # Add the loss of these rows and store its gradient.
         deviation = _expm1(d)
@@ -78,8 +108,8 @@ def _loss_kernel(
         is_above, is_below = deviation > clip_range, deviation < -clip_range
         bounded = tl.where(is_above, 1.0 + clip_range, tl.where(is_below, 1.0 - clip_range, rho))
         holds = (is_above & (a > 0)) | (is_below & (a < 0))
-        losses += tl.where(inside, -a * tl.where(holds, bounded, rho), 0.0)
-        tl.store(grad + rows, tl.where(moves & (holds == 0), -a * rho / N, 0.0), mask=inside)
+        losses += tl.where(inside, product(-a, tl.where(holds, bounded, rho)), 0.0)
+        tl.store(row_gradient + rows, tl.where(moves & (holds == 0), product(-a, rho) / N, 0.0), mask=inside)
 
         # Add the statistics.
         deviations += deviation
@@ -99,92 +129,228 @@ def _loss_kernel(
     tl.store(stats + 5, tl.sum(k3, axis=0) / N)
 
 
-def _launch_loss(
-    log_prob: Tensor, log_prob_old: Tensor | None, advantages: Tensor, clip_range: float, advantage_clip: float,
-    partial: Tensor | None = None, coef: Tensor | None = None, size: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    loss, stats = log_prob.new_empty((), dtype=torch.float32), log_prob.new_empty(NUM_STATS, dtype=torch.float32)
-    grad = torch.empty(len(log_prob), dtype=torch.float32, device=log_prob.device)
-    num_chunks = 1 if partial is None else partial.shape[1]
-    unused = log_prob
-    _loss_kernel[(1,)](
-        log_prob, unused if log_prob_old is None else log_prob_old.contiguous(), advantages.contiguous(),
-        unused if partial is None else partial, unused if coef is None else coef, loss, stats, grad,
-        len(log_prob), num_chunks, size, clip_range, advantage_clip,
-        is_on_policy=log_prob_old is None, ends_rows=partial is not None, block=_BLOCK, **EXACT,
+@kernel
+def _loss_kernel(
+    log_prob, log_prob_old, advantages, loss, stats, row_gradient, clip_range, advantage_clip,
+    N, is_on_policy: tl.constexpr, rows_at_once: tl.constexpr,
+):  # fmt: skip
+    _finish_loss(
+        log_prob, log_prob_old, advantages, loss, stats, row_gradient, N, clip_range, advantage_clip,
+        is_on_policy, rows_at_once,
     )  # fmt: skip
-    return loss, stats, grad
 
 
-@torch.library.custom_op("rlcm_fast::clipped_ratio_loss", mutates_args=())
+@kernel
+def _policy_kernel(
+    x, m, m_uncond, x_next, m_gradient,
+    coef, log_prob_old, advantages, scratch, counters, loss, stats, row_gradient,
+    guidance, clip_range, advantage_clip, known_above,
+    N, C, P, num_tiles, x_n, m_n, u_n, s_n, g_n,
+    x_c: tl.constexpr, x_p: tl.constexpr, m_c: tl.constexpr, m_p: tl.constexpr, u_c: tl.constexpr, u_p: tl.constexpr,
+    s_c: tl.constexpr, s_p: tl.constexpr, g_c: tl.constexpr, g_p: tl.constexpr,
+    tile_c: tl.constexpr, tile_p: tl.constexpr, block: tl.constexpr, interleaved: tl.constexpr,
+    guided: tl.constexpr, is_on_policy: tl.constexpr, writes_gradient: tl.constexpr, rows_at_once: tl.constexpr,
+):  # fmt: skip
+    """scratch (N K + N,): the sums of all tiles, then the log-probabilities."""
+    # Compute r of the tile.
+    n, k = place_of_program(num_tiles)
+    a, b, sigma = tl.load(coef + 3 * n), tl.load(coef + 3 * n + 1), tl.load(coef + 3 * n + 2)
+    c, p, inside = tile_of(k, C, P, tile_c, tile_p)
+    mean = mean_of_tile(
+        x, m, m_uncond, guidance, a, b,
+        n * x_n + c * x_c + p * x_p, n * m_n + c * m_c + p * m_p, n * u_n + c * u_c + p * u_p, inside, guided,
+    )  # fmt: skip
+    x_s = tl.load(x_next + n * s_n + c * s_c + p * s_p, mask=inside, other=0.0).to(tl.float32)
+    r = standardised(x_s, mean, inverse_of(sigma), inside)
+    tl.store(scratch + n * num_tiles + k, sum_of_squares(r))
+
+    # Write its gradient, in the arithmetic of _finish_loss and _gradient_kernel.
+    if writes_gradient:
+        advantage = clamped(tl.load(advantages + n).to(tl.float32), advantage_clip)
+        scale = product(gradient_scale(known_above, -advantage / N, sigma, C * P), b)
+        value = product(scale, r).to(m_gradient.dtype.element_ty)
+        tl.store(m_gradient + n * g_n + c * g_c + p * g_p, value, mask=inside)
+
+    # Finish the row, and with the last row the loss.
+    if is_last(counters + n, num_tiles):
+        log_prob = scratch + N.to(tl.int64) * num_tiles
+        tl.store(log_prob + n, log_prob_of_row(scratch, coef, n, num_tiles, C * P, block))
+        if is_last(counters + N, N):
+            _finish_loss(
+                log_prob, log_prob_old, advantages, loss, stats, row_gradient, N, clip_range, advantage_clip,
+                is_on_policy, rows_at_once,
+            )  # fmt: skip
+
+
 def clipped_ratio_loss(
     log_prob: Tensor, log_prob_old: Tensor | None, advantages: Tensor, clip_range: float, advantage_clip: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (), stats (6,) and d loss / d log_prob (N,), all float32."""
-    return _launch_loss(log_prob.contiguous(), log_prob_old, advantages, clip_range, advantage_clip)
+) -> tuple[Tensor, Tensor]:
+    """Loss () and stats (6,), both float32; differentiable in log_prob, which may have another dtype."""
+    arguments = (log_prob, log_prob_old, advantages, clip_range, advantage_clip)
+    if is_traced(log_prob, log_prob_old, advantages):
+        return loss_operator(*arguments)[:2]
+    if torch.is_grad_enabled():
+        return _ClippedRatioLoss.apply(*arguments)
+    return _clipped_ratio_loss(*arguments)[:2]
 
 
-@clipped_ratio_loss.register_fake
-def _(log_prob, log_prob_old, advantages, clip_range, advantage_clip):
+def _loss_results(log_prob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for loss (), stats (6,) and d loss / d log_prob (N,)."""
     new = {"dtype": torch.float32}
-    return log_prob.new_empty((), **new), log_prob.new_empty(NUM_STATS, **new), torch.empty_like(log_prob, **new)
+    return log_prob.new_empty((), **new), log_prob.new_empty(NUM_STATS, **new), log_prob.new_empty(len(log_prob), **new)
+
+
+def _clipped_ratio_loss(
+    log_prob: Tensor, log_prob_old: Tensor | None, advantages: Tensor, clip_range: float, advantage_clip: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    results, old = _loss_results(log_prob), log_prob if log_prob_old is None else log_prob_old
+    flags = (log_prob_old is None, _BLOCK)
+    arguments = (log_prob, old, advantages, *results, clip_range, advantage_clip, len(log_prob), *flags)
+    _loss_kernel[(1,)](*arguments, **EXACT)
+    return results
+
+
+class _ClippedRatioLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, log_prob, log_prob_old, advantages, clip_range, advantage_clip):
+        loss, stats, row_gradient = _clipped_ratio_loss(log_prob, log_prob_old, advantages, clip_range, advantage_clip)
+        ctx.save_for_backward(row_gradient)
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # otherwise autograd fills zeros for the stats, in a launch
+        return loss, stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, above, _):
+        return _rows_gradient(ctx, above)
+
+
+def _rows_gradient(ctx: Any, above: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradient = None if above is None else ctx.saved_tensors[0] * above
+    return gradient, None, None, None, None
+
+
+@operator("clipped_ratio_loss")
+def loss_operator(
+    log_prob: Tensor, log_prob_old: Tensor | None, advantages: Tensor, clip_range: float, advantage_clip: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`clipped_ratio_loss` for a tracer, and d loss / d log_prob (N,)."""
+    results, old = _loss_results(log_prob), log_prob if log_prob_old is None else log_prob_old
+    arguments = (log_prob, old, advantages, *results, clip_range, advantage_clip, len(log_prob))
+    wrap_triton(_loss_kernel)[(1,)](*arguments, log_prob_old is None, _BLOCK)
+    return results
 
 
 def _keep_loss(ctx, inputs, output):
     ctx.save_for_backward(output[2])
-    ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)  # otherwise autograd fills zeros for both, in two launches
 
 
-def _loss_backward(ctx, upstream, *_):
-    if upstream is None:
-        return (None,) * 5
-    (grad,) = ctx.saved_tensors
-    return (grad * upstream).to(ctx.dtype), None, None, None, None
+def _loss_backward(ctx, above, *_):
+    return _rows_gradient(ctx, above)
 
 
-clipped_ratio_loss.register_autograd(_loss_backward, setup_context=_keep_loss)
+loss_operator.register_autograd(_loss_backward, setup_context=_keep_loss)
 
 
-@torch.library.custom_op("rlcm_fast::policy_loss", mutates_args=())
 def policy_loss(
     x: Tensor, m: Tensor, m_uncond: Tensor | None, x_next: Tensor, coef: Tensor, guidance: float,
-    log_prob_old: Tensor | None, advantages: Tensor, clip_range: float, advantage_clip: float, keeps_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss (), stats (6,), log_prob (N,), d loss / d log_prob (N,) and, if kept, r / (sigma D), in two launches."""
-    residual = torch.empty_like(m, dtype=torch.float32) if keeps_residual else None
-    partial, walk = launch_residual(x, m, m_uncond, x_next, coef, guidance, residual)
-    log_prob = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    loss, stats, grad = _launch_loss(
-        log_prob, log_prob_old, advantages, clip_range, advantage_clip, partial, coef, walk.size
+    log_prob_old: Tensor | None, advantages: Tensor, clip_range: float, advantage_clip: float, factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Loss () and stats (6,), differentiable in x, m, m_uncond and x_next.
+
+    factor: what the caller multiplies the loss by before its backward pass. It decides about speed, not about results.
+    """
+    arguments = (x, m, m_uncond, x_next, coef, guidance, log_prob_old, advantages, clip_range, advantage_clip)
+    if is_traced(x, m, m_uncond, x_next, coef, log_prob_old, advantages):
+        return policy_operator(*arguments)[:2]
+    if torch.is_grad_enabled():
+        return _PolicyLoss.apply(*arguments, factor)
+    return _policy_loss(arguments, None, factor)[:2]
+
+
+def _policy_loss(inputs: tuple[Any, ...], m_gradient: Tensor | None, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, stats and d loss / d log_prob (N,); fills m_gradient with factor d loss / d m if it is given."""
+    tensors, flags, head, settings = _policy_arguments(inputs, m_gradient)
+    plan = plan_for("policy", tensors, *flags)
+    counters, scratch, results = (
+        counters_for(plan.num_rows, plan.device),
+        _scratch(plan, inputs[4]),
+        _loss_results(inputs[4]),
     )
-    return loss, stats, log_prob, grad, coef.new_empty(0) if residual is None else residual
+    launch(_policy_kernel, plan, *tensors, *head, scratch, counters, *results, *settings, factor)
+    return results
 
 
-@policy_loss.register_fake
-def _(
-    x, m, m_uncond, x_next, coef, guidance, log_prob_old, advantages, clip_range, advantage_clip, keeps_residual
-):  # fmt: skip
-    num_rows = x.shape[0]
-    residual = torch.empty_like(m, dtype=torch.float32) if keeps_residual else coef.new_empty(0)
-    return coef.new_empty(()), coef.new_empty(NUM_STATS), coef.new_empty(num_rows), coef.new_empty(num_rows), residual
+def _policy_arguments(
+    inputs: tuple[Any, ...], m_gradient: Tensor | None
+) -> tuple[list[Tensor], tuple[bool | int, ...], tuple[Tensor, ...], tuple[float, ...]]:
+    """The tensors of latents, the flags, the tensors of rows, and the numbers."""
+    x, m, m_uncond, x_next, coef, guidance, log_prob_old, advantages, clip_range, advantage_clip = inputs
+    tensors = [x, m, m if m_uncond is None else m_uncond, x_next, m if m_gradient is None else m_gradient]
+    flags = (m_uncond is not None, log_prob_old is None, m_gradient is not None, _BLOCK)
+    of_rows = (coef, coef if log_prob_old is None else log_prob_old, advantages)
+    return tensors, flags, of_rows, (guidance, clip_range, advantage_clip)
+
+
+def _scratch(plan: Plan, coef: Tensor) -> Tensor:
+    return coef.new_empty(plan.num_rows * (plan.num_tiles + 1))
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        *inputs, ctx.factor = arguments
+        x, m, m_uncond, x_next, coef, ctx.guidance, log_prob_old = inputs[:7]
+        # On-policy, the gradient of m is written in the same pass.
+        writes = log_prob_old is None and m_uncond is None and ctx.needs_input_grad[1]
+        ctx.m_gradient = torch.empty_like(m) if writes else None
+        loss, stats, row_gradient = _policy_loss(tuple(inputs), ctx.m_gradient, ctx.factor)
+        ctx.save_for_backward(x, m, m_uncond, x_next, coef, row_gradient)
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # otherwise autograd fills zeros for the stats, in a launch
+        return loss, stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, above, _):
+        if above is None:
+            return (None,) * 11
+        *inputs, row_gradient = ctx.saved_tensors
+        # Whoever gets the gradient may change it, so a second backward pass computes its own.
+        done, ctx.m_gradient = ctx.m_gradient, None
+        if done is not None:
+            done = input_gradient((*inputs, ctx.guidance), 1, row_gradient, above, done, ctx.factor)
+        return (*gradients_of(ctx, row_gradient, above, done), *[None] * 7)
+
+
+@operator("policy_loss")
+def policy_operator(
+    x: Tensor, m: Tensor, m_uncond: Tensor | None, x_next: Tensor, coef: Tensor, guidance: float,
+    log_prob_old: Tensor | None, advantages: Tensor, clip_range: float, advantage_clip: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`policy_loss` for a tracer, and d loss / d log_prob (N,); the backward pass computes the gradient of m."""
+    inputs = (x, m, m_uncond, x_next, coef, guidance, log_prob_old, advantages, clip_range, advantage_clip)
+    tensors, flags, head, settings = _policy_arguments(inputs, None)
+    plan = traced_plan(tensors, *flags)
+    results, counters = _loss_results(coef), coef.new_zeros(plan.num_rows + 1, dtype=torch.int32)
+    arguments = (*tensors, *head, _scratch(plan, coef), counters, *results, *settings, 1.0)
+    wrap_triton(_policy_kernel)[plan.grid](*arguments, *plan.tail)
+    return results
 
 
 def _keep_policy(ctx, inputs, output):
     x, m, m_uncond, x_next, coef, ctx.guidance = inputs[:6]
-    ctx.keeps_residual = inputs[-1]
-    ctx.save_for_backward(x, m, m_uncond, x_next, coef, *output[3:])
+    ctx.save_for_backward(x, m, m_uncond, x_next, coef, output[2])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # otherwise autograd fills zeros for all four, one as large as the residual
+    ctx.set_materialize_grads(False)  # otherwise autograd fills zeros for both, in two launches
 
 
-def _policy_backward(ctx, upstream, *_):
-    if upstream is None:
-        return (None,) * 11
-    assert ctx.keeps_residual, "a call without keeps_residual has no gradient"
-    grad, residual = ctx.saved_tensors[5:]
-    return *input_gradients(ctx, residual, grad, upstream), *[None] * 7
+def _policy_backward(ctx, above, *_):
+    if above is None:
+        return (None,) * 10
+    return (*traced_gradients(ctx, ctx.saved_tensors[5], above), *[None] * 6)
 
 
-policy_loss.register_autograd(_policy_backward, setup_context=_keep_policy)
+policy_operator.register_autograd(_policy_backward, setup_context=_keep_policy)

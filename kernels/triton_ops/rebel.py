@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlcm_fast.kernels.triton_ops.gaussian import EXACT
+from rlcm_fast.kernels.triton_ops.launches import EXACT
 
 _BLOCK = 128
 

@@ -1,12 +1,12 @@
-"""How a kernel walks over N rows of C x H x W: in chunks and tiles, in every memory format, without a copy.
+"""How kernels walk over N rows of C x H x W: a program for each tile of a row, in every memory format, without copies.
 
-A program sums one chunk of one row, tile by tile. Whoever reads the sums of the chunks adds them in their order. Chunks
-and tiles depend only on the size of a row, so the result of a row has the same bits at every place of every batch. If
-all tensors of a call have one memory format, the kernel sees a row as one run of D elements. If the formats differ, a
-tile is a block of channels times positions, and the kernel uses the strides of each tensor.
+A program sums one tile. Whoever reads the sums of a row's tiles adds them in a fixed order. Tiles depend only on the
+size of a row, so the result of a row has the same bits at every place of every batch. If all tensors of a call have one
+memory format, the kernel sees a row as one run of D elements. If the formats differ, a tile is a block of channels
+times positions, and the kernel uses the strides of each tensor.
 """
 
-# N rows, C channels, P = H W positions, D = C P elements of a row
+# N rows, C channels, P = H W positions, D = C P elements of a row, K tiles of a row
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 _TILE = 1024  # elements: 8 per thread with 4 warps; some architectures spill with 16
-_CHUNK = 8192  # elements: 2 programs per row at 4 x 64 x 64, 8 at 4 x 128 x 128
 _MAX_CHANNELS = 1024
+_MAX_BLOCK = 1024  # sums of tiles that are loaded at a time
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class Walk:
     positions: int
     tile_channels: int  # a power of two, at least `channels`
     tile_positions: int
-    chunk_positions: int
     interleaved: int  # the number of channels if a channels_last row is walked as one run; otherwise 1
 
     @property
-    def num_chunks(self) -> int:
-        return -(-self.positions // self.chunk_positions)
+    def num_tiles(self) -> int:
+        return -(-self.positions // self.tile_positions)
 
     @property
-    def size(self) -> int:
-        return self.channels * self.positions
+    def block(self) -> int:
+        """How many sums of tiles are loaded at a time: a power of two, and all of a row's up to 1024."""
+        return min(_MAX_BLOCK, 1 << (self.num_tiles - 1).bit_length())
 
 
 def walk_over(tensors: Sequence[Tensor]) -> tuple[Walk, list[tuple[int, int, int]]]:
@@ -46,7 +46,7 @@ def walk_over(tensors: Sequence[Tensor]) -> tuple[Walk, list[tuple[int, int, int
     Raises:
         ValueError: a tensor is neither contiguous nor channels_last within its rows (rows may have any stride).
     """
-    _, channels, height, width = tensors[0].shape
+    _, channels, height, width = map(int, tensors[0].shape)
     positions = height * width
     strides = [strides_of(tensor) for tensor in tensors]
     if len({of_row[1:] for of_row in strides}) == 1:
@@ -60,14 +60,12 @@ def walk_over(tensors: Sequence[Tensor]) -> tuple[Walk, list[tuple[int, int, int
 
 def _walk(channels: int, positions: int, interleaved: int = 1) -> Walk:
     tile_channels = 1 << (channels - 1).bit_length()
-    tile_positions = max(1, _TILE // tile_channels)
-    num_tiles = min(_CHUNK // _TILE, -(-positions // tile_positions))
-    return Walk(channels, positions, tile_channels, tile_positions, num_tiles * tile_positions, interleaved)
+    return Walk(channels, positions, tile_channels, max(1, _TILE // tile_channels), interleaved)
 
 
 def strides_of(tensor: Tensor) -> tuple[int, int, int]:
-    _, channels, height, width = tensor.shape
-    row, channel, down, right = tensor.stride()
+    _, channels, height, width = map(int, tensor.shape)
+    row, channel, down, right = map(int, tensor.stride())
     if width == 1:
         right = down if height > 1 else 0
     is_even = height == 1 or down == right * width

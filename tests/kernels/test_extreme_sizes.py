@@ -29,7 +29,7 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     def note(kernel: Any, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> None:
         noted.append(grid)
 
-    monkeypatch.setattr(type(gaussian._residual_kernel), "run", note)
+    monkeypatch.setattr(type(gaussian._log_prob_kernel), "run", note)
     return noted
 
 
@@ -39,15 +39,14 @@ def test_grids_stay_within_the_limits_of_cuda(grids: list[tuple[int, ...]], memo
     m = torch.empty(NUM_ROWS, *SHAPE, device="meta", dtype=torch.bfloat16, memory_format=memory_format)
     coef, rows, seeds = (torch.empty(*size, device="meta") for size in ((NUM_ROWS, 3), (NUM_ROWS,), (NUM_ROWS,)))
     upstream = torch.empty((), device="meta")
-    # The operators' own functions: on tensors without memory the operators would answer by their fakes.
-    gaussian.gaussian_log_prob._init_fn(x, m, m, x, coef, 7.5, True)
-    gaussian.row_gradient._init_fn(x, rows, upstream, coef, 1, 1.0, m)
-    gaussian.gaussian_step._init_fn(x, m, None, coef, x, None, 1.0)
-    gaussian.gaussian_step._init_fn(x, m, None, coef, None, seeds.long(), 1.0)
-    loss.policy_loss._init_fn(x, m, None, x, coef, 1.0, rows, rows, 1e-4, 10.0, True)
-    loss.clipped_ratio_loss._init_fn(rows, rows, rows, 1e-4, 10.0)
+    gaussian.gaussian_log_prob(x, m, m, x, coef, 7.5)
+    gaussian.input_gradient((x, m, None, x, coef, 1.0), 1, rows, upstream)
+    gaussian.gaussian_step(x, m, None, coef, x, None, 1.0)
+    gaussian.gaussian_step(x, m, None, coef, None, seeds.long(), 1.0)
+    loss.policy_loss(x, m, None, x, coef, 1.0, rows, rows, 1e-4, 10.0)
+    loss.clipped_ratio_loss(rows, rows, rows, 1e-4, 10.0)
     rebel.rebel_residual._init_fn(torch.empty(NUM_ROWS, 50, device="meta"), torch.empty(NUM_ROWS, 50), rows, 1.0)
-    assert len(grids) == 2 + 1 + 2 + 2 + 2 + 1 + 1
+    assert len(grids) == 1 + 1 + 1 + 1 + 1 + 1 + 1
     for grid in grids:
         assert all(0 < size <= limit for size, limit in zip(grid, LIMITS, strict=False)), grid
 
@@ -58,14 +57,13 @@ def test_rows_farther_apart_than_32_bits_reach_are_found():
     near = torch.randn(size, generator=generator).bfloat16()
     storage = torch.empty(2 * FAR + near[0].numel(), dtype=torch.bfloat16)  # 4 GiB, of which three pages are used
     far = storage.as_strided(size, (FAR, 35, 7, 1)).copy_(near)
-    like = torch.zeros(size)
     coef, rows = torch.rand(3, 3, generator=generator) + 0.1, torch.randn(3, generator=generator)
     results = []
     for rows_of in (near, far):
         with dispatch.use("triton"):
             log_prob = functional.gaussian_log_prob(rows_of, rows_of, rows_of, coef, rows_of, 3.0)
             step = functional.gaussian_step(rows_of, rows_of, coef, rows_of, None, rows_of, 3.0)
-        gradient = gaussian.row_gradient(rows_of, rows, None, coef, 1, 1.0, like)
+        gradient = gaussian.input_gradient((rows_of, rows_of, None, rows_of, coef, 1.0), 1, rows, None)
         results.append([log_prob, *step, gradient])
     for of_near, of_far in zip(*results, strict=True):
         assert torch.equal(of_near, of_far)

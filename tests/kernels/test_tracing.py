@@ -21,6 +21,7 @@ OPERATORS = {
     "gaussian_step seeds": ["gaussian_step"],
     "clipped_ratio_loss forward+backward": ["clipped_ratio_loss"],
     "policy_loss forward+backward": ["policy_loss", "row_gradient"],
+    "policy_loss on-policy forward+backward": ["policy_loss", "row_gradient"],
     "rebel_residual": ["rebel_residual"],
 }
 

@@ -106,9 +106,9 @@ def test_the_operators_pass_torchs_own_checks():
     x, m, x_next = (torch.randn(3, 2, 3, 4) for _ in range(3))
     coef, rows = torch.rand(3, 3) + 0.1, torch.randn(3)
     m.requires_grad_()
-    torch.library.opcheck(triton_loss.clipped_ratio_loss, (rows.clone().requires_grad_(), rows, rows, CLIP, 5.0))
-    arguments = (x, m, None, x_next, coef, 1.0, rows, rows, CLIP, 5.0, True)
-    torch.library.opcheck(triton_loss.policy_loss, arguments)
+    torch.library.opcheck(triton_loss.loss_operator, (rows.clone().requires_grad_(), rows, rows, CLIP, 5.0))
+    for old in (rows, None):
+        torch.library.opcheck(triton_loss.policy_operator, (x, m, None, x_next, coef, 1.0, old, rows, CLIP, 5.0))
 
 
 def test_a_compiled_loss_has_no_graph_break_and_the_same_gradient():

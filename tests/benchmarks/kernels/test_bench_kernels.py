@@ -48,6 +48,8 @@ def test_bytes_are_those_counted_by_hand():
         "clipped_ratio_loss forward+backward": (3 * 8 + 28 + 8) + (8 + 4 + 8),
         # x, m, x_next, coef, log_prob_old, advantages -> loss, 6 stats, gradient in the log-probs, residual; back
         "policy_loss forward+backward": (480 + 240 + 480 + 24 + 16 + 28 + 8 + 480) + (480 + 8 + 24 + 4 + 240),
+        # x, m, x_next, coef, advantages, 1 from above -> loss, 6 stats, gradient of m
+        "policy_loss on-policy forward+backward": 480 + 240 + 480 + 24 + 8 + 4 + 28 + 240,
         # 2 x 2 trajectories of 8 log-probs, twice, and 4 rewards -> 2 residuals, 4 gradients
         "rebel_residual": 2 * 4 * 8 * 4 + 16 + 8 + 16,
         # x, weight, bias -> y
