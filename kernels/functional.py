@@ -189,7 +189,7 @@ def rebel_residual(log_prob: Tensor, log_prob_old: Tensor, rewards: Tensor, eta:
             return reference.rebel_residual(log_prob, log_prob_old, rewards, eta)
         from rlcm_fast.kernels.triton_ops import rebel
 
-        return rebel.rebel_residual(log_prob, log_prob_old, rewards, eta)
+        return rebel.rebel_residual(_rows_of(log_prob), _rows_of(log_prob_old), _rows_of(rewards), eta)
 
 
 @dataclass(frozen=True)

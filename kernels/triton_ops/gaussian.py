@@ -18,22 +18,26 @@ a stored float32 r would move as many bytes or more, and would need memory of it
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlcm_fast.kernels.triton_ops.arrival import counters_for, is_last, sum_of_tiles
-from rlcm_fast.kernels.triton_ops.launches import is_traced, launch, operator, plan_for, traced_plan, wrap_triton
+from rlcm_fast.kernels.triton_ops.launches import (
+    is_traced,
+    kernel,
+    launch,
+    once,
+    operator,
+    plan_for,
+    traced_plan,
+    wrap_triton,
+)
 from rlcm_fast.kernels.triton_ops.noise import normal
 
-# A new number of rows needs no compiling, and what has N numbers may begin anywhere in memory.
-_OF_ROWS = ["coef", "seeds", "row_gradient", "above", "log_prob_old", "advantages"]
-kernel = partial(triton.jit, do_not_specialize=["N"], do_not_specialize_on_alignment=_OF_ROWS)
 _HALF_LOG_TWO_PI = tl.constexpr(0.9189385332046727)
 
 
@@ -176,9 +180,8 @@ def _gradient_kernel(
     is_known: `out` holds that already for above = known_above, so there is nothing to do if that is what came.
     """
     gain = tl.load(above).to(tl.float32) if has_above else 1.0
-    if is_known:
-        if gain == known_above:
-            return
+    if is_known and gain == known_above:
+        return
     # Compute r of the tile.
     n, k = place_of_program(num_tiles)
     a, b, sigma = tl.load(coef + 3 * n), tl.load(coef + 3 * n + 1), tl.load(coef + 3 * n + 2)
@@ -254,13 +257,10 @@ def traced_gradients(ctx: Any, row_gradient: Tensor, above: Tensor | None) -> li
 def gradients_of(ctx: Any, row_gradient: Tensor, above: Tensor | None, done: Tensor | None) -> list[Tensor | None]:
     """As traced_gradients, without an operator; `done` is a gradient of m that needs no computing."""
     inputs = (*ctx.saved_tensors[:5], ctx.guidance)
-    gradients: list[Tensor | None] = []
-    for place in range(4):
-        if place == 1 and done is not None:
-            gradients.append(done)
-        else:
-            is_needed = ctx.needs_input_grad[place] and inputs[place] is not None
-            gradients.append(input_gradient(inputs, place, row_gradient, above) if is_needed else None)
+    gradients: list[Tensor | None] = [None, done, None, None]
+    for place, is_needed in enumerate(ctx.needs_input_grad[:4]):
+        if is_needed and gradients[place] is None and inputs[place] is not None:
+            gradients[place] = input_gradient(inputs, place, row_gradient, above)
     return gradients
 
 
@@ -271,7 +271,7 @@ def gaussian_log_prob(
     if is_traced(x, m, m_uncond, x_next, coef):
         return log_prob_operator(x, m, m_uncond, x_next, coef, guidance)
     if torch.is_grad_enabled():
-        return _LogProb.apply(x, m, m_uncond, x_next, coef, guidance)
+        return _LogProb.apply(x, m, m_uncond, x_next, (coef, guidance))
     return _log_prob(x, m, m_uncond, x_next, coef, guidance)
 
 
@@ -286,15 +286,15 @@ def _log_prob(x: Tensor, m: Tensor, m_uncond: Tensor | None, x_next: Tensor, coe
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, m, m_uncond, x_next, coef, guidance):
-        ctx.guidance = guidance
+    def forward(ctx, x, m, m_uncond, x_next, constants):
+        coef, ctx.guidance = constants
         ctx.save_for_backward(x, m, m_uncond, x_next, coef)
-        return _log_prob(x, m, m_uncond, x_next, coef, guidance)
+        return _log_prob(x, m, m_uncond, x_next, *constants)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, gradient):
-        return (*gradients_of(ctx, gradient.contiguous(), None, None), None, None)
+        return (*gradients_of(ctx, gradient.contiguous(), None, None), None)
 
 
 @operator("gaussian_log_prob")

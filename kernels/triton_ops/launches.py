@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from rlcm_fast.kernels.triton_ops.arrival import is_last
@@ -28,6 +29,7 @@ from rlcm_fast.kernels.triton_ops.rows import walk_over
 # Fused multiply-adds would round differently from the reference, and differently in each version of triton.
 EXACT = {"enable_fp_fusion": False, "num_warps": 4}
 INTERPRETS = not isinstance(is_last, triton.JITFunction)
+_OF_ROWS = ["coef", "seeds", "row_gradient", "above", "log_prob", "log_prob_old", "advantages", "rewards"]
 _MAX_PLANS = 4096  # a run has a few dozen; sizes that never repeat must not fill the memory
 
 
@@ -36,6 +38,7 @@ class Plan:
     """How one kernel runs on one kind of tensors: a program for each tile of each row."""
 
     device: torch.device
+    index: int  # of the CUDA device; -1 on others
     num_rows: int
     num_tiles: int  # of a row
     tail: tuple[Any, ...]  # the last arguments: N, C, P, K, row strides; strides within a row, tile, block; the flags
@@ -61,15 +64,28 @@ def plan_for(kernel: str, tensors: Sequence[Tensor], *flags: bool | int) -> Plan
         ValueError: a tensor is neither contiguous nor channels_last within its rows.
     """
     first = tensors[0]
-    parts: list[Hashable] = [kernel, flags, first.device, first.shape]
+    parts: list[Hashable] = [kernel, flags, first.get_device(), first.shape]
     for tensor in tensors:
         parts += (tensor.dtype, tensor.stride(), tensor.data_ptr() & 15 == 0)
     key = tuple(parts)
     plan = _plans.get(key)
+    return _keep(key, traced_plan(tensors, *flags)) if plan is None else plan
+
+
+def plan_for_rows(kernel: str, first: Tensor, num_programs: int, *tail: bool | int) -> Plan:
+    """The plan of a kernel on numbers of rows alone, for its last arguments `tail`; alignment must not matter to it."""
+    key = (kernel, tail, first.get_device(), num_programs)
+    plan = _plans.get(key)
     if plan is None:
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        plan = _plans[key] = traced_plan(tensors, *flags)
+        index = first.get_device() if first.is_cuda else -1
+        plan = _keep(key, Plan(first.device, index, num_programs, 1, tail))
+    return plan
+
+
+def _keep(key: Hashable, plan: Plan) -> Plan:
+    if len(_plans) >= _MAX_PLANS:
+        _plans.clear()
+    _plans[key] = plan
     return plan
 
 
@@ -80,15 +96,21 @@ def traced_plan(tensors: Sequence[Tensor], *flags: bool | int) -> Plan:
     for row, channel, position in strides:
         rows.append(row)
         inner += (channel, position)
-    num_rows = tensors[0].shape[0]
+    device, num_rows = tensors[0].device, tensors[0].shape[0]
     sizes = (num_rows, walk.channels, walk.positions, walk.num_tiles, *rows)
     constants = (*inner, walk.tile_channels, walk.tile_positions, walk.block, walk.interleaved)
-    return Plan(tensors[0].device, num_rows, walk.num_tiles, (*sizes, *constants, *flags))
+    index = tensors[0].get_device() if tensors[0].is_cuda else -1
+    return Plan(device, index, num_rows, walk.num_tiles, (*sizes, *constants, *flags))
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Decorator: `triton.jit`, but a new N compiles nothing, and numbers of rows may begin anywhere in memory."""
+    return triton.jit(function, do_not_specialize=["N"], do_not_specialize_on_alignment=_OF_ROWS)
 
 
 def launch(kernel: Any, plan: Plan, *arguments: Any) -> None:
     """Launches a kernel by its plan, on the device of the plan, in that device's current stream."""
-    if plan.device.type == "cuda" and plan.device.index != torch.cuda.current_device():
+    if plan.index >= 0 and plan.index != torch.cuda.current_device():
         with torch.cuda.device(plan.device):
             launch(kernel, plan, *arguments)
         return
@@ -112,6 +134,16 @@ def is_traced(*tensors: Tensor | None) -> bool:
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
             return True
     return torch._C._are_functorch_transforms_active()
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`once_differentiable` for a backward pass, at no cost unless create_graph asks for a second derivative."""
+    careful = once_differentiable(backward)
+
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        return careful(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+
+    return run
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:

@@ -26,7 +26,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlcm_fast.kernels.triton_ops.arrival import counters_for, is_last
 from rlcm_fast.kernels.triton_ops.gaussian import (
@@ -34,7 +33,6 @@ from rlcm_fast.kernels.triton_ops.gaussian import (
     gradients_of,
     input_gradient,
     inverse_of,
-    kernel,
     log_prob_of_row,
     mean_of_tile,
     place_of_program,
@@ -45,12 +43,14 @@ from rlcm_fast.kernels.triton_ops.gaussian import (
     traced_gradients,
 )
 from rlcm_fast.kernels.triton_ops.launches import (
-    EXACT,
     Plan,
     is_traced,
+    kernel,
     launch,
+    once,
     operator,
     plan_for,
+    plan_for_rows,
     traced_plan,
     wrap_triton,
 )
@@ -185,7 +185,7 @@ def _policy_kernel(
 def clipped_ratio_loss(
     log_prob: Tensor, log_prob_old: Tensor | None, advantages: Tensor, clip_range: float, advantage_clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss () and stats (6,), both float32; differentiable in log_prob, which may have another dtype."""
+    """Loss () and stats (6,), differentiable in log_prob; all arguments and results are float32."""
     arguments = (log_prob, log_prob_old, advantages, clip_range, advantage_clip)
     if is_traced(log_prob, log_prob_old, advantages):
         return loss_operator(*arguments)[:2]
@@ -196,17 +196,16 @@ def clipped_ratio_loss(
 
 def _loss_results(log_prob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for loss (), stats (6,) and d loss / d log_prob (N,)."""
-    new = {"dtype": torch.float32}
-    return log_prob.new_empty((), **new), log_prob.new_empty(NUM_STATS, **new), log_prob.new_empty(len(log_prob), **new)
+    num_rows = log_prob.shape[0]
+    return log_prob.new_empty(()), log_prob.new_empty(NUM_STATS), log_prob.new_empty(num_rows)
 
 
 def _clipped_ratio_loss(
     log_prob: Tensor, log_prob_old: Tensor | None, advantages: Tensor, clip_range: float, advantage_clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     results, old = _loss_results(log_prob), log_prob if log_prob_old is None else log_prob_old
-    flags = (log_prob_old is None, _BLOCK)
-    arguments = (log_prob, old, advantages, *results, clip_range, advantage_clip, len(log_prob), *flags)
-    _loss_kernel[(1,)](*arguments, **EXACT)
+    plan = plan_for_rows("loss", log_prob, 1, log_prob.shape[0], log_prob_old is None, _BLOCK)
+    launch(_loss_kernel, plan, log_prob, old, advantages, *results, clip_range, advantage_clip)
     return results
 
 
@@ -220,7 +219,7 @@ class _ClippedRatioLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, above, _):
         return _rows_gradient(ctx, above)
 
@@ -236,7 +235,7 @@ def loss_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`clipped_ratio_loss` for a tracer, and d loss / d log_prob (N,)."""
     results, old = _loss_results(log_prob), log_prob if log_prob_old is None else log_prob_old
-    arguments = (log_prob, old, advantages, *results, clip_range, advantage_clip, len(log_prob))
+    arguments = (log_prob, old, advantages, *results, clip_range, advantage_clip, log_prob.shape[0])
     wrap_triton(_loss_kernel)[(1,)](*arguments, log_prob_old is None, _BLOCK)
     return results
 
@@ -266,7 +265,7 @@ def policy_loss(
     if is_traced(x, m, m_uncond, x_next, coef, log_prob_old, advantages):
         return policy_operator(*arguments)[:2]
     if torch.is_grad_enabled():
-        return _PolicyLoss.apply(*arguments, factor)
+        return _PolicyLoss.apply(x, m, m_uncond, x_next, arguments, factor)
     return _policy_loss(arguments, None, factor)[:2]
 
 
@@ -300,29 +299,28 @@ def _scratch(plan: Plan, coef: Tensor) -> Tensor:
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        *inputs, ctx.factor = arguments
-        x, m, m_uncond, x_next, coef, ctx.guidance, log_prob_old = inputs[:7]
+    def forward(ctx, x, m, m_uncond, x_next, inputs, factor):
         # On-policy, the gradient of m is written in the same pass.
-        writes = log_prob_old is None and m_uncond is None and ctx.needs_input_grad[1]
-        ctx.m_gradient = torch.empty_like(m) if writes else None
-        loss, stats, row_gradient = _policy_loss(tuple(inputs), ctx.m_gradient, ctx.factor)
-        ctx.save_for_backward(x, m, m_uncond, x_next, coef, row_gradient)
+        writes = inputs[6] is None and m_uncond is None and ctx.needs_input_grad[1]
+        m_gradient = torch.empty_like(m) if writes else None
+        loss, stats, row_gradient = _policy_loss(inputs, m_gradient, factor)
+        ctx.save_for_backward(x, m, m_uncond, x_next, inputs[4], row_gradient)
+        ctx.guidance, ctx.factor, ctx.m_gradient = inputs[5], factor, m_gradient
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)  # otherwise autograd fills zeros for the stats, in a launch
         return loss, stats
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, above, _):
         if above is None:
-            return (None,) * 11
+            return (None,) * 6
         *inputs, row_gradient = ctx.saved_tensors
         # Whoever gets the gradient may change it, so a second backward pass computes its own.
         done, ctx.m_gradient = ctx.m_gradient, None
         if done is not None:
             done = input_gradient((*inputs, ctx.guidance), 1, row_gradient, above, done, ctx.factor)
-        return (*gradients_of(ctx, row_gradient, above, done), *[None] * 7)
+        return (*gradients_of(ctx, row_gradient, above, done), None, None)
 
 
 @operator("policy_loss")

@@ -11,12 +11,18 @@ gradient of mean(residual^2) in each log_prob of y: 2 residual / (P eta); in eac
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlcm_fast.kernels.triton_ops.launches import EXACT
+from rlcm_fast.kernels.triton_ops.launches import (
+    is_traced,
+    kernel,
+    launch,
+    operator,
+    plan_for_rows,
+    wrap_triton,
+)
 
 _BLOCK = 128
 
@@ -32,38 +38,45 @@ def _moved(log_prob, log_prob_old, rows, inside, num_actions):
     return total
 
 
-@triton.jit
+@kernel
 def _rebel_kernel(
-    log_prob, log_prob_old, rewards, residual, gradient, num_pairs, num_actions, eta, block: tl.constexpr
+    log_prob, log_prob_old, rewards, residual, gradient, eta, N, num_actions, block: tl.constexpr
 ):  # fmt: skip
+    """N is the number of pairs."""
     pairs = tl.program_id(0) * block + tl.arange(0, block)
-    inside = pairs < num_pairs
+    inside = pairs < N
     first, second = 2 * pairs, 2 * pairs + 1
     moved = _moved(log_prob, log_prob_old, first, inside, num_actions)
     moved -= _moved(log_prob, log_prob_old, second, inside, num_actions)
     better = tl.load(rewards + first, mask=inside, other=0.0).to(tl.float32)
     better -= tl.load(rewards + second, mask=inside, other=0.0).to(tl.float32)
     value = tl.div_rn(moved, tl.zeros_like(moved) + eta) - better
-    weight = tl.div_rn(2.0 * value, tl.zeros_like(value) + num_pairs * eta)
+    weight = tl.div_rn(2.0 * value, tl.zeros_like(value) + N * eta)
     tl.store(residual + pairs, value, mask=inside)
     tl.store(gradient + first, weight, mask=inside)
     tl.store(gradient + second, -weight, mask=inside)
 
 
-@torch.library.custom_op("rlcm_fast::rebel_residual", mutates_args=())
 def rebel_residual(log_prob: Tensor, log_prob_old: Tensor, rewards: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-    """Residual (P,) and gradient (2 P,), float32."""
-    num_pairs, num_actions = len(log_prob) // 2, log_prob.shape[1]
-    residual = log_prob.new_empty(num_pairs, dtype=torch.float32)
-    gradient = log_prob.new_empty(2 * num_pairs, dtype=torch.float32)
-    _rebel_kernel[(triton.cdiv(num_pairs, _BLOCK),)](
-        log_prob.contiguous(), log_prob_old.contiguous(), rewards.contiguous(), residual, gradient,
-        num_pairs, num_actions, eta, block=_BLOCK, **EXACT,
-    )  # fmt: skip
+    """Residual (P,) and gradient (2 P,), from dense float32 tensors; call it without gradients."""
+    if is_traced(log_prob, log_prob_old, rewards):
+        return rebel_operator(log_prob, log_prob_old, rewards, eta)
+    residual, gradient = _results(log_prob)
+    num_pairs = residual.shape[0]
+    plan = plan_for_rows("rebel", log_prob, triton.cdiv(num_pairs, _BLOCK), num_pairs, log_prob.shape[1], _BLOCK)
+    launch(_rebel_kernel, plan, log_prob, log_prob_old, rewards, residual, gradient, eta)
     return residual, gradient
 
 
-@rebel_residual.register_fake
-def _(log_prob, log_prob_old, rewards, eta):
-    num_rows = log_prob.shape[0]
-    return log_prob.new_empty(num_rows // 2, dtype=torch.float32), log_prob.new_empty(num_rows, dtype=torch.float32)
+def _results(log_prob: Tensor) -> tuple[Tensor, Tensor]:
+    return log_prob.new_empty(log_prob.shape[0] // 2), log_prob.new_empty(log_prob.shape[0])
+
+
+@operator("rebel_residual")
+def rebel_operator(log_prob: Tensor, log_prob_old: Tensor, rewards: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """`rebel_residual` for a tracer."""
+    residual, gradient = _results(log_prob)
+    num_pairs, num_actions = residual.shape[0], log_prob.shape[1]
+    arguments = (log_prob, log_prob_old, rewards, residual, gradient, eta, num_pairs, num_actions)
+    wrap_triton(_rebel_kernel)[(triton.cdiv(num_pairs, _BLOCK),)](*arguments, _BLOCK)
+    return residual, gradient

@@ -45,7 +45,8 @@ def test_grids_stay_within_the_limits_of_cuda(grids: list[tuple[int, ...]], memo
     gaussian.gaussian_step(x, m, None, coef, None, seeds.long(), 1.0)
     loss.policy_loss(x, m, None, x, coef, 1.0, rows, rows, 1e-4, 10.0)
     loss.clipped_ratio_loss(rows, rows, rows, 1e-4, 10.0)
-    rebel.rebel_residual._init_fn(torch.empty(NUM_ROWS, 50, device="meta"), torch.empty(NUM_ROWS, 50), rows, 1.0)
+    pairs = torch.empty(NUM_ROWS, 50, device="meta")
+    rebel.rebel_residual(pairs, pairs, rows, 1.0)
     assert len(grids) == 1 + 1 + 1 + 1 + 1 + 1 + 1
     for grid in grids:
         assert all(0 < size <= limit for size, limit in zip(grid, LIMITS, strict=False)), grid

@@ -79,4 +79,4 @@ def test_rows_that_are_no_pairs_are_refused():
 
 
 def test_the_operator_passes_torchs_own_checks():
-    torch.library.opcheck(rebel.rebel_residual, (*pairs(), ETA))
+    torch.library.opcheck(rebel.rebel_operator, (*pairs(), ETA))
