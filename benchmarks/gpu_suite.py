@@ -165,11 +165,11 @@ def parts_of(out: Path, scratch: Path, has_plot: bool) -> list[Part]:
     tests/conftest.py is left out: it needs hypothesis, and the tests of a GPU do not need it.
     """
     pytest = [*_PYTEST, "-m", "gpu", "--noconftest"]
-    tests, sanitizer = "tests/gpu/test_kernels_on_gpu.py", "tests/gpu/test_sanitizer.py"
+    tests, sanitizer = ["test_kernels_on_gpu.py", "test_libraries_on_gpu.py"], "tests/gpu/test_sanitizer.py"
     plot = [] if has_plot else ["--no-plot"]
     return [
-        Part("tests", [*pytest, f"--junitxml={scratch / 'tests.xml'}", tests], 60),
-        _benchmark("full_size", "speed/bench_full_size.py", out, 225, *_FEWER),
+        Part("tests", [*pytest, f"--junitxml={scratch / 'tests.xml'}", *(f"tests/gpu/{file}" for file in tests)], 75),
+        _benchmark("full_size", "speed/bench_full_size.py", out, 210, *_FEWER),
         _benchmark("memory", "memory/bench_memory.py", out, 105),
         _benchmark("bench_kernels", "kernels/bench_kernels.py", out, 100, "--quick", *plot),
         Part("sanitizer", [*pytest, f"--junitxml={scratch / 'sanitizer.xml'}", sanitizer], 45),
