@@ -3,7 +3,7 @@
 A policy step is affine and Gaussian: x_s = A x_t + B m + sigma z with z ~ N(0, I). The log-probability of an action is
 the MEAN over C, H, W of the log-densities of independent normal distributions:
 
-    log p(x_s | x_t) = -mean(r^2) / 2 - log sigma - log(2 pi) / 2,     r = (x_s - A x_t - B m) / sigma
+    log p(x_s | x_t) = -mean(r^2) / 2 - log sigma - log(2 pi) / 2,     r = (x_s - A x_t - B m) (1 / sigma)
 
 Inputs of lower precision give float32 arithmetic and results; float64 inputs stay float64 (for gradcheck). Only
 group_norm_silu computes in the dtype of x, and so returns the same bits as the layers of an unpatched model.
@@ -55,8 +55,11 @@ def gaussian_mean(x: Tensor, m: Tensor, coef: Tensor) -> Tensor:
 
 
 def _log_prob_given_mean(mean: Tensor, x_next: Tensor, sigma: Tensor) -> Tensor:
-    """Log-probability (N,) for sigma (N,) > 0. Rollout and training share this function, so both round alike."""
-    r = (_wide(x_next) - mean) / sigma.view(-1, 1, 1, 1)
+    """Log-probability (N,) for sigma (N,) > 0. Rollout and training share this function, so both round alike.
+
+    1 / sigma is rounded once per row, as in the kernels, where dividing each element would cost more than the rest.
+    """
+    r = (_wide(x_next) - mean) * sigma.reciprocal().view(-1, 1, 1, 1)
     return -0.5 * r.square().mean(dim=(1, 2, 3)) - sigma.log() - _HALF_LOG_TWO_PI
 
 
