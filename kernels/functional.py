@@ -67,7 +67,7 @@ def gaussian_log_prob(
         return reference.gaussian_log_prob(x, m, x_next, coef)
     from rlcm_fast.kernels.triton_ops import gaussian
 
-    return gaussian.gaussian_log_prob(x, m, m_uncond, x_next, _rows_of(coef), guidance_scale)
+    return gaussian.gaussian_log_prob(x, m, m_uncond, x_next, _rows_of(coef), float(guidance_scale))
 
 
 def gaussian_step(
@@ -100,7 +100,7 @@ def gaussian_step(
     from rlcm_fast.kernels.triton_ops import gaussian
 
     with torch.no_grad():
-        return gaussian.gaussian_step(x, m, m_uncond, _rows_of(coef), noise, seeds, guidance_scale)
+        return gaussian.gaussian_step(x, m, m_uncond, _rows_of(coef), noise, seeds, float(guidance_scale))
 
 
 def gaussian_kl(m: Tensor, m_ref: Tensor, coef: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def clipped_ratio_loss(
 
     old = None if log_prob_old is None else _rows_of(log_prob_old)
     value, stats = loss.clipped_ratio_loss(
-        log_prob.float().contiguous(), old, _rows_of(advantages), clip_range, advantage_clip
+        log_prob.float().contiguous(), old, _rows_of(advantages), float(clip_range), float(advantage_clip)
     )
     return value, RatioStats(*stats.unbind())
 
@@ -158,9 +158,9 @@ def policy_loss(
     from rlcm_fast.kernels.triton_ops import loss
 
     old = None if log_prob_old is None else _rows_of(log_prob_old)
-    settings = (clip_range, advantage_clip, factor)
+    settings = (float(clip_range), float(advantage_clip), float(factor))
     value, stats = loss.policy_loss(
-        x, m, m_uncond, x_next, _rows_of(coef), guidance_scale, old, _rows_of(advantages), *settings
+        x, m, m_uncond, x_next, _rows_of(coef), float(guidance_scale), old, _rows_of(advantages), *settings
     )
     return value, RatioStats(*stats.unbind())
 
@@ -189,7 +189,7 @@ def rebel_residual(log_prob: Tensor, log_prob_old: Tensor, rewards: Tensor, eta:
             return reference.rebel_residual(log_prob, log_prob_old, rewards, eta)
         from rlcm_fast.kernels.triton_ops import rebel
 
-        return rebel.rebel_residual(_rows_of(log_prob), _rows_of(log_prob_old), _rows_of(rewards), eta)
+        return rebel.rebel_residual(_rows_of(log_prob), _rows_of(log_prob_old), _rows_of(rewards), float(eta))
 
 
 @dataclass(frozen=True)

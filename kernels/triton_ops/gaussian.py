@@ -37,17 +37,9 @@ from rlcm_fast.kernels.triton_ops.launches import (
     wrap_triton,
 )
 from rlcm_fast.kernels.triton_ops.noise import normal
+from rlcm_fast.kernels.triton_ops.rounding import product
 
 _HALF_LOG_TWO_PI = tl.constexpr(0.9189385332046727)
-
-
-@triton.jit
-def product(a, b):
-    """a b, rounded. As a fused multiply-add of zero it cannot be fused with an addition that follows.
-
-    Inductor compiles kernels with fusing allowed; the rounding would then differ from that of an eager call.
-    """
-    return tl.fma(a, b, 0.0)
 
 
 @triton.jit
@@ -182,22 +174,24 @@ def _gradient_kernel(
     gain = tl.load(above).to(tl.float32) if has_above else 1.0
     if is_known and gain == known_above:
         return
-    # Compute r of the tile.
+
+    # Find what r is multiplied by, before a tile is in registers: a division is a call.
     n, k = place_of_program(num_tiles)
     a, b, sigma = tl.load(coef + 3 * n), tl.load(coef + 3 * n + 1), tl.load(coef + 3 * n + 2)
+    inverse = inverse_of(sigma)
+    scale = gradient_scale(gain, tl.load(row_gradient + n).to(tl.float32), sigma, C * P) * factor
+    if column < 3:
+        scale = product(scale, tl.load(coef + 3 * n + column))
+
+    # Compute r of the tile and scale it.
     c, p, inside = tile_of(k, C, P, tile_c, tile_p)
     mean = mean_of_tile(
         x, m, m_uncond, guidance, a, b,
         n * x_n + c * x_c + p * x_p, n * m_n + c * m_c + p * m_p, n * u_n + c * u_c + p * u_p, inside, guided,
     )  # fmt: skip
     x_s = tl.load(x_next + n * s_n + c * s_c + p * s_p, mask=inside, other=0.0).to(tl.float32)
-    r = standardised(x_s, mean, inverse_of(sigma), inside)
-
-    # Scale it.
-    scale = gradient_scale(gain, tl.load(row_gradient + n).to(tl.float32), sigma, C * P) * factor
-    if column < 3:
-        scale = product(scale, tl.load(coef + 3 * n + column))
-    tl.store(out + n * o_n + c * o_c + p * o_p, product(scale, r).to(out.dtype.element_ty), mask=inside)
+    value = product(scale, standardised(x_s, mean, inverse, inside))
+    tl.store(out + n * o_n + c * o_c + p * o_p, value.to(out.dtype.element_ty), mask=inside)
 
 
 def input_gradient(
@@ -254,12 +248,13 @@ def traced_gradients(ctx: Any, row_gradient: Tensor, above: Tensor | None) -> li
     return gradients
 
 
-def gradients_of(ctx: Any, row_gradient: Tensor, above: Tensor | None, done: Tensor | None) -> list[Tensor | None]:
+def gradients_of(
+    inputs: tuple[Any, ...], needed: tuple[bool, ...], row_gradient: Tensor, above: Tensor | None, done: Tensor | None
+) -> list[Tensor | None]:
     """As traced_gradients, without an operator; `done` is a gradient of m that needs no computing."""
-    inputs = (*ctx.saved_tensors[:5], ctx.guidance)
     gradients: list[Tensor | None] = [None, done, None, None]
-    for place, is_needed in enumerate(ctx.needs_input_grad[:4]):
-        if is_needed and gradients[place] is None and inputs[place] is not None:
+    for place in range(4):
+        if needed[place] and gradients[place] is None and inputs[place] is not None:
             gradients[place] = input_gradient(inputs, place, row_gradient, above)
     return gradients
 
@@ -294,7 +289,8 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx, gradient):
-        return (*gradients_of(ctx, gradient.contiguous(), None, None), None)
+        inputs = (*ctx.saved_tensors, ctx.guidance)
+        return (*gradients_of(inputs, ctx.needs_input_grad, gradient.contiguous(), None, None), None)
 
 
 @operator("gaussian_log_prob")

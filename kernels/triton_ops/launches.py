@@ -109,7 +109,10 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 def launch(kernel: Any, plan: Plan, *arguments: Any) -> None:
-    """Launches a kernel by its plan, on the device of the plan, in that device's current stream."""
+    """Launches a kernel by its plan, on the device of the plan, in that device's current stream.
+
+    Pass floats where the kernel computes with floats: triton compiles an int into another kernel, and a plan has one.
+    """
     if plan.index >= 0 and plan.index != torch.cuda.current_device():
         with torch.cuda.device(plan.device):
             launch(kernel, plan, *arguments)

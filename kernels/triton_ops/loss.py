@@ -36,7 +36,6 @@ from rlcm_fast.kernels.triton_ops.gaussian import (
     log_prob_of_row,
     mean_of_tile,
     place_of_program,
-    product,
     standardised,
     sum_of_squares,
     tile_of,
@@ -54,6 +53,7 @@ from rlcm_fast.kernels.triton_ops.launches import (
     traced_plan,
     wrap_triton,
 )
+from rlcm_fast.kernels.triton_ops.rounding import product
 
 NUM_STATS = 6  # per loss, in the order of reference.RatioStats
 _BLOCK = 128  # rows at a time; more would take registers from the programs of the tiles
@@ -152,24 +152,27 @@ def _policy_kernel(
     guided: tl.constexpr, is_on_policy: tl.constexpr, writes_gradient: tl.constexpr, rows_at_once: tl.constexpr,
 ):  # fmt: skip
     """scratch (N K + N,): the sums of all tiles, then the log-probabilities."""
-    # Compute r of the tile.
+    # Find what r is multiplied by in the gradient, in the arithmetic of _finish_loss and _gradient_kernel. A division
+    # is a call, at which a tile in registers would be spilled.
     n, k = place_of_program(num_tiles)
     a, b, sigma = tl.load(coef + 3 * n), tl.load(coef + 3 * n + 1), tl.load(coef + 3 * n + 2)
+    inverse = inverse_of(sigma)
+    if writes_gradient:
+        advantage = clamped(tl.load(advantages + n).to(tl.float32), advantage_clip)
+        scale = product(gradient_scale(known_above, -advantage / N, sigma, C * P), b)
+
+    # Compute r of the tile and its gradient, and sum its squares.
     c, p, inside = tile_of(k, C, P, tile_c, tile_p)
     mean = mean_of_tile(
         x, m, m_uncond, guidance, a, b,
         n * x_n + c * x_c + p * x_p, n * m_n + c * m_c + p * m_p, n * u_n + c * u_c + p * u_p, inside, guided,
     )  # fmt: skip
     x_s = tl.load(x_next + n * s_n + c * s_c + p * s_p, mask=inside, other=0.0).to(tl.float32)
-    r = standardised(x_s, mean, inverse_of(sigma), inside)
-    tl.store(scratch + n * num_tiles + k, sum_of_squares(r))
-
-    # Write its gradient, in the arithmetic of _finish_loss and _gradient_kernel.
+    r = standardised(x_s, mean, inverse, inside)
     if writes_gradient:
-        advantage = clamped(tl.load(advantages + n).to(tl.float32), advantage_clip)
-        scale = product(gradient_scale(known_above, -advantage / N, sigma, C * P), b)
         value = product(scale, r).to(m_gradient.dtype.element_ty)
         tl.store(m_gradient + n * g_n + c * g_c + p * g_p, value, mask=inside)
+    tl.store(scratch + n * num_tiles + k, sum_of_squares(r))
 
     # Finish the row, and with the last row the loss.
     if is_last(counters + n, num_tiles):
@@ -189,44 +192,41 @@ def clipped_ratio_loss(
     arguments = (log_prob, log_prob_old, advantages, clip_range, advantage_clip)
     if is_traced(log_prob, log_prob_old, advantages):
         return loss_operator(*arguments)[:2]
+    stats = log_prob.new_empty(NUM_STATS)
     if torch.is_grad_enabled():
-        return _ClippedRatioLoss.apply(*arguments)
-    return _clipped_ratio_loss(*arguments)[:2]
+        return _ClippedRatioLoss.apply(log_prob, arguments, stats), stats
+    return _clipped_ratio_loss(arguments, stats)[0], stats
 
 
-def _loss_results(log_prob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for loss (), stats (6,) and d loss / d log_prob (N,)."""
-    num_rows = log_prob.shape[0]
-    return log_prob.new_empty(()), log_prob.new_empty(NUM_STATS), log_prob.new_empty(num_rows)
-
-
-def _clipped_ratio_loss(
-    log_prob: Tensor, log_prob_old: Tensor | None, advantages: Tensor, clip_range: float, advantage_clip: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    results, old = _loss_results(log_prob), log_prob if log_prob_old is None else log_prob_old
+def _clipped_ratio_loss(inputs: tuple[Any, ...], stats: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and d loss / d log_prob (N,); fills stats."""
+    log_prob, log_prob_old, advantages, clip_range, advantage_clip = inputs
+    loss, row_gradient = log_prob.new_empty(()), log_prob.new_empty(log_prob.shape[0])
     plan = plan_for_rows("loss", log_prob, 1, log_prob.shape[0], log_prob_old is None, _BLOCK)
-    launch(_loss_kernel, plan, log_prob, old, advantages, *results, clip_range, advantage_clip)
-    return results
+    old = log_prob if log_prob_old is None else log_prob_old
+    tensors = (log_prob, old, advantages, loss, stats, row_gradient)
+    launch(_loss_kernel, plan, *tensors, clip_range, advantage_clip)
+    return loss, row_gradient
 
 
 class _ClippedRatioLoss(torch.autograd.Function):
+    """Its one result is the loss; autograd need not know of the stats that it fills."""
+
     @staticmethod
-    def forward(ctx, log_prob, log_prob_old, advantages, clip_range, advantage_clip):
-        loss, stats, row_gradient = _clipped_ratio_loss(log_prob, log_prob_old, advantages, clip_range, advantage_clip)
+    def forward(ctx, log_prob, inputs, stats):
+        loss, row_gradient = _clipped_ratio_loss(inputs, stats)
         ctx.save_for_backward(row_gradient)
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)  # otherwise autograd fills zeros for the stats, in a launch
-        return loss, stats
+        return loss
 
     @staticmethod
     @once
-    def backward(ctx, above, _):
-        return _rows_gradient(ctx, above)
+    def backward(ctx, above):
+        return ctx.saved_tensors[0] * above, None, None
 
 
-def _rows_gradient(ctx: Any, above: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradient = None if above is None else ctx.saved_tensors[0] * above
-    return gradient, None, None, None, None
+def _results(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for loss (), stats (6,) and d loss / d log_prob (N,)."""
+    return like.new_empty(()), like.new_empty(NUM_STATS), like.new_empty(like.shape[0])
 
 
 @operator("clipped_ratio_loss")
@@ -234,7 +234,7 @@ def loss_operator(
     log_prob: Tensor, log_prob_old: Tensor | None, advantages: Tensor, clip_range: float, advantage_clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`clipped_ratio_loss` for a tracer, and d loss / d log_prob (N,)."""
-    results, old = _loss_results(log_prob), log_prob if log_prob_old is None else log_prob_old
+    results, old = _results(log_prob), log_prob if log_prob_old is None else log_prob_old
     arguments = (log_prob, old, advantages, *results, clip_range, advantage_clip, log_prob.shape[0])
     wrap_triton(_loss_kernel)[(1,)](*arguments, log_prob_old is None, _BLOCK)
     return results
@@ -247,7 +247,8 @@ def _keep_loss(ctx, inputs, output):
 
 
 def _loss_backward(ctx, above, *_):
-    return _rows_gradient(ctx, above)
+    gradient = None if above is None else ctx.saved_tensors[0] * above
+    return gradient, None, None, None, None
 
 
 loss_operator.register_autograd(_loss_backward, setup_context=_keep_loss)
@@ -264,22 +265,22 @@ def policy_loss(
     arguments = (x, m, m_uncond, x_next, coef, guidance, log_prob_old, advantages, clip_range, advantage_clip)
     if is_traced(x, m, m_uncond, x_next, coef, log_prob_old, advantages):
         return policy_operator(*arguments)[:2]
+    stats = coef.new_empty(NUM_STATS)
     if torch.is_grad_enabled():
-        return _PolicyLoss.apply(x, m, m_uncond, x_next, arguments, factor)
-    return _policy_loss(arguments, None, factor)[:2]
+        return _PolicyLoss.apply(x, m, m_uncond, x_next, arguments, stats, factor), stats
+    return _policy_loss(arguments, stats, None, factor)[0], stats
 
 
-def _policy_loss(inputs: tuple[Any, ...], m_gradient: Tensor | None, factor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, stats and d loss / d log_prob (N,); fills m_gradient with factor d loss / d m if it is given."""
+def _policy_loss(
+    inputs: tuple[Any, ...], stats: Tensor, m_gradient: Tensor | None, factor: float
+) -> tuple[Tensor, Tensor]:
+    """Loss and d loss / d log_prob (N,); fills stats and, if it is given, m_gradient with factor d loss / d m."""
     tensors, flags, head, settings = _policy_arguments(inputs, m_gradient)
-    plan = plan_for("policy", tensors, *flags)
-    counters, scratch, results = (
-        counters_for(plan.num_rows, plan.device),
-        _scratch(plan, inputs[4]),
-        _loss_results(inputs[4]),
-    )
-    launch(_policy_kernel, plan, *tensors, *head, scratch, counters, *results, *settings, factor)
-    return results
+    plan, coef = plan_for("policy", tensors, *flags), inputs[4]
+    loss, row_gradient, scratch = coef.new_empty(()), coef.new_empty(plan.num_rows), _scratch(plan, coef)
+    counters = counters_for(plan.num_rows, plan.device)
+    launch(_policy_kernel, plan, *tensors, *head, scratch, counters, loss, stats, row_gradient, *settings, factor)
+    return loss, row_gradient
 
 
 def _policy_arguments(
@@ -298,29 +299,28 @@ def _scratch(plan: Plan, coef: Tensor) -> Tensor:
 
 
 class _PolicyLoss(torch.autograd.Function):
+    """Its one result is the loss; autograd need not know of the stats that it fills."""
+
     @staticmethod
-    def forward(ctx, x, m, m_uncond, x_next, inputs, factor):
+    def forward(ctx, x, m, m_uncond, x_next, inputs, stats, factor):
         # On-policy, the gradient of m is written in the same pass.
         writes = inputs[6] is None and m_uncond is None and ctx.needs_input_grad[1]
         m_gradient = torch.empty_like(m) if writes else None
-        loss, stats, row_gradient = _policy_loss(inputs, m_gradient, factor)
+        loss, row_gradient = _policy_loss(inputs, stats, m_gradient, factor)
         ctx.save_for_backward(x, m, m_uncond, x_next, inputs[4], row_gradient)
         ctx.guidance, ctx.factor, ctx.m_gradient = inputs[5], factor, m_gradient
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)  # otherwise autograd fills zeros for the stats, in a launch
-        return loss, stats
+        return loss
 
     @staticmethod
     @once
-    def backward(ctx, above, _):
-        if above is None:
-            return (None,) * 6
-        *inputs, row_gradient = ctx.saved_tensors
+    def backward(ctx, above):
+        *tensors, row_gradient = ctx.saved_tensors
+        inputs = (*tensors, ctx.guidance)
         # Whoever gets the gradient may change it, so a second backward pass computes its own.
         done, ctx.m_gradient = ctx.m_gradient, None
         if done is not None:
-            done = input_gradient((*inputs, ctx.guidance), 1, row_gradient, above, done, ctx.factor)
-        return (*gradients_of(ctx, row_gradient, above, done), None, None)
+            done = input_gradient(inputs, 1, row_gradient, above, done, ctx.factor)
+        return (*gradients_of(inputs, ctx.needs_input_grad, row_gradient, above, done), None, None, None)
 
 
 @operator("policy_loss")
@@ -332,7 +332,7 @@ def policy_operator(
     inputs = (x, m, m_uncond, x_next, coef, guidance, log_prob_old, advantages, clip_range, advantage_clip)
     tensors, flags, head, settings = _policy_arguments(inputs, None)
     plan = traced_plan(tensors, *flags)
-    results, counters = _loss_results(coef), coef.new_zeros(plan.num_rows + 1, dtype=torch.int32)
+    results, counters = _results(coef), coef.new_zeros(plan.num_rows + 1, dtype=torch.int32)
     arguments = (*tensors, *head, _scratch(plan, coef), counters, *results, *settings, 1.0)
     wrap_triton(_policy_kernel)[plan.grid](*arguments, *plan.tail)
     return results

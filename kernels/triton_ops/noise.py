@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton.language.random import uint_to_uniform_float
 
+from rlcm_fast.kernels.triton_ops.rounding import product
+
 
 @triton.jit
 def normal(seed, place):
@@ -30,7 +32,9 @@ def _cos_of_turns(u):
     is_sine = t > 0.125
     angle = 6.283185307179586 * tl.where(is_sine, 0.25 - t, t)
     s = angle * angle
-    cosine = 1.0 + s * (-1 / 2 + s * (1 / 24 + s * (-1 / 720 + s * (1 / 40320 - s / 3628800))))
-    sine = angle * (1.0 + s * (-1 / 6 + s * (1 / 120 + s * (-1 / 5040 + s / 362880))))
+    cosine = -1 / 720 + product(s, 1 / 40320 - s / 3628800)
+    cosine = 1.0 + product(s, -1 / 2 + product(s, 1 / 24 + product(s, cosine)))
+    sine = 1 / 120 + product(s, -1 / 5040 + s / 362880)
+    sine = angle * (1.0 + product(s, -1 / 6 + product(s, sine)))
     value = tl.where(is_sine, sine, cosine)
     return tl.where(is_far, value, -value)

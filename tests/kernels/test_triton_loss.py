@@ -125,6 +125,17 @@ def test_the_announced_factor_changes_no_bit_of_the_gradient():
         torch.testing.assert_close(gradients[0], expected)
 
 
+def test_whole_numbers_are_passed_on_as_floats(monkeypatch: pytest.MonkeyPatch):
+    """A plan's kernel was compiled for floats; an int in their place would be read as another number."""
+    x, m, x_next, coef, advantages = on_policy_inputs()
+    passed: list[object] = []
+    monkeypatch.setattr(triton_loss, "launch", lambda kernel, plan, *arguments: passed.extend(arguments))
+    with dispatch.use("triton"):
+        functional.policy_loss(x, m, x_next, coef, None, advantages, 1, 5, None, 2, 1)
+        functional.clipped_ratio_loss(advantages, None, advantages, 1, 5)
+    assert {type(each) for each in passed} == {Tensor, float}
+
+
 def test_a_second_backward_pass_gives_the_gradient_again_whatever_became_of_the_first():
     x, m, x_next, coef, advantages = on_policy_inputs()
     with dispatch.use("triton"):
