@@ -2,6 +2,7 @@
 
     python benchmarks/kernels/bench_kernels.py                            # on a GPU: N 1 to 256, two sizes, two dtypes
     python benchmarks/kernels/bench_kernels.py --quick --out FOLDER       # three N, the large size
+    python benchmarks/kernels/bench_kernels.py --training                 # micro-batches of 8 to 64, bfloat16 outputs
     python benchmarks/kernels/bench_kernels.py --device cpu --quick  # to try it out: wall clock, no launches, no memory
     python benchmarks/kernels/bench_kernels.py --redraw FOLDER/bench_kernels.csv
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from benchmarks.kernels.kernel_operations import Inputs, Operation
     from benchmarks.kernels.kernel_timing import Call, CopyTimes
 
-_ROWS, _QUICK_ROWS = (1, 4, 16, 64, 256), (16, 64, 256)
+_ROWS, _QUICK_ROWS, _TRAINING_ROWS = (1, 4, 16, 64, 256), (16, 64, 256), (8, 16, 32, 64)
 _SIZES = ("4x64x64", "4x128x128")
 _DTYPES = ("float32", "bfloat16")
 _NO_GPU = "torch sees no CUDA device; --device cpu tries it out without one"
@@ -75,10 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sizes", nargs="+", metavar="CxHxW", help=f"default {_words(_SIZES)}, or what an operation meets"
     )
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), default=_DTYPES,
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"),
                         help=f"of the network's outputs (default {_words(_DTYPES)})")  # fmt: skip
     quick = f"N {_words(_QUICK_ROWS)} and the largest size, where they are not given"
     parser.add_argument("--quick", action="store_true", help=quick)
+    training = f"N {_words(_TRAINING_ROWS)} and bfloat16, where they are not given: an update's micro-batches"
+    parser.add_argument("--training", action="store_true", help=training)
 
     # Where, for how long, and what is written.
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default cuda)")
@@ -177,10 +180,13 @@ def _version_of(package: str) -> str | None:
 
 def cases(operation: Operation, arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     """The cases of an operation, small N first."""
-    num_rows = arguments.rows or (_QUICK_ROWS if arguments.quick else _ROWS)
-    usual = operation.sizes or _SIZES
-    sizes = arguments.sizes or (usual[-1:] if arguments.quick else usual)
-    latents = list(itertools.product(sizes, arguments.dtypes))
+    rows, dtypes, usual = _ROWS, _DTYPES, operation.sizes or _SIZES
+    if arguments.training:
+        rows, dtypes = _TRAINING_ROWS, ("bfloat16",)
+    elif arguments.quick:
+        rows, usual = _QUICK_ROWS, usual[-1:]
+    num_rows = arguments.rows or rows
+    latents = list(itertools.product(arguments.sizes or usual, arguments.dtypes or dtypes))
     if not operation.has_latents:
         latents = latents[:1]
     for size, dtype in latents:

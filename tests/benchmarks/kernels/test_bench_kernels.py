@@ -114,6 +114,13 @@ def test_cases_are_all_sizes_and_the_largest_alone_when_it_must_be_quick():
     assert sizes["--sizes 1x2x2"] == [("1x2x2", 2), ("1x2x2", 4)]
 
 
+def test_training_cases_are_the_micro_batches_of_an_update():
+    arguments = bench_kernels._parser().parse_args(["--training"])
+    found = bench_kernels.cases(find_operations(["policy_loss"])[0], arguments, CPU)
+    expected = [(size, n, "bfloat16") for size in ("4x64x64", "4x128x128") for n in (8, 16, 32, 64)]
+    assert [(case.size, case.num_rows, case.dtype) for case in found] == expected
+
+
 @WITHOUT_GPU
 def test_without_a_gpu_it_says_so_in_one_line():
     done = start(FOLDER / "kernels" / "bench_kernels.py")
@@ -150,7 +157,10 @@ def test_packages_that_a_gpu_lacks_are_named_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["kernels/bench_kernels", "speed/bench_full_size", "memory/bench_memory", "gpu_suite"])
+@pytest.mark.parametrize(
+    "name",
+    ["kernels/bench_kernels", "kernels/bench_host_cost", "speed/bench_full_size", "memory/bench_memory", "gpu_suite"],
+)
 def test_each_answers_help(name: str):
     shown = start(FOLDER / f"{name}.py", "--help")
     assert shown.returncode == 0 and "--out" in shown.stdout

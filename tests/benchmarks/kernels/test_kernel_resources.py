@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-TENSORS = {"log_prob": 3, "log_prob, guided": 4, "gradient": 1, "step": 3, "step, guided, seeds": 3, "policy_loss": 3}
+# of latents, which a kernel loads
+TENSORS = {
+    "log_prob": 3,
+    "log_prob, guided": 4,
+    "gradient": 3,
+    "gradient, known": 3,
+    "step": 3,
+    "step, guided, seeds": 3,
+    "policy_loss": 3,
+    "policy_loss, guided": 4,
+    "policy_loss, on-policy": 3,
+}
 # of group_norm_silu: whole tensors, elements of each in a program's registers, statistics gathered for each channel
 NORM = {
     "statistics_kernel": (1, 4096, 0),
@@ -42,7 +53,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_no_kernel_spills(compiled: list[dict[str, str]]):
     assert all(row["spilled_bytes"] == "0" for row in compiled)
-    of_tensors = [row for row in compiled if row["operation"] in TENSORS and row["kernel"] != "_loss_kernel"]
+    of_tensors = [row for row in compiled if row["operation"] in TENSORS]
+    assert {row["operation"] for row in of_tensors} == TENSORS.keys()
     assert max(int(row["registers"]) for row in of_tensors) <= 80  # six programs of 128 threads a multiprocessor
     of_norms = [row for row in compiled if row["operation"].startswith("group_norm_silu")]
     assert {row["kernel"] for row in of_norms} == NORM.keys() | {"merge_kernel", "merge_sums_kernel"}
@@ -51,11 +63,10 @@ def test_no_kernel_spills(compiled: list[dict[str, str]]):
 
 def test_rows_come_in_by_vector_loads_and_only_coefficients_by_narrow_ones(compiled: list[dict[str, str]]):
     for row in compiled:
-        if row["kernel"] in ("_residual_kernel", "_scale_rows_kernel", "_step_kernel"):
-            tile_bytes = 1024 * (4 if row["dtype"] == "float32" or row["kernel"] == "_scale_rows_kernel" else 2)
-            loads_a_tensor = tile_bytes // (128 * 16)
+        if row["operation"] in TENSORS:
+            loads_a_tensor = 1024 * (4 if row["dtype"] == "float32" else 2) // (128 * 16)
             assert int(row["vector_loads"]) == TENSORS[row["operation"]] * loads_a_tensor, row
-            assert int(row["narrow_loads"]) <= 4, row
+            assert int(row["narrow_loads"]) <= 8, row
 
 
 def test_weights_and_gradients_come_in_by_vector_loads_and_moments_by_half_as_wide_ones(compiled: list[dict[str, str]]):
