@@ -218,7 +218,7 @@ def test_every_update_takes_its_share_of_every_size():
     assert torch.cat([part.rows for part in updates]).sort().values.tolist() == list(range(12))
     for update in updates:
         places = by_size(trajectory, update.rows)
-        assert [len(of_size) for of_size in places] == [2, 1]
+        assert {size: len(of_size) for size, of_size in places.items()} == {0: 2, 1: 1}
         for batch in micro_batches(trajectory, update.rows, 2):
             taken = trajectory.transitions(update.rows[batch])
             counts[0 if taken.x_t.shape[2] == 4 else 1] += len(batch)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from rlcm_fast.config.image_sizes import prompts_of_blocks
 from rlcm_fast.config.resolved import ResolvedRun, Task
@@ -27,7 +28,7 @@ Size = tuple[int, int]  # height and width in pixels
 class Run:
     """Neighbouring samples of one size."""
 
-    rows: range  # in [0, B)
+    rows: Tensor  # (N,) int64 in [0, B)
     size: Size | None  # None: the model's
 
 
@@ -46,7 +47,7 @@ class ImageSizes:
     def runs(self, num_samples: int, turn: Turn) -> list[Run]:
         """Divides the B samples of a rollout into runs of one size, in the order of the samples."""
         if len(self.sizes) < 2:
-            return [Run(range(num_samples), None)]
+            return [Run(torch.arange(num_samples), None)]
 
         # Each task divides its prompts among the sizes, which all tasks take in the same order.
         order = torch.randperm(len(self.sizes), generator=turn.shared_generator(Stream.IMAGE_SIZES)).tolist()
@@ -54,7 +55,7 @@ class ImageSizes:
         for task in self.rounds[turn.round]:
             blocks = prompts_of_blocks(round(task.num_prompts) // self.num_processes, len(self.sizes))
             for index, num_prompts in zip(order, blocks, strict=False):
-                rows = range(first, first + num_prompts * task.images_per_prompt)
+                rows = torch.arange(first, first + num_prompts * task.images_per_prompt)
                 found.append(Run(rows, self.sizes[index]))
                 first += len(rows)
         assert first == num_samples, f"{num_samples} samples, but prompts for {first}"
@@ -65,11 +66,11 @@ def joined(runs: Sequence[Run], trajectories: Sequence[Sequence[Trajectory]]) ->
     """Joins the trajectories of all runs, each in pieces; samples of one size come together."""
     # Collect what has the same size.
     pieces: dict[Size | None, list[Trajectory]] = {}
-    rows: dict[Size | None, list[int]] = {}
+    rows: dict[Size | None, list[Tensor]] = {}
     for run, of_run in zip(runs, trajectories, strict=True):
         pieces.setdefault(run.size, []).extend(of_run)
-        rows.setdefault(run.size, []).extend(run.rows)
+        rows.setdefault(run.size, []).append(run.rows)
 
     # One size needs no mixture.
     parts = [Trajectory.cat(of_size) for of_size in pieces.values()]
-    return parts[0] if len(parts) == 1 else MixedTrajectory(parts, [torch.tensor(own) for own in rows.values()])
+    return parts[0] if len(parts) == 1 else MixedTrajectory(parts, [torch.cat(own) for own in rows.values()])

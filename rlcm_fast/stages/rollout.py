@@ -118,9 +118,9 @@ class Collector:
         for run in runs:
             of_size = self.images.sized(conditioning, run.size)
             parts.append([])
-            for first in range(run.rows.start, run.rows.stop, self.config.micro_batch_size):
+            for neighbours in run.rows.split(self.config.micro_batch_size):
                 may_stop()
-                rows = slice(first, min(first + self.config.micro_batch_size, run.rows.stop))
+                rows = slice(int(neighbours[0]), int(neighbours[-1]) + 1)
                 trajectory, x_0 = self.images.explore(of_size.take(rows), noise.take(rows))
                 self.rewards.wait_for_room(may_stop)
                 self.rewards.submit(self.images.decode(x_0), prompts[rows])

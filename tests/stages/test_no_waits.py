@@ -110,9 +110,8 @@ def updates_of(kind: str, update: UpdateConfig, device: torch.device = META) -> 
     rows = torch.arange(trajectory.num_transitions)
     updates = _RolloutUpdates(updater, trajectory, torch.ones(NUM_SAMPLES, device=device), rows, lambda: None)
     if update.kl_weight:
-        updates._start_outputs = StartOutputs(
-            torch.zeros_like(trajectory.latents[:, 1:]).flatten(0, 1), rows.to(device)
-        )
+        m = torch.zeros_like(trajectory.latents[:, 1:]).flatten(0, 1)
+        updates._start_outputs = {0: StartOutputs(m, rows.to(device))}
     return updates, trajectory
 
 
@@ -189,7 +188,7 @@ def test_the_number_of_operations_does_not_grow(kind: str):
     with Copies() as update:
         updates._backward(Batch(0, torch.arange(4, device=META), torch.ones(4, device=META)), 0.5)
     steps, micro_batch = MOST_OPERATIONS[kind]
-    num_operations = (sampling.operations.total() / policy.num_steps, update.operations.total())
+    num_operations = (sampling.operations.total() // policy.num_steps, update.operations.total())
     assert num_operations[0] <= steps and num_operations[1] <= micro_batch
 
 
