@@ -178,15 +178,15 @@ def random_pipeline() -> Any:
     for name, weight in unet.named_parameters():
         if ".attn2." in name:
             weight.data.mul_(TEXT_GAIN)
-    none: Any = None
-    return StableDiffusionPipeline(
+    cls: Any = StableDiffusionPipeline  # its annotations name an enumeration
+    return cls(
         unet=unet,
         vae=AutoencoderKL.from_config(vae_config),
         text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(layout, subfolder="text_encoder")),
         tokenizer=tokenizers("sd15")["tokenizer"],
         scheduler=DDIMScheduler.from_pretrained(layout, subfolder="scheduler"),
-        safety_checker=none,
-        feature_extractor=none,
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )
 
@@ -224,7 +224,7 @@ def in_stable_diffusion_cpp(tool: Tool, checkpoint: Path, lora: Path, folder: Pa
 
 def sigmas_of_timesteps() -> list[float]:
     """Returns Euler's sigmas sqrt((1 - alpha_bar) / alpha_bar) of the timesteps, and the 0 at which it ends."""
-    scheduler = EulerDiscreteScheduler.from_pretrained(str(LAYOUTS / "sd15"), subfolder="scheduler")
+    scheduler: Any = EulerDiscreteScheduler.from_pretrained(str(LAYOUTS / "sd15"), subfolder="scheduler")
     alpha_bar = scheduler.alphas_cumprod
     return [*(((1 - alpha_bar[t]) / alpha_bar[t]).sqrt().item() for t in TIMESTEPS), 0.0]
 
@@ -272,8 +272,9 @@ def write_hollow_sdxl(file: Path) -> Path:
     layout = str(LAYOUTS / "sdxl")
     unet_config: Any = UNet2DConditionModel.load_config(layout, subfolder="unet")
     vae_config: Any = AutoencoderKL.load_config(layout, subfolder="vae")
+    cls: Any = StableDiffusionXLPipeline
     with torch.device("meta"):
-        pipeline = StableDiffusionXLPipeline(
+        pipeline = cls(
             unet=UNet2DConditionModel.from_config(unet_config),
             vae=AutoencoderKL.from_config(vae_config),
             text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(layout, subfolder="text_encoder")),

@@ -30,7 +30,9 @@ def declare_operators() -> torch.library.Library:
 
 def main() -> None:
     library = declare_operators()
-    from invokeai.backend.model_manager.configs.factory import ModelConfigFactory
+    from invokeai.backend.model_manager.configs.factory import (  # pyright: ignore[reportMissingImports]
+        ModelConfigFactory,
+    )
 
     found = {}
     for file in sys.argv[1:]:

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from stable_diffusion_cpp import StableDiffusion
+from stable_diffusion_cpp import StableDiffusion  # pyright: ignore[reportMissingImports]  # of another environment
 
 
 def main() -> None:
