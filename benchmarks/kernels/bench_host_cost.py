@@ -12,7 +12,7 @@ between the two allocators. On a CPU a call fills its counters anew, on a GPU it
 much.
 
 `policy_loss_forward_backward_us` is the median of the dearer of the two cases, on-policy and off-policy. `as_operator`
-is the same through the operators that torch.compile traces, as all eager calls went once. `empty_function` is an
+is the same through the operators that torch.compile traces, where all eager calls went before. `empty_function` is an
 autograd.Function that only allocates such results: the least on this machine. The last line on stdout is the summary.
 """
 
@@ -37,6 +37,7 @@ from rlcm_fast.kernels import dispatch
 from rlcm_fast.kernels.triton_ops import loss
 
 _ARCHITECTURE = 90
+_CALLS_TO_WARM_UP = 500
 _CALLS_AT_ONCE = 20  # timed together; the clock costs a fraction of a microsecond
 
 
@@ -111,7 +112,7 @@ def _empty_function(num_rows: int) -> Callable[[], Any]:
 
 def microseconds(call: Callable[[], Any], repeats: int) -> list[float]:
     """20 %, 50 % and 80 % quantiles of a call."""
-    for _ in range(_CALLS_AT_ONCE):
+    for _ in range(_CALLS_TO_WARM_UP):
         call()
     times = []
     for _ in range(repeats):

@@ -105,7 +105,8 @@ def traced_plan(tensors: Sequence[Tensor], *flags: bool | int) -> Plan:
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Decorator: `triton.jit`, but a new N compiles nothing, and numbers of rows may begin anywhere in memory."""
-    return triton.jit(function, do_not_specialize=["N"], do_not_specialize_on_alignment=_OF_ROWS)
+    specialized: dict[str, Any] = {"do_not_specialize": ["N"], "do_not_specialize_on_alignment": _OF_ROWS}
+    return triton.jit(function, **specialized)
 
 
 def launch(kernel: Any, plan: Plan, *arguments: Any) -> None:

@@ -15,8 +15,8 @@ pass compares that factor with the one that came, on the device; only if they di
 
 # N rows, K tiles of a row
 
-# pyright: reportArgumentType=false, reportCallIssue=false
-# The annotations belong to the kernel: a launch passes numbers for its constexpr.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# The annotations belong to the kernel: a launch passes numbers for its constexpr, and triton declares NoReturn.
 
 from __future__ import annotations
 
