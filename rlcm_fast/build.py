@@ -25,6 +25,7 @@ from rlcm_fast.engine.direct import DirectEngine
 from rlcm_fast.engine.processes import init_processes, set_deterministic
 from rlcm_fast.engine.recomputation import set_recomputation
 from rlcm_fast.engine.zero import ZeroEngine
+from rlcm_fast.given import NOTHING, Given
 from rlcm_fast.kernels import dispatch
 from rlcm_fast.planner.report import MemoryReport
 from rlcm_fast.policies import GaussianPolicy, Network, build_policy
@@ -94,7 +95,7 @@ def start_processes(config: Config) -> torch.device:
     return device
 
 
-def build(config: Config) -> Parts:
+def build(config: Config, given: Given = NOTHING) -> Parts:
     """Joins the processes, takes the run's folder and builds the parts.
 
     Raises:
@@ -103,17 +104,17 @@ def build(config: Config) -> Parts:
     device = start_processes(config)
     folder = begin(config)
     try:
-        return _build(config, device, folder)
+        return _build(config, device, folder, given)
     except BaseException:
         folder.close()  # the next start may have it
         raise
 
 
-def _build(config: Config, device: torch.device, folder: RunFolder) -> Parts:
+def _build(config: Config, device: torch.device, folder: RunFolder, given: Given) -> Parts:
     # Start the memory plan in the background; read prompts, build rewards, open pairs. No weights yet.
     run = resolve(config, parallel.world_size())
     memory = MemoryReport(config, device)
-    tasks = Tasks(run, parallel.rank())
+    tasks = Tasks(run, parallel.rank(), given)
     say(f"rewards built: {', '.join(tasks.reward_names)}")
     check_pairs(config.pretraining)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from rlcm_fast.algorithms import Advantages, TaskAdvantages, build_advantages
 from rlcm_fast.config import RewardConfig, RolloutConfig
 from rlcm_fast.config.resolved import ResolvedRun, Task
+from rlcm_fast.given import NOTHING, Given
 from rlcm_fast.prompts import Sampler, Share, build_sampler
 from rlcm_fast.rewards import (
     Call,
@@ -41,13 +42,13 @@ _SEED_STEP = 1_000_003  # between the seeds of tasks, so that tasks with the sam
 class Tasks:
     """The prompts, rewards and advantages of all tasks, on one process."""
 
-    def __init__(self, run: ResolvedRun, rank: int = 0) -> None:
+    def __init__(self, run: ResolvedRun, rank: int = 0, given: Given = NOTHING) -> None:
         """Reads the prompts and builds the rewards; raises ValueError if one of them is wrong."""
         config = run.config
         self.rounds: list[list[str]] = [[task.name for task in tasks] for tasks in run.rounds]
         self.are_several = run.has_tasks
         self.num_samples = run.sizes.samples_per_iteration  # over all processes
-        builder = RewardBuilder()  # tasks with the same reward share its model
+        builder = RewardBuilder(given.rewards)  # tasks with the same reward share its model
         self.trained = {task.name: _built(task.rewards, builder, task.rewards_field) for task in run.tasks}
         for task in run.tasks:
             _check_credits(task, self.trained[task.name], run.sizes.num_processes)
@@ -55,10 +56,10 @@ class Tasks:
         self.offloading = builder.offloading()
         self.skipping = {task.name: self._skipping(task.rewards, run) for task in run.tasks}
         self.rewards = TaskRewards(self.trained, config.rollout, self._name_of, self.skipping)
-        self._samplers = {
-            task.name: self._sampler(task, config.seed + number * _SEED_STEP, rank, run.sizes.num_processes)
-            for number, task in enumerate(run.tasks)
-        }
+        self._samplers: dict[str, Sampler] = {}
+        for number, task in enumerate(run.tasks):
+            share = self._share(task, config.seed + number * _SEED_STEP, rank, run.sizes.num_processes)
+            self._samplers[task.name] = build_sampler(task.source, share, task.source_field, given.prompts)
         by_task = {task.name: build_advantages(task.advantages, config.advantages) for task in run.tasks}
         self.advantages: Advantages = TaskAdvantages(by_task) if self.are_several else by_task["default"]
 
@@ -112,11 +113,10 @@ class Tasks:
     def _skipping(self, rewards: Sequence[RewardConfig], run: ResolvedRun) -> Skipping:
         return Skipping(skipped_names(rewards), run.config.rollout.max_skipped, self.num_samples)
 
-    def _sampler(self, task: Task, seed: int, rank: int, world_size: int) -> Sampler:
+    def _share(self, task: Task, seed: int, rank: int, world_size: int) -> Share:
         num_prompts = round(task.num_prompts) // world_size
         label = task.name if self.are_several else ""
-        share = Share(num_prompts, task.images_per_prompt, seed, rank, world_size, label)
-        return build_sampler(task.source, share, task.source_field)
+        return Share(num_prompts, task.images_per_prompt, seed, rank, world_size, label)
 
     def _name_of(self, prompt: Prompt) -> str:
         return prompt.task if self.are_several else "default"  # a .jsonl file may label its prompts

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rlcm_fast.config import Config
     from rlcm_fast.config.resolved import ResolvedRun
+    from rlcm_fast.given import Given
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,23 +116,34 @@ def _read_run(argv: Sequence[str], rank: int, world_size: int) -> ResolvedRun:
 
     Raises ValueError for everything that is known to fail before weights load.
     """
-    from rlcm_fast import quiet
-    from rlcm_fast.backbones.loading import resolve_model
     from rlcm_fast.config import parse_config
-    from rlcm_fast.config.checks import validate
+    from rlcm_fast.given import NOTHING
 
     with _silent_unless(rank == 0):
         config = parse_config(argv)
-        quiet.hush_libraries(config.debug)
-        run = validate(config, world_size)
-        resolve_model(config.model)
-        _check_plugins(run)
+        run = checked(config, world_size, NOTHING)
         if config.dry_run:
             _print_plan(run)
     return run
 
 
-def _check_plugins(run: ResolvedRun) -> None:
+def checked(config: Config, world_size: int, given: Given) -> ResolvedRun:
+    """Returns what follows from a config, if it can work with what a Python program gives beside it.
+
+    Raises ValueError for everything that is known to fail before weights load.
+    """
+    from rlcm_fast import quiet
+    from rlcm_fast.backbones.loading import resolve_model
+    from rlcm_fast.config.checks import validate
+
+    quiet.hush_libraries(config.debug)
+    run = validate(config, world_size)
+    resolve_model(config.model)
+    _check_plugins(run, given)
+    return run
+
+
+def _check_plugins(run: ResolvedRun, given: Given) -> None:
     """Checks that rewards, the files of their models, prompts and pairs exist.
 
     It needs torch, so it comes after all other checks. Rewards come first, because prompts may be on a network. A dry
@@ -153,9 +165,11 @@ def _check_plugins(run: ResolvedRun) -> None:
     # Check that all of it is there.
     for field, rewards in named:
         for index, reward in enumerate(rewards):
-            for download in check_reward(reward, f"{field}[{index}]", must_run=not config.dry_run):
+            for download in check_reward(reward, f"{field}[{index}]", not config.dry_run, given.rewards):
                 say(f"{field}[{index}].name={reward.name} downloads {download}")
     for source, field in sources:
+        if source in given.prompts:
+            continue
         (check_prompts if config.dry_run else load_prompts)(source, field)
     if config.pretraining.weight > 0:
         check_source(config.pretraining.data)

@@ -23,6 +23,7 @@ from typing import Any
 from rlcm_fast import parallel
 from rlcm_fast.build import build
 from rlcm_fast.config import Config
+from rlcm_fast.given import NOTHING, Given
 from rlcm_fast.run_folder.interruption import Interrupted, Interruption
 from rlcm_fast.run_folder.tracking import Tracker, merged
 
@@ -30,10 +31,11 @@ from rlcm_fast.run_folder.tracking import Tracker, merged
 class Trainer:
     """One run on one process; with several processes each holds its share of the prompts, and all stay in step."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, given: Given = NOTHING) -> None:
         self.config, self.run_dir = config, Path(config.run_dir)
-        self.interruption = Interruption(self.run_dir / "stop")  # notes the launcher, which may die while models load
-        parts = build(config)
+        # It notes the launcher, which may die while models load.
+        self.interruption = Interruption(self.run_dir / "stop", may_exit=not given.is_hosted)
+        parts = build(config, given)
         self.tasks = parts.tasks  # prompts, rewards and advantages
         self.images = parts.images  # the policy and the pipeline around its network
         self.engine = parts.engine  # the trained weights and their optimizer
@@ -41,16 +43,19 @@ class Trainer:
         self.updater = parts.updater  # moves the weights
         self.evaluation = parts.evaluation  # scores held-out images, draws the grid
         self.progress = parts.progress  # saves the finished iterations
-        self.parts = parts
+        self.parts, self.given = parts, given
         self.iteration, self.queries = 0, 0  # finished iterations, scored images
-        resumed = self.progress.load()
-        if resumed:
-            self.load_state_dict(resumed)
-        self.progress.note(self.state_dict())
-        self.tracker = Tracker(self.run_dir, config, self.iteration, self.tasks.models_used)
+        with contextlib.ExitStack() as stack:
+            stack.callback(parts.close)  # unless all goes well
+            resumed = self.progress.load()
+            if resumed:
+                self.load_state_dict(resumed)
+            self.progress.note(self.state_dict())
+            self.tracker = Tracker(self.run_dir, config, self.iteration, self.tasks.models_used)
+            stack.pop_all()
 
-    def run(self) -> None:
-        """Trains, evaluates and exports.
+    def run(self) -> bool:
+        """Trains, evaluates and exports; tells whether it came to its end.
 
         Ctrl-C, SIGTERM, SIGHUP or a file run_dir/stop save a checkpoint and stop the run. An error saves the finished
         iterations, if it left good weights, and goes on to the caller.
@@ -65,11 +70,16 @@ class Trainer:
                     self.progress.note(self.state_dict())
                     self.tracker.log({**metrics, **evaluated})
                     self.parts.memory.compare(self.tracker.say)
-                    self.save_if_due()
+                    is_enough = self.given.is_enough(iteration, {**metrics, **evaluated})
+                    self.save_if_due(is_enough)
+                    if is_enough:
+                        break
                 self.finish()
+                return True
             except Interrupted:
                 self.progress.save_at_stop()
                 self.tracker.say(f"stopped after {self.iteration} iterations; go on with --resume latest")
+                return False
             except Exception as error:
                 self.progress.rescue(error)
                 raise
@@ -125,11 +135,12 @@ class Trainer:
         evaluated = self.evaluate(self.iteration)
         if evaluated:
             self.tracker.log({"iteration": self.iteration, "queries": self.queries, **evaluated})
-        self.tracker.say(self.parts.export(self.run_dir))
+        self.tracker.say(self.parts.export(self.run_dir, self.iteration))
 
-    def save_if_due(self) -> None:
+    def save_if_due(self, is_enough: bool) -> None:
         """Saves a checkpoint if one is due; stops the run if any process was asked to stop."""
-        must_stop, is_last = self.interruption.agreed(), self.iteration == self.config.num_iterations
+        is_last = is_enough or self.iteration == self.config.num_iterations
+        must_stop = self.interruption.agreed()
         if is_last or self.due(self.config.checkpoint.every, self.iteration):
             self.progress.save()
         if must_stop and not is_last:

@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from rlcm_fast.config.files import RESOLVED
+from rlcm_fast.config.mistakes import options_of
 from rlcm_fast.config.parser import parse, parser_of
 from rlcm_fast.config.ranges import NonNegativeInt, PositiveInt
 from rlcm_fast.config.sections import (
@@ -62,6 +63,7 @@ __all__ = [
     "TrackingConfig",
     "UpdateConfig",
     "build_parser",
+    "config_of",
     "parse_config",
     "to_dict",
     "to_yaml",
@@ -147,6 +149,15 @@ def _plain(value: Any) -> Any:
 def parse_config(argv: Sequence[str]) -> Config:
     """Returns the config of a command line; raises ValueError with one line: the field, its value, the way out."""
     return parse(argv, Config)
+
+
+def config_of(file: str | None, overrides: Mapping[str, Any]) -> Config:
+    """Returns the config of a YAML file, or of the defaults, under keywords written section__field.
+
+    It is the config of the same command line; raises ValueError with one line as `parse_config` does.
+    """
+    files = [] if file is None else [f"--config={file}"]
+    return parse_config([*files, *options_of(overrides, Config)])
 
 
 def build_parser() -> ArgumentParser:

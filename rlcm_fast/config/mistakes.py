@@ -15,7 +15,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,39 @@ def check_arguments(arguments: Sequence[str], config_class: type) -> None:
         if text and item_class:
             _check_item_text(field, text, item_class)
         option = "" if has_value or not is_option else name
+
+
+def options_of(overrides: Mapping[str, Any], config_class: type) -> list[str]:
+    """Returns the command line of keywords written section__field, as update__clip_range=2e-4.
+
+    Raises ValueError for a keyword that is no field.
+    """
+    known = {name.replace(".", "__"): name for name, _ in _fields(config_class)}
+    sections = {name.partition("__")[0] for name in known if "__" in name}
+    options = []
+    for keyword, value in overrides.items():
+        if keyword in sections:
+            raise ValueError(f"{keyword} is a section; write its fields as {keyword}__FIELD=VALUE")
+        if keyword not in known:
+            near = _closest(keyword.replace("__", "."), list(known.values())).replace(".", "__")
+            raise ValueError(
+                f"{keyword} is no field of the config; {near}write SECTION__FIELD; docs/config.md lists them"
+            )
+        options.append(f"--{known[keyword]}={_option_text(keyword, value)}")
+    return options
+
+
+def _option_text(keyword: str, value: Any) -> str:
+    """Returns a value as the command line has it."""
+    if isinstance(value, str | Path):
+        return str(value)
+    try:
+        return json.dumps(value)
+    except TypeError as error:
+        kind = type(value).__name__
+        raise ValueError(
+            f"{keyword}={value} is a {kind}; give a number, a text, a list or a mapping of those"
+        ) from error
 
 
 def complete_items(arguments: Sequence[str], config_class: type) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import random
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -100,6 +100,25 @@ class Sampler(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue as the sampler that returned `state` would; the number of processes may differ, but D may not."""
         ...
+
+
+class DrawnPrompts:
+    """Asks a function for every prompt, which may come twice in an iteration."""
+
+    def __init__(self, draw: Callable[[], Prompt], share: Share) -> None:
+        self._draw, self._share = draw, share
+        self._num_batches = 0
+
+    def next_batch(self) -> list[Prompt]:
+        self._num_batches += 1
+        return self._share.repeated(self._draw() for _ in range(self._share.num_prompts))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the number of iterations; where the function goes on is its own affair."""
+        return {"num_batches": self._num_batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._num_batches = state["num_batches"]
 
 
 def prompts_for_images(prompts: Sequence[Prompt], num_images: int, seed: int) -> list[Prompt]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlcm_fast.given import check_is_given
 from rlcm_fast.plugins import load_class
 from rlcm_fast.prompts.files import PromptFile
 from rlcm_fast.prompts.stream import PREFIX, check_stream, first_window
@@ -34,6 +35,7 @@ BUILT_IN = {f"shapes:{name}": f"rlcm_fast.shapes.prompts:{function}" for name, f
 def load_prompts(source: str, field: str = "prompts.source") -> Sequence[Prompt]:
     """All prompts of `source`, at least one; only the first window of a dataset. Errors name the config `field`."""
     where = f"{field}={source}"
+    check_is_given(source, field, {})
 
     # Tell the kinds of sources apart by their form.
     if source.startswith(PREFIX):

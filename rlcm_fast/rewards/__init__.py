@@ -13,6 +13,7 @@ from torch import nn
 
 from rlcm_fast.config import RewardConfig
 from rlcm_fast.frozen import FrozenNetwork
+from rlcm_fast.given import check_is_given
 from rlcm_fast.plugins import build, load_class
 from rlcm_fast.rewards.base import ImagesFailed, Reward, RewardError, SetReward, check_scores
 from rlcm_fast.rewards.failures import Skipping
@@ -55,6 +56,7 @@ __all__ = [
     "build_rewards",
     "check_groups",
     "check_name",
+    "check_protocol",
     "check_raw_scores",
     "check_reward",
     "check_scores",
@@ -97,14 +99,21 @@ BUILT_IN = {
 
 def check_name(name: str, field: str) -> None:
     """Raise a ValueError that names `field` unless `name` is one of BUILT_IN or a class that exists."""
+    check_is_given(name, field, {})
     load_class(name, BUILT_IN, field)
 
 
-def check_reward(config: RewardConfig, field: str, must_run: bool = False) -> list[str]:
+def check_reward(
+    config: RewardConfig, field: str, must_run: bool = False, given: Mapping[str, Any] | None = None
+) -> list[str]:
     """Check the name, and, if the reward `must_run`, that the files of its models are there.
 
-    Returns what has to be downloaded, in words. Raises a ValueError that begins with `field`. No weights load.
+    given: rewards of a Python program, by name. Returns what has to be downloaded, in words. Raises a ValueError that
+    begins with `field`. No weights load.
     """
+    if check_is_given(config.name, f"{field}.name", given or {}):
+        _check_given(config, field)
+        return []
     check_name(config.name, f"{field}.name")
     there = place(config, field)
     if not must_run:
@@ -113,6 +122,15 @@ def check_reward(config: RewardConfig, field: str, must_run: bool = False) -> li
         return check_files(load_class(there.name, BUILT_IN, field), there.arguments)
     except ValueError as error:
         raise ValueError(f"{field}.name={config.name}: {error}") from error
+
+
+def _check_given(config: RewardConfig, field: str) -> None:
+    """Refuses a place for a reward of a Python program, whose models are where the program put them."""
+    for name, value, default in (("device", config.device, "same"), ("dtype", config.dtype, "")):
+        if value != default:
+            raise ValueError(
+                f"{field}.{name}={value} of {config.name}: its models are where your program put them; leave it out"
+            )
 
 
 def used(rewards: Mapping[str, tuple[Reward, float]]) -> dict[str, Any]:
@@ -167,13 +185,15 @@ def make_reward(name: str, arguments: Mapping[str, Any], field: str = "rewards")
 
     Errors begin with `field`, the config field that sets the reward.
     """
-    # Build it.
     try:
         reward = build(name, arguments, BUILT_IN)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
+    return check_protocol(name, reward, field)
 
-    # Check that it follows one of the two protocols.
+
+def check_protocol(name: str, reward: Any, field: str) -> Reward | SetReward:
+    """Returns the reward, if it follows one of the two protocols; errors begin with `field`."""
     is_set = isinstance(reward, SetReward) and reward.scope == "set"
     if not is_set and not (isinstance(reward, Reward) and reward.scope == "image"):
         raise ValueError(
@@ -230,7 +250,9 @@ def make_placed(config: RewardConfig, field: str = "rewards") -> Reward | SetRew
 class RewardBuilder:
     """Builds the rewards of a run; equal ones once, so that they share a model, and knows whose models move."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Mapping[str, Any] | None = None) -> None:
+        """given: rewards of a Python program, by name; they are there already."""
+        self._given = given or {}
         self._built: dict[str, Reward | SetReward] = {}
         self._moved: dict[int, Movable] = {}  # by the id of the network or reward, which is kept
 
@@ -240,10 +262,15 @@ class RewardBuilder:
         key = repr((config.name, config.arguments, where))
         if key not in self._built:
             with networks_used() as networks:
-                self._built[key] = make_placed(config, field)
+                self._built[key] = self._make(config, field)
             if config.offload:
                 self._offload(config, self._built[key], networks, field)
         return grouped(config.name, self._built[key], config.group_size, config.credit, field)
+
+    def _make(self, config: RewardConfig, field: str) -> Reward | SetReward:
+        if check_is_given(config.name, f"{field}.name", self._given):
+            return in_parts(check_protocol(config.name, self._given[config.name], field), config.batch_size)
+        return make_placed(config, field)
 
     def offloading(self) -> Offloading:
         """The models of all rewards with `offload`; moves them off the GPU."""

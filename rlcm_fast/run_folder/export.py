@@ -21,10 +21,10 @@ class Exporter:
     engine: AveragingEngine
     config: Config
 
-    def __call__(self, run_dir: Path) -> str:
+    def __call__(self, run_dir: Path, iteration: int) -> str:
         """Writes run_dir/export, and run_dir/lora if there are adapters, with model cards; every rank must call.
 
-        Returns a line that tells the user where they are.
+        iteration: how many are finished. Returns a line that tells the user where they are.
         """
         # This copies all weights to the CPU, so only one process does it; under ZeRO-3 all must help to gather them.
         weights = self.engine.final_weights() if parallel.is_main() or self.engine.zero_stage == 3 else {}
@@ -35,15 +35,11 @@ class Exporter:
             write_sampler(described.policy, run_dir / "export")
             scheduler = self.backbone.scheduler_config["_class_name"]
             usage = diffusers_usage(described, f"{run_dir.resolve().name}/export", scheduler)
-            _card(run_dir, described, usage).write(run_dir / "export")
+            Card(run_dir.resolve(), described, iteration, usage).write(run_dir / "export")
             if has_adapters:
                 self.backbone.export_adapters(weights, run_dir / "lora")
                 write_sampler(described.policy, run_dir / "lora")
-                card = _card(run_dir, described, lora_usage(described))
+                card = Card(run_dir.resolve(), described, iteration, lora_usage(described))
                 replace(card, is_adapter=True).write(run_dir / "lora")
         adapters = f"; {run_dir}/lora holds its adapters for load_lora_weights" if has_adapters else ""
         return f"done: {run_dir}/export is a diffusers folder{adapters}; {run_dir}/metrics.jsonl holds the curves"
-
-
-def _card(run_dir: Path, config: Config, usage: str) -> Card:
-    return Card(run_dir.resolve(), config, config.num_iterations, usage)

@@ -40,16 +40,19 @@ class Interruption:
     """A context in which SIGINT, SIGTERM, SIGHUP or the death of the launcher ask the run to stop.
 
     A second Ctrl-C ends the process at once, whatever it waits for. A second SIGTERM does not: launchers send one after
-    the Ctrl-C that the process received from the terminal. SIGHUP stays ignored if it was, as under nohup.
+    the Ctrl-C that the process received from the terminal. SIGHUP stays ignored if it was, as under nohup. In a program
+    that the process belongs to (may_exit false), the second Ctrl-C raises KeyboardInterrupt instead. Outside of the
+    main thread Python allows no signal handlers, so only the file stops such a run.
 
     Several processes must agree where to stop. So `check` (between micro-batches) only acts if there is one process,
     and `agreed` (between iterations, on all ranks) works with any number.
     """
 
-    def __init__(self, stop_file: Path) -> None:
+    def __init__(self, stop_file: Path, may_exit: bool = True) -> None:
         """stop_file: create it to stop the run if a signal would not leave enough time to save."""
-        self._stop_file = stop_file
+        self._stop_file, self._may_exit = stop_file, may_exit
         self._requested_at: float | None = None
+        self._insists, self._raised = False, False  # a second Ctrl-C came, and what it asks for is done
         self._previous: dict[int, Any] = {}
         self._launchers = launchers_of_this_process()
         self._leaving = contextlib.ExitStack()
@@ -57,6 +60,8 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if parallel.is_main():
             self._stop_file.unlink(missing_ok=True)  # an earlier start's
+        if threading.current_thread() is not threading.main_thread():
+            return self
 
         # Let the main thread note a request, and let a thread of its own hear of every signal.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -90,6 +95,9 @@ class Interruption:
         return parallel.any_rank(self._requested_at is not None or self._stop_file.exists())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._insists and not self._raised:
+            self._raised = True
+            raise KeyboardInterrupt
         if self._requested_at is None:
             self._requested_at = time.monotonic()
 
@@ -113,8 +121,16 @@ class Interruption:
             if number in self._previous:
                 self._requested_at = time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - requested_at > _SAME_CTRL_C:
+            self._end_at_once()
+
+    def _end_at_once(self) -> None:
+        if self._may_exit:
             _tell("interrupted")
             os._exit(_INTERRUPTED)  # no other way ends a thread that is blocked in a library
+        if not self._insists:
+            self._insists = True
+            # Once more: the handler may have run before this thread heard, and another thread may have got the signal.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def _look_after_launchers(self) -> None:
         if self._requested_at is None and not all(map(_is_alive, self._launchers)):

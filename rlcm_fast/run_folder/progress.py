@@ -82,7 +82,7 @@ class Progress:
             return there
 
         # Save without the memory that the broken iteration holds.
-        _free_memory(error)
+        free_memory(error)
         try:
             self.save()
         except Exception as second:  # noqa: BLE001 (the first error must be shown, whatever the second is)
@@ -103,7 +103,7 @@ class Progress:
         return True
 
 
-def _free_memory(error: BaseException | None) -> None:
+def free_memory(error: BaseException | None) -> None:
     """Drops the tensors that the frames of the error hold: after "out of memory", saving needs room."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)

@@ -88,8 +88,8 @@ def begin(config: Config) -> RunFolder:
     run_dir = Path(config.run_dir)
     check_configs(config)
     with together():
-        if config.resume == "latest" and parallel.is_main() and not run_dir.is_dir():
-            raise ValueError(f"resume=latest finds no run in run_dir={run_dir}; check run_dir, or leave resume out")
+        if parallel.is_main():
+            check_run_dir(config)
     lock = None
     with together():
         if parallel.is_main():
@@ -115,15 +115,26 @@ def begin(config: Config) -> RunFolder:
     return RunFolder(config, lock, found)
 
 
+def check_run_dir(config: Config) -> None:
+    """Raises ValueError if a new run would begin in the folder of another, or if there is no run to go on with.
+
+    A run that ended before its first iteration has left nothing that a new one could harm.
+    """
+    run_dir = Path(config.run_dir)
+    if config.resume == "latest" and not run_dir.is_dir():
+        raise ValueError(f"resume=latest finds no run in run_dir={run_dir}; check run_dir, or leave resume out")
+    if config.resume is None and (_num_lines(run_dir) > 0 or checkpoints.complete(run_dir)):
+        raise ValueError(
+            f"run_dir={run_dir} already holds a run; go on with --resume latest, or give another --run_dir"
+        )
+
+
 def _found(config: Config, run_dir: Path) -> Path | None:
     """Finds the checkpoint that the run goes on from; None if it starts at 0."""
     checkpoints.restore(run_dir)
     resume, num_lines = config.resume, _num_lines(run_dir)
     if resume is None:
-        if (run_dir / "metrics.jsonl").exists():
-            raise ValueError(
-                f"run_dir={run_dir} already holds a run; go on with --resume latest, or give another --run_dir"
-            )
+        check_run_dir(config)  # once more, now that no other run can begin here
         if config.resume_weights_only:
             _check_weights(config, _weights_folder(config.resume_weights_only))
         return None

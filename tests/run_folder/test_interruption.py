@@ -6,6 +6,7 @@ import os
 import queue
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -54,6 +55,34 @@ def test_a_second_ctrl_c_ends_a_blocked_process_at_once_and_a_second_sigterm_doe
     process.join(timeout=5)
     assert process.exitcode == 130
     assert "interrupted" in (tmp_path / "log").read_text()
+
+
+def test_a_second_ctrl_c_in_a_program_raises_and_leaves_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(interruption, "_SAME_CTRL_C", 0.05)
+    with Interruption(tmp_path / "stop", may_exit=False) as stop:
+        send(signal.SIGINT)
+        time.sleep(0.1)
+        with pytest.raises(Interrupted):
+            stop.check()
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            send(signal.SIGINT)
+            time.sleep(5)
+
+
+def test_a_run_outside_of_the_main_thread_takes_no_signals_and_hears_of_the_file(tmp_path: Path):
+    heard = []
+
+    def run() -> None:
+        with Interruption(tmp_path / "stop") as stop:
+            (tmp_path / "stop").touch()
+            heard.append(stop.agreed())
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert heard == [True]
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_lost_terminal_asks_for_a_stop_unless_hangups_are_ignored(tmp_path: Path):
