@@ -40,6 +40,9 @@ class Run:
     is_finished: bool
     """Whether it ended by itself or by the callback; False if Ctrl-C stopped it, then resume="latest" goes on."""
 
+    metrics: list[dict[str, Any]]
+    """The metrics of each iteration, and those of the last evaluation; docs/runs.md explains the keys."""
+
     def __repr__(self) -> str:
         return f"Run(run_dir={str(self.run_dir)!r}, is_finished={self.is_finished})"
 
@@ -47,11 +50,6 @@ class Run:
     def run_dir(self) -> Path:
         """The folder of the run."""
         return Path(self.config.run_dir)
-
-    @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The metrics of each iteration, and those of the last evaluation; docs/runs.md explains the keys."""
-        return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
 
     @property
     def lora(self) -> Path | None:
@@ -181,7 +179,8 @@ def _train(config: Config, given: Given, handover: Handover, pipeline: Any) -> R
         is_finished = Trainer(config, given).run()
     finally:
         lock.release()
-    return Run(config, is_finished)
+    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return Run(config, is_finished, [json.loads(line) for line in lines])
 
 
 def _check_keywords(overrides: Mapping[str, Any]) -> None:

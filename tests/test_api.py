@@ -183,6 +183,14 @@ def test_several_processes_are_for_the_launcher(monkeypatch: pytest.MonkeyPatch,
         tuned("shapes/lcm", tmp_path / "run")
 
 
+def test_a_run_shows_where_it_is(tiny_lcm_folder: str, tmp_path: Path):
+    run = tuned(tiny_lcm_folder, tmp_path / "run", lora__rank=2, num_iterations=1)
+    assert repr(run) == f"Run(run_dir='{tmp_path}/run', is_finished=True)"
+    assert run.lora == tmp_path / "run" / "lora"
+    assert (tmp_path / "run" / "lora" / "kohya.safetensors").is_file()
+    assert run.weights is not None and run.weights.name == "adapters.safetensors"
+
+
 def test_the_package_and_a_wrong_field_import_no_torch():
     code = """
 import sys, rlcm_fast

@@ -81,7 +81,11 @@ def put_modules(document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -
                 monkeypatch.delitem(sys.modules, module, raising=False)
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=ids(blocks("python")))
+NOTEBOOK = [block for block in blocks("python") if block.document.name == "python.md"]
+SINGLE = [block for block in blocks("python") if block not in NOTEBOOK]
+
+
+@pytest.mark.parametrize("block", SINGLE, ids=ids(SINGLE))
 def test_every_block_of_python_runs(block: Block):
     import torch
 
@@ -89,6 +93,29 @@ def test_every_block_of_python_runs(block: Block):
 
     scope: dict[str, Any] = {"AdamW8bit": AdamW8bit, "unet": torch.nn.Linear(2, 2)}
     exec(block.text, scope)  # noqa: S102
+
+
+@pytest.mark.slow
+@pytest.mark.telling
+def test_the_page_for_notebooks_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In short: one iteration more than before of four images."""
+    import rlcm_fast
+
+    tune, calls = rlcm_fast.fine_tune, []
+
+    def tune_shortly(model: Any, **settings: Any) -> rlcm_fast.Run:
+        calls.append(settings)
+        short = {"prompts__num_prompts": 2, "prompts__images_per_prompt": 2, "evaluation__num_images": 2}
+        sizes = {"update__micro_batch_size": 6, "tracking__grid_every": 0, "tracking__tensorboard": False}
+        return tune(model, **{**settings, **short, **sizes, "num_iterations": len(calls)})
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rlcm_fast, "fine_tune", tune_shortly, raising=False)
+    scope: dict[str, Any] = {}
+    for block in NOTEBOOK:
+        exec(block.text, scope)  # noqa: S102
+    assert [len(scope[name].metrics) for name in ("run", "again", "more")] == [2, 3, 4]
+    assert scope["image"].size == (64, 64)
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=ids(blocks("yaml")))

@@ -69,6 +69,8 @@ class DDPOTrainer:
         for note in self._translated.notes:
             say(note)
         _seed(config.seed)
+        if config.allow_tf32 and torch.cuda.is_available():
+            torch.backends.cuda.matmul.allow_tf32 = True  # in the whole process, as TRL does
 
     def train(self, epochs: int | None = None) -> None:
         """Trains for a number of epochs, or for config.num_epochs; a second call goes on with as many more.
