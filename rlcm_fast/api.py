@@ -115,30 +115,31 @@ def fine_tune(
         Fault: something went wrong in a reward, the data or the numbers; the finished iterations are saved.
     """
     # Find mistakes in the config alone, before torch is imported and before anything is written.
+    from rlcm_fast import quiet
     from rlcm_fast.config import config_of
-    from rlcm_fast.config.checks import validate
-    from rlcm_fast.given import Given
 
     file = None if config is None else str(config)
     _check_keywords(overrides)
     plain = {keyword: value for keyword, value in overrides.items() if keyword not in _MAY_HOLD_OBJECTS}
-    run_dir = Path(config_of(file, plain).run_dir)
-
-    # Turn objects into fields, and check the whole.
-    from rlcm_fast.handover import Handover
-
-    handover = Handover(run_dir)
-    named = {"rewards": rewards, "prompts__source": prompts, "evaluation__prompts": prompts, **overrides}
-    if isinstance(pipeline_or_path, str | Path):
-        named["model__path"] = str(pipeline_or_path)
-    whole = config_of(file, _fields_of({name: value for name, value in named.items() if value is not None}, handover))
-    if whole.dry_run:
+    start = config_of(file, plain)
+    if start.dry_run:
         raise ValueError("dry_run=true trains nothing; leave it out, or use train.py, which prints the plan")
-    validate(whole, world_size=1)
 
-    # Train.
-    pipeline = None if isinstance(pipeline_or_path, str | Path) else pipeline_or_path
-    return run_here(whole, Given(handover.rewards, is_enough=_asks(callback), is_hosted=True), handover, pipeline)
+    # Turn objects into fields, check the whole, and train.
+    path = str(pipeline_or_path) if isinstance(pipeline_or_path, str | Path) else None
+    named = {"model__path": path, "rewards": rewards, "prompts__source": prompts, "evaluation__prompts": prompts}
+    named = {keyword: value for keyword, value in named.items() if value is not None} | overrides
+    with _environment_as_before():
+        quiet.hush_libraries(start.debug)  # before the first of them is imported
+        from rlcm_fast.config.checks import validate
+        from rlcm_fast.given import Given
+        from rlcm_fast.handover import Handover
+
+        handover = Handover(Path(start.run_dir))
+        whole = config_of(file, _fields_of(named, handover))
+        validate(whole, world_size=1)
+        given = Given(handover.rewards, is_enough=_asks(callback), is_hosted=True)
+        return run_here(whole, given, handover, pipeline_or_path if path is None else None)
 
 
 def run_here(config: Config, given: Given, handover: Handover, pipeline: Any = None) -> Run:
@@ -221,8 +222,8 @@ def _process_of_its_own() -> Iterator[None]:
 
     from rlcm_fast.kernels import dispatch
 
-    environment, is_joined, hook = dict(os.environ), dist.is_initialized(), sys.excepthook
-    with warnings.catch_warnings(), torch.random.fork_rng(_gpus()), dispatch.use("auto"), _deterministic_as_before():
+    is_joined, hook = dist.is_initialized(), sys.excepthook
+    with _environment_as_before(), torch.random.fork_rng(_gpus()), dispatch.use("auto"), _deterministic_as_before():
         try:
             set_process_environment()
             yield
@@ -232,6 +233,16 @@ def _process_of_its_own() -> Iterator[None]:
 
                 deepspeed.comm.destroy_process_group()
             sys.excepthook = hook  # torch's puts [rank0] in front of every line
+
+
+@contextlib.contextmanager
+def _environment_as_before() -> Iterator[None]:
+    """Puts back the environment's variables and the warnings' filters."""
+    environment = dict(os.environ)
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
             os.environ.clear()
             os.environ.update(environment)
 

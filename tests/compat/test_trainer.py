@@ -71,6 +71,7 @@ def test_the_saved_folder_draws_what_the_scripts_pipeline_draws(script: tuple[Pa
     assert (folder / "tuned" / "README.md").is_file()
 
 
+@pytest.mark.slow
 def test_more_epochs_go_on_in_the_pipeline_that_the_script_holds(script: tuple[Path, dict[str, Any]]):
     _, scope = script
     held = scope["pipeline"].sd_pipeline
@@ -105,6 +106,7 @@ def test_the_result_goes_to_the_hub_with_its_card(script: tuple[Path, dict[str, 
     assert "\n# Cats\n" in card and "- ddpo\n- cats\n" in card and "datasets:\n- me/animals\n" in card
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_the_script_changed_is_trained_as_it_is(tiny_sd_folder: str, tmp_path: Path):
     pipeline = DefaultDDPOStableDiffusionPipeline(tiny_sd_folder, use_lora=False)
     with torch.no_grad():
