@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -46,8 +45,8 @@ def script(request: pytest.FixtureRequest, tiny_sd_folder: str, tmp_path_factory
 
 def test_the_script_trains_and_its_hook_sees_every_epoch_with_trls_prompts(script: tuple[Path, dict[str, Any]]):
     folder, scope = script
-    np.random.seed(5)
-    prompts = [[str(np.random.choice(scope["animals"])) for _ in range(4)] for _ in range(2)]
+    # What TRL 0.23.1 drew, with this script and seed.
+    prompts = [["monkey", "horse", "monkey", "dog"], ["horse", "horse", "cat", "dog"]]
     assert scope["logged"] == [(0, prompts[0]), (4, prompts[1])]  # 4 updates an epoch
     lines = [json.loads(line) for line in (folder / "save" / "metrics.jsonl").read_text().splitlines()]
     assert [line["queries"] for line in lines] == [4, 8]
