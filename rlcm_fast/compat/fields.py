@@ -29,6 +29,7 @@ _NAMES = {
     "policy.eta": "sample_eta",
     "policy.guidance_scale": "sample_guidance_scale",
     "prompts.num_prompts": "sample_batch_size * sample_num_batches_per_epoch",
+    "prompts.negative": "negative_prompts",
     "rollout.micro_batch_size": "sample_batch_size",
     "rollout.reward_workers": "max_workers",
     "update.micro_batch_size": "train_batch_size",
@@ -101,8 +102,6 @@ def _of_run(config: DDPOConfig, notes: list[str]) -> dict[str, Any]:
 
 
 def _of_sampling(config: DDPOConfig) -> dict[str, Any]:
-    if config.negative_prompts:
-        raise ValueError(f"negative_prompts={config.negative_prompts} has no counterpart; leave it out")
     if not config.train_cfg and config.sample_guidance_scale > 1:
         raise ValueError(
             f"train_cfg=False trains another policy than the one that sample_guidance_scale="
@@ -114,6 +113,7 @@ def _of_sampling(config: DDPOConfig) -> dict[str, Any]:
         "policy__eta": config.sample_eta,
         "policy__guidance_scale": config.sample_guidance_scale,
         "prompts__num_prompts": config.sample_batch_size * config.sample_num_batches_per_epoch,
+        "prompts__negative": config.negative_prompts,
         "prompts__images_per_prompt": 1,  # every image asks the prompt function
         "rollout__micro_batch_size": config.sample_batch_size,
         "rollout__reward_workers": config.max_workers if config.async_reward_computation else 1,

@@ -113,6 +113,10 @@ class DrawnPrompts:
         self._num_batches += 1
         return self._share.repeated(self._draw() for _ in range(self._share.num_prompts))
 
+    def known(self, most: int) -> Sequence[Prompt]:
+        """None is at hand: a call would change what the run draws."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of iterations; where the function goes on is its own affair."""
         return {"num_batches": self._num_batches}
