@@ -165,7 +165,8 @@ def parts_of(out: Path, scratch: Path, has_plot: bool) -> list[Part]:
     tests/conftest.py is left out: it needs hypothesis, and the tests of a GPU do not need it.
     """
     pytest = [*_PYTEST, "-m", "gpu", "--noconftest"]
-    tests, sanitizer = ["test_kernels_on_gpu.py", "test_libraries_on_gpu.py"], "tests/gpu/test_sanitizer.py"
+    tests = ["test_kernels_on_gpu.py", "test_libraries_on_gpu.py", "test_graphs_on_gpu.py"]
+    sanitizer = "tests/gpu/test_sanitizer.py"
     plot = [] if has_plot else ["--no-plot"]
     return [
         Part("tests", [*pytest, f"--junitxml={scratch / 'tests.xml'}", *(f"tests/gpu/{file}" for file in tests)], 75),

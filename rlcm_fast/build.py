@@ -15,7 +15,8 @@ import torch
 
 from rlcm_fast import parallel
 from rlcm_fast.algorithms import Algorithm, build_algorithm
-from rlcm_fast.backbones.acceleration import accelerate, check_device
+from rlcm_fast.backbones.acceleration import accelerate
+from rlcm_fast.backbones.backends import set_backends
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import Config, EmaConfig
 from rlcm_fast.config.resolved import ResolvedRun, resolve
@@ -33,7 +34,9 @@ from rlcm_fast.run_folder.export import Exporter
 from rlcm_fast.run_folder.progress import Progress
 from rlcm_fast.run_folder.resume import RunFolder, begin, put_weights, start_weights
 from rlcm_fast.run_folder.tracking import say
+from rlcm_fast.stages.compile_check import CompileCheck
 from rlcm_fast.stages.evaluation import Evaluation, build_evaluation
+from rlcm_fast.stages.graphing import check_graphs, use_graphs
 from rlcm_fast.stages.image_sizes import ImageSizes
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.stages.real_images import RealImages, check_pairs
@@ -91,7 +94,7 @@ def start_processes(config: Config) -> torch.device:
     device = init_processes()
     dispatch.set_default(config.engine.kernels)
     dispatch.is_triton(torch.empty(0, device=device))
-    check_device(config.engine, device)
+    check_graphs(config.engine, device)
     return device
 
 
@@ -123,6 +126,7 @@ def _build(config: Config, device: torch.device, folder: RunFolder, given: Given
     say(f"loading {config.model.path}")
     backbone = _load_backbone(config, device)
     start_network = _start_network(backbone, config)
+    _set_backends(backbone, config)
 
     # Hand the network to the engine; policies sample and train through it.
     engine = build_engine(backbone.unet, run)
@@ -140,17 +144,23 @@ def _build(config: Config, device: torch.device, folder: RunFolder, given: Given
     # Bind the stages to what they need.
     evaluation = build_evaluation(run, tasks, images, engine)
     backbone.texts.survey([*tasks.texts(_SURVEYED), *evaluation.texts])
-    # With torch.compile, another batch size would be another graph.
-    num_checked = 1 if config.engine.compile == "off" else config.rollout.micro_batch_size
-    check_weights = WeightCheck(images, engine, evaluation.grid.prompts[:1] * num_checked, config.evaluation.seed)
+    if config.engine.compile == "whole":
+        compiled = [] if start_network in (None, backbone.unet) or backbone.has_adapters else [start_network]
+        texts = images.encode(evaluation.grid.prompts[:1] * config.update.micro_batch_size)
+        CompileCheck(policy_around(backbone.unet))(texts, config.seed, compiled)
     algorithm = build_algorithm(config.algorithm, config.update)
+    graphed = use_graphs(config, images, engine, algorithm)
+    # With torch.compile or CUDA graphs, another batch size would be another graph.
+    is_by_size = config.engine.compile != "off" or images.graphs is not None
+    num_checked = config.rollout.micro_batch_size if is_by_size else 1
+    check_weights = WeightCheck(images, engine, evaluation.grid.prompts[:1] * num_checked, config.evaluation.seed)
     real_images = RealImages(config.pretraining, images, config.seed) if config.pretraining.weight > 0 else None
     return Parts(
         tasks=tasks,
         images=images,
         engine=engine,
         collector=Collector(images, tasks.rewards, config.rollout, tasks.offloading, ImageSizes.of(run)),
-        updater=Updater(images.policy, algorithm, engine, config.update, start_model, real_images),
+        updater=Updater(images.policy, algorithm, engine, config.update, start_model, real_images, graphed),
         real_images=real_images,
         task_gradients=_task_gradients(policy_around(backbone.unet), algorithm, run),
         evaluation=evaluation,
@@ -185,6 +195,16 @@ def _load_backbone(config: Config, device: torch.device) -> Backbone:
     if is_adapters:
         put_weights(weights, backbone.unet, named)
     return backbone
+
+
+def _set_backends(backbone: Backbone, config: Config) -> None:
+    unet_config: Any = backbone.unet.config
+    network = Network(backbone.unet, unet_config, backbone.dtype, backbone.device)
+    shape = (config.update.micro_batch_size, *network.latent_shape)
+    like = torch.empty(shape, dtype=backbone.dtype, device=backbone.device)
+    line = set_backends(config.engine, unet_config, like)
+    if line:
+        say(line)
 
 
 def _start_network(backbone: Backbone, config: Config) -> Any:

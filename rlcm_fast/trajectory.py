@@ -59,6 +59,11 @@ class Conditioning:
         """The pooled encoding of each sample (B, P); every access gathers it anew."""
         return None if self.pooled_embeds is None else self.pooled_embeds[self.index]
 
+    def by_sample(self) -> Conditioning:
+        """Returns the same with a row of prompt_embeds per sample, so that shapes do not depend on distinct prompts."""
+        index = torch.arange(len(self.index), device=self.index.device)
+        return replace(self, prompt_embeds=self.embeds, pooled_embeds=self.pooled, index=index)
+
     def take(self, rows: Tensor | slice) -> Conditioning:
         """Returns the conditioning of the samples `rows` (N,); it shares the encodings and copies nothing."""
         return replace(self, index=self.index[rows])

@@ -20,6 +20,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from torch import Tensor, nn
 
 from rlcm_fast.frozen import FrozenNetwork
+from rlcm_fast.graphs import Graphs, Work
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ENCODER_PARTS = ("encoder", "quant_conv")
@@ -55,6 +56,7 @@ class ImageCoder:
         self._original = FrozenNetwork(self._decoder_parts, device)  # in float32; a copy of it stays on the CPU
         self._decoder = self._original if self._dtype == torch.float32 else self._converted(self._dtype)
         self._return_home()
+        self.graphs: Graphs | None = None  # replays the decoder
         self.say: Callable[[str], None] = lambda line: None  # receives what was measured, for people
 
     def decoding(self) -> AbstractContextManager[None]:
@@ -103,15 +105,25 @@ class ImageCoder:
         with self.decoding():
             scaled = (latents / self._vae.config.scaling_factor).to(self._dtype)
             slices = scaled.split(self._batch_size or len(scaled))
-            return torch.cat([self._vae.decode(part, return_dict=False)[0] for part in slices])
+            return torch.cat([self._decode_slice(part) for part in slices])
+
+    def _decode_slice(self, scaled: Tensor) -> Tensor:
+        work = Work("decoding", self._run_decoder, fixed=self._decoder_parts.parameters)
+        return work.run(scaled) if self.graphs is None else self.graphs(work, scaled)
+
+    def _run_decoder(self, scaled: Tensor) -> Tensor:
+        return self._vae.decode(scaled, return_dict=False)[0]
 
     def _try_half(self, latents: Tensor) -> None:
         """Keep float16 if it decodes these latents as well as float32 does."""
-        # Decode with both, each in a visit of its own.
+        # Decode with both, each in a visit of its own, and record no graphs of what may not be kept.
+        graphs, self.graphs = self.graphs, None
         single = self._decoded(latents)
         self._dtype, self._decoder = torch.float16, self._converted(torch.float16)
         self._return_home()
-        change = ((self._decoded(latents).float() - single).abs().mean() / 2).item()  # NaN or infinite if it overflows
+        change_of = self._decoded(latents).float() - single
+        self.graphs = graphs
+        change = (change_of.abs().mean() / 2).item()  # NaN or infinite if it overflows
         if change < _MOST_CHANGE:
             self.say(f"model.vae_dtype=auto: the VAE decodes in float16, which changes pixels by {change:.1e}")
             return

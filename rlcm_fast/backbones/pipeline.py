@@ -25,6 +25,7 @@ from rlcm_fast.backbones.text_checks import check_configs, check_pipeline
 from rlcm_fast.backbones.texts import Encoding, TextEncoder, TextSettings
 from rlcm_fast.config import LoraConfig, ModelConfig, PromptsConfig
 from rlcm_fast.frozen import FrozenNetwork
+from rlcm_fast.graphs import Graphs
 from rlcm_fast.trajectory import Conditioning, Prompt
 
 _ENCODING_BYTES = 256 * 2**20  # limit for the text encodings that are kept
@@ -119,6 +120,11 @@ class Backbone:
     def add_adapters(self, config: LoraConfig) -> None:
         """Add LoRA adapters to the UNet; from here on, only these are trained."""
         add_adapters(self.unet, config)
+
+    @property
+    def moves_parts(self) -> bool:
+        """Whether the VAE and the text encoders are on the device only while they work."""
+        return self._offloads
 
     @property
     def has_adapters(self) -> bool:
@@ -231,6 +237,10 @@ class Backbone:
     def _time_ids(self, pixels: tuple[int, int]) -> Tensor:
         """SDXL's size input (1, 6): the size of an image before cropping, no crop, and the size after cropping."""
         return torch.tensor([[*pixels, 0, 0, *pixels]], dtype=torch.float32, device=self.device)
+
+    def use_graphs(self, graphs: Graphs) -> None:
+        """From here on, graphs replay the VAE's decoder."""
+        self._coder.graphs = graphs
 
     def tell(self, say: Callable[[str], None]) -> None:
         """From here on, `say` receives what is measured, for people."""

@@ -18,6 +18,7 @@ def check_engine(run: ResolvedRun) -> None:
     _check_offload(config)
     _check_in_backward(run)
     _check_network(config)
+    _check_graphs(run)
     if config.ema.decay > 0 and config.engine.zero_stage == 3:
         raise ValueError(
             f"ema.decay={config.ema.decay} needs whole weights on each process; set engine.zero_stage to 2 or less, or "
@@ -112,14 +113,14 @@ def _check_network(config: Config) -> None:
             f"engine.compile={engine.compile} makes whole graphs, which the hooks of engine.zero_stage=3 would break; "
             "set engine.compile=off, or engine.zero_stage=2"
         )
-    if engine.channels_last and engine.zero_stage > 0:
+    if engine.compile == "whole" and engine.optimizer_in_backward:
         raise ValueError(
-            f"engine.channels_last=true does not last with engine.zero_stage={engine.zero_stage}: ZeRO flattens the "
-            "weights; set engine.zero_stage=0, or engine.channels_last=false"
+            "engine.compile=whole returns the gradients of all weights at once, which engine.optimizer_in_backward="
+            "true is to avoid; set engine.compile=regional"
         )
 
     # What another package undoes, or does not bring.
-    if engine.channels_last and optimizer.name.startswith("bnb_"):
+    if engine.channels_last and engine.zero_stage == 0 and optimizer.name.startswith("bnb_"):
         raise ValueError(
             f"optimizer.name={optimizer.name} makes channels_last weights contiguous at its first step, so "
             "engine.channels_last=true would be lost; set optimizer.name=adamw_8bit, which keeps them"
@@ -133,4 +134,26 @@ def _check_network(config: Config) -> None:
         raise ValueError(
             "engine.attention=xformers needs the package xformers, which is not installed: pip install "
             "'rlcm_fast[xformers]'; or set engine.attention=sdpa"
+        )
+
+
+def _check_graphs(run: ResolvedRun) -> None:
+    # With engine.graphs=auto the same are left out, and the run says so.
+    engine, remedy = run.config.engine, "set engine.graphs=auto, which leaves out what cannot"
+    if engine.graphs != "on":
+        return
+    if engine.dtype != "pure_bf16" or run.config.lora.rank > 0:
+        raise ValueError(
+            "engine.graphs=on replays updates, for which gradients must stay in one place: DeepSpeed sets them to None "
+            "after each step, and its hooks do not run on replay; set engine.dtype=pure_bf16 and lora.rank=0, or "
+            "engine.graphs=auto, which leaves out what cannot"
+        )
+    if engine.optimizer_in_backward:
+        raise ValueError(
+            "engine.graphs=on cannot replay the steps of engine.optimizer_in_backward=true, whose learning rate and "
+            f"random numbers are the host's; {remedy}"
+        )
+    if engine.offload_idle:
+        raise ValueError(
+            f"engine.graphs=on replays decoding, and engine.offload_idle=true moves the VAE each time; {remedy}"
         )

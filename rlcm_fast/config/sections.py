@@ -333,11 +333,13 @@ class EngineConfig:
     recompute: Literal["none", "block", "selective"] = "none"
     """Recompute activations in the backward pass: of whole blocks, or all but convolutions and matrix products."""
     channels_last: bool = False
-    """Keep weights and activations in channels_last, which is faster for convolutions on a GPU; needs zero_stage=0."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """sdpa: torch's scaled_dot_product_attention; xformers needs: pip install 'rlcm_fast[xformers]'."""
+    """Keep weights and activations in channels_last, which is faster for convolutions on a GPU."""
+    attention: Literal["auto", "sdpa", "xformers"] = "sdpa"
+    """sdpa: torch's; auto: its fastest kernel, timed at start; xformers needs pip install 'rlcm_fast[xformers]'."""
     compile: Literal["off", "regional", "whole"] = "off"
-    """torch.compile of each transformer block (quick to compile), or of the whole network in one graph."""
+    """torch.compile of each transformer block (compiles soon), or of the whole network, whose gradients are checked."""
+    graphs: Literal["auto", "off", "on"] = "off"
+    """Replay sampling, decoding and micro-batches of updates as CUDA graphs; auto: what can, on: all or an error."""
     deterministic: bool = False
     """Use only deterministic algorithms of torch, which are slower: on a GPU, nothing else is promised to repeat."""
     offload_idle: bool = False

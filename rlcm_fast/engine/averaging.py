@@ -47,6 +47,19 @@ class AveragingEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 
+    @property
+    def graph_problem(self) -> str:
+        return self.engine.graph_problem
+
+    def hold_gradients(self) -> None:
+        self.engine.hold_gradients()
+
+    def differentiate(self, loss: Tensor) -> None:
+        self.engine.differentiate(loss)
+
+    def note_backward(self) -> None:
+        self.engine.note_backward()
+
     def step(self) -> float | None:
         norm = self.engine.step()
         if norm is not None and math.isfinite(norm):

@@ -65,6 +65,23 @@ class Engine(ABC):
         """
 
     @property
+    def graph_problem(self) -> str:
+        """Why backward passes cannot be replayed as a graph; empty if they can, by the three methods below."""
+        return "its engine does not keep gradients in one place"
+
+    def hold_gradients(self) -> None:
+        """Keeps each gradient at one address from now on, zero between updates."""
+        raise NotImplementedError
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Does the device's part of `backward`, which a graph records."""
+        raise NotImplementedError
+
+    def note_backward(self) -> None:
+        """Does the host's part of `backward`, after each replay."""
+        raise NotImplementedError
+
+    @property
     @abstractmethod
     def lr(self) -> float:
         """The learning rate of the next update."""

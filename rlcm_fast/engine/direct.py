@@ -83,10 +83,12 @@ class DirectEngine(Engine):
         self._seed = seed
         self._sums: dict[nn.Parameter, Tensor] = {}  # of the present update
         self._indices = {parameter: index for index, parameter in enumerate(self._parameters())}
-        if plan.num_micro_batches > _MOST_TO_NEAREST:
-            for parameter in self._parameters():
-                if parameter.dtype == torch.bfloat16:
-                    parameter.register_post_accumulate_grad_hook(self._add_gradient)
+        self._holds_gradients = False  # in one place, zero between updates
+        summed = [p for p in self._parameters() if p.dtype == torch.bfloat16]
+        self._adds_rounded = plan.num_micro_batches > _MOST_TO_NEAREST and bool(summed)
+        if self._adds_rounded:
+            for parameter in summed:
+                parameter.register_post_accumulate_grad_hook(self._add_gradient)
 
     def begin_update(self, num_micro_batches: int) -> None:
         self._num_micro_batches = num_micro_batches
@@ -95,8 +97,27 @@ class DirectEngine(Engine):
         return self._network(*arguments, **keywords)
 
     def backward(self, loss: Tensor) -> None:
+        self.differentiate(loss)
+        self.note_backward()
+
+    def differentiate(self, loss: Tensor) -> None:
         gradient_fails_with(loss).backward()
+
+    def note_backward(self) -> None:
         self._num_backwards += 1
+
+    @property
+    def graph_problem(self) -> str:
+        if self._steps_in_backward:
+            return "engine.optimizer_in_backward=true steps weights in the backward pass, with numbers of the host"
+        if self._adds_rounded:
+            return f"sums of more than {_MOST_TO_NEAREST} micro-batches are rounded with random numbers of the host"
+        return ""
+
+    def hold_gradients(self) -> None:
+        self._holds_gradients = True
+        for parameter in self._parameters():
+            parameter.grad = torch.zeros_like(parameter)  # in the weight's memory format, as autograd would make it
 
     def step(self) -> float | None:
         if self._num_backwards < self._num_micro_batches:
@@ -117,7 +138,7 @@ class DirectEngine(Engine):
         norm = total.item()
         if math.isfinite(norm):
             self._optimizer.step(grad_scale=self._scale(total))
-        self._optimizer.zero_grad()
+        self._optimizer.zero_grad(set_to_none=not self._holds_gradients)
         return norm
 
     def _end_backward(self) -> float:

@@ -69,7 +69,7 @@ class ZeroEngine(Engine):
             _sum_in_float32(self._engine.optimizer)
         if self.zero_stage == 3:
             _bound_norms(self._engine.optimizer)
-        if engine.channels_last:
+        if engine.channels_last and self.zero_stage == 0:
             module.to(memory_format=torch.channels_last)
         self._num_micro_batches = self._num_left = plan.num_micro_batches
         self.begin_update(plan.num_micro_batches)
@@ -83,6 +83,10 @@ class ZeroEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(gradient_fails_with(loss), scale_wrt_gas=False)
+
+    @property
+    def graph_problem(self) -> str:
+        return "DeepSpeed sets gradients to None after each step, and its hooks do not run when a graph is replayed"
 
     def step(self) -> float | None:
         self._num_left -= 1

@@ -60,6 +60,10 @@ class TextInputs(NamedTuple):
         return cls(conditioning.embeds, conditioning.pooled, conditioning.time_ids)
 
 
+Denoise = Callable[[Tensor, Noise, Conditioning], tuple[Tensor, Tensor, Tensor]]
+"""GaussianPolicy.denoise, or what runs it by a graph."""
+
+
 class GaussianPolicy(ABC):
     """A network and the schedule by which it is sampled."""
 
@@ -145,22 +149,35 @@ class GaussianPolicy(ABC):
         conditioning: Conditioning,
         noise: Noise | torch.Generator,
         explores: bool = True,
+        denoise: Denoise | None = None,
     ) -> tuple[Trajectory, Tensor]:
         """Draw a trajectory, and x_0 (B, C, H, W) float32, the latents of its images (not divided by a scaling factor).
 
         A generator draws the first states and then one noise tensor per action, as the pipelines of diffusers do, so
-        the same seed gives the same image; on another device it draws there, and the numbers are copied.
-        If the last action draws the image (Schedule.image_is_action), x_0 is what it drew; without `explores` x_0 is
-        its mean.
+        the same seed gives the same image; on another device it draws there, and the numbers are copied. If the last
+        action draws the image (Schedule.image_is_action), x_0 is what it drew; without `explores` x_0 is its mean.
+        denoise: replaces the policy's own, with the same result.
         """
+        # Draw all random numbers, or take the seeds of those that the steps draw.
         shape = (len(conditioning.index), *self.latent_shape_of(conditioning))
         if isinstance(noise, torch.Generator):
             noise = DrawnNoise.draw(shape, self.num_actions, noise, self.device)
         x_t = noise.first_states(self.schedule.start_scale, shape)
-        states, log_probs, x_0 = [x_t], [], x_t
 
-        # Denoise step by step: actions draw noise, other steps go to their mean.
-        for k in range(self.num_steps):
+        # Denoise, choose the image and bundle the trajectory.
+        states, log_probs, x_0 = (denoise or self.denoise)(x_t, noise, conditioning)
+        if self.schedule.image_is_action and explores:
+            x_0 = states[:, -1]
+        return Trajectory(states, log_probs, conditioning), x_0
+
+    def denoise(self, x_t: Tensor, noise: Noise, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
+        """Run all steps from x_t (B, C, H, W) with the noise of the K actions.
+
+        Returns states (B, K + 1, C, H, W), log-probs (B, K) and the mean of the image (B, C, H, W). All random numbers
+        come from `noise`, and it waits for nothing, so it can be recorded as a graph.
+        """
+        states, log_probs, x_0 = [x_t], [], x_t
+        for k in range(self.num_steps):  # actions take noise, other steps go to their mean
             step = torch.full((len(x_t),), k, device=x_t.device)
             m = self.network_output(x_t, step, conditioning)
             if k == self.num_steps - 1:
@@ -171,12 +188,8 @@ class GaussianPolicy(ABC):
                 log_probs.append(log_prob)
             else:
                 x_t = functional.gaussian_mean(x_t, m, self.coefficients(step))
-
-        # Choose the image and bundle the trajectory.
-        if self.schedule.image_is_action and explores:
-            x_0 = x_t
         actions = torch.stack(log_probs, dim=1) if log_probs else x_t.new_zeros(len(x_t), 0)
-        return Trajectory(torch.stack(states, dim=1), actions, conditioning), x_0
+        return torch.stack(states, dim=1), actions, x_0
 
     def latent_shape_of(self, conditioning: Conditioning) -> tuple[int, int, int]:
         """Shape (C, H, W) of the latents of a batch, whose images may have another size than the network's config."""

@@ -270,6 +270,7 @@ RULES: dict[str, Rule] = {
     "engine.channels_last": _EFFECT,
     "engine.attention": _EFFECT,
     "engine.compile": _EFFECT,
+    "engine.graphs": _EFFECT,
     "engine.deterministic": _EFFECT,
     "engine.offload_idle": _EFFECT,
     "ema.decay": Rule(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlcm_fast.backbones.pipeline import Backbone
+from rlcm_fast.graphs import Graphs, Work
 from rlcm_fast.policies import GaussianPolicy, Noise
 from rlcm_fast.trajectory import Conditioning, Prompt, Trajectory
 
@@ -25,6 +26,7 @@ class TextToImage:
 
     policy: GaussianPolicy
     backbone: Backbone
+    graphs: Graphs | None = None  # replays sampling
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """Encodes the prompts; the pipeline encodes each distinct text once in the run."""
@@ -36,11 +38,11 @@ class TextToImage:
 
     def sample(self, conditioning: Conditioning, generator: torch.Generator) -> tuple[Trajectory, Tensor]:
         """Returns a trajectory and x_0 (B, C, H, W) for evaluation: a sampled last step adds no noise to x_0."""
-        return self.policy.sample(conditioning, generator, explores=False)
+        return self.policy.sample(conditioning, generator, explores=False, denoise=self._denoise)
 
     def explore(self, conditioning: Conditioning, noise: Noise) -> tuple[Trajectory, Tensor]:
         """Returns a trajectory to learn from and x_0 (B, C, H, W)."""
-        return self.policy.sample(conditioning, noise)
+        return self.policy.sample(conditioning, noise, denoise=self._denoise)
 
     def decoding(self) -> AbstractContextManager[None]:
         """The decoder is on the device inside, however often it decodes."""
@@ -49,3 +51,9 @@ class TextToImage:
     def decode(self, x_0: Tensor) -> Tensor:
         """Returns images (B, 3, H, W) float32 in [0, 1]."""
         return self.backbone.decode(x_0)
+
+    def _denoise(self, x_t: Tensor, noise: Noise, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
+        if self.graphs is None:
+            return self.policy.denoise(x_t, noise, conditioning)
+        work = Work("sampling", self.policy.denoise, fixed=self.backbone.unet.parameters)
+        return self.graphs(work, x_t, noise, conditioning.by_sample())

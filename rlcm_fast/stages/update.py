@@ -34,6 +34,7 @@ from rlcm_fast.kernels import functional
 from rlcm_fast.parallel import Stream, Turn
 from rlcm_fast.policies.base import GaussianPolicy
 from rlcm_fast.run_folder.tracking import say
+from rlcm_fast.stages.graphed_update import GraphedUpdate, MicroBatch, RolloutTensors
 from rlcm_fast.stages.selection import Selection, step_weights
 from rlcm_fast.stages.skipped_updates import SkippedUpdates
 from rlcm_fast.stages.start_model import StartModel
@@ -66,6 +67,7 @@ class Updater:
     config: UpdateConfig
     start_model: StartModel | None = None
     real_images: ExtraLoss | None = None
+    graphed: GraphedUpdate | None = None  # runs micro-batches by a graph
     say: Callable[[str], None] = say  # prints a line on the main process
     skipped: SkippedUpdates = field(init=False)  # goes on from rollout to rollout
 
@@ -156,6 +158,9 @@ class _RolloutUpdates:
         self._step_weights = step_weights(policy.schedule, config.step_weights).to(sample_weights.device)
         start_model = updater.start_model
         self._start_outputs = start_model and start_model.outputs(trajectory, rows, config.micro_batch_size)
+        self._tensors: RolloutTensors | None = None
+        if updater.graphed:  # there is one image size
+            self._tensors = RolloutTensors.of(trajectory.part(0), (self._start_outputs or {}).get(0))
 
     def signals(self, rows: Tensor) -> Tensor:
         """Returns the signals (N,) of an update's transitions."""
@@ -228,6 +233,12 @@ class _RolloutUpdates:
     def _backward(self, batch: Batch, share: float) -> None:
         """Adds `share` of the mean loss of a micro-batch to the update's gradient."""
         policy, config = self._updater.policy, self._updater.config
+        if self._updater.graphed and self._tensors:
+            filled = MicroBatch.filled(batch.rows, batch.signals, share, config.micro_batch_size)
+            loss, kl, stats = self._updater.graphed(self._tensors, filled)
+            self.record.micro_batch(stats, loss, kl)
+            self._step()
+            return
         transitions = self._trajectory.part(batch.size).transitions(batch.rows)
         m = policy.network_output(transitions.x_t, transitions.step, transitions.conditioning)
         coef = policy.coefficients(transitions.step)

@@ -38,7 +38,13 @@ def mistake(options: str, world_size: int = 1) -> str:
             "(with engine.recompute=block), or update.num_updates=3",
         ),
         ("--engine.compile regional --engine.zero_stage 3", "set engine.compile=off, or engine.zero_stage=2"),
-        ("--engine.channels_last true --engine.zero_stage 1", "ZeRO flattens the weights; set engine.zero_stage=0"),
+        (f"{BACKWARD} --engine.compile whole", "returns the gradients of all weights at once"),
+        (
+            "--engine.graphs on",
+            "DeepSpeed sets them to None after each step, and its hooks do not run on replay",
+        ),
+        (f"{PURE} {BACKWARD} --engine.graphs on", "cannot replay the steps of engine.optimizer_in_backward=true"),
+        (f"{PURE} --engine.graphs on --engine.offload_idle true", "moves the VAE each time; set engine.graphs=auto"),
         (
             "--engine.channels_last true --optimizer.name bnb_adamw_8bit",
             "makes channels_last weights contiguous at its first step",
@@ -62,6 +68,9 @@ def test_an_attention_that_is_not_installed_is_refused(monkeypatch: pytest.Monke
         f"{PURE} {BACKWARD} --engine.channels_last true --engine.recompute selective",
         "--optimizer.name adamw_8bit --engine.zero_stage 2 --engine.dtype bf16",
         "--optimizer.name bnb_paged_adamw_8bit",
+        "--engine.graphs auto --engine.zero_stage 3",
+        f"{PURE} --engine.graphs on",
+        "--engine.channels_last true --engine.zero_stage 2 --optimizer.name bnb_adamw_8bit",
         "--engine.offload_optimizer true --engine.zero_stage 3 --engine.dtype bf16",
     ],
 )

@@ -9,6 +9,8 @@ import torch
 from tiny_policies import TinyNetwork, engine_of, policy_of, trajectory_of
 from torch import Tensor
 
+from rlcm_fast.backbones.acceleration import accelerate
+from rlcm_fast.config import EngineConfig
 from rlcm_fast.engine.base import Engine
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -123,6 +125,22 @@ def test_stage_3_leaves_the_linear_of_torch_alone():
     before = torch.nn.functional.linear
     engine_of(TinyNetwork(), 1, stage=3)
     assert torch.nn.functional.linear is before
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_convolutions_in_channels_last_train_as_others_under_zero(stage: int):
+    """ZeRO flattens weights, so only what goes through the convolutions is in channels_last."""
+    weights = []
+    for channels_last in (False, True):
+        network = TinyNetwork()
+        accelerate(network, EngineConfig(stage, channels_last=channels_last))  # type: ignore[arg-type]
+        engine = engine_of(network, 2, stage=stage, max_grad_norm=0.01, channels_last=channels_last)
+        inputs: list[Tensor] = []
+        network.of_state.register_forward_hook(lambda _, given, __, inputs=inputs: inputs.append(given[0]))
+        train(engine)
+        weights.append(engine.full_weights())
+        assert all(x.is_contiguous(memory_format=torch.channels_last) == channels_last for x in inputs) and inputs
+    assert distance(*weights) < 1e-6
 
 
 def test_channels_last_weights_train_as_others_and_stay_so():

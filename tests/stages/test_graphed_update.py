@@ -1,0 +1,187 @@
+"""Updates, sampling and decoding by graphs do the same as without, on CPUs by a recorder of operations."""
+
+# B samples, K actions: 8 x 2 transitions
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from recorded_work import CpuRecorder
+from tiny_policies import TinyNetwork, engine_of, policy_of, trajectory_of
+from torch import Tensor
+
+from rlcm_fast.algorithms import PPO
+from rlcm_fast.config import UpdateConfig, parse_config
+from rlcm_fast.engine.base import Engine
+from rlcm_fast.graphs import Graphs
+from rlcm_fast.parallel import Turn
+from rlcm_fast.stages import graphing
+from rlcm_fast.stages.graphed_update import GraphedUpdate, MicroBatch
+from rlcm_fast.stages.start_model import StartModel
+from rlcm_fast.stages.update import Updater
+from rlcm_fast.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_process")
+ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, -2.0, 0.1, -0.4])
+
+
+class Setting:
+    """A bfloat16 network under the engine without DeepSpeed, updated by graphs or without."""
+
+    def __init__(self, is_graphed: bool, kl_weight: float = 0.0, **update: Any) -> None:
+        self.network = TinyNetwork().bfloat16()
+        self.config = UpdateConfig(clip_range=1e-2, kl_weight=kl_weight, **update)
+        size = self.config.micro_batch_size
+        self.engine = engine_of(self.network, -(-16 // size), 0, "pure_bf16", name="adamw_8bit", lr=1e-3)
+        self.policy = policy_of(self.engine, dtype=torch.bfloat16)
+        self.recorder, self.said = CpuRecorder(), []
+        algorithm = PPO(clip_range=1e-2)
+        graphed = None
+        if is_graphed:
+            assert self.engine.graph_problem == ""
+            self.engine.hold_gradients()
+            graphs, trained = Graphs(self.recorder, self.said.append, must_work=True), tuple(self.network.parameters())
+            graphed = GraphedUpdate(graphs, self.policy, algorithm, self.engine, self.config, trained)
+        start = TinyNetwork(1).bfloat16()
+        start_model = StartModel(policy_of(start, dtype=torch.bfloat16)) if kl_weight else None
+        self.updater = Updater(self.policy, algorithm, self.engine, self.config, start_model, graphed=graphed)
+
+    def update(self, seed: int = 4, advantages: Tensor = ADVANTAGES) -> Any:
+        trajectory = trajectory_of(policy_of(TinyNetwork().bfloat16(), dtype=torch.bfloat16), 8, seed)
+        return self.updater.update(trajectory, advantages, Turn(0, seed=seed))
+
+    def gradients(self) -> list[Tensor]:
+        return [weight.grad for weight in self.network.parameters() if weight.grad is not None]
+
+
+def same_weights(first: Engine, second: Engine) -> bool:
+    one, other = first.full_weights(), second.full_weights()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("update", [{"num_passes": 1}, {"num_passes": 2}, {"num_updates": 2}])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
+def test_three_rollouts_give_the_same_weights_and_metrics_bit_for_bit(update: dict[str, int], kl_weight: float):
+    with_graphs, without = (
+        Setting(is_graphed, kl_weight, micro_batch_size=4, **update) for is_graphed in (True, False)
+    )
+    for seed in (4, 5, 6):
+        one, other = with_graphs.update(seed), without.update(seed)
+        assert replace(one, seconds=0) == replace(other, seconds=0)
+        assert same_weights(with_graphs.engine, without.engine)
+    assert with_graphs.recorder.num_recorded == 1 and with_graphs.recorder.num_replayed > 12
+    assert with_graphs.said == ["graphs: recorded the update"]
+
+
+def test_a_last_micro_batch_filled_up_with_rows_of_signal_0_gives_the_same_gradient():
+    settings = [Setting(is_graphed, 0.1, micro_batch_size=6) for is_graphed in (True, False)]
+    gradients: list[list[Tensor]] = []
+    for setting in settings:
+        step = setting.engine._optimizer.step  # type: ignore[attr-defined]
+
+        def noted(setting: Setting = setting, step: Any = step, **keywords: Any) -> None:
+            gradients.append([gradient.float().clone() for gradient in setting.gradients()])
+            step(**keywords)
+
+        setting.engine._optimizer.step = noted  # type: ignore[attr-defined]
+    metrics = [setting.update() for setting in settings]  # micro-batches of 6, 6 and 4
+    for filled, plain in zip(*gradients, strict=True):
+        assert (filled - plain).norm() <= 1e-2 * plain.norm()  # bfloat16 has 8 bits
+    torch.testing.assert_close(metrics[0].loss, metrics[1].loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(metrics[0].kl_to_start, metrics[1].kl_to_start, rtol=1e-2, atol=0)
+    assert metrics[0].ratio_mean == 1 and metrics[0].ratio_max_deviation == 0
+    assert settings[0].recorder.num_recorded == 1
+
+
+def test_a_filled_micro_batch_repeats_its_rows_without_a_signal():
+    signals = torch.tensor([1.0, torch.nan])
+    batch = MicroBatch.filled(torch.tensor([7, 3]), signals, 0.25, 5)
+    assert batch.rows.tolist() == [7, 3, 7, 3, 7] and batch.is_real.tolist() == [1, 1, 0, 0, 0]
+    assert batch.signals[0] == 1 and batch.signals[1].isnan() and batch.signals[2:].tolist() == [0, 0, 0]
+    assert batch.share == 0.25
+
+
+def test_gradients_and_weights_stay_where_they_are_and_skipped_updates_leave_zeros(tmp_path: Path):
+    setting = Setting(True, micro_batch_size=4, max_skipped_updates=3)
+    places = [tensor.data_ptr() for tensor in (*setting.network.parameters(), *setting.gradients())]
+    before = setting.engine.full_weights()
+    for advantages in (ADVANTAGES, ADVANTAGES * torch.nan, ADVANTAGES):
+        setting.update(advantages=advantages)
+        assert not any(gradient.any() for gradient in setting.gradients())
+        assert [tensor.data_ptr() for tensor in (*setting.network.parameters(), *setting.gradients())] == places
+    assert any(not torch.equal(before[name], weight) for name, weight in setting.engine.full_weights().items())
+    setting.engine.save(tmp_path)
+    setting.update()
+    setting.engine.load(tmp_path)
+    setting.update()
+    assert [tensor.data_ptr() for tensor in (*setting.network.parameters(), *setting.gradients())] == places
+    assert setting.recorder.num_recorded == 1
+
+
+def test_engines_say_why_they_have_no_graphs():
+    assert "DeepSpeed sets gradients to None after each step" in engine_of(TinyNetwork(), 1).graph_problem
+    network = TinyNetwork().bfloat16()
+    in_backward = engine_of(network, 1, 0, "pure_bf16", in_backward=True, name="adamw_8bit")
+    assert "steps weights in the backward pass" in in_backward.graph_problem
+    many = engine_of(TinyNetwork().bfloat16(), 65, 0, "pure_bf16", name="adamw_8bit")
+    assert "sums of more than 64 micro-batches are rounded" in many.graph_problem
+
+
+RUN: dict[str, object] = {
+    "engine.dtype": "pure_bf16",
+    "optimizer.name": "adamw_8bit",
+    "optimizer.final_lr_fraction": 1.0,
+    "engine.recompute": "selective",
+    "update.kl_weight": 0.1,
+    "evaluation.every": 1,
+    "checkpoint.every": 1,
+    "ema.decay": 0.5,
+}
+
+
+def trained(model: str, run_dir: Path, **more: object) -> Trainer:
+    settings = {**RUN, **{name.replace("__", "."): value for name, value in more.items()}}
+    trainer = Trainer(parse_config(tiny_runs.arguments(model, run_dir, settings)))
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.slow
+@pytest.mark.telling
+def test_a_run_by_graphs_is_the_run_without_and_goes_on_after_a_resume(
+    tiny_lcm_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Sampling, decoding, updates; the average's evaluation and the start weights swap weights in place."""
+    trained(tiny_lcm_folder, tmp_path / "without")
+    monkeypatch.setattr(graphing, "recorder_of", lambda device: recorder)
+    recorder = CpuRecorder()
+    trained(tiny_lcm_folder, tmp_path / "with", engine__graphs="on", num_iterations=2)
+    said = capsys.readouterr().err
+    assert "engine.graphs=on: graphs for sampling, decoding, updates\n" in said
+    assert said.count("graphs: recorded the update") == 1 and "elsewhere" not in said
+    num_recorded = recorder.num_recorded
+    assert 3 <= num_recorded <= 6 and recorder.num_replayed > 20
+
+    recorder = CpuRecorder()
+    trained(tiny_lcm_folder, tmp_path / "with", engine__graphs="on", resume="latest")
+    assert "elsewhere" not in capsys.readouterr().err and recorder.num_replayed > 10
+    lines = [tiny_runs.metrics(tmp_path / name) for name in ("without", "with")]
+    assert len(lines[0]) == 4
+    for without, by_graphs in zip(*lines, strict=True):
+        assert by_graphs == pytest.approx(without, rel=1e-6)
+
+
+def test_auto_says_that_a_cpu_has_no_graphs_and_on_is_refused(
+    tiny_lcm_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = {"engine.dtype": "pure_bf16", "optimizer.name": "adamw_8bit", "engine.graphs": "auto"}
+    trainer = Trainer(parse_config(tiny_runs.arguments(tiny_lcm_folder, tmp_path / "auto", config)))
+    assert trainer.images.graphs is None and trainer.updater.graphed is None
+    assert "engine.graphs=auto: no graphs on a cpu\n" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="engine.graphs=on needs a CUDA device, and this is a cpu; set engine.graphs="):
+        Trainer(parse_config(tiny_runs.arguments(tiny_lcm_folder, tmp_path / "on", {**config, "engine.graphs": "on"})))
