@@ -23,7 +23,7 @@ _FIELDS = ("kind", "num_steps", "timesteps", "guidance_scale", "eta", "last_step
 def write_sampler(policy: PolicyConfig, folder: Path) -> None:
     """Writes the fields of a policy that decide what it draws."""
     fields = {name: getattr(policy, name) for name in _FIELDS}
-    (folder / SAMPLER_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    (folder / SAMPLER_FILE).write_text(json.dumps(fields, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_sampler(model: str, revision: str | None = None) -> PolicyConfig | None:
