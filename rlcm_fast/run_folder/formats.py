@@ -28,7 +28,7 @@ from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.backbones.single_file import modelspec, save_single_file, save_unet_file, textual_inversions
 from rlcm_fast.config import Config, parse_config, to_dict
 from rlcm_fast.run_folder import checkpoint as checkpoints
-from rlcm_fast.run_folder.model_card import Card, diffusers_usage, lora_usage, sampler, with_kind
+from rlcm_fast.run_folder.model_card import Card, diffusers_usage, lora_usage, sampler, shown, with_kind
 from rlcm_fast.run_folder.resume import put_weights
 from rlcm_fast.run_folder.sampler_file import RECIPE, write_sampler
 from rlcm_fast.run_folder.tracking import say
@@ -175,12 +175,21 @@ class Export:
     def _metadata(self) -> dict[str, str]:
         """Returns the texts of the file's header: title, date, recipe."""
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        recipe = json.dumps({**to_dict(self.run.config), "finished_iterations": self.run.iteration})
+        recipe = json.dumps({**_without_places(to_dict(self.run.config)), "finished_iterations": self.run.iteration})
         return {"modelspec.title": self.name, "modelspec.date": today, RECIPE: recipe}
 
     def _card(self, config: Config, usage: str, notes: Sequence[str], is_adapter: bool = False) -> None:
         write_sampler(config.policy, self.folder)
         Card(self.run.run_dir.resolve(), config, self.run.iteration, usage, notes, is_adapter).write(self.folder)
+
+
+def _without_places(value: Any) -> Any:
+    """Returns a config's values with the names of files and folders alone where they are absolute paths."""
+    if isinstance(value, dict):
+        return {name: _without_places(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(inner) for inner in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def _guidance_notes(unet: Any, guidance_scale: float) -> list[str]:

@@ -74,6 +74,7 @@ def test_a_single_file_holds_the_exported_model_and_its_recipe(run: Path, tiny_l
     recipe = json.loads(metadata["rlcm_fast.recipe"])
     assert (recipe["finished_iterations"], recipe["policy"]["num_steps"]) == (6, 3)
     assert metadata["modelspec.title"] == "my_run"
+    assert recipe["run_dir"] == "my_run" and str(run.parent) not in metadata["rlcm_fast.recipe"]
 
 
 def test_what_is_exported_says_how_it_was_sampled(run: Path, lora_run: Path, tmp_path: Path):
