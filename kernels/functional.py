@@ -100,7 +100,8 @@ def gaussian_step(
     from rlcm_fast.kernels.triton_ops import gaussian
 
     with torch.no_grad():
-        return gaussian.gaussian_step(x, m, m_uncond, _rows_of(coef), noise, seeds, float(guidance_scale))
+        dense = None if seeds is None else seeds.contiguous()
+        return gaussian.gaussian_step(x, m, m_uncond, _rows_of(coef), noise, dense, float(guidance_scale))
 
 
 def gaussian_kl(m: Tensor, m_ref: Tensor, coef: Tensor) -> Tensor:

@@ -231,12 +231,13 @@ def estimate_memory(
     pairs = strategy.real_image_micro_batch_size
     encoded = min(strategy.decode_batch_size or pairs, pairs)
     with_workspace = 1.0 if device == "cpu" else 1 + WORKSPACE_SHARE
+    has_encoder = device == "cpu" or pairs > 0  # a GPU's run leaves it on the CPU, unless it trains on real images
     return Memory(
         weights=_weight_bytes(strategy, trained, unet.frozen, processes),
         gradients=gradients,
         master=0 if strategy.offload_optimizer else master,
         moments=0 if strategy.offload_optimizer else moments,
-        vae=(profiles.vae.decoder.numel + (profiles.vae.encoder.numel if pairs else 0)) * FROZEN_DTYPE.itemsize,
+        vae=(profiles.vae.decoder.numel + (profiles.vae.encoder.numel if has_encoder else 0)) * FROZEN_DTYPE.itemsize,
         text_encoders=profiles.text_numel * FROZEN_DTYPE.itemsize,
         start_model=(trained + unet.frozen) * itemsize if strategy.copies_start_model else 0,
         ema=trained * 4 if strategy.ema == "gpu" else 0,

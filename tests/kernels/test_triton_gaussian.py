@@ -116,6 +116,8 @@ def test_drawn_noise_is_philox_by_seed_and_place_in_any_layout_and_standard_norm
     with dispatch.use("triton"):
         last = x.contiguous(memory_format=torch.channels_last)
         assert torch.equal(functional.gaussian_step(last, m, coef, seeds=seeds)[0], steps["triton"])
+        spread = torch.stack([seeds, seeds + 1], dim=1)[:, 0]  # every second number, as of one step of many
+        assert torch.equal(functional.gaussian_step(x, m, coef, seeds=spread)[0], steps["triton"])
         alone = functional.gaussian_step(x[1:2], m[1:2], coef[1:2], seeds=seeds[1:2])[0]
         assert torch.equal(alone, steps["triton"][1:2])
     noise = reference.philox_normal(torch.arange(100), torch.Size((4, 64, 64)))  # 1.6 million

@@ -78,12 +78,12 @@ def test_a_run_on_the_cpu_writes_table_picture_and_summary(tmp_path: Path, monke
     lines = (tmp_path / "bench_kernels.csv").read_text().splitlines()
     assert lines[0] == COLUMNS
     rows = list(csv.DictReader(lines))
-    assert len(rows) == 2 * 2 * 2
+    assert len(rows) == 2 * 2 * 3  # the policy loss also on-policy
     assert all(float(row["ms_20"]) <= float(row["ms_50"]) <= float(row["ms_80"]) for row in rows)
     assert {(row["size"], row["graph_copy_share"]) for row in rows} == {("1x2x2", ""), ("", "")}
     assert (tmp_path / "bench_kernels.png").stat().st_size > 10_000
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["measured"] == 8 and summary["device"] == "cpu" and summary["torch"] == torch.__version__
+    assert summary["measured"] == 12 and summary["device"] == "cpu" and summary["torch"] == torch.__version__
     assert summary["worst_ratio_to_compile"] is None and summary["policy_loss_launches"] is None
     assert summary["cut"] == []
     picture = (tmp_path / "bench_kernels.png").read_bytes()
