@@ -1,7 +1,8 @@
 """The first thing in which two run folders differ, bit for bit: metrics, grids, checkpoints, exported weights.
 
-Times, memory and what names the run itself (config.yaml, environment.json) are left out; so are DeepSpeed's files, in
-which the same numbers lie in another layout.
+Times (of files too, as two checkouts of a commit hold the same models with other times), memory and what names the run
+itself (config.yaml, environment.json) are left out; so are DeepSpeed's files, in which the same numbers lie in another
+layout.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 MISSING = "(missing)"
+_TIME_OF_A_FILE = ".mtime_ns"  # in the fingerprint of a model's files; their sizes and hashes are compared
 
 
 def first_difference(old: Path, new: Path) -> str:
@@ -84,11 +86,12 @@ def _is_shard(path: Path) -> bool:
 
 
 def _in_states(old: Path, new: Path) -> str:
-    """Compares what the old state.json holds; a key that is new there is no difference."""
+    """Compares what the old state.json holds but times; a key that is new there is no difference."""
     for path in compared_files(old):
         if path.name != "state.json":
             continue
         before = _flat(json.loads((old / path).read_text()))
+        before = {key: value for key, value in before.items() if not key.endswith(_TIME_OF_A_FILE)}
         after = _flat(json.loads((new / path).read_text()))
         difference = _in_values(before, {key: value for key, value in after.items() if key in before})
         if difference:

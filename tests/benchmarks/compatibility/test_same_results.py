@@ -67,6 +67,22 @@ def test_times_and_memory_are_no_difference(folders: tuple[Path, Path]):
     assert first_difference(old, new) == ""
 
 
+def test_another_time_of_a_models_file_is_no_difference_but_another_size_or_hash_is(folders: tuple[Path, Path]):
+    old, new = folders
+    name = "unet/diffusion_pytorch_model.safetensors"
+    file = {"size": 10, "mtime_ns": 1, "header": "ab", "sha256": "cd"}
+
+    def write(run_dir: Path, **changes: Any) -> None:
+        write_state(run_dir, iteration=2, trained_with={"model": {"pipeline": {name: {**file, **changes}}}})
+
+    write(old)
+    write(new, mtime_ns=2)
+    assert first_difference(old, new) == ""
+    for key, value in (("size", 11), ("header", "xy"), ("sha256", "xy")):
+        write(new, mtime_ns=2, **{key: value})
+        assert first_difference(old, new).endswith(f"{name}.{key} was {file[key]}, now {value}")
+
+
 def test_a_metric_that_changed_in_its_last_digit_is_found_with_both_values(folders: tuple[Path, Path]):
     old, new = folders
     write_lines(new, [{**LINES[0], "loss": 0.10000000000000002}, LINES[1]])
