@@ -17,6 +17,7 @@ _LEVELS = {  # each library reads its variable when it is imported; a level that
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "KINETO_LOG_LEVEL": "99",  # of torch.profiler, which reads it when it first starts
 }
 _LIBRARIES = "accelerate|bitsandbytes|deepspeed|diffusers|huggingface_hub|peft|torch|transformers|triton"
 _FALLBACK = r"(?si).*(fall(s|ing)? back|not supported)"  # nothing falls back silently

@@ -14,7 +14,13 @@ import pytest
 
 from rlcm_fast import quiet
 
-LEVELS = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY", "TORCH_CPP_LOG_LEVEL")
+LEVELS = (
+    "TRANSFORMERS_VERBOSITY",
+    "DIFFUSERS_VERBOSITY",
+    "HF_HUB_VERBOSITY",
+    "TORCH_CPP_LOG_LEVEL",
+    "KINETO_LOG_LEVEL",
+)
 LOGGERS = ("bitsandbytes", "DeepSpeed", quiet.MISSING_WEIGHTS)
 
 
@@ -71,7 +77,7 @@ def test_warnings_and_advice_of_libraries_are_hidden_and_errors_are_not():
         assert not shown(name, logging.WARNING)
         assert shown(name, logging.ERROR)
     assert not warned("torch.distributed.c10d_logger") and not warned("diffusers.models.lora")
-    assert [os.environ[name] for name in LEVELS] == ["error", "error", "error", "ERROR"]
+    assert [os.environ[name] for name in LEVELS] == ["error", "error", "error", "ERROR", "99"]
     assert not quiet.is_debug()
 
 

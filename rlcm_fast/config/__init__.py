@@ -124,6 +124,8 @@ class Config:
     """Start a new run from the trained weights alone of a checkpoint, or of the newest one in the folder of a run."""
     dry_run: bool = False
     """Print the resolved config and the derived numbers, and stop."""
+    profile: NonNegativeInt = 0
+    """Profile this iteration, counted from 1 over the whole run: a trace and a table of stages in run_dir/profile."""
     debug: bool = False
     """Show the warnings and advice of the libraries, too; without it the run's own lines come first."""
 

@@ -54,6 +54,11 @@ def _check_use(config: Config) -> None:
 
     A default passes, though a user may have written it: a resolved config has all of them.
     """
+    if config.profile > config.num_iterations:
+        raise ValueError(
+            f"profile={config.profile} is past num_iterations={config.num_iterations}; name one of them, 2 or a later "
+            "one, as the first warms up"
+        )
     if config.tasks:
         _check_beside_tasks(config)
     if not config.tasks and config.task_schedule == "by_task":

@@ -20,6 +20,7 @@ from rlcm_fast.faults import Diverged, Fault
 from rlcm_fast.run_folder.checkpoint import complete, is_full_disk
 from rlcm_fast.run_folder.failures import first_line
 from rlcm_fast.run_folder.resume import RunFolder
+from rlcm_fast.run_folder.stage_profile import stage
 
 
 @dataclass
@@ -53,8 +54,9 @@ class Progress:
         iteration = self.state["iteration"]
         if iteration == self._saved:
             return
-        self.check_weights(iteration)
-        self.folder.save(iteration, self.engine, self.state)
+        with stage("checkpoint"):
+            self.check_weights(iteration)
+            self.folder.save(iteration, self.engine, self.state)
         self._saved = iteration
 
     def save_at_stop(self) -> None:

@@ -309,6 +309,7 @@ RULES: dict[str, Rule] = {
     "resume_weights_only": _SILENT,
     "trust_old_checkpoint": _SILENT,
     "dry_run": _SILENT,
+    "profile": _SILENT,
     "debug": _SILENT,
 }
 SILENT = frozenset(name for name, rule in RULES.items() if rule.kind == "silent")

@@ -22,6 +22,7 @@ from rlcm_fast import parallel
 from rlcm_fast.config import Config, to_dict, to_yaml
 from rlcm_fast.finite_json import finite_json, not_finite
 from rlcm_fast.grids import captioned_grid
+from rlcm_fast.run_folder.stage_profile import IterationProfile
 from rlcm_fast.terminal import TERMINAL, write_line
 
 _PACKAGES = ("rlcm_fast", "torch", "diffusers", "transformers", "deepspeed", "safetensors", "numpy", "pillow")
@@ -59,6 +60,7 @@ class Tracker:
         self._bar: Any = None  # a tqdm, on the main rank
         self._events: Any = None
         self._wandb: Any = None
+        self._profile = IterationProfile(run_dir / "profile", config.profile, self.say)
         if not parallel.is_main():
             return
 
@@ -110,6 +112,8 @@ class Tracker:
         if "images_per_second" in metrics:  # the line after the last iteration has only an evaluation
             self._bar.set_postfix(_postfix(metrics), refresh=False)
             self._bar.update(1)
+            self._profile.end()
+            self._profile.begin(iteration + 1)
 
     def grid(self, iteration: int, images: Tensor | Sequence[Tensor], texts: Sequence[str]) -> None:
         """Saves images (B, 3, H, W) with their captions as grids/<iteration>.png and as an event.
@@ -133,8 +137,10 @@ class Tracker:
 
     def begin(self, num_images: int) -> None:
         """Announces the first iteration, which scores `num_images` images on all processes together."""
-        if self._bar is not None and self._bar.n < self._bar.total:
-            self.say(f"first iteration: number {self._bar.n + 1} of {self._bar.total}, {num_images} images")
+        if self._bar is None or self._bar.n >= self._bar.total:
+            return
+        self.say(f"first iteration: number {self._bar.n + 1} of {self._bar.total}, {num_images} images")
+        self._profile.begin_run(self._bar.n)
 
     def say(self, message: str) -> None:
         """Prints a line above the bar, for the person at the terminal."""
@@ -145,6 +151,7 @@ class Tracker:
         """Ends the bar and closes all files."""
         if self._bar is None:
             return
+        self._profile.close()
         self._bar.close()
         self._lines.close()
         if self._events:

@@ -39,6 +39,7 @@ from rlcm_fast.rewards import (
     joined,
 )
 from rlcm_fast.rewards.diversity import Diversity, Thumbnails
+from rlcm_fast.run_folder.stage_profile import stage
 from rlcm_fast.run_folder.tracking import Tracker, say
 from rlcm_fast.stages.image_sizes import Run, Size
 from rlcm_fast.stages.images import TextToImage
@@ -234,7 +235,7 @@ class Evaluation:
         if not (is_scored or is_drawn):
             return {}
         metrics: dict[str, float] = {}
-        with self.engine.averaged():
+        with stage("evaluation"), self.engine.averaged():
             if is_drawn:
                 pictures, prompts = self.grid.draw_all(self.images)
                 tracker.grid(iteration, pictures, [prompt.text for prompt in prompts])

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.graphs import Graphs, Work
 from rlcm_fast.policies import GaussianPolicy, Noise
+from rlcm_fast.run_folder.stage_profile import stage
 from rlcm_fast.trajectory import Conditioning, Prompt, Trajectory
 
 
@@ -30,7 +31,8 @@ class TextToImage:
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """Encodes the prompts; the pipeline encodes each distinct text once in the run."""
-        return self.backbone.encode(prompts, with_negative=self.policy.needs_negative)
+        with stage("encode"):
+            return self.backbone.encode(prompts, with_negative=self.policy.needs_negative)
 
     def sized(self, conditioning: Conditioning, size: tuple[int, int] | None) -> Conditioning:
         """Returns the conditioning for images of so many pixels, height and width; None leaves them to the model."""
@@ -38,11 +40,13 @@ class TextToImage:
 
     def sample(self, conditioning: Conditioning, generator: torch.Generator) -> tuple[Trajectory, Tensor]:
         """Returns a trajectory and x_0 (B, C, H, W) for evaluation: a sampled last step adds no noise to x_0."""
-        return self.policy.sample(conditioning, generator, explores=False, denoise=self._denoise)
+        with stage("sample"):
+            return self.policy.sample(conditioning, generator, explores=False, denoise=self._denoise)
 
     def explore(self, conditioning: Conditioning, noise: Noise) -> tuple[Trajectory, Tensor]:
         """Returns a trajectory to learn from and x_0 (B, C, H, W)."""
-        return self.policy.sample(conditioning, noise, denoise=self._denoise)
+        with stage("sample"):
+            return self.policy.sample(conditioning, noise, denoise=self._denoise)
 
     def decoding(self) -> AbstractContextManager[None]:
         """The decoder is on the device inside, however often it decodes."""
@@ -50,7 +54,8 @@ class TextToImage:
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Returns images (B, 3, H, W) float32 in [0, 1]."""
-        return self.backbone.decode(x_0)
+        with stage("decode"):
+            return self.backbone.decode(x_0)
 
     def _denoise(self, x_t: Tensor, noise: Noise, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
         if self.graphs is None:

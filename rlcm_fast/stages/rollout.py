@@ -26,6 +26,7 @@ from rlcm_fast.config import RolloutConfig
 from rlcm_fast.parallel import Stream, Turn
 from rlcm_fast.policies import SeededNoise
 from rlcm_fast.rewards import Offloading, Rewards, Skipping
+from rlcm_fast.run_folder.stage_profile import stage
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.image_sizes import ImageSizes, joined
 from rlcm_fast.stages.images import TextToImage
@@ -122,13 +123,15 @@ class Collector:
                 may_stop()
                 rows = slice(int(neighbours[0]), int(neighbours[-1]) + 1)
                 trajectory, x_0 = self.images.explore(of_size.take(rows), noise.take(rows))
-                self.rewards.wait_for_room(may_stop)
+                with stage("reward_wait"):
+                    self.rewards.wait_for_room(may_stop)
                 self.rewards.submit(self.images.decode(x_0), prompts[rows])
                 parts[-1].append(trajectory)
 
         # Join the micro-batches and wait for the rewards that are still missing.
         trajectory = joined(runs, parts)
-        return trajectory, parallel.together(lambda: self.rewards.gather(turn.iteration, may_stop))
+        with stage("reward_wait"):
+            return trajectory, parallel.together(lambda: self.rewards.gather(turn.iteration, may_stop))
 
     def _num_skipped(self, rewards: dict[str, Rewards], iteration: int) -> int:
         """Counts the images without a score, on all processes, and says so; raises a Fault if they are too many."""

@@ -24,6 +24,7 @@ from rlcm_fast.algorithms import Algorithm
 from rlcm_fast.config import UpdateConfig
 from rlcm_fast.parallel import Stream, Turn
 from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.run_folder.stage_profile import stage
 from rlcm_fast.stages.rollout import Rollout
 from rlcm_fast.stages.selection import Selection, step_weights
 from rlcm_fast.trajectory import AnyTrajectory, micro_batches
@@ -53,7 +54,8 @@ class TaskGradients:
             return {}
         generator = turn.generator(Stream.TASK_GRADIENTS)
         names = [prompt.task for prompt in batch.prompts]
-        self._found |= self.by_task(batch.trajectory, sample_weights, names, generator)
+        with stage("task_gradients"):
+            self._found |= self.by_task(batch.trajectory, sample_weights, names, generator)
         if len(self._found) < self._num_tasks:
             return {}
         gradients, self._found = self._found, {}

@@ -33,6 +33,7 @@ from rlcm_fast.engine.base import Engine
 from rlcm_fast.kernels import functional
 from rlcm_fast.parallel import Stream, Turn
 from rlcm_fast.policies.base import GaussianPolicy
+from rlcm_fast.run_folder.stage_profile import stage
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.graphed_update import GraphedUpdate, MicroBatch, RolloutTensors
 from rlcm_fast.stages.selection import Selection, step_weights
@@ -90,7 +91,8 @@ class Updater:
         # Choose transitions, and run the start model on them if there is a KL term.
         selection = Selection(trajectory, config, self.algorithm.samples_together, turn.generator(Stream.UPDATE))
         if config.recomputes_log_probs:
-            trajectory = self._recomputed(trajectory, selection.rows)
+            with stage("old_log_probs"):
+                trajectory = self._recomputed(trajectory, selection.rows)
         work = _RolloutUpdates(self, trajectory, sample_weights.to(self.policy.device), selection.rows, may_stop)
 
         # Take the optimizer steps.
@@ -104,7 +106,8 @@ class Updater:
         """Measures how far rounding alone moves the ratio from 1, and warns if the clip would act on that."""
         config = self.config
         generator = parallel.generator(turn.seed, Stream.RATIO_NOISE, parallel.rank())
-        noise = max(parallel.all_gather_list([self.ratio_noise(trajectory, generator)]))
+        with stage("ratio_check"):
+            noise = max(parallel.all_gather_list([self.ratio_noise(trajectory, generator)]))
         if noise >= config.clip_range and self.algorithm.clips and not config.is_on_policy:
             say(
                 f"warning: rounding alone moves the ratio by {noise:.1e}, as much as update.clip_range="
@@ -156,8 +159,10 @@ class _RolloutUpdates:
         self._may_stop = may_stop
         self._norm = 0.0  # of the gradient of the last update
         self._step_weights = step_weights(policy.schedule, config.step_weights).to(sample_weights.device)
-        start_model = updater.start_model
-        self._start_outputs = start_model and start_model.outputs(trajectory, rows, config.micro_batch_size)
+        self._start_outputs = None
+        if updater.start_model:
+            with stage("start_model"):
+                self._start_outputs = updater.start_model.outputs(trajectory, rows, config.micro_batch_size)
         self._tensors: RolloutTensors | None = None
         if updater.graphed:  # there is one image size
             self._tensors = RolloutTensors.of(trajectory.part(0), (self._start_outputs or {}).get(0))
@@ -235,20 +240,23 @@ class _RolloutUpdates:
         policy, config = self._updater.policy, self._updater.config
         if self._updater.graphed and self._tensors:
             filled = MicroBatch.filled(batch.rows, batch.signals, share, config.micro_batch_size)
-            loss, kl, stats = self._updater.graphed(self._tensors, filled)
+            with stage("update_graph"):
+                loss, kl, stats = self._updater.graphed(self._tensors, filled)
             self.record.micro_batch(stats, loss, kl)
             self._step()
             return
-        transitions = self._trajectory.part(batch.size).transitions(batch.rows)
-        m = policy.network_output(transitions.x_t, transitions.step, transitions.conditioning)
-        coef = policy.coefficients(transitions.step)
-        # With one update per rollout the old policy is the present one: its log-prob is the new one, detached (exact).
-        old = None if config.is_on_policy else transitions.log_prob_old
-        loss, stats = self._updater.algorithm.loss_of_output(transitions, m, coef, old, batch.signals)
-        kl = m.new_zeros(())
-        if self._start_outputs is not None:
-            kl = functional.gaussian_kl(m, self._start_outputs[batch.size].take(batch.rows), coef).mean()
-        self._updater.engine.backward(share * (loss + config.kl_weight * kl))
+        with stage("update_forward"):
+            transitions = self._trajectory.part(batch.size).transitions(batch.rows)
+            m = policy.network_output(transitions.x_t, transitions.step, transitions.conditioning)
+            coef = policy.coefficients(transitions.step)
+            # With one update per rollout the old policy is the present one: its log-prob is the new one, detached.
+            old = None if config.is_on_policy else transitions.log_prob_old
+            loss, stats = self._updater.algorithm.loss_of_output(transitions, m, coef, old, batch.signals)
+            kl = m.new_zeros(())
+            if self._start_outputs is not None:
+                kl = functional.gaussian_kl(m, self._start_outputs[batch.size].take(batch.rows), coef).mean()
+        with stage("update_backward"):
+            self._updater.engine.backward(share * (loss + config.kl_weight * kl))
         self.record.micro_batch(stats, loss.detach(), kl.detach())
         self._step()
 
@@ -261,12 +269,14 @@ class _RolloutUpdates:
         start = time.perf_counter()
         self.record.extra_skipped += extra.num_skipped
         for loss in extra.losses():
-            self._updater.engine.backward(loss)
+            with stage("update_backward"):
+                self._updater.engine.backward(loss)
             self.record.extra_losses.append(loss.detach())
             self._step()
         self.record.extra_seconds += time.perf_counter() - start
 
     def _step(self) -> None:
-        norm = self._updater.engine.step()
+        with stage("step"):
+            norm = self._updater.engine.step()
         if norm is not None:
             self._norm = norm
