@@ -12,7 +12,7 @@ at guidance 4, and their diversity. What L_pre does to the samples when no rewar
 
 guidance is what the network is told in the loss: 1, the data's own distribution, or 4, that of the samples.
 low_noise at guidance 1 is `rlcm_fast.policies.real_image_loss`. loss_mean is over the updates since the line before;
-the seconds in the CSV are of a machine that other work shared.
+the seconds in the CSV are of a machine that other work shared. The last line on stdout has the rows as JSON.
 
     OMP_NUM_THREADS=1 python benchmarks/learning/pretraining_losses.py --out benchmarks/results/learning
 """
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.shared.reporting import print_summary
 from rlcm_fast import parallel
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import EvaluationConfig, ModelConfig, PolicyConfig
@@ -234,6 +235,7 @@ def main() -> None:
             for guidance in arguments.guidance:
                 rows += Trial(arguments, loss, guidance, seed).run()
                 _write(arguments.out / "pretraining_losses.csv", rows)
+    print_summary({"rows": [asdict(row) for row in rows]}, arguments.out / "pretraining_losses.json")
 
 
 def _write(file: Path, rows: list[Row]) -> None:

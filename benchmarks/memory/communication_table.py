@@ -4,7 +4,8 @@
 
 SD1.5's UNet trained whole in bfloat16 by RLCM at 8 steps, on H100s. A row for each ZeRO stage, number of GPUs and
 network: what a process sends in an update of --samples samples, how long that takes, and the smallest batch whose
-efficiency is above --least. Prints the table too.
+efficiency is above --least. Prints the table too, and the
+rows as JSON on the last line.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shared.reporting import write_csv
+from benchmarks.shared.reporting import print_summary, write_csv
 from rlcm_fast.planner.communication import Network, TrafficCase, bytes_sent, efficiency, smallest_global_batch
 
 NUM_WEIGHTS = 859_600_000
@@ -34,6 +35,7 @@ def main() -> int:
     rows = table(arguments.samples, arguments.least)
     write_csv(arguments.out, rows)
     print(markdown(rows))
+    print_summary({"rows": rows})
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import importlib
 import json
@@ -58,6 +59,32 @@ def test_every_benchmark_answers_help(name: str):
     done = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--out" in done.stdout and "JSON" not in done.stderr
+
+
+def scripts() -> list[Path]:
+    """Every benchmark that is run by itself; clients run in the environments of other tools."""
+    found = [file for file in FOLDER.rglob("*.py") if "clients" not in file.parts]
+    return sorted(file for file in found if '__name__ == "__main__"' in file.read_text(encoding="utf-8"))
+
+
+def calls_in(function: ast.FunctionDef, names: set[str]) -> list[ast.Call]:
+    calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+    return [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in names]
+
+
+@pytest.mark.parametrize("file", scripts(), ids=lambda file: file.relative_to(FOLDER).as_posix())
+def test_the_last_line_of_every_benchmark_is_json(file: Path):
+    """Some function prints the summary, or run_figure does, and nothing goes to stdout after it in that function."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    if "sys.exit(run_figure(" in ast.unparse(tree):
+        return
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    printing = [function for function in functions if calls_in(function, {"print_summary"})]
+    assert printing, "it prints no summary"
+    for function in printing:
+        last = max(call.lineno for call in calls_in(function, {"print_summary"}))
+        later = [call for call in calls_in(function, {"print"}) if call.lineno > last]
+        assert all("sys.stderr" in ast.unparse(call) for call in later), f"{function.name} prints after the summary"
 
 
 def test_a_row_stands_where_its_weights_had_been_paid_for(load, tmp_path: Path):
