@@ -9,8 +9,9 @@ test:
 test-all:
 	python -m pytest -m ""
 
-gpu: # WHEELS=FOLDER for what the machine lacks, OUT=FOLDER for the results
-	python -m benchmarks.gpu_suite $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)")
+gpu: # WHEELS=FOLDER for what the machine lacks, OUT=FOLDER for the results, PART="tests full_size" for these alone
+	python -m benchmarks.gpu_suite $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)") \
+		$(if $(PART),--parts $(PART)) $(if $(ARGS),--args="$(ARGS)")
 
 lint:
 	ruff check .

@@ -2,12 +2,14 @@
 
     make gpu                            # or: python -m benchmarks.gpu_suite
     make gpu WHEELS=FOLDER OUT=FOLDER   # wheels for what a machine lacks (gpu_wheels.txt); another folder for results
+    make gpu PART="tests full_size"     # these parts alone, each with 2.5 times its time
+    make gpu PART=full_size ARGS="--modes off --micro-batch-sizes"   # a slice: options for the benchmark of one part
 
 Each part is a command with a time budget of its own; one that runs out of it is stopped, and suite.json says so:
 
     tests          those marked `gpu`
-    full_size      bench_full_size.py: an iteration of SD1.5's consistency model, eager and compiled; noise of the
-                   ratio, inference time, micro-batch sizes
+    full_size      bench_full_size.py: an iteration of SD1.5's consistency model, eager and compiled: seconds, MFU, how
+                   busy the GPU is; noise of the ratio, inference time, micro-batch sizes
     memory         bench_memory.py: peak memory of every strategy, SD1.5 and SDXL, capped at 24 GiB, beside the plan
     bench_kernels  bench_kernels.py --quick
     sanitizer      every operation of the kernels under compute-sanitizer, where that is installed
@@ -15,8 +17,9 @@ Each part is a command with a time budget of its own; one that runs out of it is
 Without a GPU the same parts run on the CPU: the kernels' tests in Triton's interpreter, the model that ships in the
 place of the full-size ones, and no sanitizer. It needs torch, triton and transformers, and what gpu_wheels.txt lists;
 matplotlib for the picture, which `bench_kernels.py --redraw` makes elsewhere. Writes
-benchmarks/results/gpu/DEVICE/: suite.json (which is also the last line on stdout), the CSV and JSON files of the
-benchmarks, and one .txt a part with what it said.
+benchmarks/results/gpu/DEVICE/: suite.json (which is also the last line on stdout) after each part, the CSV and JSON
+files of the benchmarks, and one .txt a part with what it said. Parts that are not run again stay in suite.json, with
+their date.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import site
 import subprocess
@@ -44,6 +48,9 @@ from benchmarks.shared.reporting import ROOT, print_summary
 
 _GRACE_SECONDS = 20.0  # for a benchmark to end what it is in when its time is over
 _BENCHMARKS = ("full_size", "memory", "bench_kernels")
+_TESTS = ("tests", "sanitizer")
+_PARTS = ("tests", "full_size", "memory", "bench_kernels", "sanitizer")
+_LONGER = 2.5  # for a part that was asked for by name
 
 
 @dataclass(frozen=True)
@@ -80,16 +87,27 @@ def main() -> int:
             way_out = "pip install them, or give WHEELS=FOLDER (gpu_wheels.txt says how to collect them)"
             print(f"error: make gpu needs {', '.join(lacking)}: {way_out}", file=sys.stderr)
             return 2
-        # Run the parts.
+        # Run the parts, and write after each: what is cut off leaves those before it.
+        has_plot = importlib.util.find_spec("matplotlib") is not None
+        parts_here = parts_of if device.type == "cuda" else parts_on_cpu
+        try:
+            parts = chosen(parts_here(out.resolve(), Path(folder), has_plot), arguments.parts, arguments.args)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         out.mkdir(parents=True, exist_ok=True)
-        results = run_all(out.resolve(), Path(folder), environment, device.type == "cuda")
-    print_summary({**results, **_versions()}, out / "suite.json")
-    return 0 if all(part["ok"] for part in results["parts"].values()) else 1
+        results = earlier_results(out / "suite.json")
+        for part in parts:
+            results = with_part(results, part, out.resolve(), Path(folder), environment)
+            print_summary({**results, "cut_or_left_out": gaps(results, has_plot), **_versions()}, out / "suite.json")
+    return 0 if all(results["parts"][part.name]["ok"] for part in parts) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/gpu/DEVICE)")
+    parser.add_argument("--parts", nargs="*", default=[], metavar="PART", help=f"of {', '.join(_PARTS)} (default all)")
+    parser.add_argument("--args", default="", metavar="OPTIONS", help="more options for the benchmark of one part")
     parser.add_argument("--wheels", type=Path, help="folder of wheels, installed for this run alone, without an index")
     return parser
 
@@ -118,28 +136,59 @@ def lacking_packages() -> list[str]:
     return [name for name in names if not list(importlib.metadata.distributions(name=name))]
 
 
-def run_all(out: Path, scratch: Path, environment: dict[str, str], has_gpu: bool) -> dict[str, Any]:
-    """What came of the parts, the benchmarks' summaries, and what was cut or left out, in words."""
-    has_plot = importlib.util.find_spec("matplotlib") is not None
-    notes = [] if has_plot else ["no picture: matplotlib is not installed; bench_kernels.py --redraw draws it"]
-    results: dict[str, Any] = {"parts": {}, "tests": {}}
-
-    # Run one part after another.
-    parts = parts_of(out, scratch, has_plot) if has_gpu else parts_on_cpu(out, scratch, has_plot)
+def chosen(parts: Sequence[Part], names: Sequence[str], options: str = "") -> list[Part]:
+    """The parts of these names, with more time each; or all of them. `options` are added to a benchmark's own."""
+    for name in names:
+        if name not in _PARTS:
+            raise ValueError(f"PART={name} is no part of the suite; the parts are {', '.join(_PARTS)}")
+    if options and (len(names) != 1 or names[0] not in _BENCHMARKS):
+        raise ValueError(f"ARGS={options} needs one PART that is a benchmark: {', '.join(_BENCHMARKS)}")
+    found = []
     for part in parts:
-        print(f"{part.name}: at most {part.seconds:.0f} s", file=sys.stderr, flush=True)
-        results["parts"][part.name] = run_part(part, out, environment)
-        if not results["parts"][part.name]["ended"]:
-            notes.append(f"{part.name}: stopped after {part.seconds:.0f} s, the rest of it was not run")
+        if part.name in names:
+            limit = part.seconds * _LONGER
+            own = [_until(limit) if word == _until(part.seconds) else word for word in part.command]
+            found.append(Part(part.name, [*own, *shlex.split(options)], limit))
+    if names and not found:
+        raise ValueError(f"PART={' '.join(names)} needs a GPU, and torch sees no CUDA device")
+    return found or list(parts)
 
-    # Read what the tests and the benchmarks say of themselves.
-    for name in ("tests", "sanitizer"):
-        results["tests"][name] = counts_of(scratch / f"{name}.xml")
+
+def earlier_results(file: Path) -> dict[str, Any]:
+    """What an earlier call of the suite left; nothing where there is none, or where it ran on another device."""
+    nothing: dict[str, Any] = {"parts": {}, "tests": {}}
+    if not file.exists():
+        return nothing
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if known.get("device") != _versions()["device"]:
+        return nothing
+    return {key: value for key, value in known.items() if key in ("parts", "tests", *_BENCHMARKS)}
+
+
+def with_part(
+    results: dict[str, Any], part: Part, out: Path, scratch: Path, environment: dict[str, str]
+) -> dict[str, Any]:
+    """The results with what came of one more part, which this runs, and what it says of itself."""
+    print(f"{part.name}: at most {part.seconds:.0f} s", file=sys.stderr, flush=True)
+    came_of_it = {**run_part(part, out, environment), "date": datetime.date.today().isoformat()}
+    results = {**results, "parts": {**results["parts"], part.name: {"limit": part.seconds, **came_of_it}}}
+    if part.name in _TESTS:
+        results["tests"] = {**results["tests"], part.name: counts_of(scratch / f"{part.name}.xml")}
+    else:
+        results[part.name] = summary_of(out / f"{part.name}.txt")
+    return results
+
+
+def gaps(results: dict[str, Any], has_plot: bool) -> list[str]:
+    """What was cut or left out, in words."""
+    notes = [] if has_plot else ["no picture: matplotlib is not installed; bench_kernels.py --redraw draws it"]
+    for name, part in results["parts"].items():
+        if not part["ended"]:
+            limit = f" after {part['limit']:.0f} s" if "limit" in part else ""
+            notes.append(f"{name}: stopped{limit}, the rest of it was not run")
     for name in _BENCHMARKS:
-        summary = summary_of(out / f"{name}.txt")
-        results[name] = summary
-        notes += _gaps(name, summary or {})
-    return {**results, "cut_or_left_out": notes}
+        notes += _gaps(name, results.get(name) or {})
+    return notes
 
 
 def _gaps(name: str, summary: dict[str, Any]) -> list[str]:
@@ -180,7 +229,7 @@ def parts_of(out: Path, scratch: Path, has_plot: bool) -> list[Part]:
 def parts_on_cpu(out: Path, scratch: Path, has_plot: bool) -> list[Part]:
     """The same code with less to do."""
     tests = [*_PYTEST, f"--junitxml={scratch / 'tests.xml'}", "tests/kernels/test_kernel_checks.py"]
-    small = ["--config", "configs/shapes/compressibility.yaml", "--modes", "off", "--samples", "16", "--pairs", "2"]
+    small = ["--config", "configs/shapes/compressibility.yaml", "--modes", "off", "--samples", "16"]
     sizes = ["--micro-batch-sizes", "4", "16", "--override", "rollout.micro_batch_size", "16"]
     strategies = [f"shapes {name}" for name in ("fp32 adamw block", "bf16 ZeRO-1 adamw block", "LoRA 16 of bf16")]
     kernels = ["--device", "cpu", "--quick", "--rows", "2", "--sizes", "4x8x8", *([] if has_plot else ["--no-plot"])]
@@ -192,14 +241,18 @@ def parts_on_cpu(out: Path, scratch: Path, has_plot: bool) -> list[Part]:
     ]
 
 
-_FEWER = ("--samples", "32", "--pairs", "2", "--micro-batch-sizes", "16", "32")
+_FEWER = ("--samples", "32", "--inference-steps", "8", "--micro-batch-sizes", "16", "32")
 _PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-v"]
 
 
 def _benchmark(name: str, script: str, out: Path, seconds: float, *options: str) -> Part:
     """It begins nothing in its last seconds, which are there to end what it is in."""
-    own = ["--seconds", str(seconds - _GRACE_SECONDS), "--out", str(out)]
+    own = ["--seconds", _until(seconds), "--out", str(out)]
     return Part(name, [sys.executable, f"benchmarks/{script}", *own, *options], seconds)
+
+
+def _until(seconds: float) -> str:
+    return str(seconds - _GRACE_SECONDS)
 
 
 def run_part(part: Part, out: Path, environment: dict[str, str]) -> dict[str, Any]:

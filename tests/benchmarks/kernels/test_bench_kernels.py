@@ -214,6 +214,44 @@ def test_the_suite_ends_within_nine_minutes_whatever_its_parts_do(tmp_path: Path
             assert (FOLDER.parent / script).exists()
 
 
+def test_parts_are_chosen_by_name_with_more_time_and_options_of_their_own(tmp_path: Path):
+    parts = gpu_suite.parts_of(tmp_path, tmp_path, has_plot=False)
+    assert [part.name for part in parts] == list(gpu_suite._PARTS)
+    assert gpu_suite.chosen(parts, []) == parts
+    one, two = gpu_suite.chosen(parts, ["full_size", "tests"])
+    assert (one.name, two.name) == ("tests", "full_size")  # in the suite's order
+    assert two.seconds == 2.5 * 210 < 600
+    assert two.command[2:4] == ["--seconds", str(two.seconds - 20)]
+    (part,) = gpu_suite.chosen(parts, ["full_size"], "--modes off --micro-batch-sizes")
+    assert part.command[-3:] == ["--modes", "off", "--micro-batch-sizes"]
+    with pytest.raises(ValueError, match=r"PART=kernels is no part of the suite; the parts are tests, full_size"):
+        gpu_suite.chosen(parts, ["kernels"])
+    with pytest.raises(ValueError, match=r"ARGS=--modes off needs one PART that is a benchmark"):
+        gpu_suite.chosen(parts, ["tests"], "--modes off")
+    with pytest.raises(ValueError, match=r"PART=sanitizer needs a GPU"):
+        gpu_suite.chosen(gpu_suite.parts_on_cpu(tmp_path, tmp_path, has_plot=False), ["sanitizer"])
+
+
+@WITHOUT_GPU
+def test_parts_that_are_not_run_again_stay_in_the_results(tmp_path: Path):
+    assert gpu_suite.earlier_results(tmp_path / "suite.json") == {"parts": {}, "tests": {}}
+    cut = {"ok": False, "ended": False, "exit": -9, "seconds": 9.0, "limit": 9.0, "date": "2026-01-01"}
+    known = {"device": "cpu", "parts": {"memory": cut}, "tests": {"tests": None}, "memory": {"left_out": ["sdxl"]}}
+    (tmp_path / "suite.json").write_text(json.dumps({**known, "torch": "2.0"}))
+    earlier = gpu_suite.earlier_results(tmp_path / "suite.json")
+    assert earlier == {key: known[key] for key in ("parts", "tests", "memory")}
+    part = gpu_suite.Part("full_size", [sys.executable, "-c", "print('{\"left_out\": []}')"], 30.0)
+    results = gpu_suite.with_part(earlier, part, tmp_path, tmp_path, dict(os.environ))
+    assert results["parts"]["memory"] == cut and results["parts"]["full_size"]["ok"]
+    assert results["full_size"] == {"left_out": []}
+    assert gpu_suite.gaps(results, has_plot=True) == [
+        "memory: stopped after 9 s, the rest of it was not run",
+        "memory: not measured for want of time: sdxl",
+    ]
+    (tmp_path / "suite.json").write_text(json.dumps({**known, "device": "another"}))
+    assert gpu_suite.earlier_results(tmp_path / "suite.json")["parts"] == {}
+
+
 def test_a_benchmark_that_says_nothing_has_no_summary(tmp_path: Path):
     log = tmp_path / "log.txt"
     assert gpu_suite.summary_of(log) is None
