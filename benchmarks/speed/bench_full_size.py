@@ -27,7 +27,7 @@ last line on stdout, anew after each mode and size, so that a run that is cut of
 had not come to, or what had not begun by --seconds, is named under left_out.
 
 A slice of a few minutes is a mode or a size by itself; it keeps the rows that OUT has of other modes and sizes, if they
-are of the same config, number of images and machine:
+are of the same config, overrides, number of images and machine:
 
     python benchmarks/speed/bench_full_size.py --out FOLDER --samples 32 --modes off --micro-batch-sizes
     python benchmarks/speed/bench_full_size.py --out FOLDER --samples 32 --modes whole --micro-batch-sizes
@@ -129,7 +129,8 @@ def measure(config: Config, arguments: argparse.Namespace) -> Iterator[dict[str,
     images = config.prompts.num_prompts * config.prompts.images_per_prompt
     left_out = [f"engine.compile={mode}" for mode in arguments.modes]
     left_out += [f"micro-batches of {size}" for size in arguments.micro_batch_sizes]
-    summary: dict[str, Any] = {"config": arguments.config, "samples": arguments.samples, "flops_count": COUNT}
+    summary: dict[str, Any] = {"config": arguments.config, "override": list(arguments.override)}
+    summary |= {"samples": arguments.samples, "flops_count": COUNT}
     summary["gflop_per_transition"] = {name: count / 1e9 for name, count in flops.items()}
     earlier = earlier_rows(arguments.out / "full_size.json", summary)
     summary |= {**earlier, "left_out": left_out}

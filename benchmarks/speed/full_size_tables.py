@@ -18,7 +18,7 @@ TABLES = {  # what the CSV files hold, and what tells rows of one slice from ano
 
 
 def earlier_rows(file: Path, summary: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of the tables in `file`, if it is of the same config, number of images, FLOPs and machine; else none."""
+    """The rows of the tables in `file`, if it is of the same config, overrides, FLOPs and machine; or none."""
     nothing: dict[str, list[dict[str, Any]]] = {key: [] for key, _ in TABLES.values()}
     if not file.exists():
         return nothing
