@@ -16,6 +16,7 @@ import torch
 from rlcm_fast import parallel
 from rlcm_fast.algorithms import Algorithm, build_algorithm
 from rlcm_fast.backbones.acceleration import accelerate
+from rlcm_fast.backbones.assembly import folder_configs
 from rlcm_fast.backbones.backends import set_backends
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import Config, EmaConfig
@@ -30,6 +31,7 @@ from rlcm_fast.given import NOTHING, Given
 from rlcm_fast.kernels import dispatch
 from rlcm_fast.planner.report import MemoryReport
 from rlcm_fast.policies import GaussianPolicy, Network, build_policy
+from rlcm_fast.policies.build import build_schedule
 from rlcm_fast.run_folder.export import Exporter
 from rlcm_fast.run_folder.progress import Progress
 from rlcm_fast.run_folder.resume import RunFolder, begin, put_weights, start_weights
@@ -120,6 +122,9 @@ def _build(config: Config, device: torch.device, folder: RunFolder, given: Given
     tasks = Tasks(run, parallel.rank(), given)
     say(f"rewards built: {', '.join(tasks.reward_names)}")
     check_pairs(config.pretraining)
+    configs = folder_configs(config.model)
+    if configs is not None:
+        build_schedule(config.policy, *configs)  # raises for a scheduler that the policy cannot follow
 
     # Load the pipeline, and copy its network before anything is trained.
     torch.manual_seed(config.seed)

@@ -133,12 +133,12 @@ def checked(config: Config, world_size: int, given: Given) -> ResolvedRun:
     Raises ValueError for everything that is known to fail before weights load.
     """
     from rlcm_fast import quiet
-    from rlcm_fast.backbones.loading import resolve_model
+    from rlcm_fast.backbones.model_checks import check_model
     from rlcm_fast.config.checks import validate
 
     quiet.hush_libraries(config.debug)
     run = validate(config, world_size)
-    resolve_model(config.model)
+    check_model(config.model)
     _check_plugins(run, given)
     return run
 

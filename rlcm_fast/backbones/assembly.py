@@ -15,15 +15,16 @@ their folder's. A checkpoint in one file is treated alike, but one that names it
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
-    AutoencoderTiny,
     EulerDiscreteScheduler,
     LCMScheduler,
     TCDScheduler,
@@ -37,9 +38,14 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from rlcm_fast import quiet
+from rlcm_fast.backbones import model_files
+from rlcm_fast.backbones.config_checks import TOKENIZERS, VAES
 from rlcm_fast.backbones.file_kinds import FileKind
 from rlcm_fast.backbones.loading import LORA_FILE, ModelPaths, resolve_model, split_hub_file, variant_of
 from rlcm_fast.backbones.lora_layouts import add_lora, read_lora
+from rlcm_fast.backbones.model_checks import check_loaded, check_model, check_tokens
+from rlcm_fast.backbones.model_files import COPY_ANEW, NETWORKS
+from rlcm_fast.backbones.networks import HUB_AWAY, BrokenWeights, Where, check_finite, class_of, is_hub_away
 from rlcm_fast.backbones.single_file import load_parts, load_vae, scheduler_of
 from rlcm_fast.config import ModelConfig
 
@@ -61,6 +67,7 @@ def assemble(model: ModelConfig, dtype: torch.dtype, kind: str, notes: list[str]
     # with the weights.
     _silence_loading()
     paths = resolve_model(model)
+    check_model(model)
     unet_dtype = torch.float32 if paths.lora or paths.loras else dtype
     parts = _separate_parts(paths, model, unet_dtype)
     dtypes = {"unet": unet_dtype, "default": torch.float32}
@@ -109,11 +116,9 @@ def _separate_parts(paths: ModelPaths, model: ModelConfig, unet_dtype: torch.dty
 def _load_vae_folder(path: str) -> Any:
     """Load the VAE of a folder or hub id, in float32."""
     config: Any = AutoencoderKL.load_config(path)
-    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    if config.get("_class_name") not in kinds:
+    if config.get("_class_name") not in VAES:
         raise OSError(f"its config.json belongs to class {config.get('_class_name')}")
-    kind: Any = kinds[config["_class_name"]]
-    return kind.from_pretrained(path, dtype=torch.float32, variant=variant_of(path, None))
+    return Where(path, Path(path), None, variant_of(path, None)).load("", config["_class_name"], torch.float32)
 
 
 def _set_scheduler(pipeline: Any, kind: FileKind, model: ModelConfig) -> None:
@@ -135,10 +140,62 @@ def load_pipeline(
 
     named, remedy: the first and last words of an error. parts: modules that `path` should not provide.
     """
-    with _one_line(named, remedy, OSError):
-        index = DiffusionPipeline.load_config(path, revision=revision)
-        checker = {"safety_checker": None} if "safety_checker" in index else {}
-        return DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, **checker, **parts)
+    is_here = Path(path).is_dir()
+    with _one_line(named, COPY_ANEW if is_here else remedy, Exception):  # diffusers raises errors of any kind
+        # Find the files, and the class of the pipeline.
+        index: Any = DiffusionPipeline.load_config(path, revision=revision)
+        kind = getattr(diffusers, str(index.get("_class_name")), None)
+        if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+            raise OSError(f"its model_index.json belongs to class {index.get('_class_name')}, which is no pipeline")
+        passed = {**({"safety_checker": None} if "safety_checker" in index else {}), **parts}
+        folder = Path(path if is_here else DiffusionPipeline.download(path, revision=revision, **passed))
+
+        # Load what is small, then the networks, whose weights are checked, and then the rest.
+        for name, class_name in _small_parts(index).items():
+            if name not in passed:
+                passed[name] = load_small_part(path, revision, name, class_name)
+        where = Where(path, folder, revision, parts.get("variant"))
+        dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
+        for name in NETWORKS:
+            class_name = (index.get(name) or (None, None))[1]
+            if class_name is not None and name not in passed and class_of(class_name) is not None:
+                passed[name] = where.load(name, class_name, dtypes.get(name, dtypes["default"]))
+        return DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, **passed)
+
+
+def _small_parts(index: Any) -> dict[str, str]:
+    """Returns the classes of CLIP's tokenizers and of the scheduler that an index names."""
+    found = {name: (index.get(name) or (None, None))[1] for name in ("scheduler", *model_files.TOKENIZERS)}
+    return {name: kind for name, kind in found.items() if kind and (name == "scheduler" or kind in TOKENIZERS)}
+
+
+def load_small_part(path: str, revision: str | None, name: str, class_name: str) -> Any:
+    """Loads a scheduler or a tokenizer of a folder or hub id; raises OSError if the class is not known."""
+    kind: Any = getattr(diffusers if name == "scheduler" else transformers, class_name, None)
+    if kind is None:
+        raise OSError(f"its model_index.json says that its {name} is a {class_name}, which the library does not have")
+    if Path(path).is_dir():
+        return kind.from_pretrained(str(Path(path) / name))
+    return kind.from_pretrained(path, subfolder=name, revision=revision or "main")
+
+
+def folder_configs(model: ModelConfig) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """Returns the configs of UNet and scheduler of a folder, before weights load; None where loading decides them.
+
+    Raises:
+        ValueError: the scheduler does not load.
+    """
+    paths = resolve_model(model)
+    folder = Path(paths.pipeline)
+    is_plain = paths.unet is None and paths.lora is None and not paths.loras
+    if not is_plain or not folder.is_dir():
+        return None
+    named = _field(model)
+    class_name = model_files.parts_of(folder, named).get("scheduler", ("", ""))[1]
+    with _one_line(named, COPY_ANEW, Exception):
+        scheduler = load_small_part(str(folder), None, "scheduler", class_name)
+    unet_config = model_files.read_json(folder / "unet" / "config.json", named)
+    return unet_config, {**scheduler.config, "_class_name": type(scheduler).__name__}
 
 
 def fuse_lora(pipeline: Any, lora: str, named: str, scale: float = 1.0) -> str:
@@ -151,6 +208,8 @@ def fuse_lora(pipeline: Any, lora: str, named: str, scale: float = 1.0) -> str:
     with _one_line(named, "give a LoRA that was made for this model", *_MISFITS):
         found = read_lora(_local_lora(lora), networks)
         add_lora(found, networks, scale)
+        for name, network in networks.items():
+            check_finite(f"{name}, with it,", network)
     return f"{named}: {found.summary}"
 
 
@@ -189,8 +248,9 @@ def _load_unet(path: str, model: ModelConfig, dtype: torch.dtype) -> UNet2DCondi
         assert isinstance(config, dict)
         if config.get("_class_name") != UNet2DConditionModel.__name__:
             raise OSError(f"its config.json belongs to class {config.get('_class_name')}")
-        variant = variant_of(path, model.variant)
-        return UNet2DConditionModel.from_pretrained(path, revision=model.revision, dtype=dtype, variant=variant)
+        where = Where(path, Path(path), model.revision, variant_of(path, model.variant))
+        network: Any = where.load("", UNet2DConditionModel.__name__, dtype)
+        return network
 
 
 def _check_parts(pipeline: Any, model: ModelConfig) -> None:
@@ -205,6 +265,14 @@ def _check_parts(pipeline: Any, model: ModelConfig) -> None:
     for name in ("vae", *encoders, *tokenizers):
         if parts.get(name) is None:
             raise ValueError(f"{named} has no {name}; give a text-to-image folder (a refiner is not one)")
+
+    # Check that the tokenizers make no tokens that the encoders do not have.
+    for name, tokenizer in zip(encoders, (parts[name] for name in tokenizers), strict=True):
+        check_tokens(named, tokenizer, parts[name])
+
+    # Check its configs, which were not read before it was loaded from a hub.
+    configs: dict[str, Any] = {name: parts[name].config for name in ("unet", "vae")}
+    check_loaded(named, configs | {name: parts[name].config.to_dict() for name in encoders}, model)
 
     # Check that the UNet fits the text encoders.
     kind, wanted = unet_config.addition_embed_type, unet_config.cross_attention_dim
@@ -229,9 +297,16 @@ def _one_line(named: str, remedy: str, *kinds: type[Exception]) -> Iterator[None
     """Turn the errors of loading (wrong name, broken file, other shapes) into a ValueError of one line."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except kinds as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{named} could not be loaded: {reason}; {remedy}") from error
+        if not isinstance(error, OSError | ValueError | SafetensorError):
+            reason = f"{type(error).__name__}: {reason}"
+        way_out = COPY_ANEW if isinstance(error, BrokenWeights) else remedy
+        if is_hub_away(error):
+            reason, way_out = HUB_AWAY
+        raise ValueError(f"{named} could not be loaded: {reason}; {way_out}") from error
 
 
 def _silence_loading() -> None:

@@ -11,7 +11,7 @@ by less than half a grey level on average. SDXL's own VAE overflows in float16; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -26,6 +26,35 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ENCODER_PARTS = ("encoder", "quant_conv")
 _NUM_TRIED = 4  # images that both precisions decode
 _MOST_CHANGE = 0.5 / 255  # of pixels in [0, 1], on average
+
+
+class LatentScaling:
+    """Maps a VAE's latents z to the x_0 of a UNet, as the pipelines of SDXL do: x_0 = (z - mean) factor / std.
+
+    Without latents_mean and latents_std, mean is 0 and std is 1, as for Stable Diffusion; a folder of Stable Diffusion
+    that has them is refused (config_checks.py), because its pipeline ignores them.
+    """
+
+    def __init__(self, vae_config: Mapping[str, Any], device: torch.device) -> None:
+        self._factor: float = vae_config["scaling_factor"]
+        mean, std = vae_config.get("latents_mean"), vae_config.get("latents_std")
+        self._statistics: Tensor | None = None
+        if mean is not None and std is not None:
+            self._statistics = torch.tensor([mean, std], device=device)[:, None, :, None, None]  # (2, 1, C, 1, 1)
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        """Returns z for x_0, both (B, C, H, W)."""
+        if self._statistics is None:
+            return latents / self._factor
+        mean, std = self._statistics.to(latents)
+        return latents * std / self._factor + mean
+
+    def to_unet(self, latents: Tensor) -> Tensor:
+        """Returns x_0 for z, both (B, C, H, W)."""
+        if self._statistics is None:
+            return latents * self._factor
+        mean, std = self._statistics.to(latents)
+        return (latents - mean) * self._factor / std
 
 
 class ImageCoder:
@@ -45,6 +74,7 @@ class ImageCoder:
         """
         # Split the VAE, whose halves are seldom needed together.
         self._vae, self._device, self._batch_size = vae, device, batch_size
+        self._scaling = LatentScaling(vae.config, device)
         parts = dict(vae.named_children())
         self._decoder_parts = nn.ModuleList([part for name, part in parts.items() if name not in _ENCODER_PARTS])
         self._encoder_parts = nn.ModuleList([part for name, part in parts.items() if name in _ENCODER_PARTS])
@@ -89,7 +119,7 @@ class ImageCoder:
         with self._encoding():
             slices = (images.to(self._device) * 2 - 1).split(self._batch_size or len(images))
             latents = torch.cat([retrieve_latents(self._vae.encode(part), generator) for part in slices])
-        return (latents * self._vae.config.scaling_factor).float()
+        return self._scaling.to_unet(latents).float()
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:
@@ -103,7 +133,7 @@ class ImageCoder:
     def _decoded(self, latents: Tensor) -> Tensor:
         """Decode to pixels around [-1, 1], not clamped, in the decoder's dtype."""
         with self.decoding():
-            scaled = (latents / self._vae.config.scaling_factor).to(self._dtype)
+            scaled = self._scaling.to_vae(latents).to(self._dtype)
             slices = scaled.split(self._batch_size or len(scaled))
             return torch.cat([self._decode_slice(part) for part in slices])
 

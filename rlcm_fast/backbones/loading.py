@@ -133,6 +133,8 @@ def resolve_model_path(path: str, field: str = "model.path") -> str:
         raise ValueError(f"{field}={path} did not come with this installation ({folder}); install rlcm_fast anew")
     if folder.is_dir():
         raise ValueError(f"{field}={path} is not a diffusers folder: it has no {_INDEX}; {_remedy(folder)}")
+    if folder.exists():
+        raise ValueError(f"{field}={path} is a file and no diffusers folder; give a folder, or a hub id")
     if not _may_be_hub_id(path):
         shipped = " or ".join(SHIPPED)
         raise ValueError(f"{field}={path} does not exist; give a diffusers folder, a hub id, {shipped}")

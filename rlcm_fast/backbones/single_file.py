@@ -46,6 +46,7 @@ from rlcm_fast.backbones.file_kinds import (
     read_header,
 )
 from rlcm_fast.backbones.lora_layouts import is_sdxl
+from rlcm_fast.backbones.networks import check_finite
 from rlcm_fast.backbones.original_names import UNetNames, is_vae_matrix, openclip_name, original_vae_name
 
 OWN = "rlcm_fast.unet."  # what the original layout has no place for
@@ -223,6 +224,7 @@ def _filled(build: Callable[[], Any], weight_of: Find, part: str, dtype: torch.d
         for name in fresh:
             place, _, last = name.rpartition(".")
             module.get_submodule(place).register_buffer(last, whole.get_buffer(name), persistent=False)
+    check_finite(part, module)
     return module.eval()
 
 

@@ -12,7 +12,7 @@ x_0 still says what x_0 is; one that predicts the noise does not, so its step fr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 
+_CORRECT = "correct scheduler_config.json of the model folder"
 _NOT_AFFINE = {
     "clip_sample": "it clips x_0",
     "thresholding": "it clips x_0 at a quantile of its values",
@@ -38,9 +39,35 @@ def check_is_affine(config: Mapping[str, Any]) -> None:
             )
 
 
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Refuse numbers that no schedule can have."""
+    for key in ("num_train_timesteps", "original_inference_steps"):
+        value = config.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"scheduler config {key}={value} is no whole number from 1 on; {_CORRECT}")
+    for key in ("beta_start", "beta_end"):
+        value = config.get(key)
+        if value is not None and not (isinstance(value, int | float) and 0.0 < value < 1.0):
+            raise ValueError(f"scheduler config {key}={value} is not between 0 and 1; {_CORRECT}")
+    scaling, offset = config.get("timestep_scaling", 10.0), config.get("steps_offset", 0)
+    if not (isinstance(scaling, int | float) and 0.0 < scaling < math.inf):
+        raise ValueError(f"scheduler config timestep_scaling={scaling} is no number above 0; {_CORRECT}")
+    if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0:
+        raise ValueError(f"scheduler config steps_offset={offset} is no whole number from 0 on; {_CORRECT}")
+    num_train, num_origin = config.get("num_train_timesteps"), config.get("original_inference_steps")
+    if num_train is not None and num_origin is not None and num_origin > num_train:
+        raise ValueError(
+            f"scheduler config original_inference_steps={num_origin} is above num_train_timesteps={num_train};"
+            f" {_CORRECT}"
+        )
+
+
 def alpha_bars(config: Mapping[str, Any]) -> Array:
     """alpha_bar = cumprod(1 - beta) (T,), rounded to float32 as in diffusers, because networks are trained with it."""
+    check_numbers(config)
     betas = _betas(config)
+    if not ((betas > 0.0) & (betas < 1.0)).all():  # NaN compares as False
+        raise ValueError(f"scheduler config has betas that are not between 0 and 1; {_CORRECT}")
     if config.get("rescale_betas_zero_snr", False):
         betas = _with_zero_terminal_snr(betas)
     return torch.cumprod(1.0 - betas, dim=0).double().numpy()
@@ -50,7 +77,7 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     """Variances beta (T,) float32 of the training timesteps."""
     # Read them, if the config lists them.
     if config.get("trained_betas") is not None:
-        return torch.tensor(config["trained_betas"], dtype=torch.float32)
+        return _trained_betas(config)
     missing = [key for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps") if key not in config]
     if missing:
         raise ValueError(
@@ -69,6 +96,19 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
         bar = np.cos((np.arange(num + 1) / num + 0.008) / 1.008 * math.pi / 2) ** 2
         return torch.from_numpy(np.minimum(1.0 - bar[1:] / bar[:-1], 0.999)).float()
     raise ValueError(f"scheduler config beta_schedule={kind!r}; use linear, scaled_linear or squaredcos_cap_v2")
+
+
+def _trained_betas(config: Mapping[str, Any]) -> Tensor:
+    """Variances beta (T,) float32 that a config lists."""
+    listed, num = config["trained_betas"], config.get("num_train_timesteps")
+    is_list = isinstance(listed, Sequence | np.ndarray) and not isinstance(listed, str) and len(listed) > 0
+    if not is_list or not all(isinstance(beta, int | float) for beta in listed):
+        raise ValueError(f"scheduler config trained_betas={str(listed)[:40]} is no list of numbers; {_CORRECT}")
+    if num not in (None, len(listed)):
+        raise ValueError(
+            f"scheduler config trained_betas lists {len(listed)} betas, and num_train_timesteps={num}; {_CORRECT}"
+        )
+    return torch.tensor(listed, dtype=torch.float32)
 
 
 def _with_zero_terminal_snr(betas: Tensor) -> Tensor:

@@ -195,7 +195,9 @@ def test_a_base_without_its_unet_is_asked_for_and_one_too_many_refused(
     with pytest.raises(ValueError, match="for two text encoders of width 40, and model.base=.* has 1 of width 24"):
         load(path=tiny_unet_folder, base=tiny_sd_folder)
     vae = str(Path(tiny_sd_folder) / "vae")
-    with pytest.raises(ValueError, match="could not be loaded: its config.json belongs to class AutoencoderKL; check"):
+    with pytest.raises(
+        ValueError, match="could not be loaded: its vae/config.json belongs to class AutoencoderKL; give"
+    ):
         load(path=vae, base=tiny_sd_folder)
     assert resolve_model(ModelConfig("some/unet", base="some/sdxl", lora="some/lora"))[:3] == (
         "some/sdxl",

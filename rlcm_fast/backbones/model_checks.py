@@ -1,0 +1,124 @@
+"""Refuses a model's folder before its weights load: parts that are missing, damaged, or do not fit each other.
+
+Reads the configs and the headers of the weights; imports no torch. What a hub holds is looked at once it is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlcm_fast.backbones import config_checks, model_files
+from rlcm_fast.backbones.config_checks import PartConfig
+from rlcm_fast.backbones.file_kinds import LAYOUTS
+from rlcm_fast.backbones.loading import ModelPaths, resolve_model, variant_of
+from rlcm_fast.backbones.model_files import COPY_ANEW, INDEX, NETWORKS, refusal
+from rlcm_fast.config import ModelConfig
+
+_ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+def check_model(model: ModelConfig) -> None:
+    """Checks the folders of a model that are on this machine.
+
+    Raises:
+        ValueError: a part is missing, damaged, or does not fit the others, or a config asks for what nothing obeys.
+    """
+    paths = resolve_model(model)
+    folder = Path(paths.pipeline)
+    if folder.parent == LAYOUTS or not folder.is_dir():
+        return
+    check_folder(folder, model, paths)
+
+
+def check_loaded(named: str, configs: Mapping[str, Mapping[str, Any]], model: ModelConfig) -> None:
+    """Checks the configs of networks that are loaded, by their names; raises ValueError as `check_model` does."""
+    parts = {name: PartConfig(named, f"{name}/config.json", config) for name, config in configs.items()}
+    _check_configs(parts, model, is_sdxl="text_encoder_2" in parts)
+
+
+def check_tokens(named: str, tokenizer: Any, encoder: Any) -> None:
+    """Raises ValueError if a tokenizer has no marks of begin, end and padding, or tokens that its encoder has not."""
+    missing = [key for key in ("bos_token_id", "eos_token_id", "pad_token_id") if getattr(tokenizer, key) is None]
+    if missing:
+        raise refusal(named, f"its tokenizer has no {missing[0].removesuffix('_id')}", "correct tokenizer_config.json")
+    highest, size = max(tokenizer.get_vocab().values()), encoder.config.vocab_size
+    if highest >= size:
+        raise refusal(named, f"its tokenizer has the token {highest}, and its text encoder {size} tokens", COPY_ANEW)
+
+
+def check_folder(folder: Path, model: ModelConfig, paths: ModelPaths) -> None:
+    """Checks the folder of a pipeline, its parts from elsewhere included; raises ValueError as `check_model` does."""
+    # Find the parts that come from the folder, and check that they are there.
+    named = f"model.path={model.path}" if model.base is None else f"model.base={model.base}"
+    parts = model_files.parts_of(folder, named)
+    _check_classes(named, parts, is_whole=paths.unet is None)
+    others = set() if paths.kind is None else set(paths.kind.parts)
+    others |= ({"unet"} if paths.unet else set()) | ({"vae"} if paths.vae else set())
+    here = [name for name in NETWORKS if name in parts and name not in others]
+
+    # Read the configs, then the headers of the weights.
+    configs = {name: _config(folder / name, named) for name in here}
+    for other, path, field in (
+        ("unet", paths.unet, f"model.path={model.path}"),
+        ("vae", paths.vae, f"model.vae={model.vae}"),
+    ):
+        if path is not None and Path(path).is_dir():
+            configs[other] = _config(Path(path), field)
+            model_files.check_weights(Path(path), field, variant_of(path, model.variant if other == "unet" else None))
+    _check_configs(configs, model, is_sdxl="text_encoder_2" in parts)
+    _check_tokenizers(folder, named, parts, configs)
+    model_files.read_json(folder / "scheduler" / "scheduler_config.json", named)
+    variant = variant_of(str(folder), None if paths.unet else model.variant)
+    for name in here:
+        model_files.check_weights(folder / name, named, variant)
+
+
+def _config(folder: Path, named: str) -> PartConfig:
+    return PartConfig(named, f"{folder.name}/config.json", model_files.read_json(folder / "config.json", named))
+
+
+def _check_classes(named: str, parts: dict[str, tuple[str, str]], is_whole: bool) -> None:
+    """Raises ValueError if the index names no text-to-image pipeline of a kind that is known here."""
+    if is_whole and parts.get("unet", ("", ""))[1] != config_checks.UNET:
+        raise ValueError(f"{named} has no UNet2DConditionModel; give a Stable Diffusion or LCM folder")
+    encoders = [name for name in _ENCODERS if name in parts] or ["text_encoder"]
+    if "text_encoder_2" in encoders:
+        encoders = list(_ENCODERS)
+    for name in ("vae", *encoders, *(_ENCODERS[name] for name in encoders), "scheduler"):
+        if name not in parts:
+            raise ValueError(f"{named} has no {name}; give a text-to-image folder (a refiner is not one)")
+    known: dict[str, tuple[str, ...]] = {"vae": config_checks.VAES}
+    for name in encoders:
+        known[name] = config_checks.TEXT_ENCODERS if len(encoders) == 2 else config_checks.TEXT_ENCODERS[:1]
+        known[_ENCODERS[name]] = config_checks.TOKENIZERS
+    for name, classes in known.items():
+        if parts[name][1] not in classes:
+            reason = f"{INDEX} says that its {name} is a {parts[name][1]}"
+            raise refusal(named, reason, f"give a model with {' or '.join(classes)}")
+
+
+def _check_configs(configs: dict[str, PartConfig], model: ModelConfig, is_sdxl: bool) -> None:
+    """Raises ValueError for values that no part can have, and for parts that do not fit each other."""
+    channels = 4
+    if "unet" in configs:
+        config_checks.check_class(configs["unet"], (config_checks.UNET,))
+        channels = config_checks.check_unet(configs["unet"], has_own_size=model.pixels is not None)
+    if "vae" in configs:
+        config_checks.check_class(configs["vae"], config_checks.VAES)
+        config_checks.check_vae(configs["vae"], channels, is_sdxl)
+    for name in _ENCODERS:
+        if name in configs:
+            config_checks.check_text_encoder(configs[name])
+
+
+def _check_tokenizers(folder: Path, named: str, parts: dict[str, Any], configs: dict[str, PartConfig]) -> None:
+    for encoder, name in _ENCODERS.items():
+        if name not in parts or encoder not in configs:
+            continue
+        model_files.check_tokenizer_files(folder / name, named)
+        file = folder / name / "tokenizer_config.json"
+        if file.is_file():
+            part = PartConfig(named, f"{name}/{file.name}", model_files.read_json(file, named))
+            config_checks.check_tokenizer(part, configs[encoder])
