@@ -50,6 +50,7 @@ from rlcm_fast.backbones.single_file import load_parts, load_vae, scheduler_of
 from rlcm_fast.config import ModelConfig
 
 _SD21 = {"sample_size": 96, "upcast_attention": True}  # 768 pixels; its attention overflows in half precision
+_SET_BY_PIPELINE = {"steps_offset": 1, "clip_sample": False}  # by StableDiffusionPipeline, whatever the folder says
 # Raised for a missing file, a file that is not safetensors, missing modules and other shapes.
 _MISFITS = (OSError, SafetensorError, ValueError, RuntimeError)
 
@@ -195,7 +196,11 @@ def folder_configs(model: ModelConfig) -> tuple[Mapping[str, Any], Mapping[str, 
     with _one_line(named, COPY_ANEW, Exception):
         scheduler = load_small_part(str(folder), None, "scheduler", class_name)
     unet_config = model_files.read_json(folder / "unet" / "config.json", named)
-    return unet_config, {**scheduler.config, "_class_name": type(scheduler).__name__}
+    config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+    of_pipeline = str(model_files.read_json(folder / model_files.INDEX, named).get("_class_name"))
+    if of_pipeline.startswith("StableDiffusion") and "XL" not in of_pipeline:
+        config |= _SET_BY_PIPELINE
+    return unet_config, config
 
 
 def fuse_lora(pipeline: Any, lora: str, named: str, scale: float = 1.0) -> str:
