@@ -92,11 +92,15 @@ def check_unet(part: PartConfig, has_own_size: bool) -> int:
     return channels
 
 
-def check_vae(part: PartConfig, latent_channels: int, is_sdxl: bool) -> None:
-    """Raises ValueError if a VAE makes other latents than the UNet reads, or asks for a scaling that nothing obeys."""
+def check_vae(part: PartConfig, unet_channels: int | None, is_sdxl: bool) -> None:
+    """Raises ValueError if a VAE makes other latents than the UNet reads, or asks for a scaling that nothing obeys.
+
+    unet_channels: latent channels of the UNet; None if they are not known yet.
+    """
     # Compare its channels with the UNet's and with those of images.
-    if part.count("latent_channels", 4) != latent_channels:
-        reason = f"the UNet has in_channels={latent_channels}"
+    latent_channels = part.count("latent_channels", 4)
+    if unet_channels not in (None, latent_channels):
+        reason = f"the UNet has in_channels={unet_channels}"
         raise part.refuse(
             "latent_channels", reason, "give a VAE and a UNet of one model (no inpainting or editing one)"
         )

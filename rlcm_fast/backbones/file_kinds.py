@@ -63,9 +63,22 @@ def read_header(path: Path, field: str) -> tuple[dict[str, Any], dict[str, str]]
             header = json.loads(file.read(length)) if length <= _MOST_BYTES_OF_A_HEADER else None
         except ValueError:
             header = None
-    if not isinstance(header, dict):
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    num_bytes = None if header is None or metadata is None else num_tensor_bytes(header)
+    if num_bytes is None or not isinstance(header, dict) or not isinstance(metadata, dict):
         raise ValueError(f"{field} is no safetensors file, or is damaged; download it again")
-    return header, header.pop("__metadata__", {})
+    size, expected = path.stat().st_size, 8 + length + num_bytes
+    if size < expected:
+        raise ValueError(f"{field} is cut off: it has {size} of {expected} bytes; download it again")
+    return header, metadata
+
+
+def num_tensor_bytes(header: Any) -> int | None:
+    """Returns how many bytes follow the header of a safetensors file, without its metadata; None if it is damaged."""
+    try:
+        return max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        return None
 
 
 def kind_of(path: Path, field: str) -> FileKind:

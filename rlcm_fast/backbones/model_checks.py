@@ -5,7 +5,7 @@ Reads the configs and the headers of the weights; imports no torch. What a hub h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,15 @@ def check_model(model: ModelConfig) -> None:
     check_folder(folder, model, paths)
 
 
+def is_of_this_kind(folder: Path, named: str) -> bool:
+    """Tells whether the index of a folder names a UNet of Stable Diffusion's kind."""
+    return model_files.parts_of(folder, named).get("unet", ("", ""))[1] == config_checks.UNET
+
+
 def check_loaded(named: str, configs: Mapping[str, Mapping[str, Any]], model: ModelConfig) -> None:
     """Checks the configs of networks that are loaded, by their names; raises ValueError as `check_model` does."""
     parts = {name: PartConfig(named, f"{name}/config.json", config) for name, config in configs.items()}
-    _check_configs(parts, model, is_sdxl="text_encoder_2" in parts)
+    _check_configs(named, parts, model, [name for name in _ENCODERS if name in parts])
 
 
 def check_tokens(named: str, tokenizer: Any, encoder: Any) -> None:
@@ -67,7 +72,7 @@ def check_folder(folder: Path, model: ModelConfig, paths: ModelPaths) -> None:
         if path is not None and Path(path).is_dir():
             configs[other] = _config(Path(path), field)
             model_files.check_weights(Path(path), field, variant_of(path, model.variant if other == "unet" else None))
-    _check_configs(configs, model, is_sdxl="text_encoder_2" in parts)
+    _check_configs(named, configs, model, [name for name in _ENCODERS if name in parts])
     _check_tokenizers(folder, named, parts, configs)
     model_files.read_json(folder / "scheduler" / "scheduler_config.json", named)
     variant = variant_of(str(folder), None if paths.unet else model.variant)
@@ -99,18 +104,44 @@ def _check_classes(named: str, parts: dict[str, tuple[str, str]], is_whole: bool
             raise refusal(named, reason, f"give a model with {' or '.join(classes)}")
 
 
-def _check_configs(configs: dict[str, PartConfig], model: ModelConfig, is_sdxl: bool) -> None:
-    """Raises ValueError for values that no part can have, and for parts that do not fit each other."""
-    channels = 4
+def _check_configs(named: str, configs: dict[str, PartConfig], model: ModelConfig, encoders: Sequence[str]) -> None:
+    """Raises ValueError for values that no part can have, and for parts that do not fit each other.
+
+    encoders: the names of the text encoders, also of those whose configs are not here.
+    """
+    channels = None  # of a UNet that is not here
     if "unet" in configs:
         config_checks.check_class(configs["unet"], (config_checks.UNET,))
         channels = config_checks.check_unet(configs["unet"], has_own_size=model.pixels is not None)
     if "vae" in configs:
         config_checks.check_class(configs["vae"], config_checks.VAES)
-        config_checks.check_vae(configs["vae"], channels, is_sdxl)
-    for name in _ENCODERS:
-        if name in configs:
-            config_checks.check_text_encoder(configs[name])
+        config_checks.check_vae(configs["vae"], channels, is_sdxl=len(encoders) == 2)
+    widths = [config_checks.check_text_encoder(configs[name]) for name in encoders if name in configs]
+    if "unet" in configs and len(widths) == len(encoders):
+        _check_texts(named, model, configs, widths)
+
+
+def _check_texts(named: str, model: ModelConfig, configs: Mapping[str, PartConfig], widths: Sequence[int]) -> None:
+    """Raises ValueError if the UNet was made for other text encoders."""
+    # Compare the encodings of tokens.
+    unet, width = configs["unet"], sum(widths)
+    kind, wanted = unet["addition_embed_type"], unet.config.get("cross_attention_dim", 1280)
+    if (isinstance(wanted, int) and wanted != width) or (kind == "text_time") != (len(widths) == 2):
+        made_for = "two text encoders" if kind else "one text encoder"
+        raise ValueError(
+            f"model.path={model.path} has a UNet for {made_for} of width {wanted}, and {named} has"
+            f" {len(widths)} of width {width}; give the pipeline that the UNet was made for"
+        )
+
+    # Compare SDXL's pooled encoding and sizes.
+    if kind == "text_time":
+        pooled, time = (
+            configs["text_encoder_2"].count("projection_dim", 512),
+            unet.count("addition_time_embed_dim", None),
+        )
+        if unet["projection_class_embeddings_input_dim"] != 6 * time + pooled:
+            reason = f"six sizes of {time} and a pooled encoding of {pooled} make {6 * time + pooled}"
+            raise unet.refuse("projection_class_embeddings_input_dim", reason, "give a UNet and encoders of one model")
 
 
 def _check_tokenizers(folder: Path, named: str, parts: dict[str, Any], configs: dict[str, PartConfig]) -> None:

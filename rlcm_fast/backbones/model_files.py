@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlcm_fast.backbones.file_kinds import num_tensor_bytes
+
 INDEX = "model_index.json"
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -122,9 +124,11 @@ def check_whole(file: Path, named: str) -> None:
                 header = json.loads(content.read(length))
             except ValueError:
                 header = None
-    if not isinstance(header, dict):
+    if isinstance(header, dict):
+        header.pop("__metadata__", None)
+    num_bytes = num_tensor_bytes(header)
+    if num_bytes is None:
         raise refusal(named, f"{shown} of {size} bytes is no safetensors file, or is cut off", COPY_ANEW)
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
+    expected = 8 + length + num_bytes
     if size < expected:
         raise refusal(named, f"{shown} is cut off: it has {size} of {expected} bytes", COPY_ANEW)

@@ -9,6 +9,7 @@ import inspect
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from rlcm_fast.backbones import assembly
 from rlcm_fast.backbones.file_kinds import is_checkpoint
 from rlcm_fast.backbones.loading import SHIPPED, resolve_lora_path, resolve_model_path, variant_of
+from rlcm_fast.backbones.model_checks import check_model, is_of_this_kind
 from rlcm_fast.backbones.text_checks import check_configs, check_pipeline
 from rlcm_fast.backbones.texts import TextEncoder, TextSettings
 from rlcm_fast.config import ModelConfig, PromptsConfig
@@ -33,6 +35,8 @@ def load_pipeline(
     """
     checkpoint = model not in SHIPPED and is_checkpoint(model)
     path = model if checkpoint else resolve_model_path(model, "model")
+    if Path(path).is_dir() and is_of_this_kind(Path(path), f"model={model}"):
+        check_model(ModelConfig(model))
     lora_path = None if lora is None else resolve_lora_path(lora, "lora")
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float16 if target.type == "cuda" else torch.float32

@@ -21,7 +21,7 @@ from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import ModelConfig, PolicyConfig
 from rlcm_fast.policies.build import build_schedule
 
-Change = Callable[[Path], None]
+Change = Callable[[Path], object]
 UNET, VAE = "unet/config.json", "vae/config.json"
 TEXT, TOKENIZER, SCHEDULER = (
     "text_encoder/config.json",
@@ -57,11 +57,11 @@ def without(file: str, field: str) -> Change:
 
 def cut(file: str, num_bytes: int) -> Change:
     """Keeps the first bytes of a file; a negative number leaves out the last ones."""
-    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:num_bytes]) and None
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:num_bytes])
 
 
 def holds(file: str, text: str) -> Change:
-    return lambda folder: (folder / file).write_text(text) and None
+    return lambda folder: (folder / file).write_text(text)
 
 
 def removed(name: str) -> Change:
@@ -140,7 +140,7 @@ BEFORE_WEIGHTS: list[tuple[Change, str]] = [
     (holds(UNET, ""), "unet/config.json is empty"),
     (holds(UNET, "null"), "unet/config.json holds a NoneType and no JSON object"),
     (holds(UNET, "[" * 100_000), "unet/config.json is damaged"),
-    (lambda folder: (folder / UNET).write_bytes(b"\xff\xfe{}") and None, "unet/config.json is damaged .*utf-8"),
+    (lambda folder: (folder / UNET).write_bytes(b"\xff\xfe{}"), "unet/config.json is damaged .*utf-8"),
     (cut(UNET_FILE, -1), "unet/diffusion_pytorch_model.safetensors is cut off: it has .* of .* bytes; copy"),
     (cut(UNET_FILE, 1000), "is no safetensors file, or is cut off"),
     (cut(UNET_FILE, 3), "of 3 bytes is no safetensors file"),
@@ -180,6 +180,11 @@ BEFORE_WEIGHTS: list[tuple[Change, str]] = [
         "encoder_hid_dim_type=image_proj: its UNet wants other encodings",
     ),
     (config(UNET, addition_embed_type="image"), "addition_embed_type=image: an input that is not known here; give"),
+    (
+        config(UNET, cross_attention_dim=16),
+        "a UNet for one text encoder of width 16, and model.path=.* has 1 of width 24",
+    ),
+    (config(UNET, addition_embed_type="text_time"), "a UNet for two text encoders of width 24"),
     (config(UNET, time_cond_proj_dim=0), "time_cond_proj_dim=0: no whole number from 1 on"),
     (config(UNET, time_cond_proj_dim="x"), "time_cond_proj_dim=x: no whole number from 1 on"),
     (config(VAE, _class_name="VQModel"), "its vae/config.json belongs to class VQModel; give"),
@@ -224,6 +229,10 @@ BEFORE_WEIGHTS_XL: list[tuple[Change, str]] = [
     (config(VAE, latents_mean=[0.0] * 3, latents_std=[1.0] * 4), "latents_mean=.*: no list of 4 numbers"),
     (config(VAE, latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 0.0, 1.0]), "a standard deviation is above 0"),
     (config(VAE, latents_mean=[NAN] * 4, latents_std=[1.0] * 4), "latents_mean=.*: no list of 4 numbers"),
+    (config(UNET, projection_class_embeddings_input_dim=52), "=52: six sizes of 8 and a pooled encoding of 12 make 60"),
+    (config(UNET, addition_time_embed_dim=None), "addition_time_embed_dim=None: no whole number"),
+    (config(UNET, addition_embed_type=None), "a UNet for one text encoder of width 40, and .* has 2 of width 40"),
+    (config("text_encoder_2/config.json", projection_dim=16), "a pooled encoding of 16 make 64; give"),
     (config(VAE, latents_mean=0.0, latents_std=1.0), "latents_mean=0.0: no list of 4 numbers"),
 ]
 
@@ -291,7 +300,6 @@ WHILE_LOADING: list[tuple[Change, str]] = [
     (config(UNET, down_block_types=["Foo", "DownBlock2D"]), "its unet does not fit its config .*Foo"),
     (config(UNET, norm_num_groups=7), "its unet does not fit its config"),
     (config(UNET, act_fn="foo"), "its unet does not fit its config"),
-    (config(UNET, cross_attention_dim=16), "its unet .*; copy"),
     (config(VAE, block_out_channels=[8]), "its vae .*; copy"),
     (config(VAE, up_block_types=["Foo", "Foo"]), "its vae does not fit its config .*Foo"),
 ]
@@ -351,6 +359,50 @@ def test_what_only_loading_shows_ends_in_one_line(change: Change, message: str, 
     with pytest.raises(ValueError, match=message) as error:
         Backbone.load(model, torch.device("cpu"), torch.float32, "ddim")
     assert is_one_line(error) and str(error.value).startswith(f"model.path={model.path}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is no safetensors file, or is damaged; download it again"),
+        (b"<html>" * 9, "is no safetensors file, or is damaged; download it again"),
+        (b"\2\0\0\0\0\0\0\0[]", "is no safetensors file, or is damaged"),
+        (b'\7\0\0\0\0\0\0\0{"a":1}', "is no safetensors file, or is damaged"),
+        (b'\x20\0\0\0\0\0\0\0{"a": {"data_offsets": [0, 64]}}', "is cut off: it has 40 of 104 bytes; download"),
+    ],
+)
+def test_a_checkpoint_in_one_file_that_is_damaged_is_refused_before_weights_load(
+    content: bytes, message: str, tmp_path: Path
+):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=f"model.path=.*model.safetensors {message}"):
+        check_model(ModelConfig(str(tmp_path / "model.safetensors")))
+
+
+def test_a_file_that_is_there_is_not_looked_for_on_a_hub(
+    tiny_unet_folder: str, tiny_sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("notes").write_text("x" * 99)
+    for model in (ModelConfig("notes"), ModelConfig(tiny_sd_folder, vae="notes")):
+        with pytest.raises(ValueError, match="=notes is no safetensors file"):
+            check_model(model)
+    with pytest.raises(ValueError, match="model.base=notes is a file and no diffusers folder; give a folder, or a hub"):
+        check_model(ModelConfig(tiny_unet_folder, base="notes"))
+    with pytest.raises(ValueError, match="model.lora=notes is not a LoRA"):
+        check_model(ModelConfig(tiny_sd_folder, lora="notes"))
+
+
+@pytest.mark.parametrize("field", ["path", "base", "vae", "lora"])
+def test_a_hub_that_cannot_be_reached_is_not_called_a_wrong_name(
+    field: str, tiny_sd_folder: str, tiny_unet_folder: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    own = tiny_unet_folder if field == "base" else tiny_sd_folder
+    model = ModelConfig(**{"path": own, field: "nobody/nothing"})
+    message = f"model.{field}=nobody/nothing could not be loaded: it is not in the hub's cache, and the hub cannot be"
+    with pytest.raises(ValueError, match=f"{message} reached; check the network"):
+        Backbone.load(model, torch.device("cpu"), torch.float32, "ddim")
 
 
 def test_a_size_of_ones_own_replaces_one_that_the_folder_lacks(tiny_sd_folder: str, tmp_path: Path):
