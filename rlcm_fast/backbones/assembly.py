@@ -126,7 +126,8 @@ def _set_scheduler(pipeline: Any, kind: FileKind, model: ModelConfig) -> None:
     """Give the pipeline of a single file the scheduler that the file names, and what its UNet predicts."""
     scheduler = scheduler_of(kind) or pipeline.scheduler
     wanted = _prediction(kind, model) or scheduler.config.get("prediction_type", "epsilon")
-    pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=wanted)
+    more = {"rescale_betas_zero_snr": True} if kind.is_zero_snr else {}
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=wanted, **more)
 
 
 def _prediction(kind: FileKind, model: ModelConfig) -> str | None:

@@ -36,6 +36,7 @@ class FileKind:
     is_diffusers: bool  # the UNet has diffusers' names
     prediction: str | None  # epsilon or v_prediction, if the file says so
     metadata: Mapping[str, str]
+    is_zero_snr: bool = False  # its noise levels end at pure noise
 
 
 def is_checkpoint(path: str) -> bool:
@@ -92,10 +93,15 @@ def kind_of(path: Path, field: str) -> FileKind:
     width = next((tensors[name]["shape"][-1] for name in tensors if name.endswith("attn2.to_k.weight")), None)
     if width == 1280:
         raise ValueError(f"{field} is SDXL's refiner, which draws no image by itself; give the base model")
+    other = next((name for name in tensors if name.startswith("edm_")), None)
+    if other is not None:  # marks of Playground 2.5, which ComfyUI reads
+        raise ValueError(f"{field} was trained with EDM's noise ({other}), which is not known here; give another model")
     prediction = {"v": "v_prediction", "epsilon": "epsilon"}.get(metadata.get("modelspec.prediction_type", ""))
     if "v_pred" in tensors:  # a mark that ComfyUI reads, too
         prediction = "v_prediction"
-    return FileKind(path, _FAMILIES.get(width or 0), _parts(tensors), prefix, is_diffusers, prediction, metadata)
+    return FileKind(
+        path, _FAMILIES.get(width or 0), _parts(tensors), prefix, is_diffusers, prediction, metadata, "ztsnr" in tensors
+    )
 
 
 def _place_of_unet(tensors: Mapping[str, Any], field: str) -> tuple[str, bool]:

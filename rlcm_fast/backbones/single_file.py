@@ -302,6 +302,11 @@ def _vae_tensors(vae: Any) -> dict[str, Tensor]:
             f"a single file holds an AutoencoderKL, and the VAE of this model is an {type(vae).__name__}; use --format"
             " diffusers, or safetensors-unet"
         )
+    if vae.config.get("latents_mean") is not None:
+        raise ValueError(
+            "a single file has no place for latents_mean and latents_std of this model's VAE; use --format diffusers,"
+            " or safetensors-unet"
+        )
     num_blocks = len(vae.config["block_out_channels"])
     found = {}
     for name, weight in vae.state_dict().items():

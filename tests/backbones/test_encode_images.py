@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
 from torch import Tensor
 
 from rlcm_fast.backbones.pipeline import Backbone
@@ -43,6 +49,21 @@ def test_latents_are_scaled_samples_of_the_posterior(tiny_lcm_folder: str):
     expected = posterior.sample(torch.Generator().manual_seed(1)) * vae.config.scaling_factor
     torch.testing.assert_close(x_0, expected)
     assert torch.equal(backbone.encode_images(images(3), torch.Generator().manual_seed(1)), x_0)
+
+
+def test_latents_have_the_mean_and_deviation_that_an_sdxl_folder_names(tiny_sdxl_folder: str, tmp_path: Path):
+    folder = Path(shutil.copytree(tiny_sdxl_folder, tmp_path / "model"))
+    config = folder / "vae" / "config.json"
+    statistics = {"latents_mean": [0.3, -0.2, 0.1, 0.0], "latents_std": [1.5, 0.7, 1.0, 2.0], "scaling_factor": 0.5}
+    config.write_text(json.dumps(json.loads(config.read_text()) | statistics))
+    stock: Any = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        expected = stock.prepare_latents(
+            images(3) * 2 - 1, None, 3, 1, torch.float32, CPU, generator, add_noise=False
+        )  # without noise these are x_0
+    backbone = load(str(folder))
+    torch.testing.assert_close(backbone.encode_images(images(3), torch.Generator().manual_seed(1)), expected)
 
 
 @pytest.mark.parametrize("size, slices", [(0, [5]), (2, [2, 2, 1])])

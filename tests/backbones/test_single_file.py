@@ -188,6 +188,23 @@ def test_a_file_says_what_its_unet_predicts_or_the_user_does(
         resolve_model(ModelConfig(folders["sd"], prediction="epsilon"))
 
 
+def test_marks_of_other_noise_are_followed_or_refused(folders: dict[str, str], files: dict[str, Path], tmp_path: Path):
+    tensors, file = load_file(files["sd"]), tmp_path / "marked.safetensors"
+    model = ModelConfig(str(file), base=folders["sd"])
+    save_file({**tensors, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, file)
+    assert assemble(model, torch.float32, "ddim").scheduler.config["rescale_betas_zero_snr"] is True
+    save_file({**tensors, "edm_mean": torch.zeros(4)}, file)
+    with pytest.raises(ValueError, match=r"was trained with EDM's noise \(edm_mean\), which is not known here; give"):
+        assemble(model, torch.float32, "ddim")
+
+
+def test_a_single_file_has_no_place_for_statistics_of_latents(folders: dict[str, str], tmp_path: Path):
+    pipeline = load(folders["sdxl"])
+    pipeline.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    with pytest.raises(ValueError, match="has no place for latents_mean and latents_std .*; use --format diffusers"):
+        save_single_file(pipeline, tmp_path / "model.safetensors", torch.float32, guidance_scale=1.0)
+
+
 def sparse(path: Path, shapes: dict[str, list[int]]) -> Path:
     """A safetensors file with a header and a hole for its tensors, which takes no room on the disk."""
     header, end = {}, 0
