@@ -130,6 +130,8 @@ _WORDS = {
     "rewards": "reward models",
     "offloaded_rewards": "reward models (rollout)",
     "bucket": "DeepSpeed's bucket",
+    "second_gradients": "gradients returned at once",
+    "graph_copies": "copies for graphs",
     "activations": "activations (update)",
     "sampling": "activations (sampling)",
     "decoding": "activations (decoding)",
@@ -142,6 +144,8 @@ _OF_SECONDS = "an assumption, an H200 reached 15% in micro-batches of 8; rewards
 
 def _memory_table(memory: Memory) -> list[str]:
     shown = {_WORDS.get(name, name): size for name, size in memory.parts().items() if size > 0}
+    if memory.graph_pool > 0:
+        shown["kept by graphs"] = memory.graph_pool  # of the activations above
     shown |= {f"peak of {stage}": size for stage, size in memory.stages.items()}
     return ["GiB on each GPU", *(f"  {name:<28}{_gib(size):>8}" for name, size in shown.items()), ""]
 

@@ -40,7 +40,7 @@ from rlcm_fast.engine.replicas import load_replica, save_replica
 from rlcm_fast.kernels import functional
 from rlcm_fast.kernels.adamw import AdamW8bit
 
-_MOST_TO_NEAREST = 64  # micro-batches whose sum is rounded to nearest
+MOST_TO_NEAREST = 64  # micro-batches whose sum is rounded to nearest
 
 
 class DirectEngine(Engine):
@@ -85,7 +85,7 @@ class DirectEngine(Engine):
         self._indices = {parameter: index for index, parameter in enumerate(self._parameters())}
         self._holds_gradients = False  # in one place, zero between updates
         summed = [p for p in self._parameters() if p.dtype == torch.bfloat16]
-        self._adds_rounded = plan.num_micro_batches > _MOST_TO_NEAREST and bool(summed)
+        self._adds_rounded = plan.num_micro_batches > MOST_TO_NEAREST and bool(summed)
         if self._adds_rounded:
             for parameter in summed:
                 parameter.register_post_accumulate_grad_hook(self._add_gradient)
@@ -111,7 +111,7 @@ class DirectEngine(Engine):
         if self._steps_in_backward:
             return "engine.optimizer_in_backward=true steps weights in the backward pass, with numbers of the host"
         if self._adds_rounded:
-            return f"sums of more than {_MOST_TO_NEAREST} micro-batches are rounded with random numbers of the host"
+            return f"sums of more than {MOST_TO_NEAREST} micro-batches are rounded with random numbers of the host"
         return ""
 
     def hold_gradients(self) -> None:
@@ -150,7 +150,7 @@ class DirectEngine(Engine):
     def _add_gradient(self, parameter: nn.Parameter) -> None:
         """Takes the gradient of a micro-batch away from autograd and adds it to the sum, if the update has many."""
         gradient = parameter.grad
-        if gradient is None or self._num_micro_batches <= _MOST_TO_NEAREST:
+        if gradient is None or self._num_micro_batches <= MOST_TO_NEAREST:
             return
         if parameter in self._sums:
             place = {"step": self._num_updates, "index": self._indices[parameter], "number": self._num_backwards}

@@ -1,18 +1,6 @@
 """Estimates the bytes of a training process by purpose, and the peak of each stage; it runs and loads nothing.
 
-    Config -> Strategy;   Strategy, Profiles, Workload -> Memory
-
-    stage             in memory at its peak, besides weights, master copy, moments, frozen parts, trajectory, overhead
-    encoding          the text encoders
-    sampling          one UNet pass without gradients
-    decoding          one pass of the VAE's decoder, with cuDNN's workspace
-    update            gradients, activations, DeepSpeed's bucket
-    encoding images   one pass of the VAE's encoder on real images, within an update: with its gradients and bucket
-    step              gradients and the optimizer's temporaries
-
-Offloaded models of rewards are there while images are encoded, sampled and decoded.
-With `moves_idle`, the text encoders and the VAE are in memory only during their stages; without it, always.
-If an update has a single micro-batch, the estimate is an upper bound: gradients grow while activations are freed.
+    Config -> Strategy;   Strategy, Profiles, Workload -> Memory      [which adds them up by stage: memory.py]
 
 The estimate follows DeepSpeed 0.19. From ZeRO 1 on there is a flat float32 master copy, even of float32 weights. The
 step holds the gradients beside it, flat and in float32. Backward passes use a gradient bucket of fixed size.
@@ -22,14 +10,16 @@ bfloat16 gradients of several micro-batches add up in float32 (engine/zero.py), 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from rlcm_fast.config import Config, to_dict
 from rlcm_fast.planner.architecture import Architecture, Size, sides
+from rlcm_fast.planner.memory import Memory
 from rlcm_fast.planner.optimizer_states import moment_bytes
+from rlcm_fast.planner.replay import Copied, Graphed
 from rlcm_fast.planner.tracing import NetworkProfile, Recompute, Setup, VaeProfile, profile_unet, profile_vae
 from rlcm_fast.planner.workload import Workload
 from rlcm_fast.rewards import RewardLoad
@@ -69,6 +59,8 @@ class Strategy:
     rows_per_sample: int = 1  # rows of the network's batch; 2 under classifier-free guidance
     image_size: Size | None = None  # pixels; None: the model's default
     text_chunks: int = 1  # chunks of a text's encoding
+    compile: Literal["off", "regional", "whole"] = "off"
+    graphs: Literal["off", "auto", "on"] = "off"
     sums_in_float32: bool = False  # gradients of bfloat16 weights; estimate_memory finds it out from the workload
 
     @property
@@ -89,6 +81,8 @@ SETTINGS = {
     "engine.optimizer_in_backward": "optimizer_in_backward",
     "engine.recompute": "recompute",
     "engine.offload_idle": "moves_idle",
+    "engine.compile": "compile",
+    "engine.graphs": "graphs",
     "update.micro_batch_size": "micro_batch_size",
     "rollout.micro_batch_size": "rollout_micro_batch_size",
     "rollout.decode_batch_size": "decode_batch_size",
@@ -127,67 +121,7 @@ class Profiles:
     vae: VaeProfile
     text_numel: int  # weights of all text encoders
     latent_bytes: int  # one float32 latent
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU, by purpose."""
-
-    weights: int
-    gradients: int
-    master: int
-    moments: int
-    vae: int
-    text_encoders: int
-    start_model: int
-    ema: int
-    rewards: int
-    offloaded_rewards: int
-    trajectory: int
-    bucket: int
-    activations: int
-    sampling: int
-    decoding: int
-    encoding_images: int
-    step_temporaries: int
-    overhead: int
-    moves_idle: bool
-
-    @property
-    def always(self) -> int:
-        """Bytes that are in memory at every stage."""
-        resident = 0 if self.moves_idle else self.vae + self.text_encoders
-        return resident + sum(
-            (self.weights, self.master, self.moments, self.start_model, self.ema, self.rewards,
-             self.trajectory, self.overhead)
-        )  # fmt: skip
-
-    @property
-    def stages(self) -> dict[str, int]:
-        """Peak of each stage; the VAE's decoder is there for the whole rollout."""
-        rollout = self.always + self.offloaded_rewards + (self.vae if self.moves_idle else 0)
-        return {
-            "encoding": self.always + self.offloaded_rewards + (self.text_encoders if self.moves_idle else 0),
-            "sampling": rollout + self.sampling,
-            "decoding": rollout + self.decoding,
-            "update": self.always + self.gradients + self.bucket + self.activations,
-            "step": self.always + self.gradients + self.step_temporaries,
-            **({"encoding images": self.real_images} if self.encoding_images else {}),
-        }
-
-    @property
-    def real_images(self) -> int:
-        """Peak of an update before its loss on real images; it encodes captions and images one after the other."""
-        vae, text_encoders = (self.vae, self.text_encoders) if self.moves_idle else (0, 0)
-        return self.always + self.gradients + self.bucket + max(self.encoding_images + vae, text_encoders)
-
-    @property
-    def peak(self) -> int:
-        return max(self.stages.values())
-
-    def parts(self) -> dict[str, int]:
-        """Bytes by the name of each purpose, in the order above."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moves_idle"}
+    text_bytes: int  # one text's encoding, as the network gets it
 
 
 def measure(architecture: Architecture, strategy: Strategy, device: Device = "cuda") -> Profiles:
@@ -200,6 +134,7 @@ def measure(architecture: Architecture, strategy: Strategy, device: Device = "cu
         profile_vae(architecture, image_size, FROZEN_DTYPE),
         sum(p.numel() for encoder in architecture.build_text_encoders() for p in encoder.parameters()),
         architecture.unet["in_channels"] * height * width * 4,
+        architecture.num_tokens * strategy.text_chunks * architecture.unet["cross_attention_dim"] * dtype.itemsize,
     )
 
 
@@ -232,6 +167,12 @@ def estimate_memory(
     encoded = min(strategy.decode_batch_size or pairs, pairs)
     with_workspace = 1.0 if device == "cpu" else 1 + WORKSPACE_SHARE
     has_encoder = device == "cpu" or pairs > 0  # a GPU's run leaves it on the CPU, unless it trains on real images
+
+    # What graphs copy.
+    trajectory = _trajectory_states(strategy, workload) * profiles.latent_bytes
+    sizes = workload.samples_at_once, sampled, images, workload.num_actions
+    copied = Copied(*sizes, profiles.latent_bytes, profiles.text_bytes, trajectory)
+    graphed = Graphed.of(strategy, _num_micro_batches(strategy, workload), workload.num_image_sizes)
     return Memory(
         weights=_weight_bytes(strategy, trained, unet.frozen, processes),
         gradients=gradients,
@@ -243,8 +184,10 @@ def estimate_memory(
         ema=trained * 4 if strategy.ema == "gpu" else 0,
         rewards=rewards.always,
         offloaded_rewards=rewards.offloaded,
-        trajectory=_trajectory_states(strategy, workload) * profiles.latent_bytes,
+        trajectory=trajectory,
         bucket=_bucket_bytes(training, trained),
+        second_gradients=_second_gradients(training, trained, workload, graphed),
+        graph_copies=graphed.copies(copied),
         activations=round(activations),
         sampling=round(unet.sampling_peak(sampled * strategy.rows_per_sample)),
         decoding=round(with_workspace * profiles.vae.decoder.peak(images)),
@@ -252,6 +195,7 @@ def estimate_memory(
         step_temporaries=_step_bytes(training, unet.trainable, processes, gradients, device),
         overhead=OVERHEAD_BYTES,
         moves_idle=strategy.moves_idle,
+        graphed=graphed,
     )
 
 
@@ -280,9 +224,25 @@ def _optimizer_bytes(strategy: Strategy, sizes: Sequence[int], processes: int) -
 
 def _sums_in_float32(training: Strategy, workload: Workload) -> bool:
     """Whether gradients of bfloat16 weights are float32: under ZeRO, if an update has several micro-batches."""
-    passes = max(-(-workload.transitions_per_update // training.micro_batch_size), workload.num_image_sizes)
-    is_several = passes > 1 or training.real_image_micro_batch_size > 0
+    is_several = _num_micro_batches(training, workload) > 1
     return training.dtype == "bf16" and training.zero_stage >= 1 and is_several
+
+
+def _num_micro_batches(strategy: Strategy, workload: Workload) -> int:
+    """Number of backward passes of an update on each process."""
+    passes = max(-(-workload.transitions_per_update // strategy.micro_batch_size), workload.num_image_sizes)
+    pairs = strategy.real_image_micro_batch_size
+    return passes + (max(1, -(-workload.pairs_per_update // pairs)) if pairs > 0 else 0)
+
+
+def _second_gradients(training: Strategy, trained: int, workload: Workload, graphed: Graphed) -> int:
+    """Bytes of the gradients that a backward pass returns all at once, if they do not become the sums themselves.
+
+    They do in an update of one micro-batch, unless the sums are there before or are shares of several processes.
+    """
+    has_sums = _num_micro_batches(training, workload) > 1 or graphed.updates
+    is_shared = training.zero_stage >= 2 and workload.num_processes > 1
+    return trained * DTYPES[training.dtype].itemsize if training.compile == "whole" and (has_sums or is_shared) else 0
 
 
 def _bucket_bytes(strategy: Strategy, trained: int) -> int:

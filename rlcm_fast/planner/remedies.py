@@ -31,6 +31,8 @@ LADDER: tuple[Settings, ...] = (  # the cheapest first; each is added to those b
     {"rollout.decode_batch_size": 4},
     {"engine.offload_idle": True},
     {"update.kl_reference": "offload"},
+    {"engine.graphs": "off"},
+    {"engine.compile": "regional"},
     {"engine.recompute": "selective"},
     {"engine.dtype": "bf16", "engine.zero_stage": 1, "engine.channels_last": False},
     {"engine.recompute": "block"},

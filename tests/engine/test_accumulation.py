@@ -82,7 +82,7 @@ def test_weights_without_a_master_copy_lose_nothing_of_many_micro_batches(num_mi
 
 
 def test_without_stochastic_rounding_a_thousand_micro_batches_would_be_lost(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(direct, "_MOST_TO_NEAREST", 10**6)
+    monkeypatch.setattr(direct, "MOST_TO_NEAREST", 10**6)
     assert error(gradient_of(PURE, 1024))[1] < -0.5
 
 

@@ -116,8 +116,11 @@ def test_where_nothing_helps_none_is_said():
     assert suggested([], SHAPES, 1.0)[1] is None
 
 
+GRAPHS = ["--engine.graphs=auto", "--engine.compile=whole"]
+
+
 def test_every_step_of_the_ladder_is_of_the_config_and_known_to_the_estimate():
-    config = parse_config(["--engine.zero_stage=2", "--optimizer.name=adam", "--update.kl_weight=1"])
+    config = parse_config(["--engine.zero_stage=2", "--optimizer.name=adam", "--update.kl_weight=1", *GRAPHS])
     config = with_settings(config, {"engine.channels_last": True})
     for step in LADDER:
         assert set(step) <= {*SETTINGS, "update.kl_weight", "update.kl_reference", "engine.channels_last"}

@@ -1,0 +1,63 @@
+"""Tells what a run replays by CUDA graphs, as stages/graphing.py decides it, and what that keeps in memory.
+
+    sampling, decoding, updates     which of them have a graph
+    copies                          fixed inputs and outputs, beside the originals
+    pool                            activations: the largest of all graphs, which share one pool that is never freed
+    gradients                       of graphed updates stay in place between updates, the rollout included
+
+A graph is recorded after an ordinary run of the same work, so its first call needs its activations beside the pool that
+was there before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlcm_fast.engine.direct import MOST_TO_NEAREST
+
+if TYPE_CHECKING:
+    from rlcm_fast.planner.estimate import Strategy
+
+
+@dataclass(frozen=True)
+class Graphed:
+    """Whether each kind of work is replayed."""
+
+    sampling: bool = False
+    decoding: bool = False
+    updates: bool = False
+
+    @classmethod
+    def of(cls, strategy: Strategy, num_micro_batches: int, num_image_sizes: int) -> Graphed:
+        """Reads it off a strategy; num_micro_batches: of an update on each process."""
+        if strategy.graphs == "off":
+            return cls()
+        holds_gradients = strategy.dtype == "pure_bf16" and strategy.lora_rank == 0
+        is_rounded = num_micro_batches > MOST_TO_NEAREST  # stochastically, with the host's random numbers
+        return cls(
+            sampling=strategy.zero_stage < 3,
+            decoding=not strategy.moves_idle,
+            updates=holds_gradients and not is_rounded and not strategy.optimizer_in_backward and num_image_sizes == 1,
+        )
+
+    def copies(self, passes: Copied) -> int:
+        """Bytes of fixed inputs and outputs, of one shape of each kind of work."""
+        # Sampling: start, states, image and texts of a micro-batch; an update: the rollout, its texts gathered first.
+        sampling = passes.sampled * ((passes.num_actions + 3) * passes.latent_bytes + passes.text_bytes)
+        decoding = passes.decoded * passes.latent_bytes
+        updates = passes.trajectory + 2 * passes.samples * passes.text_bytes
+        return self.sampling * sampling + self.decoding * decoding + self.updates * updates
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The sizes of what graphs read and write."""
+
+    samples: int  # in a rollout
+    sampled: int  # in a micro-batch of it
+    decoded: int  # at once
+    num_actions: int
+    latent_bytes: int  # one float32 latent
+    text_bytes: int  # one text's encoding
+    trajectory: int  # bytes of a rollout's latents, the start model's outputs among them
