@@ -177,11 +177,12 @@ def _train(config: Config, given: Given, handover: Handover, pipeline: Any) -> R
             checked(config, 1, given)
         from rlcm_fast.trainer import Trainer
 
-        is_finished = Trainer(config, given).run()
+        trainer = Trainer(config, given)
+        is_finished = trainer.run()
     finally:
         lock.release()
     lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
-    return Run(config, is_finished, [json.loads(line) for line in lines])
+    return Run(trainer.config, is_finished, [json.loads(line) for line in lines])
 
 
 def _check_keywords(overrides: Mapping[str, Any]) -> None:

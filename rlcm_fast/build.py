@@ -36,6 +36,7 @@ from rlcm_fast.run_folder.export import Exporter
 from rlcm_fast.run_folder.progress import Progress
 from rlcm_fast.run_folder.resume import RunFolder, begin, put_weights, start_weights
 from rlcm_fast.run_folder.tracking import say
+from rlcm_fast.stages.chosen_batches import with_chosen_batches
 from rlcm_fast.stages.compile_check import CompileCheck
 from rlcm_fast.stages.evaluation import Evaluation, build_evaluation
 from rlcm_fast.stages.graphing import check_graphs, use_graphs
@@ -56,6 +57,7 @@ _SURVEYED = 10_000  # prompts of each task that are looked at for their length; 
 class Parts:
     """The parts of a run; each holds what never changes between iterations and is given what does."""
 
+    config: Config  # with numbers where it was `auto`
     tasks: Tasks
     images: TextToImage
     engine: AveragingEngine
@@ -107,6 +109,7 @@ def build(config: Config, given: Given = NOTHING) -> Parts:
         ValueError: what the config alone cannot show: the folder, prompts, rewards, pairs, the model.
     """
     device = start_processes(config)
+    config = with_chosen_batches(config, device)
     folder = begin(config)
     try:
         return _build(config, device, folder, given)
@@ -161,6 +164,7 @@ def _build(config: Config, device: torch.device, folder: RunFolder, given: Given
     check_weights = WeightCheck(images, engine, evaluation.grid.prompts[:1] * num_checked, config.evaluation.seed)
     real_images = RealImages(config.pretraining, images, config.seed) if config.pretraining.weight > 0 else None
     return Parts(
+        config=config,
         tasks=tasks,
         images=images,
         engine=engine,

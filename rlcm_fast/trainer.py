@@ -32,7 +32,7 @@ class Trainer:
     """One run on one process; with several processes each holds its share of the prompts, and all stay in step."""
 
     def __init__(self, config: Config, given: Given = NOTHING) -> None:
-        self.config, self.run_dir = config, Path(config.run_dir)
+        self.run_dir = Path(config.run_dir)
         # It notes the launcher, which may die while models load.
         self.interruption = Interruption(self.run_dir / "stop", may_exit=not given.is_hosted)
         parts = build(config, given)
@@ -43,7 +43,7 @@ class Trainer:
         self.updater = parts.updater  # moves the weights
         self.evaluation = parts.evaluation  # scores held-out images, draws the grid
         self.progress = parts.progress  # saves the finished iterations
-        self.parts, self.given = parts, given
+        self.config, self.parts, self.given = parts.config, parts, given
         self.iteration, self.queries = 0, 0  # finished iterations, scored images
         with contextlib.ExitStack() as stack:
             stack.callback(parts.close)  # unless all goes well
@@ -51,7 +51,7 @@ class Trainer:
             if resumed:
                 self.load_state_dict(resumed)
             self.progress.note(self.state_dict())
-            self.tracker = Tracker(self.run_dir, config, self.iteration, self.tasks.models_used)
+            self.tracker = Tracker(self.run_dir, self.config, self.iteration, self.tasks.models_used)
             stack.pop_all()
 
     def run(self) -> bool:

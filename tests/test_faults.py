@@ -125,7 +125,7 @@ def test_an_error_in_the_first_iteration_leaves_no_checkpoint(
     failing(TextToImage, "decode", 0, OUT_OF_MEMORY)
     assert main(tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run")) == 1
     line = last_line(capsys)
-    assert "lower update.micro_batch_size=2 or rollout.micro_batch_size=2" in line
+    assert "lower update.micro_batch_size=2 to 1 or rollout.micro_batch_size=2 to 1; rlcm-fast plan" in line
     assert line.endswith("the run has no checkpoint yet")
     assert checkpoints(tmp_path / "run") == []
 

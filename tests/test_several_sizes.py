@@ -27,6 +27,7 @@ from rlcm_fast.config.image_sizes import prompts_of_blocks
 from rlcm_fast.config.resolved import resolve
 from rlcm_fast.grids import captioned_grid
 from rlcm_fast.parallel import Turn
+from rlcm_fast.planner import of_config
 from rlcm_fast.planner.architecture import load_architecture
 from rlcm_fast.planner.estimate import strategy_of
 from rlcm_fast.planner.gpus import GPUS
@@ -260,14 +261,14 @@ def test_the_plan_has_the_memory_of_the_largest_size_and_the_mean_of_the_seconds
     sizes = [(64, 32), (64, 64)]
     run = resolve(parse_config(["--model.image_sizes", json.dumps(sizes)]), 1)
     planner = Planner(load_architecture(tiny_sdxl_folder), Workload.of(run), sizes=sizes)
-    strategy = strategy_of(run.config, plan._largest(sizes))
+    strategy = strategy_of(run.config, of_config._largest(sizes))
     of_one = [planner._seconds(replace(strategy, image_size=size), GPUS["h100"]) for size in sizes]
     seconds = planner.seconds(strategy, GPUS["h100"])
     for stage in ("sampling", "decoding", "update", "step", "iteration"):
         assert getattr(seconds, stage) == pytest.approx(sum(getattr(one, stage) for one in of_one) / 2)
     peaks = [planner.memory(replace(strategy, image_size=size)).peak for size in sizes]
     assert planner.memory(strategy).peak == peaks[1] > peaks[0]
-    said = " ".join(plan._head(planner, strategy, "tiny"))
+    said = " ".join(plan._head(planner, strategy, "tiny", True))
     assert "images of 64 x 32, 64 x 64 pixels" in said and "bytes and GFLOP are those of the largest" in said
 
 
@@ -278,7 +279,7 @@ def test_the_plan_takes_the_mean_of_the_seconds(tiny_sdxl_folder: str, monkeypat
     run = resolve(parse_config(["--model.image_sizes", json.dumps(list(pixels))]), 1)
     planner = Planner(load_architecture(tiny_sdxl_folder), Workload.of(run), sizes=list(pixels))
     assert planner.seconds(strategy_of(run.config), GPUS["h100"]) == Seconds(3.0, 3.0, 3.0, 3.0)
-    assert Workload.of(run).num_image_sizes == 2 and plan._largest(list(pixels)) == (64, 64)
+    assert Workload.of(run).num_image_sizes == 2 and of_config._largest(list(pixels)) == (64, 64)
 
 
 def test_the_micro_batches_that_an_update_may_have_are_counted_for_the_engine(tiny_lcm_folder: str, tmp_path: Path):

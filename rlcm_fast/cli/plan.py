@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlcm_fast.cli.arguments import positive_int
@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     # Check the arguments before torch is imported.
-    from rlcm_fast.backbones.loading import path_of_configs
     from rlcm_fast.config import parse_config
+    from rlcm_fast.config.batches import has_auto
     from rlcm_fast.config.checks import validate
     from rlcm_fast.planner.gpus import GPUS, find_gpu
 
@@ -49,67 +49,62 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.reward_gib >= 0:
         raise ValueError(f"reward-gib={arguments.reward_gib} is no size; give 0 or more")
     gpus = [find_gpu(arguments.gpu)] if arguments.gpu is not None else list(GPUS.values())
-    path = path_of_configs(config.model)
+    is_one = len(gpus) == 1
+    if arguments.json and has_auto(config) and not is_one:
+        raise ValueError("gpu=null leaves the micro-batches of auto open, which the bytes depend on; give --gpu NAME")
 
-    # Read the model's configs and build the planner.
-    from rlcm_fast.planner.architecture import load_architecture
-    from rlcm_fast.planner.estimate import GIB, Workload, strategy_of
-    from rlcm_fast.planner.seconds import Planner
-    from rlcm_fast.rewards import gpu_load
+    # Read the model's configs, build the planner, and choose what the config leaves to it.
+    from rlcm_fast.planner.of_config import planner_of
 
-    architecture = load_architecture(path)
-    sizes = [] if arguments.image_size else [_size(pixels) for pixels in config.model.sizes]
-    image_size = arguments.image_size or _size(_largest(config.model.sizes) or config.model.pixels)
-    for size in sizes or [image_size]:
-        _check_image_size(size, architecture.pixels_per_latent)
-    rewards = [reward for task in resolved.tasks for reward in task.rewards]
-    load = gpu_load(rewards, config.evaluation.rewards, arguments.processes)
-    load = replace(load, always=load.always + round(arguments.reward_gib * GIB))
-    planner = Planner(architecture, Workload.of(resolved), load, [size for size in sizes if size is not None])
-    strategy = strategy_of(config, image_size or architecture.image_size, architecture.embeds_guidance)
+    planner, strategy = planner_of(resolved, arguments.image_size, arguments.reward_gib)
+    plans = [_on(config, planner, strategy, gpu) for gpu in gpus]
 
     # Print the plan, for programs or for people.
     if arguments.json:
-        print(finite_json(_report(config, planner, strategy, gpus), indent=2))
+        print(finite_json(_report(planner, plans), indent=2))
         return
-    print("\n".join(_head(planner, strategy, config.model.path)))
-    print("\n".join(_memory_table(planner.memory(strategy))))
-    is_one = arguments.gpu is not None
-    lines = _one_gpu(config, planner, strategy, gpus[0]) if is_one else _all_gpus(planner, strategy, gpus)
+    lines = _head(planner, plans[0].strategy, config.model.path, is_one or not has_auto(config))
+    if is_one or not has_auto(config):
+        lines += _memory_table(planner.memory(plans[0].strategy))
     print("\n".join(lines))
+    print("\n".join(_one_gpu(planner, plans[0]) if is_one else _all_gpus(planner, plans)))
 
 
-def _size(pixels: tuple[int, int] | None) -> Size | None:
-    """Returns one number for a square."""
-    return pixels[0] if pixels is not None and pixels[0] == pixels[1] else pixels
+@dataclass(frozen=True)
+class _OnGpu:
+    """A config on a GPU; its micro-batches are numbers."""
+
+    gpu: Gpu
+    config: Config
+    strategy: Strategy
 
 
-def _largest(sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """Returns the size of most pixels, which decides on memory; None of no sizes."""
-    return max(sizes, key=lambda size: size[0] * size[1], default=None)
+def _on(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> _OnGpu:
+    """Chooses the sizes that the config leaves to the planner, for engine.memory_gib or all that the GPU has."""
+    from rlcm_fast.config.batches import Candidates, has_auto, with_batches
+    from rlcm_fast.planner.batches import choose, with_sizes
+
+    if not has_auto(config):
+        return _OnGpu(gpu, config, strategy)
+    candidates = Candidates.of(config, planner.workload.num_processes)
+    batches, _ = choose(planner, strategy, candidates, config.engine.memory_gib or gpu.memory_gib)
+    return _OnGpu(gpu, with_batches(config, batches), with_sizes(strategy, batches))
 
 
-def _check_image_size(image_size: Size | None, pixels_per_latent: int) -> None:
-    from rlcm_fast.planner.architecture import sides
-
-    step = 8 * pixels_per_latent
-    for side in [] if image_size is None else sides(image_size):
-        if side % step:
-            raise ValueError(f"image-size={side} must divide by {step}; try {max(step, round(side / step) * step)}")
-
-
-def _head(planner: Planner, strategy: Strategy, name: str) -> list[str]:
+def _head(planner: Planner, strategy: Strategy, name: str, has_batches: bool) -> list[str]:
     unet, work = planner.profiles(strategy).unet, planner.workload
     millions = (sum(unet.trainable) + unet.frozen) / 1e6
     shown = ", ".join(_shown(size) for size in planner.sizes or [strategy.image_size])
     images = f"{work.samples} images of {shown} pixels"
+    sizes = f"of {strategy.rollout_micro_batch_size} (rollout) and {strategy.micro_batch_size} (update)"
+    sizes = sizes if has_batches else "as each GPU has room for"
     several = ["several sizes: bytes and GFLOP are those of the largest, seconds the mean"] if planner.sizes else []
     of = "" if work.num_processes == 1 else f" on each of {work.num_processes} GPUs"
     return [
         f"{name}: UNet of {millions:.1f} M parameters, {unet.forward_flops.total / 1e9:.4g} GFLOP forward, "
         f"{unet.training_flops.total / 1e9:.5g} with backward",
         f"an iteration{of}: {images}, {work.num_steps} steps each, {work.samples * work.num_trained} transitions; "
-        f"micro-batches of {strategy.rollout_micro_batch_size} (rollout) and {strategy.micro_batch_size} (update)",
+        f"micro-batches {sizes}",
         *several,
         "",
     ]
@@ -150,9 +145,10 @@ def _memory_table(memory: Memory) -> list[str]:
     return ["GiB on each GPU", *(f"  {name:<28}{_gib(size):>8}" for name, size in shown.items()), ""]
 
 
-def _one_gpu(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
+def _one_gpu(planner: Planner, plan: _OnGpu) -> list[str]:
     from rlcm_fast.planner.gpus import MODEL_FLOPS_UTILISATION
 
+    gpu, strategy = plan.gpu, plan.strategy
     seconds = planner.seconds(strategy, gpu)
     stages = ", ".join(f"{name} {getattr(seconds, name):.3g}" for name in ("sampling", "decoding", "update", "step"))
     return [
@@ -161,7 +157,7 @@ def _one_gpu(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> 
         f"  seconds per iteration: {seconds.iteration:.3g} ({stages}), if {MODEL_FLOPS_UTILISATION:.0%} of the rate is "
         f"reached: {_OF_SECONDS}",
         *_rewards(planner, gpu),
-        *(f"  {line}" for line in _verdict(config, planner, strategy, gpu)),
+        *(f"  {line}" for line in _verdict(planner, plan)),
     ]
 
 
@@ -170,10 +166,11 @@ def _rewards(planner: Planner, gpu: Gpu) -> list[str]:
     return [f"  built-in rewards on this GPU: {seconds:.3g} s of it at most, beside the sampling"] if seconds else []
 
 
-def _verdict(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> list[str]:
+def _verdict(planner: Planner, plan: _OnGpu) -> list[str]:
     from rlcm_fast.planner.estimate import GIB
     from rlcm_fast.planner.remedies import Remedies
 
+    gpu, strategy = plan.gpu, plan.strategy
     memory = planner.memory(strategy)
     stage = max(memory.stages, key=lambda name: memory.stages[name])
     of_total = f"{_gib(memory.peak)} of {gpu.memory_gib:g} GiB, at its peak in {stage}"
@@ -184,7 +181,7 @@ def _verdict(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> 
     return [
         f"it does not fit: {of_total}",
         largest,
-        _remedy(Remedies(planner, config, strategy.image_size, gpu).cheaper()),
+        _remedy(Remedies(planner, plan.config, strategy.image_size, gpu).cheaper()),
     ]
 
 
@@ -195,12 +192,13 @@ def _remedy(settings: Settings | None) -> str:
     return f"it would fit with {options}"
 
 
-def _all_gpus(planner: Planner, strategy: Strategy, gpus: list[Gpu]) -> list[str]:
+def _all_gpus(planner: Planner, plans: Sequence[_OnGpu]) -> list[str]:
     from rlcm_fast.planner.gpus import MODEL_FLOPS_UTILISATION
 
     # Write a row for each GPU.
     lines = [f"{'GPU':<12}{'GiB':>5}{'fits':>6}{'micro-batches':>17}{'s/iteration':>13}   sampling  decoding  update"]
-    for gpu in gpus:
+    for plan in plans:
+        gpu, strategy = plan.gpu, plan.strategy
         seconds = planner.seconds(strategy, gpu)
         rollout = planner.largest_rollout_micro_batch(strategy, gpu)
         largest = f"{rollout or '-'}, {planner.largest_micro_batch(strategy, gpu) or '-'}"
@@ -219,27 +217,31 @@ def _all_gpus(planner: Planner, strategy: Strategy, gpus: list[Gpu]) -> list[str
     ]
 
 
-def _report(config: Config, planner: Planner, strategy: Strategy, gpus: list[Gpu]) -> dict[str, Any]:
-    memory = planner.memory(strategy)
+def _report(planner: Planner, plans: Sequence[_OnGpu]) -> dict[str, Any]:
+    memory = planner.memory(plans[0].strategy)
     return {
         "bytes": memory.parts(),
         "peak_bytes": memory.stages,
-        "gpus": {gpu.name: _report_of(config, planner, strategy, gpu) for gpu in gpus},
+        "gpus": {plan.gpu.name: _report_of(planner, plan) for plan in plans},
     }
 
 
-def _report_of(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> dict[str, Any]:
+def _report_of(planner: Planner, plan: _OnGpu) -> dict[str, Any]:
     from rlcm_fast.planner.remedies import Remedies
 
+    gpu, strategy = plan.gpu, plan.strategy
     fits, seconds = planner.fits(strategy, gpu), planner.seconds(strategy, gpu)
     stages = ("sampling", "decoding", "update", "step", "iteration")
     return {
         "fits": fits,
         "memory_gib": gpu.memory_gib,
+        "micro_batch_size": strategy.micro_batch_size,
+        "rollout_micro_batch_size": strategy.rollout_micro_batch_size,
+        "decode_batch_size": strategy.decode_batch_size,
         "largest_micro_batch": planner.largest_micro_batch(strategy, gpu),
         "largest_rollout_micro_batch": planner.largest_rollout_micro_batch(strategy, gpu),
         "seconds": {name: getattr(seconds, name) for name in stages} | {"rewards": planner.reward_seconds(gpu)},
-        "cheaper": None if fits else Remedies(planner, config, strategy.image_size, gpu).cheaper(),
+        "cheaper": None if fits else Remedies(planner, plan.config, strategy.image_size, gpu).cheaper(),
     }
 
 

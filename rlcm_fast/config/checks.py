@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 from rlcm_fast.config import Config, PolicyConfig, PromptsConfig
 from rlcm_fast.config.algorithm_checks import check_algorithm
+from rlcm_fast.config.batches import with_numbers
 from rlcm_fast.config.engine_checks import check_engine
 from rlcm_fast.config.image_sizes import check_image_sizes
 from rlcm_fast.config.ranges import check_ranges
@@ -31,9 +33,11 @@ _BESIDE_TASKS = (
 def validate(config: Config, world_size: int) -> ResolvedRun:
     """Returns the resolved run, if the config can work on that many processes.
 
+    Sizes of `auto` are checked, and count in the result, as what they are on a CPU; they divide evenly in any case.
     Raises ValueError "field=value ...; remedy" for the first value or combination that cannot.
     """
     check_ranges(config)
+    given, config = config, with_numbers(config, world_size)
     run = resolve(config, world_size)
     _check_use(config)
     check_image_sizes(config)
@@ -46,7 +50,7 @@ def validate(config: Config, world_size: int) -> ResolvedRun:
     check_engine(run)
     _check_lora(config)
     _check_resume(config)
-    return run
+    return run if given is config else replace(run, config=given)
 
 
 def _check_use(config: Config) -> None:

@@ -184,6 +184,11 @@ def explain(message: str, prefix: str = "") -> str:
     if not found:
         return f"{_one_line(message)}; {_HELP}"
     field, rest = prefix + found["field"], found["rest"]
+    several = re.match(r".* Subtypes: \[(?P<types>.*)\]\s*Errors:.*Given value: (?P<value>.*)", rest, re.DOTALL)
+    if several:
+        kinds = re.findall(r"<class '\w+'>|typing\.\w+(?:\[[^]]*\])?|list\[\w+\]", several["types"])
+        words = " or ".join(_in_words(kind).removeprefix("one of ") for kind in kinds)
+        return f"{field}={_one_line(several['value'])} is not allowed; give {words}"
     expected = re.match(r"Expected (?:a|an) (?P<type>.*?)\. Got value: (?P<value>.*)", rest, re.DOTALL)
     if not expected:
         return f"{field}: {_one_line(rest)}; {_HELP}"
@@ -273,11 +278,11 @@ def _closest(name: str, known: list[str], dashes: str = "") -> str:
 
 def _in_words(type_text: str) -> str:
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-    words |= {"list": "a list", "tuple": "a list", "dict": "a mapping like {key: value}"}
+    words |= {"NoneType": "null", "list": "a list", "tuple": "a list", "dict": "a mapping like {key: value}"}
     plain = re.sub(r"<class '([\w.]+)'>", lambda m: words.get(m[1], m[1]), _one_line(type_text))
     choices = re.fullmatch(r"typing\.Literal\[(.*)\]", plain)
     if not choices:
-        return plain.replace("typing.", "")
+        return re.sub(r"^list\[\w+\]$", "a list", plain.replace("typing.", ""))
     names = choices[1].replace("'", "").split(", ")
     return "one of " + ", ".join(filter(None, names)) + (", or leave it out" if "" in names else "")
 

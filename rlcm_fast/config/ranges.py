@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any
 
-from rlcm_fast.config.marks import marks_of
+from rlcm_fast.config.marks import OrWord, marks_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def positive(example: str) -> Range:
 
 PositiveInt = Annotated[int, at_least(1)]
 NonNegativeInt = Annotated[int, at_least(0)]
+PositiveOrAuto = Annotated[int, at_least(1, "1 or more, or auto"), OrWord("auto")]
+NonNegativeOrAuto = Annotated[int, at_least(0, "0 or more, or auto"), OrWord("auto")]
 ZeroIsOff = Annotated[float, at_least(0, "0 (off) or more")]
 
 
@@ -65,7 +67,7 @@ def _numbers(section: Any, prefix: str) -> Iterator[tuple[str, float, Range]]:
         for place, part in parts.items():
             if is_dataclass(part):
                 yield from _numbers(part, f"{place}.")
-            elif allowed is not None and part is not None:
+            elif allowed is not None and part is not None and not isinstance(part, str):
                 yield place, part, allowed
 
 

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, cast
 
 from rlcm_fast.config.files import Source
-from rlcm_fast.config.ranges import NonNegativeInt, PositiveInt, ZeroIsOff, at_least, positive, within
+from rlcm_fast.config.ranges import (
+    NonNegativeInt,
+    NonNegativeOrAuto,
+    PositiveInt,
+    PositiveOrAuto,
+    ZeroIsOff,
+    at_least,
+    positive,
+    within,
+)
 
 _LEFT_OUT = cast(int, None)  # default of a number that __post_init__ works out from other fields
 
@@ -188,14 +197,14 @@ class TaskConfig:
 class RolloutConfig:
     """How images are drawn and scored."""
 
-    micro_batch_size: PositiveInt = 64
-    """Samples per sampling pass, on each process."""
+    micro_batch_size: PositiveOrAuto = 64
+    """Samples per sampling pass, on each process; auto: up to 64, the most planned to fit engine.memory_gib."""
     reward_workers: PositiveInt = 2
     """Threads per process that compute rewards while the next samples are drawn; all tasks share them."""
     shared_noise: bool = False
     """Start all images of a prompt in an iteration from the same noise; only the noise of their steps differs."""
-    decode_batch_size: NonNegativeInt = 0
-    """Images that the VAE decodes at once, in evaluations too; 0 decodes the whole micro-batch."""
+    decode_batch_size: NonNegativeOrAuto = 0
+    """Images that the VAE decodes at once, in evaluations too; 0: the whole micro-batch; auto: up to 16 that fit."""
     max_decoded_batches: NonNegativeInt = 0
     """Decoded micro-batches that may wait for their scores, on each process; 0: two more than reward_workers."""
     reward_timeout: Annotated[float, at_least(0, "seconds, or 0 to wait for ever")] = 600.0
@@ -250,8 +259,9 @@ class UpdateConfig:
     """Trained actions of each sample, drawn anew for each rollout, as 5 of DDPO's 50; 0 trains all."""
     order: Literal["mixed", "by_step"] = "mixed"
     """mixed: an update mixes all steps; by_step: it has as few steps as possible (arXiv 2401.12244: one)."""
-    micro_batch_size: PositiveInt = 64
-    """Transitions per forward and backward pass, on each process; must divide the transitions of an update."""
+    micro_batch_size: PositiveOrAuto = 64
+    """Transitions per forward and backward pass, on each process; must divide the transitions of an update. auto: the
+    most, up to 64, that are planned to fit engine.memory_gib."""
     old_log_probs: Literal["rollout", "recompute"] = "rollout"
     """Old log-probs of the ratio: the rollout's, or recomputed in the update's micro-batches, against rounding noise.
     With one update per rollout neither is needed."""
@@ -344,6 +354,8 @@ class EngineConfig:
     """Use only deterministic algorithms of torch, which are slower: on a GPU, nothing else is promised to repeat."""
     offload_idle: bool = False
     """Keep text encoders and VAE in CPU memory, and move them to the GPU only while they encode and decode."""
+    memory_gib: Annotated[float, at_least(0, "GiB, or 0 for all that the GPU has")] = 0.0
+    """Memory of each GPU that sizes of auto are chosen for; 0: what the GPU has."""
 
 
 @dataclass(frozen=True)

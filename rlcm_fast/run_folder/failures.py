@@ -10,8 +10,10 @@ import torch
 
 from rlcm_fast import parallel
 from rlcm_fast.config import Config
+from rlcm_fast.config.batches import next_smaller, with_numbers
 from rlcm_fast.faults import Fault
 from rlcm_fast.run_folder.checkpoint import is_full_disk
+from rlcm_fast.run_folder.noted_batches import noted
 
 TRACEBACK = "error.txt"
 
@@ -30,12 +32,22 @@ def _foreseen(error: BaseException, config: Config) -> str | None:
         space = "free some space, raise the quota or ulimit, or lower checkpoint.keep"
         return f"run_dir={config.run_dir} is on a full disk: {space}"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return (
-            f"out of memory ({first_line(error)}): lower update.micro_batch_size={config.update.micro_batch_size} or "
-            f"rollout.micro_batch_size={config.rollout.micro_batch_size}; rlcm-fast plan says what fits"
-        )
+        return f"out of memory ({first_line(error)}): {_smaller(config)}; rlcm-fast plan says what fits"
     lost = parallel.lost_process(error)
     return lost and f"another process of the run was lost ({lost})"
+
+
+def _smaller(config: Config) -> str:
+    """Returns what to lower, with the next sizes that divide evenly."""
+    config = with_numbers(noted(config), parallel.world_size())
+    sizes = config.update.micro_batch_size, config.rollout.micro_batch_size
+    next_sizes = next_smaller(config, parallel.world_size())
+    names = "update.micro_batch_size", "rollout.micro_batch_size"
+    lower = [
+        f"{name}={size}" + (f" to {smaller}" if smaller else "")
+        for name, size, smaller in zip(names, sizes, next_sizes, strict=True)
+    ]
+    return f"lower {' or '.join(lower)}"
 
 
 def _kept(error: BaseException, config: Config) -> str:

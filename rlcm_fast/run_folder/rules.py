@@ -273,6 +273,7 @@ RULES: dict[str, Rule] = {
     "engine.graphs": _EFFECT,
     "engine.deterministic": _EFFECT,
     "engine.offload_idle": _EFFECT,
+    "engine.memory_gib": _SILENT,
     "ema.decay": Rule(
         "refused", "the checkpoint has no average to go on with", _keeps_an_average, "it was on, or is turned off"
     ),

@@ -1,0 +1,94 @@
+"""Replaces `auto` by numbers when a run starts: those that its folder has noted, or those that fit now.
+
+    start of the processes -> with_chosen_batches -> a config of numbers -> config.yaml, fingerprint, all parts
+
+On a GPU the main process plans, which takes 10 to 30 seconds, for the GPU with the least memory of all. On a CPU the
+numbers are fixed (config/batches.py). A run that resumes keeps its numbers, so its fingerprint does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rlcm_fast import parallel
+from rlcm_fast.config import Config
+from rlcm_fast.config.batches import Batches, Candidates, batches_of, has_auto, with_batches, with_numbers
+from rlcm_fast.config.checks import validate
+from rlcm_fast.planner.batches import choose
+from rlcm_fast.planner.of_config import planner_of
+from rlcm_fast.run_folder.agreement import from_main, together
+from rlcm_fast.run_folder.noted_batches import noted_batches
+from rlcm_fast.run_folder.resume import check_run_dir
+from rlcm_fast.run_folder.tracking import say
+
+_GIB = 2**30
+
+
+def with_chosen_batches(config: Config, device: torch.device, tell: Callable[[str], None] = say) -> Config:
+    """Returns the config with numbers instead of `auto`, the same on all processes; every rank must call.
+
+    Raises:
+        SharedMistake: the planner does not know the model, or the run's folder is another run's.
+    """
+    if not parallel.any_rank(has_auto(config)):
+        return config
+    memory = min(parallel.all_gather_list([_memory_gib(config, device)]))
+    found = None
+    with together():
+        if parallel.is_main():
+            check_run_dir(config)  # a mistake is told before the planning
+            found = _numbers(config, memory if device.type == "cuda" else None, tell)
+    # A rank whose config has no auto keeps its own; begin() then tells how the configs differ.
+    batches: Batches = from_main(found)  # pyright: ignore[reportAssignmentType]
+    return with_batches(config, batches) if has_auto(config) else config
+
+
+def _numbers(config: Config, memory_gib: float | None, tell: Callable[[str], None]) -> Batches:
+    """Finds the numbers and says so in one line. memory_gib: of the smallest GPU; None on a CPU."""
+    # A run that resumes keeps its own, if they still divide.
+    if config.resume is not None:
+        checkpoint = Path(config.resume)
+        folder = Path(config.run_dir) if config.resume == "latest" else checkpoint.resolve().parent.parent
+        kept = noted_batches(config, folder)
+        if kept is not None and _is_valid(with_batches(config, kept)):
+            tell(f"auto: as before, {kept}")
+            return kept
+
+    # Else they are chosen.
+    world_size = parallel.world_size()
+    if memory_gib is None:
+        found = batches_of(with_numbers(config, world_size))
+        tell(f"auto: {found} (fixed numbers on a CPU)")
+        return found
+    found, fits = _planned(config, memory_gib)
+    words = "the largest planned to fit" if fits else "the smallest, and the plan is that they do not fit"
+    tell(f"auto: {found}, {words} {memory_gib:.1f} GiB")
+    return found
+
+
+def _planned(config: Config, memory_gib: float) -> tuple[Batches, bool]:
+    world_size = parallel.world_size()
+    run = validate(config, world_size)
+    try:
+        planner, strategy = planner_of(run)
+    except ValueError as error:
+        raise ValueError(f"a micro-batch of auto needs a plan, and {error}; or give numbers") from error
+    return choose(planner, strategy, Candidates.of(config, world_size), memory_gib)
+
+
+def _is_valid(config: Config) -> bool:
+    try:
+        validate(config, parallel.world_size())
+    except ValueError:
+        return False
+    return True
+
+
+def _memory_gib(config: Config, device: torch.device) -> float:
+    """Returns what a run may take of this process's device; infinite on a CPU."""
+    if device.type != "cuda":
+        return float("inf")
+    return config.engine.memory_gib or torch.cuda.get_device_properties(device).total_memory / _GIB

@@ -1,0 +1,137 @@
+"""Numbers instead of `auto` at a run's start: on a CPU, on a made-up GPU, after a resume, on several processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_runs
+import torch
+from planners import planner_of
+
+from rlcm_fast import parallel
+from rlcm_fast.config import Config, parse_config, to_yaml
+from rlcm_fast.config.batches import Batches, batches_of, has_auto
+from rlcm_fast.faults import SharedMistake
+from rlcm_fast.planner import seconds
+from rlcm_fast.planner.estimate import GIB
+from rlcm_fast.run_folder.failures import explain
+from rlcm_fast.stages import chosen_batches
+from rlcm_fast.stages.chosen_batches import with_chosen_batches
+from rlcm_fast.train import main
+from rlcm_fast.trainer import Trainer
+
+ALL = ["--update.micro_batch_size=auto", "--rollout.micro_batch_size=auto", "--rollout.decode_batch_size=auto"]
+SETTINGS = {"update.micro_batch_size": "auto", "rollout.micro_batch_size": "auto", "rollout.decode_batch_size": "auto"}
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def numbers(config: Config) -> Batches:
+    assert not has_auto(config)
+    return batches_of(config)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A GPU of 1.4 GiB, for which the shipped model is planned."""
+    state = SimpleNamespace(total_memory=round(1.4 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: state)
+    monkeypatch.setattr(seconds, "Planner", lambda architecture, *more: planner_of(architecture.name, *more))
+    return state
+
+
+def chosen(device: torch.device, *options: str) -> tuple[Config, list[str]]:
+    said: list[str] = []
+    return with_chosen_batches(parse_config([*ALL, *options]), device, said.append), said
+
+
+def test_a_config_of_numbers_stays_as_it_is():
+    said: list[str] = []
+    config = Config()
+    assert with_chosen_batches(config, GPU, said.append) is config and said == []
+
+
+def test_a_cpu_has_fixed_numbers_and_plans_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chosen_batches, "_planned", None)
+    config, said = chosen(CPU, f"--run_dir={tmp_path / 'run'}")
+    assert numbers(config) == Batches(64, 64, 0)
+    sizes = "update.micro_batch_size=64, rollout.micro_batch_size=64, rollout.decode_batch_size=0"
+    assert said == [f"auto: {sizes} (fixed numbers on a CPU)"]
+
+
+def test_a_gpu_gets_the_largest_that_are_planned_to_fit(gpu: SimpleNamespace, tmp_path: Path):
+    run_dir = f"--run_dir={tmp_path / 'run'}"
+    config, said = chosen(GPU, run_dir)
+    small = numbers(config)
+    assert said == [f"auto: {small}, the largest planned to fit 1.4 GiB"]
+    gpu.total_memory = 24 * GIB
+    roomy, _ = chosen(GPU, run_dir)
+    assert numbers(roomy) == Batches(64, 64, 16)
+    assert small.update < 64
+    capped, said = chosen(GPU, run_dir, "--engine.memory_gib=1.4")
+    assert numbers(capped) == small
+    given, _ = chosen(GPU, run_dir, "--update.micro_batch_size=3")
+    assert numbers(given) == Batches(3, 64, 16)
+
+
+def test_where_nothing_fits_the_smallest_are_taken_and_it_is_said(gpu: SimpleNamespace, tmp_path: Path):
+    config, said = chosen(GPU, f"--run_dir={tmp_path / 'run'}", "--engine.memory_gib=0.5")
+    assert numbers(config) == Batches(1, 1, 1)
+    assert said[0].endswith("the smallest, and the plan is that they do not fit 0.5 GiB")
+
+
+def test_a_model_that_the_planner_does_not_know_needs_numbers(gpu: SimpleNamespace, tmp_path: Path):
+    with pytest.raises(SharedMistake, match=r"auto needs a plan, and model.path=some/one is not known .*; or give num"):
+        chosen(GPU, f"--run_dir={tmp_path / 'run'}", "--model.path=some/one")
+
+
+def test_the_gpu_with_the_least_memory_decides(gpu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    alone = numbers(chosen(GPU, f"--run_dir={tmp_path / 'run'}")[0])
+    gpu.total_memory = 24 * GIB
+    monkeypatch.setattr(parallel, "all_gather_list", lambda items: [*items, 1.4] if items == [24.0] else items)
+    assert numbers(chosen(GPU, f"--run_dir={tmp_path / 'run'}")[0]) == alone
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_run_notes_its_numbers_and_keeps_them_when_it_resumes(
+    tiny_lcm_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run_dir = tmp_path / "run"
+    options = {**SETTINGS, "num_iterations": 1, "checkpoint.every": 1}
+    trainer = Trainer(parse_config(tiny_runs.arguments(tiny_lcm_folder, run_dir, options)))
+    trainer.run()
+    noted = parse_config([f"--config={run_dir / 'config.yaml'}"])
+    assert numbers(noted) == numbers(trainer.config)
+
+    # As if the first run had chosen others: they stay, and the fingerprint is the same.
+    text = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(text.replace("decode_batch_size: 0", "decode_batch_size: 1"))
+    said: list[str] = []
+    for resume in ("latest", str(run_dir / "checkpoints" / "iteration_000001")):
+        again = parse_config(tiny_runs.arguments(tiny_lcm_folder, run_dir, {**options, "resume": resume}))
+        assert numbers(with_chosen_batches(again, CPU, said.append)) == replace(numbers(noted), decode=1)
+    assert said[0] == f"auto: as before, {replace(numbers(noted), decode=1)}"
+
+    # Numbers that no longer divide are chosen anew.
+    more = parse_config(
+        tiny_runs.arguments(tiny_lcm_folder, run_dir, {**options, "resume": "latest", "prompts.num_prompts": 7})
+    )
+    assert numbers(with_chosen_batches(more, CPU, said.append)).update % 7 == 0
+
+
+def test_out_of_memory_names_the_next_sizes_of_the_run(tmp_path: Path):
+    config = parse_config([*ALL, f"--run_dir={tmp_path}"])
+    numbered = parse_config([f"--run_dir={tmp_path}", "--update.micro_batch_size=16", "--rollout.micro_batch_size=32"])
+    (tmp_path / "config.yaml").write_text(to_yaml(numbered))
+    line = explain(torch.OutOfMemoryError("CUDA out of memory.\nmore"), config)
+    expected = "lower update.micro_batch_size=16 to 12 or rollout.micro_batch_size=32 to 16; rlcm-fast plan says what"
+    assert expected in line
+
+
+def test_a_dry_run_needs_no_gpu(capsys: pytest.CaptureFixture[str]):
+    assert main([*ALL, "--dry_run=true"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("batch_size: auto") == 3
+    assert "# micro_batches_per_update_and_process: 3" in printed
