@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rlcm_fast.planner.estimate import Memory, Strategy
     from rlcm_fast.planner.gpus import Gpu
     from rlcm_fast.planner.remedies import Settings
-    from rlcm_fast.planner.seconds import Planner
+    from rlcm_fast.planner.seconds import Planner, Seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +134,7 @@ _WORDS = {
     "step_temporaries": "temporaries of the step",
     "overhead": "CUDA and allocator, a guess",
 }
-_OF_SECONDS = "an assumption, an H200 reached 15% in micro-batches of 8; rewards not counted"
+_LEFT_OUT = "rewards and texts are not counted"
 
 
 def _memory_table(memory: Memory) -> list[str]:
@@ -146,19 +146,30 @@ def _memory_table(memory: Memory) -> list[str]:
 
 
 def _one_gpu(planner: Planner, plan: _OnGpu) -> list[str]:
-    from rlcm_fast.planner.gpus import MODEL_FLOPS_UTILISATION
-
     gpu, strategy = plan.gpu, plan.strategy
     seconds = planner.seconds(strategy, gpu)
     stages = ", ".join(f"{name} {getattr(seconds, name):.3g}" for name in ("sampling", "decoding", "update", "step"))
     return [
         f"{gpu.name}: {gpu.memory_gib:g} GiB, {gpu.bandwidth_gb_s:g} GB/s, {gpu.bf16_tflop_s:g} TFLOP/s bf16, "
         f"{gpu.tf32_tflop_s:g} TF32, {gpu.fp32_tflop_s:g} float32 ({gpu.source})",
-        f"  seconds per iteration: {seconds.iteration:.3g} ({stages}), if {MODEL_FLOPS_UTILISATION:.0%} of the rate is "
-        f"reached: {_OF_SECONDS}",
+        f"  seconds per iteration: {seconds.iteration:.3g} ({stages}); {_trust(gpu.name)}; {_LEFT_OUT}",
+        f"  hours of the whole run: {_hours(plan, seconds):.3g} ({plan.config.num_iterations} iterations, without "
+        "evaluations and checkpoints)",
         *_rewards(planner, gpu),
         *(f"  {line}" for line in _verdict(planner, plan)),
     ]
+
+
+def _hours(plan: _OnGpu, seconds: Seconds) -> float:
+    return seconds.iteration * plan.config.num_iterations / 3600
+
+
+def _trust(gpu: str) -> str:
+    """Says how far the seconds can be trusted."""
+    from rlcm_fast.planner.efficiency import ERROR, MEASURED_ON
+
+    fitted = f"fitted to an {MEASURED_ON} without torch.compile, {ERROR:.0%} off at most there"
+    return fitted if gpu == MEASURED_ON else f"an estimate by the efficiency of an {MEASURED_ON}, not measured"
 
 
 def _rewards(planner: Planner, gpu: Gpu) -> list[str]:
@@ -193,10 +204,12 @@ def _remedy(settings: Settings | None) -> str:
 
 
 def _all_gpus(planner: Planner, plans: Sequence[_OnGpu]) -> list[str]:
-    from rlcm_fast.planner.gpus import MODEL_FLOPS_UTILISATION
+    from rlcm_fast.planner.efficiency import MEASURED_ON
 
     # Write a row for each GPU.
-    lines = [f"{'GPU':<12}{'GiB':>5}{'fits':>6}{'micro-batches':>17}{'s/iteration':>13}   sampling  decoding  update"]
+    lines = [
+        f"{'GPU':<12}{'GiB':>5}{'fits':>6}{'micro-batches':>17}{'s/iteration':>13}   sampling  decoding  update  hours"
+    ]
     for plan in plans:
         gpu, strategy = plan.gpu, plan.strategy
         seconds = planner.seconds(strategy, gpu)
@@ -205,14 +218,15 @@ def _all_gpus(planner: Planner, plans: Sequence[_OnGpu]) -> list[str]:
         fits = "yes" if planner.fits(strategy, gpu) else "no"
         lines.append(
             f"{gpu.name:<12}{gpu.memory_gib:>5g}{fits:>6}{largest:>17}{seconds.iteration:>13.3g}"
-            f"{seconds.sampling:>11.3g}{seconds.decoding:>10.3g}{seconds.update:>8.3g}"
+            f"{seconds.sampling:>11.3g}{seconds.decoding:>10.3g}{seconds.update:>8.3g}{_hours(plan, seconds):>7.3g}"
         )
     # Explain the columns below them.
     return [
         *lines,
         "",
         "micro-batches: the largest that fit, rollout and update",
-        f"seconds: if {MODEL_FLOPS_UTILISATION:.0%} of the rate is reached: {_OF_SECONDS}",
+        f"seconds: {_trust(MEASURED_ON)}; of others estimates by the same efficiency; {_LEFT_OUT}",
+        f"hours: all {plans[0].config.num_iterations} iterations",
         "--gpu NAME says what to change if it does not fit",
     ]
 
@@ -241,6 +255,8 @@ def _report_of(planner: Planner, plan: _OnGpu) -> dict[str, Any]:
         "largest_micro_batch": planner.largest_micro_batch(strategy, gpu),
         "largest_rollout_micro_batch": planner.largest_rollout_micro_batch(strategy, gpu),
         "seconds": {name: getattr(seconds, name) for name in stages} | {"rewards": planner.reward_seconds(gpu)},
+        "hours": _hours(plan, seconds),
+        "seconds_are": _trust(gpu.name),
         "cheaper": None if fits else Remedies(planner, plan.config, strategy.image_size, gpu).cheaper(),
     }
 

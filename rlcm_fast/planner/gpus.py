@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MODEL_FLOPS_UTILISATION = 0.5
-"""Share of the rate that a network reaches; assumed. An H200 reached 0.13 to 0.17 in micro-batches of 8."""
 BANDWIDTH_UTILISATION = 0.8
 """Share of the bandwidth that an optimizer step reaches; assumed until someone measures it."""
 
@@ -28,12 +26,10 @@ class Gpu:
     source: str
 
     def seconds(self, convolution_flops: float, other_flops: float, is_bf16: bool) -> float:
-        """Seconds that a network's floating point operations take at the assumed utilisation."""
+        """Seconds that floating point operations would take at the full rate; efficiency.py has the share of it."""
         if is_bf16:
-            full_rate = (convolution_flops + other_flops) / (self.bf16_tflop_s * 1e12)
-        else:
-            full_rate = convolution_flops / (self.tf32_tflop_s * 1e12) + other_flops / (self.fp32_tflop_s * 1e12)
-        return full_rate / MODEL_FLOPS_UTILISATION
+            return (convolution_flops + other_flops) / (self.bf16_tflop_s * 1e12)
+        return convolution_flops / (self.tf32_tflop_s * 1e12) + other_flops / (self.fp32_tflop_s * 1e12)
 
     def seconds_to_move(self, num_bytes: float) -> float:
         """Seconds to read or write `num_bytes` of the GPU's memory at the assumed utilisation."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rlcm_fast.planner.architecture import Architecture, Size
+from rlcm_fast.planner.efficiency import ASSUMED_SHARE, CALL_SECONDS, UNET_SHARE, VAE_SHARE
 from rlcm_fast.planner.estimate import (
     FROZEN_DTYPE,
     GIB,
@@ -73,7 +74,7 @@ class Planner:
         return self.memory(strategy).peak <= gpu.memory_gib * GIB
 
     def seconds(self, strategy: Strategy, gpu: Gpu) -> Seconds:
-        """Seconds at the assumed utilisation of the GPU; the mean over several image sizes."""
+        """Seconds by what an H200 reached (efficiency.py); the mean over several image sizes."""
         of_sizes = [self._seconds(replace(strategy, image_size=size), gpu) for size in self.sizes]
         if not of_sizes:
             return self._seconds(strategy, gpu)
@@ -82,24 +83,26 @@ class Planner:
 
     def _seconds(self, strategy: Strategy, gpu: Gpu) -> Seconds:
         """Seconds with images of one size."""
-        # Count the passes: each transition is trained, each pair of the loss on real images encoded and trained.
+        # Count rows of the network: transitions are trained, pairs of the loss on real images encoded and trained.
         profiles, work, memory = self.profiles(strategy), self.workload, self.memory(strategy)
-        rows, unet = work.samples * strategy.rows_per_sample, profiles.unet
-        trained = work.samples * work.num_trained  # transitions in a pass
-        update = unet.training_flops * (trained * work.num_passes * strategy.rows_per_sample)
+        unet, vae = profiles.unet, profiles.vae
+        trained = work.samples * work.num_trained * strategy.rows_per_sample  # in a pass over the rollout
         pairs = work.pairs_per_update * work.num_updates
-        update += unet.training_flops * pairs
-        encoded = profiles.vae.encoder.flops * pairs
         once_a_rollout = strategy.has_start_model + work.recomputes_log_probs
-        update += unet.forward_flops * (once_a_rollout * trained * strategy.rows_per_sample)
 
-        # Convert them to seconds. A step reads and writes weights, master copy and moments, and reads gradients.
-        is_bf16 = strategy.dtype != "fp32"
+        # Sum up what takes their time. A step reads and writes weights, master copy and moments, and reads gradients.
+        sampled = min(strategy.rollout_micro_batch_size, work.samples_at_once) * strategy.rows_per_sample
+        in_update = strategy.micro_batch_size * strategy.rows_per_sample
+        forward = _Passes(unet.forward_flops, unet.forward_calls, gpu, strategy.dtype != "fp32")
+        training = _Passes(unet.training_flops, unet.training_calls, gpu, strategy.dtype != "fp32")
+        update = training.seconds(trained * work.num_passes, in_update)
+        update += training.seconds(pairs, strategy.real_image_micro_batch_size)
+        update += forward.seconds(once_a_rollout * trained, in_update)
         moved = 2 * (memory.weights + memory.master + memory.moments) + memory.gradients
         return Seconds(
-            sampling=_seconds(unet.forward_flops * (rows * work.num_steps), gpu, is_bf16),
-            decoding=_seconds(profiles.vae.decoder.flops * work.samples, gpu, torch.bfloat16 == FROZEN_DTYPE),
-            update=_seconds(update, gpu, is_bf16) + _seconds(encoded, gpu, torch.bfloat16 == FROZEN_DTYPE),
+            sampling=forward.seconds(work.samples * strategy.rows_per_sample * work.num_steps, sampled),
+            decoding=_vae_seconds(vae.decoder.flops * work.samples, gpu),
+            update=update + _vae_seconds(vae.encoder.flops * pairs, gpu),
             step=work.num_updates * gpu.seconds_to_move(moved),
         )
 
@@ -110,7 +113,7 @@ class Planner:
         """
         load, images = self.rewards, self.workload.samples
         flops = load.fp32_gflops * 1e9 * images, load.half_gflops * 1e9 * images
-        return gpu.seconds(0, flops[0], False) + gpu.seconds(0, flops[1], True)
+        return (gpu.seconds(0, flops[0], False) + gpu.seconds(0, flops[1], True)) / ASSUMED_SHARE
 
     def largest_micro_batch(self, strategy: Strategy, gpu: Gpu) -> int:
         """The largest update.micro_batch_size that divides an update and fits; 0 if none does."""
@@ -154,5 +157,23 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _seconds(flops: Flops, gpu: Gpu, is_bf16: bool) -> float:
-    return gpu.seconds(flops.convolutions, flops.others, is_bf16)
+@dataclass(frozen=True)
+class _Passes:
+    """Passes of the UNet in micro-batches of one size."""
+
+    flops: Flops  # of a row
+    calls: int  # of a pass
+    gpu: Gpu
+    is_bf16: bool
+
+    def seconds(self, rows: int, micro_batch_size: int) -> float:
+        """Seconds of all rows."""
+        if rows == 0:
+            return 0.0
+        all_flops = self.flops * rows
+        at_rate = self.gpu.seconds(all_flops.convolutions, all_flops.others, self.is_bf16)
+        return rows / micro_batch_size * self.calls * CALL_SECONDS + at_rate / UNET_SHARE
+
+
+def _vae_seconds(flops: Flops, gpu: Gpu) -> float:
+    return gpu.seconds(flops.convolutions, flops.others, torch.bfloat16 == FROZEN_DTYPE) / VAE_SHARE

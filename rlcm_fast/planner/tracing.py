@@ -98,6 +98,8 @@ class NetworkProfile:
     sampling_peak: Curve
     forward_flops: Flops  # per row
     training_flops: Flops  # per row: forward pass, recomputation and backward pass
+    forward_calls: int  # operations of a pass, whatever its rows
+    training_calls: int
 
 
 @dataclass(frozen=True)
@@ -125,19 +127,22 @@ class Pass:
     peak: int
     forward_flops: Flops
     flops: Flops
+    forward_calls: int
+    calls: int
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that are made under this mode and still live; the storages of `known` do not count.
 
-    It counts FLOPs too, by torch's formulas. FlopCounterMode is no alternative: it keeps alive what checkpointing
-    computes again.
+    It counts operations and FLOPs too, by torch's formulas. FlopCounterMode is no alternative: it keeps alive what
+    checkpointing computes again.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.flops = Flops(0, 0)
+        self.calls = 0  # of operations, each of which a GPU is told to start
         self._sizes: dict[int, int] = {}
         self._watches: dict[int, weakref.ref] = {}
         for tensor in known:
@@ -145,6 +150,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.calls += 1
         if func.overloadpacket in flop_registry:
             count = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
             self.flops += Flops(count, 0) if func.overloadpacket in _CONVOLUTIONS else Flops(0, count)
@@ -183,6 +189,8 @@ def profile_unet(architecture: Architecture, setup: Setup, rows: int) -> Network
         sampling_peak=Curve(tuple((n, sampling[n].peak) for n in _FEW)),
         forward_flops=training[1].forward_flops,
         training_flops=training[1].flops,
+        forward_calls=training[1].forward_calls,
+        training_calls=training[1].calls,
     )
 
 
@@ -231,10 +239,10 @@ def trace_unet(unet: Any, architecture: Architecture, setup: Setup, rows: int, t
         output = unet(**inputs, return_dict=False)[0].float()
         loss = output.square().mean()
         del output
-        saved, forward_flops = live.now, live.flops
+        saved, forward_flops, forward_calls = live.now, live.flops, live.calls
         if trains:
             loss.backward()
-    return Pass(saved, live.peak, forward_flops, live.flops)
+    return Pass(saved, live.peak, forward_flops, live.flops, forward_calls, live.calls)
 
 
 def unet_inputs(architecture: Architecture, setup: Setup, rows: int, device: torch.device) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ def test_the_plan_of_all_gpus_is_a_table(capsys: pytest.CaptureFixture[str]):
         "micro-batches of 64 (rollout) and 32 (update)",
         "copy of the start model (KL)",
         "a guess",
-        "an assumption",
+        "fitted to an h200 without torch.compile, 9% off at most there",
+        "hours: all 96 iterations",
     ):
         assert words in printed
     assert "rtx3060" in printed
@@ -49,12 +50,34 @@ def test_the_plan_of_one_gpu_has_a_verdict(capsys: pytest.CaptureFixture[str]):
     assert "it would fit with --" in printed
 
 
+AUTO = ["--update.micro_batch_size", "auto", "--rollout.micro_batch_size", "auto", "--rollout.decode_batch_size=auto"]
+
+
+def test_a_plan_chooses_what_a_config_leaves_to_it(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", *CONFIG, *AUTO, "--gpu", "4090"]) == 0
+    printed = capsys.readouterr().out
+    assert "micro-batches of 64 (rollout) and 64 (update)" in printed and "hours of the whole run: " in printed
+    assert main(["plan", *CONFIG, *AUTO, "--gpu", "4090", "--engine.memory_gib=1.4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert max(report["peak_bytes"].values()) <= 1.4 * 2**30 * 0.97
+    assert report["gpus"]["rtx4090"]["micro_batch_size"] < 64
+
+
+def test_a_table_of_sizes_left_open_has_no_bytes_of_one_of_them(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", *CONFIG, *AUTO]) == 0
+    printed = capsys.readouterr().out
+    assert "micro-batches as each GPU has room for" in printed and "weights of the UNet" not in printed
+    assert main(["plan", *CONFIG, *AUTO, "--json"]) == 2
+    assert "give --gpu NAME" in capsys.readouterr().err
+
+
 def test_json_has_bytes_and_seconds_alone(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", *CONFIG, "--gpu=h100", "--json", "--processes", "2"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["bytes"]["weights"] == pytest.approx(4 * 4.0e6, rel=0.05)
     assert report["peak_bytes"]["update"] > report["bytes"]["activations"]
     assert report["gpus"]["h100"]["fits"] is True
+    assert report["gpus"]["h100"]["seconds_are"] == "an estimate by the efficiency of an h200, not measured"
     assert 0 < report["gpus"]["h100"]["seconds"]["update"] < report["gpus"]["h100"]["seconds"]["iteration"]
 
 

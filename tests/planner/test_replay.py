@@ -30,7 +30,7 @@ def by_rows(size: int) -> Curve:
 def profiles() -> Profiles:
     flops, image = Flops(1, 1), ImageProfile(1, by_rows(3 * MIB), Flops(1, 1))
     curves = by_rows(1), by_rows(4 * MIB), by_rows(2 * MIB)
-    unet = NetworkProfile((NUM_WEIGHTS,), 0, *curves, flops, flops)
+    unet = NetworkProfile((NUM_WEIGHTS,), 0, *curves, flops, flops, 1, 3)
     return Profiles(unet, VaeProfile(image, image), 10, latent_bytes=1000, text_bytes=300)
 
 

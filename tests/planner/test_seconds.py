@@ -14,6 +14,7 @@ from planners import SHAPES, planner_of
 from rlcm_fast.config import Config, parse_config
 from rlcm_fast.config.resolved import resolve
 from rlcm_fast.planner.architecture import load_architecture
+from rlcm_fast.planner.efficiency import CALL_SECONDS, UNET_SHARE, VAE_SHARE
 from rlcm_fast.planner.estimate import GIB, strategy_of
 from rlcm_fast.planner.gpus import GPUS, find_gpu
 from rlcm_fast.planner.seconds import Planner
@@ -93,8 +94,11 @@ def test_where_nothing_fits_the_largest_micro_batch_is_none(planner: Planner):
 def test_seconds_follow_the_rate_and_the_work(planner: Planner):
     slow, fast = GPUS["rtx3090"], GPUS["rtx4090"]
     ratio = planner.seconds(STRATEGY, slow).update / planner.seconds(STRATEGY, fast).update
-    assert ratio == pytest.approx(fast.fp32_tflop_s / slow.fp32_tflop_s)
-    assert slow.seconds(1e12, 0, is_bf16=True) == pytest.approx(1 / 71 / 0.5)
+    calls = planner.profiles(STRATEGY).unet.training_calls * (192 / 64) * CALL_SECONDS  # the host's part
+    rates = fast.fp32_tflop_s / slow.fp32_tflop_s
+    update = planner.seconds(STRATEGY, slow).update
+    assert ratio == pytest.approx(update / (calls + (update - calls) / rates))
+    assert slow.seconds(1e12, 0, is_bf16=True) == pytest.approx(1 / 71)
     work = planner.workload
     twice = planner_of(SHAPES, replace(work, samples=2 * work.samples))
     for stage in ("sampling", "decoding", "update"):
@@ -114,12 +118,15 @@ def test_the_workload_of_tasks_in_turn_and_of_some_timesteps_is_what_a_run_does(
     bare = planner_of(SHAPES, replace(work, pairs_per_update=0))
     update, profiles = bare.seconds(STRATEGY, gpu).update, planner.profiles(STRATEGY)
     encoder = profiles.vae.encoder.flops * (4 * 32)
-    encoding = gpu.seconds(encoder.convolutions, encoder.others, False)
-    assert planner.seconds(STRATEGY, gpu).update == pytest.approx(update * (1 + 4 * 32 / (32 * 2)) + encoding)
+    encoding = gpu.seconds(encoder.convolutions, encoder.others, False) / VAE_SHARE
+    with_pairs = replace(STRATEGY, real_image_micro_batch_size=STRATEGY.micro_batch_size)
+    assert planner.seconds(with_pairs, gpu).update == pytest.approx(update * (1 + 4 * 32 / (32 * 2)) + encoding)
     once_more = [*in_turn, "--update.micro_batch_size=4", "--update.old_log_probs=recompute"]
     again = Workload.of(resolve(parse_config(once_more), 2))
     forward = profiles.unet.forward_flops * (32 * 2)
-    recomputing = update + gpu.seconds(forward.convolutions, forward.others, False)
+    calls = 32 * 2 / 64 * profiles.unet.forward_calls * CALL_SECONDS
+    at_rate = gpu.seconds(forward.convolutions, forward.others, False)
+    recomputing = update + calls + at_rate / UNET_SHARE
     assert planner_of(SHAPES, again).seconds(STRATEGY, gpu).update == pytest.approx(recomputing)
     trajectory = bare.memory(STRATEGY).trajectory
     assert trajectory == 24 * 4 * profiles.latent_bytes
