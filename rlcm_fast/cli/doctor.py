@@ -135,7 +135,8 @@ def _rows_of_run(arguments: argparse.Namespace, run: ResolvedRun) -> Iterator[Di
 
     # Memory and disk, if the model can be planned.
     try:
-        planned = room.planned_bytes([*_options(arguments), "--processes", str(arguments.processes)])
+        options = [*_options(arguments), *room.options_for_auto(run.config, arguments.gpu)]
+        planned = room.planned_bytes([*options, "--processes", str(arguments.processes)])
     except ValueError as error:
         yield Diagnosis("memory and disk", State.NOTE, f"no plan: {error}")
         return
