@@ -202,7 +202,7 @@ def check(
 SHARED = {"suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow], "database": None}
 
 
-@settings(max_examples=12, **SHARED)
+@settings(max_examples=10, **SHARED)
 @given(folders())
 def test_random_folders_are_obeyed_as_by_the_stock_pipeline_or_refused(check: Any, drawn: Any):
     check(drawn)
