@@ -111,7 +111,9 @@ class Remedies:
         micro_batches = self._micro_batches_that_fit(self._strategy(settings))
         if micro_batches is None or not self._accepts(settings | micro_batches):
             return None
-        return settings | micro_batches
+        # Sized one by one they may not fit together: with several micro-batches an update sums in float32.
+        found = settings | micro_batches
+        return found if self.planner.fits(self._strategy(found), self.gpu) else None
 
     def _micro_batches_that_fit(self, strategy: Strategy) -> Settings | None:
         """Returns the sizes that must be smaller, each as large as fits; None if no size fits."""
