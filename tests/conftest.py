@@ -69,6 +69,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path, len(LONGEST)))
 
 
+@pytest.fixture(autouse=True)
+def no_bars_of_other_tests() -> None:
+    """Forgets progress bars that are still open: a trainer that a test builds and never runs leaves its own."""
+    from tqdm import tqdm
+
+    getattr(tqdm, "_instances", set()).clear()
+
+
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
     """A process group of this process alone; what it says in the environment is gone after the module."""
