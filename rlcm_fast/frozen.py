@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 
-class _Place(NamedTuple):
-    """Where a module holds a tensor, the device that it works on, and its copy on the CPU."""
+class _Tensor(NamedTuple):
+    """A tensor of a network: the places that hold it, the device that it works on, and its copy on the CPU."""
 
-    table: Any  # a dictionary of parameters or of buffers
-    name: str
+    holders: list[tuple[Any, str]]  # tables of parameters or buffers, and its name there; several if modules share it
+    is_parameter: bool
     device: torch.device
     kept: Tensor
 
     def put(self, value: Tensor) -> None:
-        is_parameter = isinstance(self.table[self.name], nn.Parameter)
-        self.table[self.name] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+        value = nn.Parameter(value, requires_grad=False) if self.is_parameter else value
+        for table, name in self.holders:
+            table[name] = value
 
 
 class FrozenNetwork:
@@ -33,43 +34,46 @@ class FrozenNetwork:
     def __init__(self, network: nn.Module, device: torch.device | None = None) -> None:
         """device: where it works; None means where each of its tensors is now."""
         self.network = network
-        self._places = [
-            _Place(table, name, device or tensor.device, _kept(tensor, device or tensor.device))
-            for module in network.modules()
-            for table in (module._parameters, module._buffers)
-            for name, tensor in table.items()
-            if tensor is not None
+        self._tensors = [
+            _Tensor(holders, isinstance(tensor, nn.Parameter), device or tensor.device, _kept(tensor, device))
+            for tensor, holders in _holders(network)
         ]
         self._is_on_device = device is None
-        self._num_users = 0
 
     def to_device(self) -> None:
         """Copies the weights to the device."""
         if not self._is_on_device:
-            for place in self._places:
-                place.put(place.kept.to(place.device, non_blocking=True))
+            for tensor in self._tensors:
+                tensor.put(tensor.kept.to(tensor.device, non_blocking=True))
         self._is_on_device = True
 
     def to_cpu(self) -> None:
         """Frees the weights on the device."""
-        for place in self._places:
-            place.put(place.kept)
+        for tensor in self._tensors:
+            tensor.put(tensor.kept)
         self._is_on_device = False
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """The network is on the device inside; blocks may nest, and the outermost one moves it."""
-        if self._num_users == 0:
-            self.to_device()
-        self._num_users += 1
+        """The network is on the device inside."""
+        self.to_device()
         try:
             yield
         finally:
-            self._num_users -= 1
-            if self._num_users == 0:
-                self.to_cpu()
+            self.to_cpu()
 
 
-def _kept(tensor: Tensor, device: torch.device) -> Tensor:
+def _holders(network: nn.Module) -> list[tuple[Tensor, list[tuple[Any, str]]]]:
+    """Returns each tensor of the network with the tables that hold it, and its name in each."""
+    found: dict[int, tuple[Tensor, list[tuple[Any, str]]]] = {}
+    for module in network.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), (tensor, []))[1].append((table, name))
+    return list(found.values())
+
+
+def _kept(tensor: Tensor, device: torch.device | None) -> Tensor:
     copy = tensor.detach().cpu()
-    return copy.pin_memory() if device.type == "cuda" else copy
+    return copy.pin_memory() if (device or tensor.device).type == "cuda" else copy

@@ -183,7 +183,7 @@ class MixedTrajectory:
 
     @cached_property
     def _places(self) -> Tensor:
-        """Where each sample lies if the parts are joined, (B,) int64."""
+        """The place of each sample if the parts are joined, (B,) int64."""
         return torch.cat(list(self.samples)).argsort()
 
     def with_log_probs(self, log_probs: Tensor) -> MixedTrajectory:

@@ -23,9 +23,11 @@ from rlcm_fast.rewards.groups import side_by_side
 from rlcm_fast.train import main
 from rlcm_fast.trainer import Trainer
 
+KINDS = ("dmd2", "hyper_sd", "lcm_lora", "lightning", "turbo")  # they run in test_few_step_recipes.py
 RLCM = ("compressibility", "incompressibility", "aesthetic", "alignment")
 LARGE_SCALE = ("preference", "composition", "fairness", "joint")
 RECIPES = [*(f"rlcm/{name}" for name in RLCM), *(f"large_scale/{name}" for name in LARGE_SCALE)]
+FEW_STEP = sorted(f"{kind}/{file.stem}" for kind in KINDS for file in Path(f"configs/{kind}").glob("*.yaml"))
 ADAPTERS = {name: "lora_8_8" if name == "aesthetic" else "lora_16_32" for name in RLCM}
 DOWNLOADS = {
     "rlcm/aesthetic": "rewards[0].name=aesthetic: model=openai/clip-vit-large-patch14 is not in the hub's cache",
@@ -64,7 +66,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Backbone, "load", refuse)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *FEW_STEP])
 @pytest.mark.usefixtures("no_network")
 def test_a_dry_run_of_a_recipe_passes_without_a_network(recipe: str, capsys: pytest.CaptureFixture[str]):
     assert main(["--config", f"configs/{recipe}.yaml", "--dry_run", "true"]) == 0

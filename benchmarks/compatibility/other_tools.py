@@ -52,7 +52,8 @@ from benchmarks.shared.reporting import print_summary
 from rlcm_fast.backbones.adapters import add_adapters, save_adapters
 from rlcm_fast.backbones.file_kinds import LAYOUTS
 from rlcm_fast.backbones.lora_layouts import KOHYA_FILE, LoraLayer, write_kohya
-from rlcm_fast.backbones.single_file import file_tensors, modelspec, save_single_file, tokenizers
+from rlcm_fast.backbones.single_file import tokenizers
+from rlcm_fast.backbones.single_file_writing import file_tensors, modelspec, save_single_file
 from rlcm_fast.config import LoraConfig
 
 Levels = NDArray[np.float64]  # (H, W, 3) in [0, 255]

@@ -82,7 +82,7 @@ def calls(num_rows: int) -> dict[str, Callable[[], Any]]:
 
 
 def _run(operation: Operation, inputs: Inputs) -> Any:
-    """As Operation.run, without sorting the results."""
+    """Runs the operation as Operation.run does, without sorting the results."""
     if not operation.wanted:
         return operation.call(*inputs)
     results = operation.call(*inputs[:-1])

@@ -251,7 +251,7 @@ def traced_gradients(ctx: Any, row_gradient: Tensor, above: Tensor | None) -> li
 def gradients_of(
     inputs: tuple[Any, ...], needed: tuple[bool, ...], row_gradient: Tensor, above: Tensor | None, done: Tensor | None
 ) -> list[Tensor | None]:
-    """As traced_gradients, without an operator; `done` is a gradient of m that needs no computing."""
+    """Returns what traced_gradients does, without an operator; `done` is a gradient of m that needs no computing."""
     gradients: list[Tensor | None] = [None, done, None, None]
     for place in range(4):
         if needed[place] and gradients[place] is None and inputs[place] is not None:

@@ -12,7 +12,7 @@ by less than half a grey level on average. SDXL's own VAE overflows in float16; 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ class ImageCoder:
         dtype: of the decoder: fp32, fp16, bf16, or auto, which tries float16 with the first latents.
         """
         # Split the VAE, whose halves are seldom needed together.
-        self._vae, self._device, self._batch_size = vae, device, batch_size
+        self._vae, self.device, self._batch_size = vae, device, batch_size
         self._scaling = LatentScaling(vae.config, device)
         parts = dict(vae.named_children())
         self._decoder_parts = nn.ModuleList([part for name, part in parts.items() if name not in _ENCODER_PARTS])
@@ -85,13 +85,21 @@ class ImageCoder:
         self._encoder = FrozenNetwork(self._encoder_parts, device)
         self._original = FrozenNetwork(self._decoder_parts, device)  # in float32; a copy of it stays on the CPU
         self._decoder = self._original if self._dtype == torch.float32 else self._converted(self._dtype)
-        self._return_home()
+        self._num_users = 0  # open blocks of `decoding`
+        self._place_decoder()
         self.graphs: Graphs | None = None  # replays the decoder
         self.say: Callable[[str], None] = lambda line: None  # receives what was measured, for people
 
-    def decoding(self) -> AbstractContextManager[None]:
-        """The decoder is on the device inside, however often it decodes."""
-        return self._decoder.in_use() if self._offloads else nullcontext()
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """The decoder is on the device inside, however often it decodes; blocks may nest."""
+        self._num_users += 1
+        try:
+            self._place_decoder()
+            yield
+        finally:
+            self._num_users -= 1
+            self._place_decoder()
 
     @contextmanager
     def original(self) -> Iterator[None]:
@@ -99,7 +107,8 @@ class ImageCoder:
         self._encoder.to_cpu()
         self._original.to_cpu()
         yield
-        self._return_home()
+        self._decoder.to_cpu()  # in its own dtype again
+        self._place_decoder()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -117,7 +126,7 @@ class ImageCoder:
         such samples; the mode of the posterior lies close by but is not a typical latent. Other VAEs need no sampling.
         """
         with self._encoding():
-            slices = (images.to(self._device) * 2 - 1).split(self._batch_size or len(images))
+            slices = (images.to(self.device) * 2 - 1).split(self._batch_size or len(images))
             latents = torch.cat([retrieve_latents(self._vae.encode(part), generator) for part in slices])
         return self._scaling.to_unet(latents).float()
 
@@ -146,33 +155,34 @@ class ImageCoder:
 
     def _try_half(self, latents: Tensor) -> None:
         """Keep float16 if it decodes these latents as well as float32 does."""
-        # Decode with both, each in a visit of its own, and record no graphs of what may not be kept.
+        # Decode with both, and record no graphs of what may not be kept.
         graphs, self.graphs = self.graphs, None
         single = self._decoded(latents)
         self._dtype, self._decoder = torch.float16, self._converted(torch.float16)
-        self._return_home()
-        change_of = self._decoded(latents).float() - single
+        half = self._decoded(latents).float()
         self.graphs = graphs
-        change = (change_of.abs().mean() / 2).item()  # NaN or infinite if it overflows
+        change = ((half - single).abs().mean() / 2).item()  # NaN or infinite if it overflows
         if change < _MOST_CHANGE:
             self.say(f"model.vae_dtype=auto: the VAE decodes in float16, which changes pixels by {change:.1e}")
             return
 
         # Go back to float32.
         self._dtype, self._decoder = torch.float32, self._original
-        self._return_home()
+        self._decoder.to_cpu()
+        self._place_decoder()
         self.say(f"model.vae_dtype=auto: the VAE decodes in float32; float16 would change pixels by {change:.1e}")
 
     def _converted(self, dtype: torch.dtype) -> FrozenNetwork:
         """The decoder in another dtype, made of the original; on a GPU in the memory format of its convolutions."""
         self._original.to_cpu()
         module: Any = self._decoder_parts.to(dtype)
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             module.to(memory_format=torch.channels_last)
-        return FrozenNetwork(module, self._device)
+        return FrozenNetwork(module, self.device)
 
-    def _return_home(self) -> None:
-        """Puts the decoder where it belongs when nothing is decoded: on the device, unless idle parts leave it."""
-        self._decoder.to_cpu()
-        if not self._offloads:
+    def _place_decoder(self) -> None:
+        """Puts the decoder where it belongs: on the device, unless it is idle and idle parts leave it."""
+        if self._num_users or not self._offloads:
             self._decoder.to_device()
+        else:
+            self._decoder.to_cpu()

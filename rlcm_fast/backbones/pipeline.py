@@ -35,16 +35,15 @@ class Backbone:
     """A loaded text-to-image pipeline; all parts but the UNet are frozen and never managed by DeepSpeed."""
 
     def __init__(
-        self, pipeline: Any, coder: ImageCoder, device: torch.device, dtype: torch.dtype, offload_idle: bool
+        self, pipeline: Any, coder: ImageCoder, texts: TextEncoder, dtype: torch.dtype, offload_idle: bool
     ) -> None:
-        self._pipeline, self._coder = pipeline, coder
-        self.device = device
+        self._pipeline, self._coder, self.texts = pipeline, coder, texts
+        self.device = device = coder.device
         self.dtype = dtype
         self._encodings: dict[str, Encoding] = {}
         self._negative: Encoding | None = None
         self.notes: tuple[str, ...] = ()  # what was found while loading, for people
         self._is_sdxl = "text_encoder_2" in pipeline.components
-        self.texts = TextEncoder(pipeline, device)
         self._encoders = [FrozenNetwork(encoder, device) for encoder in self.text_encoders]
         if not offload_idle:
             for encoder in self._encoders:
@@ -75,11 +74,10 @@ class Backbone:
         notes: list[str] = []
         pipeline = assemble(model, dtype, kind, notes)
         vae_dtype = _vae_dtype(model, pipeline, device)
+        check_pipeline(pipeline, settings)
         coder = ImageCoder(pipeline.vae, device, vae_dtype, offload_idle, decode_batch_size)
-        backbone = cls(pipeline, coder, device, dtype, offload_idle)
+        backbone = cls(pipeline, coder, TextEncoder(pipeline, device, settings), dtype, offload_idle)
         backbone.notes = tuple(notes)
-        check_pipeline(backbone._pipeline, settings)
-        backbone.texts = TextEncoder(backbone._pipeline, device, settings)
         backbone._set_image_size(model)
         backbone._pipeline.unet.to(device)
         for part in backbone.frozen_parts:

@@ -148,15 +148,14 @@ def image_errors(export: Export, file: Path, arguments: argparse.Namespace) -> t
         pipeline.scheduler = PolicyScheduler(config.policy, tuned.unet.config, tuned_scheduler)
         return draw(pipeline, *settings)[0]
 
-    def other() -> Any:
-        if arguments.relative_to is None:
-            return assemble(config.model, torch.float32, config.policy.kind)
-        return load_pipeline(arguments.relative_to, device="cpu")
-
     backbone, weights = export.run.load()
     tuned = backbone.with_weights(weights)
     tuned_scheduler = tuned.scheduler
     expected = drawn(tuned)
-    fused = other()
-    fuse_lora(fused, str(file), f"lora={file}")
-    return (drawn(fused) - expected).abs().mean().item(), (drawn(other()) - expected).abs().mean().item()
+    if arguments.relative_to is None:
+        other: Any = assemble(config.model, torch.float32, config.policy.kind)
+    else:
+        other = load_pipeline(arguments.relative_to, device="cpu")
+    without = drawn(other)
+    fuse_lora(other, str(file), f"lora={file}")
+    return (drawn(other) - expected).abs().mean().item(), (without - expected).abs().mean().item()

@@ -102,10 +102,7 @@ def tcd_schedule(
 
     # Find the timesteps and their noise levels; the last step ends at timestep 0.
     alpha_bar = alpha_bars(scheduler_config)
-    if timesteps:
-        t = named_timesteps(timesteps, len(alpha_bar))
-    else:
-        t = distilled_timesteps(scheduler_config, len(alpha_bar), num_steps)
+    t = distilled_timesteps(scheduler_config, len(alpha_bar), num_steps, timesteps)
     if len(t) > 1 and t[-1] == 0:
         raise ValueError(
             f"policy.timesteps={t.tolist()} ends at 0, where tcd arrives without noise, so the step before the last is"

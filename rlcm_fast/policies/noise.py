@@ -1,4 +1,4 @@
-"""Where a sampler's standard normal numbers come from: a generator, or a seed for each sample and step.
+"""Draws a sampler's standard normal numbers, from a generator or from a seed for each sample and step.
 
 DrawnNoise   a generator draws as in the pipelines of diffusers: the same seed gives their image
 SeededNoise  the kernel of a step draws from seeds that lie on the device: noise does not depend on how samples are

@@ -120,10 +120,7 @@ def consistency_schedule(
     """Schedule of multistep consistency sampling for an LCMScheduler config; `timesteps` replaces its own."""
     check(scheduler_config, num_steps, last_step)
     alpha_bar = alpha_bars(scheduler_config)
-    if timesteps:
-        t = named_timesteps(timesteps, len(alpha_bar))
-    else:
-        t = distilled_timesteps(scheduler_config, len(alpha_bar), num_steps)
+    t = distilled_timesteps(scheduler_config, len(alpha_bar), num_steps, timesteps)
     f = _consistency_function(scheduler_config, alpha_bar[t], t)  # (S, 2)
     level = alpha_bar[np.append(t[1:], t[-1])]  # the last step returns to its own level
     table = np.concatenate([np.sqrt(level)[:, None] * f, np.sqrt(1.0 - level)[:, None]], axis=1)

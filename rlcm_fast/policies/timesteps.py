@@ -32,8 +32,12 @@ def origin_timesteps(config: Mapping[str, Any], num_train: int) -> Timesteps:
     return np.arange(1, origin + 1) * (num_train // origin) - 1
 
 
-def distilled_timesteps(config: Mapping[str, Any], num_train: int, num_steps: int) -> Timesteps:
-    """Choose S of the timesteps that the model was distilled on, evenly spaced, noisiest first."""
+def distilled_timesteps(
+    config: Mapping[str, Any], num_train: int, num_steps: int, named: Sequence[int] = ()
+) -> Timesteps:
+    """Choose S of the timesteps that the model was distilled on, evenly spaced, noisiest first; or take the named."""
+    if named:
+        return named_timesteps(named, num_train)
     origin = origin_timesteps(config, num_train)[::-1]
     if num_steps > len(origin):
         raise ValueError(

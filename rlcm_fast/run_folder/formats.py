@@ -25,7 +25,7 @@ from torch import Tensor
 from rlcm_fast.backbones.extraction import Extracted, extract_lora
 from rlcm_fast.backbones.lora_layouts import KOHYA_FILE, write_kohya
 from rlcm_fast.backbones.pipeline import Backbone
-from rlcm_fast.backbones.single_file import modelspec, save_single_file, save_unet_file, textual_inversions
+from rlcm_fast.backbones.single_file_writing import modelspec, save_single_file, save_unet_file, textual_inversions
 from rlcm_fast.config import Config, parse_config, to_dict
 from rlcm_fast.run_folder import checkpoint as checkpoints
 from rlcm_fast.run_folder.model_card import Card, diffusers_usage, lora_usage, sampler, shown, with_kind

@@ -76,7 +76,7 @@ class StageRow:
 
 @dataclass(frozen=True)
 class StageTable:
-    """Where the time of an iteration goes."""
+    """Says where the time of an iteration goes."""
 
     iteration: int  # counted from 1
     seconds: float

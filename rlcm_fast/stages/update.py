@@ -218,8 +218,11 @@ class _RolloutUpdates:
         each other.
         """
         # Train on all if each has a signal; the KL term is a signal of its own.
-        size, is_silent = self._updater.config.micro_batch_size, (signals == 0).cpu()
-        if self._start_outputs is not None or not parallel.any_rank(bool(is_silent.any())):
+        size = self._updater.config.micro_batch_size
+        if self._start_outputs is not None:
+            return micro_batches(self._trajectory, rows, size)
+        is_silent = (signals == 0).cpu()
+        if not parallel.any_rank(bool(is_silent.any())):
             return micro_batches(self._trajectory, rows, size)
 
         # Count the micro-batches that each image size needs, on the process that needs most.
@@ -229,11 +232,11 @@ class _RolloutUpdates:
         most[0] = max(int(most[0]), int(most.sum() == 0))  # at least one
 
         # Fill them, transitions with a signal first.
-        batches: list[Tensor] = []
+        filled: list[Tensor] = []
         for places, count in zip(of_sizes, most.tolist(), strict=True):
             first = is_silent[places].to(torch.uint8).argsort(stable=True)[: count * size]
-            batches += places[first].split(size) if count > 0 else ()
-        return batches
+            filled += places[first].split(size) if count > 0 else ()
+        return filled
 
     def _backward(self, batch: Batch, share: float) -> None:
         """Adds `share` of the mean loss of a micro-batch to the update's gradient."""

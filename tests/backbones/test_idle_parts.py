@@ -37,15 +37,17 @@ def device_of(part: nn.Module) -> str:
 
 @pytest.fixture
 def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """(class, place) of every network that is moved by its owner."""
+    """(class, place) of every network that leaves one place for the other."""
     recorded: list[tuple[str, str]] = []
 
     def noted(name: str, place: str) -> Callable[[FrozenNetwork], None]:
         move = getattr(FrozenNetwork, name)
 
         def moved(frozen: FrozenNetwork) -> None:
-            recorded.append((type(frozen.network).__name__, place))
+            was_there = frozen._is_on_device
             move(frozen)
+            if was_there != frozen._is_on_device:
+                recorded.append((type(frozen.network).__name__, place))
 
         return moved
 
@@ -137,6 +139,38 @@ def test_float16_is_tried_on_the_first_latents_and_kept_if_it_is_as_good(tiny_sd
     assert ("decodes in float32" in line) == overflows
     assert torch.equal(decoded[0], in_single) == overflows
     assert (decoded[0] - in_single).abs().mean() < 0.5 / 255
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_float16_is_tried_in_a_rollout_whose_decoder_moves_once(
+    tiny_sd_folder: str, overflows: bool, moves: list[tuple[str, str]]
+):
+    vae: Any = AutoencoderKL.from_pretrained(tiny_sd_folder, subfolder="vae")
+    if overflows:
+        vae.decoder.conv_in.weight.data *= 1e6
+    coder = ImageCoder(vae, CPU, "auto")
+    coder._offloads = True  # as if the CPU were a GPU
+    coder._place_decoder()
+    is_there: list[bool] = []
+    vae.decoder.register_forward_pre_hook(lambda *_: is_there.append(coder._decoder._is_on_device))
+    for _ in range(2):  # rollouts
+        moves.clear()
+        with coder.decoding():
+            for _ in range(3):
+                coder.decode(latents(2))
+        assert not coder._decoder._is_on_device
+    assert len(is_there) == 2 + 2 * 3 and all(is_there)
+    assert [place for _, place in moves] == ["device", "cpu"]
+
+
+def test_tensors_that_modules_share_are_one_tensor_on_the_device_too():
+    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    second.weight = first.weight
+    frozen = FrozenNetwork(nn.ModuleList([first, second]), DEVICE)
+    frozen.to_device()
+    assert first.weight is second.weight and first.weight.device == DEVICE
+    frozen.to_cpu()
+    assert first.weight is second.weight and first.weight.device == CPU
 
 
 def test_on_a_cpu_offloading_does_nothing(tiny_sdxl_folder: str, moves: list[tuple[str, str]]):

@@ -22,7 +22,8 @@ from rlcm_fast.backbones.assembly import assemble, load_pipeline
 from rlcm_fast.backbones.file_kinds import LAYOUTS, kind_of
 from rlcm_fast.backbones.loading import resolve_model, variant_of
 from rlcm_fast.backbones.original_names import openclip_name, original_vae_name
-from rlcm_fast.backbones.single_file import save_single_file, tokenizers, unet_tensors, whole_name
+from rlcm_fast.backbones.single_file import tokenizers, whole_name
+from rlcm_fast.backbones.single_file_writing import save_single_file, unet_tensors
 from rlcm_fast.config import ModelConfig
 from rlcm_fast.planner.architecture import load_architecture
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.shared import tiny_pipelines
 from rlcm_fast.backbones.chunks import Splitter, split_as_a1111
 from rlcm_fast.backbones.pipeline import Backbone
-from rlcm_fast.backbones.single_file import save_single_file, textual_inversions, tokenizers
+from rlcm_fast.backbones.single_file import tokenizers
+from rlcm_fast.backbones.single_file_writing import save_single_file, textual_inversions
 from rlcm_fast.config import ModelConfig, PolicyConfig, PromptsConfig
 from rlcm_fast.policies import Network, build_policy
 from rlcm_fast.trajectory import Conditioning, Prompt
