@@ -6,6 +6,7 @@ The run stays as it is, and may go on afterwards.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,22 +62,31 @@ def run(arguments: argparse.Namespace) -> None:
     scale = found.config.policy.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
     export = Export(found, out, arguments.dtype, scale, arguments.push_to_hub)
 
-    # Write it, and upload it.
-    if rank is not None:
-        _extract(export, arguments)
-    else:
-        write = {
-            "diffusers": export.diffusers,
-            "single-file": export.single_file,
-            "safetensors-unet": export.safetensors_unet,
-            "lora": export.lora,
-        }[wanted]
-        print(f"iteration {found.iteration} of {found.run_dir} in {write()}", flush=True)
+    # Write it, and upload it; a model that the format has no place for leaves no empty folder.
+    try:
+        _write(export, wanted, arguments)
+    except ValueError:
+        with contextlib.suppress(OSError):
+            out.rmdir()
+        raise
     if arguments.push_to_hub is not None:
         from rlcm_fast.cli.hub import upload
 
         message = f"{found.run_dir.resolve().name} after {found.iteration} iterations"
         print(f"uploaded: {upload(out, arguments.push_to_hub, arguments.private, message)}")
+
+
+def _write(export: Export, wanted: str, arguments: argparse.Namespace) -> None:
+    if arguments.extract_lora is not None:
+        _extract(export, arguments)
+        return
+    write = {
+        "diffusers": export.diffusers,
+        "single-file": export.single_file,
+        "safetensors-unet": export.safetensors_unet,
+        "lora": export.lora,
+    }[wanted]
+    print(f"iteration {export.run.iteration} of {export.run.run_dir} in {write()}", flush=True)
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:

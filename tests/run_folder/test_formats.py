@@ -205,6 +205,15 @@ def test_a_guidance_scale_of_zero_is_one(run: Path, tmp_path: Path):
     assert not torch.equal(*biases)
 
 
+def test_a_format_that_has_no_place_for_the_model_leaves_no_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    monkeypatch.setattr("rlcm_fast.backbones.single_file_writing.AutoencoderKL", UNet2DConditionModel)
+    assert export(run, "--format", "single-file", "--out", str(tmp_path / "file")) == 2
+    assert "a single file holds an AutoencoderKL" in capsys.readouterr().err
+    assert not (tmp_path / "file").exists()
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: Any):
     assert export(tmp_path) == 2
     assert "is not the folder of a run: it has no config.yaml" in capsys.readouterr().err
