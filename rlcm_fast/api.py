@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from rlcm_fast.train import checked, set_process_environment
 
 if TYPE_CHECKING:
-    from rlcm_fast.config import Config
+    from rlcm_fast.config import Config, PromptsConfig
     from rlcm_fast.given import Given
     from rlcm_fast.handover import Handover
 
@@ -102,7 +102,8 @@ def fine_tune(
                         images (B, 3, H, W) in [0, 1] and a list of B texts, and returns B scores; an object with a
                         `scope` follows the protocol of docs/rewards.md
     prompts             a list of texts, a function that returns one, or what prompts.source accepts. Evaluations draw
-                        these, too, unless evaluation__prompts names others
+                        these, too, unless evaluation__prompts names others. A list that is shorter than an iteration
+                        gets more images of each prompt, as many in all, unless the overrides say how many
     config              a YAML file or the name of a shipped config; the arguments override it
     callback            is called with the number of each finished iteration and its metrics; if it returns True, the
                         run ends with a checkpoint and an export
@@ -129,15 +130,19 @@ def fine_tune(
     path = str(pipeline_or_path) if isinstance(pipeline_or_path, str | Path) else None
     named = {"model__path": path, "rewards": rewards, "prompts__source": prompts, "evaluation__prompts": prompts}
     named = {keyword: value for keyword, value in named.items() if value is not None} | overrides
+    fitting = _fitting(start.prompts, prompts, overrides)
     with _environment_as_before():
         quiet.hush_libraries(start.debug)  # before the first of them is imported
         from rlcm_fast.config.checks import validate
         from rlcm_fast.given import Given
         from rlcm_fast.handover import Handover
+        from rlcm_fast.terminal import write_line
 
         handover = Handover(Path(start.run_dir))
-        whole = config_of(file, _fields_of(named, handover))
+        whole = config_of(file, _fields_of(fitting | named, handover))
         validate(whole, world_size=1)
+        if fitting:
+            write_line(", ".join(f"{keyword}={value}" for keyword, value in fitting.items()) + ": for few prompts")
         given = Given(handover.rewards, is_enough=_asks(callback), is_hosted=True)
         return run_here(whole, given, handover, pipeline_or_path if path is None else None)
 
@@ -189,6 +194,17 @@ def _check_keywords(overrides: Mapping[str, Any]) -> None:
     for keyword, way in _ARGUMENTS.items():
         if keyword in overrides:
             raise ValueError(f"{keyword} is given {way}; write it there")
+
+
+def _fitting(config: PromptsConfig, prompts: Any, overrides: Mapping[str, Any]) -> dict[str, int]:
+    """Returns how many prompts an iteration draws from a list that is shorter, and how many images of each."""
+    counts = ("prompts__num_prompts", "prompts__images_per_prompt")
+    is_list = isinstance(prompts, list | tuple) and 0 < len(prompts) < config.num_prompts
+    if not is_list or any(keyword in overrides for keyword in (*counts, "tasks")):
+        return {}
+    num_images = config.num_prompts * config.images_per_prompt
+    num_prompts = max(number for number in range(1, len(prompts) + 1) if num_images % number == 0)
+    return dict(zip(counts, (num_prompts, num_images // num_prompts), strict=True))
 
 
 def _fields_of(named: Mapping[str, Any], handover: Handover) -> dict[str, Any]:

@@ -183,6 +183,21 @@ def test_several_processes_are_for_the_launcher(monkeypatch: pytest.MonkeyPatch,
         tuned("shapes/lcm", tmp_path / "run")
 
 
+def test_the_readmes_first_call_and_lists_of_any_length_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+    monkeypatch.setattr("rlcm_fast.api.run_here", lambda config, *_: seen.append(config.prompts))
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    (call,) = [line.strip() for line in readme.splitlines() if "rlcm_fast.fine_tune(" in line]
+    exec(call, {"rlcm_fast": rlcm_fast, "redness": redness})  # noqa: S102
+    for count in (1, 3, 15, 16, 20):
+        rlcm_fast.fine_tune("shapes/lcm", [redness], [f"text {n}" for n in range(count)], run_dir="run")
+    chosen = [(prompts.num_prompts, prompts.images_per_prompt) for prompts in seen]
+    assert chosen == [(2, 32), (1, 64), (2, 32), (8, 8), (16, 4), (16, 4)]
+    rlcm_fast.fine_tune("shapes/lcm", [redness], ["a", "b"], prompts__num_prompts=16, run_dir="run")
+    assert seen[-1].num_prompts == 16, "which the run will refuse"
+
+
 def test_a_run_shows_where_it_is(tiny_lcm_folder: str, tmp_path: Path):
     run = tuned(tiny_lcm_folder, tmp_path / "run", lora__rank=2, num_iterations=1)
     assert repr(run) == f"Run(run_dir='{tmp_path}/run', is_finished=True)"
