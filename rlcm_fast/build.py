@@ -36,7 +36,7 @@ from rlcm_fast.run_folder.export import Exporter
 from rlcm_fast.run_folder.progress import Progress
 from rlcm_fast.run_folder.resume import RunFolder, begin, put_weights, start_weights
 from rlcm_fast.run_folder.tracking import say
-from rlcm_fast.stages.chosen_batches import with_chosen_batches
+from rlcm_fast.stages.chosen_batches import Choice, choose_batches
 from rlcm_fast.stages.compile_check import CompileCheck
 from rlcm_fast.stages.evaluation import Evaluation, build_evaluation
 from rlcm_fast.stages.graphing import check_graphs, use_graphs
@@ -44,6 +44,7 @@ from rlcm_fast.stages.image_sizes import ImageSizes
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.stages.real_images import RealImages, check_pairs
 from rlcm_fast.stages.rollout import Collector
+from rlcm_fast.stages.size_trial import settle_sizes
 from rlcm_fast.stages.start_model import StartModel
 from rlcm_fast.stages.task_gradients import TaskGradients
 from rlcm_fast.stages.update import Updater
@@ -109,16 +110,18 @@ def build(config: Config, given: Given = NOTHING) -> Parts:
         ValueError: what the config alone cannot show: the folder, prompts, rewards, pairs, the model.
     """
     device = start_processes(config)
-    config = with_chosen_batches(config, device)
-    folder = begin(config)
+    choice = choose_batches(config, device)
+    folder = begin(choice.config)
     try:
-        return _build(config, device, folder, given)
+        return _build(choice, device, folder, given)
     except BaseException:
         folder.close()  # the next start may have it
         raise
 
 
-def _build(config: Config, device: torch.device, folder: RunFolder, given: Given) -> Parts:
+def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given) -> Parts:
+    config = choice.config
+
     # Start the memory plan in the background; read prompts, build rewards, open pairs. No weights yet.
     run = resolve(config, parallel.world_size())
     memory = MemoryReport(config, device)
@@ -135,9 +138,7 @@ def _build(config: Config, device: torch.device, folder: RunFolder, given: Given
     backbone = _load_backbone(config, device)
     start_network = _start_network(backbone, config)
     _set_backends(backbone, config)
-
-    # Hand the network to the engine; policies sample and train through it.
-    engine = build_engine(backbone.unet, run)
+    prepare(backbone.unet, config)
 
     def policy_around(unet: Any) -> GaussianPolicy:
         unet_config: Any = backbone.unet.config
@@ -145,6 +146,12 @@ def _build(config: Config, device: torch.device, folder: RunFolder, given: Given
             config.policy, Network(unet, unet_config, backbone.dtype, device), backbone.scheduler_config
         )
 
+    # Lower sizes that are out of memory, then hand the network to the engine; policies sample and train through it.
+    config = settle_sizes(choice, policy_around(backbone.unet), backbone)
+    if config != choice.config:
+        run, memory = resolve(config, parallel.world_size()), memory.of(config)
+        folder.settle(config)
+    engine = build_engine(backbone.unet, run)
     images = TextToImage(policy_around(engine), backbone)
     say(f"sampling: {images.policy.schedule} (policy.kind={config.policy.kind})")
     start_model = _start_model(start_network, images, policy_around)
@@ -153,9 +160,9 @@ def _build(config: Config, device: torch.device, folder: RunFolder, given: Given
     evaluation = build_evaluation(run, tasks, images, engine)
     backbone.texts.survey([*tasks.texts(_SURVEYED), *evaluation.texts])
     if config.engine.compile == "whole":
-        compiled = [] if start_network in (None, backbone.unet) or backbone.has_adapters else [start_network]
         texts = images.encode(evaluation.grid.prompts[:1] * config.update.micro_batch_size)
-        CompileCheck(policy_around(backbone.unet))(texts, config.seed, compiled)
+        is_compiled = start_network not in (None, backbone.unet) and not backbone.has_adapters
+        CompileCheck(policy_around(backbone.unet))(texts, config.seed, [start_network] if is_compiled else [])
     algorithm = build_algorithm(config.algorithm, config.update)
     graphed = use_graphs(config, images, engine, algorithm)
     # With torch.compile or CUDA graphs, another batch size would be another graph.
@@ -244,11 +251,15 @@ def _start_model(
     return StartModel(images.policy, parked.applied)
 
 
-def build_engine(unet: Any, run: ResolvedRun) -> AveragingEngine:
-    """Builds the engine; changes the UNet in place: memory format, attention, compilation, recomputation."""
-    config, sizes = run.config, run.sizes
+def prepare(unet: Any, config: Config) -> None:
+    """Changes the trained UNet in place: memory format, attention, compilation, recomputation."""
     accelerate(unet, config.engine)
     set_recomputation(unet, config.engine.recompute)
+
+
+def build_engine(unet: Any, run: ResolvedRun) -> AveragingEngine:
+    """Builds the engine around a UNet that is prepared."""
+    config, sizes = run.config, run.sizes
     # DeepSpeed would cast adapters too; with fp32 it keeps the dtype of every weight.
     settings = replace(config.engine, dtype="fp32") if config.lora.rank > 0 else config.engine
     is_direct = settings.dtype == "pure_bf16" or settings.optimizer_in_backward

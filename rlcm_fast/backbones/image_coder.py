@@ -118,6 +118,16 @@ class ImageCoder:
             self._try_half(latents[:_NUM_TRIED])
         return (self._decoded(latents) / 2 + 0.5).clamp(0, 1).float()
 
+    def set_batch_size(self, batch_size: int) -> None:
+        """From here on, so many images are decoded or encoded at once; 0 means all."""
+        self._batch_size = batch_size
+
+    @torch.no_grad()
+    def rehearse(self, latents: Tensor) -> None:
+        """Decode latents (B, C, H, W) all at once and keep nothing: neither images nor the choice of a precision."""
+        with self.decoding():
+            self._run_decoder(self._scaling.to_vae(latents).to(self._dtype))
+
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encode images (B, 3, H, W) in [0, 1] to latents x_0 (B, C, h, w) float32, scaled as the UNet expects them.

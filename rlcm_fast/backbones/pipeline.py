@@ -252,6 +252,14 @@ class Backbone:
         """Decode latents x_0 (B, C, H, W) to images (B, 3, H, W) float32 in [0, 1], as diffusers' pipelines do."""
         return self._coder.decode(latents)
 
+    def set_decode_batch_size(self, size: int) -> None:
+        """From here on, so many images are decoded at once; 0 means all."""
+        self._coder.set_batch_size(size)
+
+    def rehearse_decoding(self, latents: Tensor) -> None:
+        """Decode latents x_0 (B, C, H, W) all at once and keep nothing."""
+        self._coder.rehearse(latents)
+
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encode images (B, 3, H, W) in [0, 1] to latents x_0 (B, C, h, w) float32, scaled as the UNet expects them."""
         return self._coder.encode(images, generator)

@@ -54,6 +54,14 @@ class MemoryReport:
         else:
             say(f"plan: it does not fit, {peak}; rlcm-fast plan with this config says what to change")
 
+    def of(self, config: Config) -> MemoryReport:
+        """Returns the report of a run whose numbers are others by now, and stops planning with those before."""
+        if self._plan is not None:
+            self._plan.kill()
+            self._plan.communicate()
+            self._plan = None
+        return MemoryReport(config, self._device)
+
     def begin(self) -> None:
         """Starts measuring the peak anew: the plan leaves out the evaluation before an iteration."""
         if self._device.type == "cuda":

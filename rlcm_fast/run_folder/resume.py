@@ -66,6 +66,10 @@ class RunFolder:
         keep = self._config.checkpoint.keep
         self.checkpoint = checkpoints.save_checkpoint(self.run_dir, iteration, engine, whole, keep)
 
+    def settle(self, config: Config) -> None:
+        """Takes the config with its last numbers, before the first checkpoint: a trial may have lowered them."""
+        self._config, self._now = config, fingerprint(config, SILENT, parallel.world_size())
+
     def close(self) -> None:
         """Lets go of the folder."""
         if self._lock:

@@ -1,6 +1,7 @@
 """Replaces `auto` by numbers when a run starts: those that its folder has noted, or those that fit now.
 
-    start of the processes -> with_chosen_batches -> a config of numbers -> config.yaml, fingerprint, all parts
+    start of the processes -> choose_batches -> a config of numbers -> [size_trial.py lowers them] -> config.yaml,
+    fingerprint, all parts
 
 On a GPU the main process plans, which takes 10 to 30 seconds, for the GPU with the least memory of all. On a CPU the
 numbers are fixed (config/batches.py). A run that resumes keeps its numbers, so its fingerprint does not change.
@@ -9,6 +10,7 @@ numbers are fixed (config/batches.py). A run that resumes keeps its numbers, so 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,8 +19,11 @@ from rlcm_fast import parallel
 from rlcm_fast.config import Config
 from rlcm_fast.config.batches import Batches, Candidates, batches_of, has_auto, with_batches, with_numbers
 from rlcm_fast.config.checks import validate
-from rlcm_fast.planner.batches import choose
+from rlcm_fast.planner.batches import choose, with_sizes
+from rlcm_fast.planner.estimate import Strategy
+from rlcm_fast.planner.memory import Memory
 from rlcm_fast.planner.of_config import planner_of
+from rlcm_fast.planner.seconds import Planner
 from rlcm_fast.run_folder.agreement import from_main, together
 from rlcm_fast.run_folder.noted_batches import noted_batches
 from rlcm_fast.run_folder.resume import check_run_dir
@@ -27,27 +32,62 @@ from rlcm_fast.run_folder.tracking import say
 _GIB = 2**30
 
 
-def with_chosen_batches(config: Config, device: torch.device, tell: Callable[[str], None] = say) -> Config:
-    """Returns the config with numbers instead of `auto`, the same on all processes; every rank must call.
+@dataclass(frozen=True)
+class Plan:
+    """Planned memory of a run with any sizes; only the main process has the planner."""
+
+    candidates: Candidates
+    of_main: tuple[Planner, Strategy] | None = None
+
+    def memory(self, sizes: Batches) -> Memory:
+        """Returns the plan with these sizes, the same on all processes; every rank must call."""
+        found = None
+        if self.of_main is not None:
+            planner, strategy = self.of_main
+            found = planner.memory(with_sizes(strategy, sizes))
+        planned = from_main(found)
+        assert planned is not None
+        return planned
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A config of numbers, and how they were found."""
+
+    config: Config
+    plan: Plan | None = None  # what chose them now, on a GPU; None where they are to stay
+
+
+def choose_batches(config: Config, device: torch.device, tell: Callable[[str], None] = say) -> Choice:
+    """Puts numbers in place of `auto`, the same on all processes; every rank must call.
 
     Raises:
         SharedMistake: the planner does not know the model, or the run's folder is another run's.
     """
     if not parallel.any_rank(has_auto(config)):
-        return config
+        return Choice(config)
     memory = min(parallel.all_gather_list([_memory_gib(config, device)]))
-    found = None
+    found, of_main = None, None
     with together():
         if parallel.is_main():
             check_run_dir(config)  # a mistake is told before the planning
-            found = _numbers(config, memory if device.type == "cuda" else None, tell)
+            found, of_main = _numbers(config, memory if device.type == "cuda" else None, tell)
     # A rank whose config has no auto keeps its own; begin() then tells how the configs differ.
     batches: Batches = from_main(found)  # pyright: ignore[reportAssignmentType]
-    return with_batches(config, batches) if has_auto(config) else config
+    if not has_auto(config):
+        return Choice(config)
+    is_planned = from_main(of_main is not None)
+    plan = Plan(Candidates.of(config, parallel.world_size()), of_main) if is_planned else None
+    return Choice(with_batches(config, batches), plan)
 
 
-def _numbers(config: Config, memory_gib: float | None, tell: Callable[[str], None]) -> Batches:
-    """Finds the numbers and says so in one line. memory_gib: of the smallest GPU; None on a CPU."""
+def _numbers(
+    config: Config, memory_gib: float | None, tell: Callable[[str], None]
+) -> tuple[Batches, tuple[Planner, Strategy] | None]:
+    """Finds the numbers and says so in one line; the planner comes with those that it chose.
+
+    memory_gib: of the smallest GPU; None on a CPU.
+    """
     # A run that resumes keeps its own, if they still divide.
     if config.resume is not None:
         checkpoint = Path(config.resume)
@@ -55,28 +95,27 @@ def _numbers(config: Config, memory_gib: float | None, tell: Callable[[str], Non
         kept = noted_batches(config, folder)
         if kept is not None and _is_valid(with_batches(config, kept)):
             tell(f"auto: as before, {kept}")
-            return kept
+            return kept, None
 
     # Else they are chosen.
     world_size = parallel.world_size()
     if memory_gib is None:
         found = batches_of(with_numbers(config, world_size))
         tell(f"auto: {found} (fixed numbers on a CPU)")
-        return found
-    found, fits = _planned(config, memory_gib)
+        return found, None
+    of_run = _planned(config)
+    found, fits = choose(*of_run, Candidates.of(config, world_size), memory_gib)
     words = "the largest planned to fit" if fits else "the smallest, and the plan is that they do not fit"
     tell(f"auto: {found}, {words} {memory_gib:.1f} GiB")
-    return found
+    return found, of_run
 
 
-def _planned(config: Config, memory_gib: float) -> tuple[Batches, bool]:
-    world_size = parallel.world_size()
-    run = validate(config, world_size)
+def _planned(config: Config) -> tuple[Planner, Strategy]:
+    run = validate(config, parallel.world_size())
     try:
-        planner, strategy = planner_of(run)
+        return planner_of(run)
     except ValueError as error:
         raise ValueError(f"a micro-batch of auto needs a plan, and {error}; or give numbers") from error
-    return choose(planner, strategy, Candidates.of(config, world_size), memory_gib)
 
 
 def _is_valid(config: Config) -> bool:

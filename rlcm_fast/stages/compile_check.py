@@ -106,12 +106,12 @@ class CompileCheck:
         m = policy.network_output(x_t, step, conditioning)
         take(_OUTPUT, m.detach())
         network: Any = policy.unet
-        with _taken(network, take) as trained:
+        with handing_over(network, take) as trained:
             torch.autograd.grad((m * noise.actions[0]).mean(), trained, allow_unused=True)
 
 
 @contextmanager
-def _taken(network: nn.Module, take: Callable[[str, Tensor], None]) -> Iterator[list[nn.Parameter]]:
+def handing_over(network: nn.Module, take: Callable[[str, Tensor], None]) -> Iterator[list[nn.Parameter]]:
     """Hands each trained weight's gradient to `take` inside the block, and keeps none: there may be no room for all."""
 
     def hook(name: str, gradient: Tensor) -> Tensor:

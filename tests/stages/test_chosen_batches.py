@@ -19,7 +19,7 @@ from rlcm_fast.planner import seconds
 from rlcm_fast.planner.estimate import GIB
 from rlcm_fast.run_folder.failures import explain
 from rlcm_fast.stages import chosen_batches
-from rlcm_fast.stages.chosen_batches import with_chosen_batches
+from rlcm_fast.stages.chosen_batches import choose_batches
 from rlcm_fast.train import main
 from rlcm_fast.trainer import Trainer
 
@@ -44,13 +44,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def chosen(device: torch.device, *options: str) -> tuple[Config, list[str]]:
     said: list[str] = []
-    return with_chosen_batches(parse_config([*ALL, *options]), device, said.append), said
+    return choose_batches(parse_config([*ALL, *options]), device, said.append).config, said
 
 
 def test_a_config_of_numbers_stays_as_it_is():
     said: list[str] = []
     config = Config()
-    assert with_chosen_batches(config, GPU, said.append) is config and said == []
+    assert choose_batches(config, GPU, said.append).config is config and said == []
 
 
 def test_a_cpu_has_fixed_numbers_and_plans_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -111,14 +111,14 @@ def test_a_run_notes_its_numbers_and_keeps_them_when_it_resumes(
     said: list[str] = []
     for resume in ("latest", str(run_dir / "checkpoints" / "iteration_000001")):
         again = parse_config(tiny_runs.arguments(tiny_lcm_folder, run_dir, {**options, "resume": resume}))
-        assert numbers(with_chosen_batches(again, CPU, said.append)) == replace(numbers(noted), decode=1)
+        assert numbers(choose_batches(again, CPU, said.append).config) == replace(numbers(noted), decode=1)
     assert said[0] == f"auto: as before, {replace(numbers(noted), decode=1)}"
 
     # Numbers that no longer divide are chosen anew.
     more = parse_config(
         tiny_runs.arguments(tiny_lcm_folder, run_dir, {**options, "resume": "latest", "prompts.num_prompts": 7})
     )
-    assert numbers(with_chosen_batches(more, CPU, said.append)).update % 7 == 0
+    assert numbers(choose_batches(more, CPU, said.append).config).update % 7 == 0
 
 
 def test_out_of_memory_names_the_next_sizes_of_the_run(tmp_path: Path):
