@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW
 
 from rlcm_fast import parallel
-from rlcm_fast.algorithms import PPO
+from rlcm_fast.algorithms import PPO, Outputs
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import Config
 from rlcm_fast.kernels import functional
@@ -165,7 +165,7 @@ def _loss(config: Config, policy: GaussianPolicy, before: GaussianPolicy, share:
     m, coef = policy.network_output(t.x_t, t.step, t.conditioning), policy.coefficients(t.step)
     algorithm = PPO(clip_range=config.update.clip_range, advantage_clip=config.update.advantage_clip)
     weights = algorithm.sample_weights(share.advantages)
-    loss, _ = algorithm.loss_of_output(t, m, coef, None, weights[t.sample])
+    loss, _ = algorithm.loss_of_output(t, Outputs(m, coef), None, weights[t.sample])
     m_ref = before.network_output(t.x_t, t.step, t.conditioning)
     return loss + config.update.kl_weight * functional.gaussian_kl(m, m_ref, coef).mean()
 

@@ -2,7 +2,7 @@
 
     sample_weights = algorithm.sample_weights(advantages)     once per rollout, over all processes
     signals = algorithm.signals(weights, change, K)           once per update, before its first backward pass
-    loss    = algorithm.loss_of_output(transitions, m, ...)   once per micro-batch
+    loss    = algorithm.loss_of_output(transitions, outputs, ...)   once per micro-batch
 
     reinforce   DDPO_SF, arXiv 2305.13301, equation 4       -A log_prob
     ppo         RLCM, arXiv 2404.03673; DDPO_IS             max(-A rho, -A clip(rho, 1 +- clip_range))
@@ -35,6 +35,15 @@ from rlcm_fast.config import AlgorithmConfig, UpdateConfig
 from rlcm_fast.kernels import functional
 from rlcm_fast.kernels.functional import RatioStats
 from rlcm_fast.trajectory import Transitions
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the network gives for the transitions of a micro-batch."""
+
+    m: Tensor  # (N, C, H, W)
+    coef: Tensor  # (N, 3) = A, B, sigma
+    share: float = 1.0  # what the loss will be multiplied by before its backward pass; a kernel may do so at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +98,10 @@ class Algorithm:
         return functional.clipped_ratio_loss(log_prob, None, signals, 1.0, math.inf)
 
     def loss_of_output(
-        self, transitions: Transitions, m: Tensor, coef: Tensor, log_prob_old: Tensor | None, signals: Tensor
+        self, transitions: Transitions, outputs: Outputs, log_prob_old: Tensor | None, signals: Tensor
     ) -> tuple[Tensor, RatioStats]:
-        """Returns `loss` of the transitions' log-probs for outputs m (N, C, H, W) and coef (N, 3) = A, B, sigma."""
-        return functional.policy_loss(transitions.x_t, m, transitions.x_s, coef, None, signals, 1.0, math.inf)
+        """Returns `loss` of the transitions' log-probs, not multiplied by the share."""
+        return _policy_loss(transitions, outputs, None, signals, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +135,9 @@ class PPO(Algorithm):
         return functional.clipped_ratio_loss(log_prob, log_prob_old, signals, self.clip_range, math.inf)
 
     def loss_of_output(
-        self, transitions: Transitions, m: Tensor, coef: Tensor, log_prob_old: Tensor | None, signals: Tensor
+        self, transitions: Transitions, outputs: Outputs, log_prob_old: Tensor | None, signals: Tensor
     ) -> tuple[Tensor, RatioStats]:
-        old_and_signals = (log_prob_old, signals, self.clip_range, math.inf)
-        return functional.policy_loss(transitions.x_t, m, transitions.x_s, coef, *old_and_signals)
+        return _policy_loss(transitions, outputs, log_prob_old, signals, self.clip_range)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +228,13 @@ class Rebel(Algorithm):
             found = functional.rebel_residual(changes, torch.zeros_like(changes), rewards[is_there], self.eta)
             gradient[is_there] = found[1]
         return -len(weights) * gradient.repeat_interleave(num_actions)
+
+
+def _policy_loss(
+    transitions: Transitions, outputs: Outputs, log_prob_old: Tensor | None, signals: Tensor, clip_range: float
+) -> tuple[Tensor, RatioStats]:
+    states = (transitions.x_t, outputs.m, transitions.x_s, outputs.coef)
+    return functional.policy_loss(*states, log_prob_old, signals, clip_range, math.inf, factor=outputs.share)
 
 
 def build_algorithm(config: AlgorithmConfig, update: UpdateConfig) -> Algorithm:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlcm_fast.algorithms import Algorithm
+from rlcm_fast.algorithms import Algorithm, Outputs
 from rlcm_fast.config import UpdateConfig
 from rlcm_fast.engine.base import Engine
 from rlcm_fast.graphs import Graphs, Work
@@ -47,6 +47,7 @@ class MicroBatch:
     signals: Tensor  # (n,) float32
     is_real: Tensor  # (n,) float32, 1 or 0
     share: Tensor  # () float32, r / all rows of the update
+    expected_share: float  # the same on the host; a graph keeps that of its first micro-batch, for speed alone
 
     @classmethod
     def filled(cls, rows: Tensor, signals: Tensor, share: float, size: int) -> MicroBatch:
@@ -56,7 +57,7 @@ class MicroBatch:
         is_real = (places < len(rows)).float()
         repeated = places % len(rows)
         filled = signals[repeated].float().masked_fill(places >= len(rows), 0.0)
-        return cls(rows[repeated], filled, is_real, torch.full((), share, device=device))
+        return cls(rows[repeated], filled, is_real, torch.full((), share, device=device), share)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class GraphedUpdate:
 
         # The mean is over the real rows.
         old = None if config.is_on_policy else transitions.log_prob_old
-        loss, stats = self.algorithm.loss_of_output(transitions, m, coef, old, batch.signals)
+        outputs = Outputs(m, coef, batch.expected_share)
+        loss, stats = self.algorithm.loss_of_output(transitions, outputs, old, batch.signals)
         num_real = batch.is_real.sum()
         loss = loss * (len(batch.rows) / num_real)
         kl = m.new_zeros(())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlcm_fast import parallel
-from rlcm_fast.algorithms import Algorithm
+from rlcm_fast.algorithms import Algorithm, Outputs
 from rlcm_fast.config import UpdateConfig
 from rlcm_fast.parallel import Stream, Turn
 from rlcm_fast.policies.base import GaussianPolicy
@@ -96,8 +96,8 @@ class TaskGradients:
     def _loss(self, trajectory: AnyTrajectory, rows: Tensor, signals: Tensor) -> Tensor:
         transitions = trajectory.transitions(rows)
         m = self._policy.network_output(transitions.x_t, transitions.step, transitions.conditioning)
-        coef = self._policy.coefficients(transitions.step)
-        loss, _ = self._algorithm.loss_of_output(transitions, m, coef, None, signals)
+        outputs = Outputs(m, self._policy.coefficients(transitions.step))
+        loss, _ = self._algorithm.loss_of_output(transitions, outputs, None, signals)
         return loss
 
 

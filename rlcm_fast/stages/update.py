@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rlcm_fast import parallel
-from rlcm_fast.algorithms import Algorithm
+from rlcm_fast.algorithms import Algorithm, Outputs
 from rlcm_fast.config import UpdateConfig
 from rlcm_fast.engine.base import Engine
 from rlcm_fast.kernels import functional
@@ -254,7 +254,8 @@ class _RolloutUpdates:
             coef = policy.coefficients(transitions.step)
             # With one update per rollout the old policy is the present one: its log-prob is the new one, detached.
             old = None if config.is_on_policy else transitions.log_prob_old
-            loss, stats = self._updater.algorithm.loss_of_output(transitions, m, coef, old, batch.signals)
+            outputs = Outputs(m, coef, share)
+            loss, stats = self._updater.algorithm.loss_of_output(transitions, outputs, old, batch.signals)
             kl = m.new_zeros(())
             if self._start_outputs is not None:
                 kl = functional.gaussian_kl(m, self._start_outputs[batch.size].take(batch.rows), coef).mean()

@@ -19,6 +19,7 @@ from rlcm_fast.algorithms import PPO
 from rlcm_fast.config import UpdateConfig, parse_config
 from rlcm_fast.engine.base import Engine
 from rlcm_fast.graphs import Graphs
+from rlcm_fast.kernels import dispatch, functional
 from rlcm_fast.parallel import Turn
 from rlcm_fast.stages import graphing
 from rlcm_fast.stages.graphed_update import GraphedUpdate, MicroBatch
@@ -96,6 +97,40 @@ def test_a_last_micro_batch_filled_up_with_rows_of_signal_0_gives_the_same_gradi
     torch.testing.assert_close(metrics[0].kl_to_start, metrics[1].kl_to_start, rtol=1e-2, atol=0)
     assert metrics[0].ratio_mean == 1 and metrics[0].ratio_max_deviation == 0
     assert settings[0].recorder.num_recorded == 1
+
+
+@pytest.mark.parametrize("is_graphed", [False, True])
+def test_the_kernel_is_told_what_its_gradient_will_be_multiplied_by(is_graphed: bool, monkeypatch: pytest.MonkeyPatch):
+    came: list[tuple[float, Tensor]] = []
+    compute = functional.policy_loss
+
+    def noted(*arguments: Any, factor: float = 1.0, **keywords: Any) -> Any:
+        loss, stats = compute(*arguments, **keywords)
+        if loss.requires_grad:
+            loss.register_hook(lambda above: came.append((factor, above)))
+        return loss, stats
+
+    monkeypatch.setattr(functional, "policy_loss", noted)
+    setting = Setting(is_graphed, 0.1, micro_batch_size=6)
+    setting.update()  # micro-batches of 6, 6 and 4
+    assert came[0][0] == 0.375
+    if not is_graphed:
+        assert [told for told, _ in came] == [0.375, 0.375, 0.25]
+        assert all(told == arrived.item() for told, arrived in came)
+
+
+def test_a_gradient_by_triton_has_the_same_bits_whatever_the_kernel_was_told(monkeypatch: pytest.MonkeyPatch):
+    def gradients(share: float | None) -> list[Tensor]:
+        compute = functional.policy_loss
+        with monkeypatch.context() as patch:
+            if share is not None:
+                patch.setattr(functional, "policy_loss", lambda *a, factor, **k: compute(*a, factor=share, **k))
+            setting = Setting(False, micro_batch_size=6)
+            with dispatch.use("triton"):
+                setting.update()
+        return list(setting.engine.full_weights().values())
+
+    assert all(map(torch.equal, gradients(None), gradients(1.0)))
 
 
 def test_a_filled_micro_batch_repeats_its_rows_without_a_signal():
