@@ -130,9 +130,12 @@ def environment_with(wheels: Path | None, target: Path) -> dict[str, str]:
 
 
 def lacking_packages() -> list[str]:
-    """The packages of gpu_wheels.txt that Python does not find; looked for before minutes of a GPU are spent."""
+    """The packages of gpu_wheels.txt that Python does not find; looked for before minutes of a GPU are spent.
+
+    A line with a comment is of a package that the suite can do without.
+    """
     lines = (Path(__file__).parent / "gpu_wheels.txt").read_text(encoding="utf-8").splitlines()
-    names = [re.split(r"[<>=]", line)[0] for line in lines if not line.startswith("#")]
+    names = [re.split(r"[<>=]", line)[0] for line in lines if "#" not in line]
     return [name for name in names if not list(importlib.metadata.distributions(name=name))]
 
 

@@ -16,6 +16,7 @@ import tiny_runs
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.cli.main import main as command
 from rlcm_fast.config import parse_config
+from rlcm_fast.config.batches import with_numbers
 from rlcm_fast.config.checks import validate
 from rlcm_fast.config.resolved import resolve
 from rlcm_fast.prompts import load_prompts, prompts_for_images
@@ -108,7 +109,7 @@ def test_adapters_in_a_second_file_change_only_what_they_are_about(name: str):
 @pytest.mark.parametrize("recipe", ["large_scale/fairness", "large_scale/joint"])
 def test_fairness_is_evaluated_as_it_is_trained_on_groups_of_one_prompt_and_on_others(recipe: str):
     config = parse_config(["--config", f"configs/{recipe}.yaml"])
-    task = resolve(config, 1).tasks[-1]
+    task = resolve(with_numbers(config, 1), 1).tasks[-1]
     size = task.rewards[0].group_size
     assert size == task.images_per_prompt
     evaluation = config.evaluation

@@ -28,12 +28,13 @@ def _cases(prefix: str, config: str, sizes: str, strategies: dict[str, str]) -> 
     return cases
 
 
-def _sizes(micro_batch_size: int) -> str:
+def _sizes(micro_batch_size: int, decode_batch_size: int) -> str:
     """One rollout micro-batch of images, two actions each: two micro-batches of an update."""
     n = micro_batch_size
     return (
         f"policy.num_steps=3 prompts.num_prompts=1 prompts.images_per_prompt={n} rollout.micro_batch_size={n} "
-        f"update.micro_batch_size={n} update.num_updates=1 engine.compile=off"
+        f"rollout.decode_batch_size={decode_batch_size} update.micro_batch_size={n} update.num_updates=1 "
+        "engine.compile=off model.vae_dtype=fp32"
     )
 
 
@@ -74,8 +75,8 @@ def _of_shapes(strategies: dict[str, str]) -> dict[str, str]:
 
 CASES: dict[str, list[Case]] = {
     "full_size": [
-        *_cases("SD1.5", "configs/sd15_lcm/full_24gb.yaml", _sizes(8), _STRATEGIES),
-        *_cases("SDXL", "configs/sdxl_lcm/full_24gb.yaml", _sizes(4), _OF_SDXL),
+        *_cases("SD1.5", "configs/sd15_lcm/full_24gb.yaml", _sizes(8, 4), _STRATEGIES),
+        *_cases("SDXL", "configs/sdxl_lcm/full_24gb.yaml", _sizes(4, 1), _OF_SDXL),
     ],
-    "shapes": _cases("shapes", "configs/shapes/compressibility_paper.yaml", _sizes(8), _of_shapes(_STRATEGIES)),
+    "shapes": _cases("shapes", "configs/shapes/compressibility_paper.yaml", _sizes(8, 0), _of_shapes(_STRATEGIES)),
 }

@@ -125,7 +125,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> Iterator[dict[str,
     """The summary, again and again as it grows, in the order of what matters most."""
     # What is to come, and what it is compared with.
     deadline = time.monotonic() + arguments.seconds
-    samples, flops = _scaled(config, arguments.samples), flops_of(config)
+    samples, flops = _numbered(_scaled(config, arguments.samples), arguments.out), flops_of(config)
     images = config.prompts.num_prompts * config.prompts.images_per_prompt
     left_out = [f"engine.compile={mode}" for mode in arguments.modes]
     left_out += [f"micro-batches of {size}" for size in arguments.micro_batch_sizes]
@@ -168,6 +168,17 @@ def _scaled(config: Config, samples: int) -> Config:
     scaled = replace(config, prompts=prompts)
     validate(scaled, 1)
     return scaled
+
+
+def _numbered(config: Config, out: Path) -> Config:
+    """Puts numbers in place of micro-batches of auto, once for all trainers: on a GPU those that are planned to fit."""
+    import torch
+
+    from rlcm_fast.stages.chosen_batches import choose_batches
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_batches(replace(config, run_dir=str(out / "no_run")), device, print).config
+    return replace(chosen, run_dir=config.run_dir)
 
 
 def _mode(

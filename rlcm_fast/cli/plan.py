@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlcm_fast.cli.arguments import positive_int
@@ -156,6 +156,7 @@ def _one_gpu(planner: Planner, plan: _OnGpu) -> list[str]:
         f"  hours of the whole run: {_hours(plan, seconds):.3g} ({plan.config.num_iterations} iterations, without "
         "evaluations and checkpoints)",
         *_rewards(planner, gpu),
+        *_not_known(planner, strategy),
         *(f"  {line}" for line in _verdict(planner, plan)),
     ]
 
@@ -175,6 +176,23 @@ def _trust(gpu: str) -> str:
 def _rewards(planner: Planner, gpu: Gpu) -> list[str]:
     seconds = planner.reward_seconds(gpu)
     return [f"  built-in rewards on this GPU: {seconds:.3g} s of it at most, beside the sampling"] if seconds else []
+
+
+def _not_known(planner: Planner, strategy: Strategy) -> list[str]:
+    """Says which of the numbers are those of the worse of two cases."""
+    lines = []
+    if planner.tries_half(strategy):
+        half = planner.memory(replace(strategy, vae_dtype="fp16"))
+        lines.append(
+            "  decoding: the run tries float16, whose seconds these are; GiB are those of float32, the worst case "
+            f"(activations in float16: {_gib(half.decoding)})"
+        )
+    if strategy.compile == "whole":
+        lines.append(
+            "  engine.compile=whole: activations are those of the uncompiled network, which a count on a CPU makes an "
+            "upper bound; no GPU has measured it"
+        )
+    return lines
 
 
 def _verdict(planner: Planner, plan: _OnGpu) -> list[str]:

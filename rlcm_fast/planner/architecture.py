@@ -55,6 +55,11 @@ class Architecture:
         return bool(self.unet.get("time_cond_proj_dim"))
 
     @property
+    def vae_overflows(self) -> bool:
+        """Whether the VAE overflows in float16 by its config, as SDXL's own does; the trainer then does not try it."""
+        return len(self.text_encoders) > 1 and bool(self.vae.get("force_upcast", True))
+
+    @property
     def num_tokens(self) -> int:
         return self.text_encoders[0]["max_position_embeddings"]
 

@@ -34,7 +34,7 @@ WORKSPACE_SHARE = 0.6
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's defaults for reduce_bucket_size and stage3_max_live_parameters / 2; the engine keeps both."""
 FROZEN_DTYPE = torch.float32
-"""Dtype in which backbones/pipeline.py loads the VAE and the text encoders."""
+"""Dtype in which backbones/pipeline.py loads the VAE and the text encoders, and which the VAE's encoder keeps."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "pure_bf16": torch.bfloat16}
 
 
@@ -61,11 +61,17 @@ class Strategy:
     text_chunks: int = 1  # chunks of a text's encoding
     compile: Literal["off", "regional", "whole"] = "off"
     graphs: Literal["off", "auto", "on"] = "off"
+    vae_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the decoder; auto may end with float32
     sums_in_float32: bool = False  # gradients of bfloat16 weights; estimate_memory finds it out from the workload
 
     @property
     def has_start_model(self) -> bool:
         return self.start_model != "off"
+
+    @property
+    def decodes_in_half(self) -> bool:
+        """Whether the decoder is in half precision for sure."""
+        return self.vae_dtype in ("fp16", "bf16")
 
     @property
     def copies_start_model(self) -> bool:
@@ -83,6 +89,7 @@ SETTINGS = {
     "engine.offload_idle": "moves_idle",
     "engine.compile": "compile",
     "engine.graphs": "graphs",
+    "model.vae_dtype": "vae_dtype",
     "update.micro_batch_size": "micro_batch_size",
     "rollout.micro_batch_size": "rollout_micro_batch_size",
     "rollout.decode_batch_size": "decode_batch_size",
@@ -166,6 +173,7 @@ def estimate_memory(
     pairs = strategy.real_image_micro_batch_size
     encoded = min(strategy.decode_batch_size or pairs, pairs)
     with_workspace = 1.0 if device == "cpu" else 1 + WORKSPACE_SHARE
+    decoder_share = 0.5 if strategy.decodes_in_half else 1.0  # of the bytes in float32, in which it was traced
     has_encoder = device == "cpu" or pairs > 0  # a GPU's run leaves it on the CPU, unless it trains on real images
 
     # What graphs copy.
@@ -178,7 +186,7 @@ def estimate_memory(
         gradients=gradients,
         master=0 if strategy.offload_optimizer else master,
         moments=0 if strategy.offload_optimizer else moments,
-        vae=(profiles.vae.decoder.numel + (profiles.vae.encoder.numel if has_encoder else 0)) * FROZEN_DTYPE.itemsize,
+        vae=_vae_bytes(profiles.vae, decoder_share, has_encoder),
         text_encoders=profiles.text_numel * FROZEN_DTYPE.itemsize,
         start_model=(trained + unet.frozen) * itemsize if strategy.copies_start_model else 0,
         ema=trained * 4 if strategy.ema == "gpu" else 0,
@@ -190,13 +198,18 @@ def estimate_memory(
         graph_copies=graphed.copies(copied),
         activations=round(activations),
         sampling=round(unet.sampling_peak(sampled * strategy.rows_per_sample)),
-        decoding=round(with_workspace * profiles.vae.decoder.peak(images)),
+        decoding=round(with_workspace * decoder_share * profiles.vae.decoder.peak(images)),
         encoding_images=round(with_workspace * profiles.vae.encoder.peak(encoded)) if pairs else 0,
         step_temporaries=_step_bytes(training, unet.trainable, processes, gradients, device),
         overhead=OVERHEAD_BYTES,
         moves_idle=strategy.moves_idle,
         graphed=graphed,
     )
+
+
+def _vae_bytes(vae: VaeProfile, decoder_share: float, has_encoder: bool) -> int:
+    encoder = vae.encoder.numel if has_encoder else 0
+    return round((decoder_share * vae.decoder.numel + encoder) * FROZEN_DTYPE.itemsize)
 
 
 def _trajectory_states(strategy: Strategy, workload: Workload) -> int:

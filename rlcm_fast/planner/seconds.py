@@ -9,12 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
-import torch
-
 from rlcm_fast.planner.architecture import Architecture, Size
 from rlcm_fast.planner.efficiency import ASSUMED_SHARE, CALL_SECONDS, UNET_SHARE, VAE_SHARE
 from rlcm_fast.planner.estimate import (
-    FROZEN_DTYPE,
     GIB,
     NO_REWARDS,
     Memory,
@@ -101,10 +98,18 @@ class Planner:
         moved = 2 * (memory.weights + memory.master + memory.moments) + memory.gradients
         return Seconds(
             sampling=forward.seconds(work.samples * strategy.rows_per_sample * work.num_steps, sampled),
-            decoding=_vae_seconds(vae.decoder.flops * work.samples, gpu),
-            update=update + _vae_seconds(vae.encoder.flops * pairs, gpu),
+            decoding=_vae_seconds(vae.decoder.flops * work.samples, gpu, self.decodes_in_half(strategy)),
+            update=update + _vae_seconds(vae.encoder.flops * pairs, gpu, False),
             step=work.num_updates * gpu.seconds_to_move(moved),
         )
+
+    def decodes_in_half(self, strategy: Strategy) -> bool:
+        """Tells whether images are decoded in half precision: surely, or by vae_dtype=auto if the VAE stands it."""
+        return strategy.decodes_in_half or self.tries_half(strategy)
+
+    def tries_half(self, strategy: Strategy) -> bool:
+        """Tells whether a run on a GPU tries float16 with its first images; bytes are planned for float32 then."""
+        return strategy.vae_dtype == "auto" and not self.architecture.vae_overflows
 
     def reward_seconds(self, gpu: Gpu) -> float:
         """Seconds that the built-in rewards on the GPU compute, beside the sampling and with it; an upper bound.
@@ -175,5 +180,5 @@ class _Passes:
         return rows / micro_batch_size * self.calls * CALL_SECONDS + at_rate / UNET_SHARE
 
 
-def _vae_seconds(flops: Flops, gpu: Gpu) -> float:
-    return gpu.seconds(flops.convolutions, flops.others, torch.bfloat16 == FROZEN_DTYPE) / VAE_SHARE
+def _vae_seconds(flops: Flops, gpu: Gpu, is_half: bool) -> float:
+    return gpu.seconds(flops.convolutions, flops.others, is_half) / VAE_SHARE

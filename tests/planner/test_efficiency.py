@@ -41,8 +41,9 @@ def measured() -> list[tuple[int, int, float]]:
 
 def planned(images: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> float:
     options = ["--config=configs/sd15_lcm/full_24gb.yaml", f"--prompts.num_prompts={images // 8}"]
-    config = parse_config([*options, f"--update.micro_batch_size={micro_batch}"])
-    strategy = replace(strategy_of(config), rollout_micro_batch_size=micro_batch, micro_batch_size=micro_batch)
+    config = parse_config([*options, f"--update.micro_batch_size={micro_batch}", "--model.vae_dtype=fp32"])
+    sizes = {"rollout_micro_batch_size": micro_batch, "micro_batch_size": micro_batch, "decode_batch_size": 4}
+    strategy = replace(strategy_of(config), **sizes)
     architecture: Any = None
     planner = Planner(architecture, Workload.of(resolve(config, 1)))
     profiles = Profiles(UNET, VaeProfile(DECODER, DECODER), 123_060_480, 4 * 64 * 64 * 4, 77 * 768 * 2)
