@@ -1,7 +1,7 @@
 """The door to training: `deepspeed rlcm_fast/train.py --config FILE`, or `python rlcm_fast/train.py` for one process.
 
 It reads and checks the config before it imports torch, so a mistake costs a second and one line on stderr (exit code
-2). The loop is in `trainer.py`.
+2). Whatever is raised goes through `door.py`. The loop is in `trainer.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import os
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rlcm_fast.config import Config
     from rlcm_fast.config.resolved import ResolvedRun
+    from rlcm_fast.door import Door
     from rlcm_fast.given import Given
 
 
@@ -26,33 +26,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses, checks and trains.
 
     Returns the exit code: 0 done or stopped, 1 something went wrong (the finished iterations are saved if that was
-    possible), 2 a mistake in the config, 130 interrupted.
+    possible), 2 a mistake that ended it before training, 130 interrupted.
     """
-    # Read and check the config; a dry run prints it and ends here.
+    from rlcm_fast.door import Door, take_debug
+
     rank, world_size = set_process_environment()
-    try:
-        config = _read_run(sys.argv[1:] if argv is None else argv, rank, world_size).config
-    except ValueError as error:
-        if int(os.environ.get("LOCAL_RANK", rank)) == 0:  # once per machine: files may be missing on one of them
-            _print_mistake(error, rank)
-        return 2
+    argv = sys.argv[1:] if argv is None else argv
+    # A mistake is printed once per machine, because files may be missing on one of them.
+    is_first_here = int(os.environ.get("LOCAL_RANK", rank)) == 0
+    door = Door(rank, speaks=is_first_here, debug=take_debug(argv)[0])
+    return door.lead(lambda: _work(door, argv, world_size))
+
+
+def _work(door: Door, argv: Sequence[str], world_size: int) -> int:
+    """Reads and checks the config, which may be all (a dry run), and trains."""
+    config = _read_run(argv, door.rank, world_size).config
     if config.dry_run:
         return 0
+    door.speaks, door.debug = True, config.debug
+    from rlcm_fast.run_folder.failures import WordsOfRun
+    from rlcm_fast.trainer import Trainer
 
-    # Train; whatever goes wrong becomes one line.
-    try:
-        _train(config)
-    except ValueError as error:
-        if not is_worded_by_us(error):
-            return _report(error, config, rank)
-        _print_mistake(error, rank)
-        return 2
-    except Exception as error:  # noqa: BLE001 (the user gets one line, whatever it is)
-        return _report(error, config, rank)
-    except KeyboardInterrupt:  # before the trainer handles signals
-        if rank == 0:
-            print("interrupted", file=sys.stderr)
-        return 130
+    door.words = WordsOfRun(config)
+    trainer = Trainer(config)
+    door.has_begun = True
+    trainer.run()
     return 0
 
 
@@ -71,44 +69,6 @@ def find_own_package() -> None:
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     if importlib.util.find_spec("rlcm_fast") is None:  # not installed: goes last, so it shadows nothing
         sys.path.append(str(here.parent))
-
-
-def _print_mistake(error: ValueError, rank: int) -> None:
-    from rlcm_fast.faults import SharedMistake
-
-    if rank == 0 or not isinstance(error, SharedMistake):
-        message = "; ".join([str(error), *getattr(error, "__notes__", [])])  # a run that had begun notes what was saved
-        print(f"error: {message}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
-
-
-def _train(config: Config) -> None:
-    from rlcm_fast.trainer import Trainer
-
-    Trainer(config).run()
-
-
-def _report(error: Exception, config: Config, rank: int) -> int:
-    """Prints an error of the run as one line, with --debug also its traceback, and returns the exit code."""
-    from rlcm_fast.faults import Fault
-    from rlcm_fast.run_folder.failures import explain
-    from rlcm_fast.terminal import write_line
-
-    if config.debug:
-        traceback.print_exception(error)
-    if rank == 0 or not (isinstance(error, Fault) and error.is_on_all_processes):
-        of_rank = f" (rank {rank})" if rank else ""
-        write_line(f"error: {explain(error, config)}{of_rank}")
-    return 1
-
-
-def is_worded_by_us(error: BaseException) -> bool:
-    """Tells whether rlcm_fast raised the error: its message is enough, while a library's error needs its traceback."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    # Compare module names, because the files of rlcm_fast.kernels are in another folder.
-    module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-    return module == __name__ or module.startswith("rlcm_fast.")
 
 
 def _read_run(argv: Sequence[str], rank: int, world_size: int) -> ResolvedRun:

@@ -20,6 +20,7 @@ FLOORS = {
     "build": 5,
     "handover": 5,
     "trainer": 6,
+    "door": 6,
     **dict.fromkeys(("train", "cli"), 7),
     "api": 8,
     "compat": 9,

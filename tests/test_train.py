@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from rlcm_fast.config import parse_config
-from rlcm_fast.train import is_worded_by_us, main, set_process_environment
+from rlcm_fast.door import is_worded_by_us
+from rlcm_fast.train import main, set_process_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from rlcm_fast import quiet
 from rlcm_fast.cli import check_reward, configs, doctor, evaluate, export, plan, reward_server, sample, score
-from rlcm_fast.faults import Fault
+from rlcm_fast.door import Door, take_debug
+from rlcm_fast.faults import in_one_line
 from rlcm_fast.leaving import leave_at_once_if_computing
 
 COMMANDS = {
@@ -29,39 +29,32 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns the exit code.
 
-    0: done; 1: a check failed, or a reward or the machine did (one line on stderr); 2: a user's mistake (one line on
-    stderr); 130: interrupted.
+    0: done; 1: a check failed, or a reward or the machine did (one line on stderr); 2: a mistake (one line on stderr);
+    130: interrupted. With --debug, the line stands below the traceback.
     """
+    debug, rest = take_debug(sys.argv[1:] if argv is None else argv)
+    code = Door(debug=debug).lead(lambda: _run(rest, debug))
+    if code == 130:
+        leave_at_once_if_computing(code)
+    return code
+
+
+def _run(argv: Sequence[str], debug: bool) -> int:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.takes_overrides:
         arguments.overrides = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    quiet.hush_libraries(debug=quiet.is_debug())
-    try:
-        code = arguments.run(arguments) or 0
-        sys.stdout.flush()
-        return code
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Fault as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of the output, such as head, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        leave_at_once_if_computing(130)
-        return 130
+    quiet.hush_libraries(debug=debug or quiet.is_debug())
+    return arguments.run(arguments) or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="rlcm-fast",
         description="Draw images, score a model or pictures, check a reward, a config, a machine. Train with train.py.",
+        epilog="With --debug, a command that fails shows the traceback, too, and libraries print what they like.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
@@ -87,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**{**settings, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; {self.prog} --help lists the arguments\n")
+        self.exit(2, f"error: {in_one_line(message)}; {self.prog} --help lists the arguments\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Words what ended a run in one line: what happened, the way out, and the note on what was saved."""
+"""Words what ended a run: out of memory, a full disk, a lost process; and keeps the traceback of other errors."""
 
 from __future__ import annotations
 
 import contextlib
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,30 +12,37 @@ import torch
 from rlcm_fast import parallel
 from rlcm_fast.config import Config
 from rlcm_fast.config.batches import next_smaller, with_numbers
-from rlcm_fast.faults import Fault
 from rlcm_fast.run_folder.checkpoint import is_full_disk
 from rlcm_fast.run_folder.noted_batches import noted
 
 TRACEBACK = "error.txt"
 
 
-def explain(error: BaseException, config: Config) -> str:
-    """Returns the line; an error that nobody foresaw also leaves its traceback in the run's folder."""
-    happened = _foreseen(error, config) or f"{type(error).__name__}: {first_line(error)}{_kept(error, config)}"
-    return "; ".join([happened, *getattr(error, "__notes__", [])])
+@dataclass(frozen=True)
+class WordsOfRun:
+    """What a run knows of its errors, for the door."""
 
+    config: Config
 
-def _foreseen(error: BaseException, config: Config) -> str | None:
-    """Returns what happened and the way out, if neither the config nor the code is to blame; else None."""
-    if isinstance(error, Fault):
-        return str(error)
-    if is_full_disk(error):
-        space = "free some space, raise the quota or ulimit, or lower checkpoint.keep"
-        return f"run_dir={config.run_dir} is on a full disk: {space}"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return f"out of memory ({first_line(error)}): {_smaller(config)}; rlcm-fast plan says what fits"
-    lost = parallel.lost_process(error)
-    return lost and f"another process of the run was lost ({lost})"
+    def foreseen(self, error: BaseException) -> str | None:
+        """Returns what happened and the way out, if neither the config nor the code is to blame; else None."""
+        config = self.config
+        if is_full_disk(error):
+            space = "free some space, raise the quota or ulimit, or lower checkpoint.keep"
+            return f"run_dir={config.run_dir} is on a full disk: {space}"
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return f"out of memory ({first_line(error)}): {_smaller(config)}; rlcm-fast plan says what fits"
+        lost = parallel.lost_process(error)
+        return lost and f"another process of the run was lost ({lost})"
+
+    def kept(self, error: BaseException) -> str:
+        """Writes the traceback into the run's folder and returns the words that name the file; "" if it cannot."""
+        name = TRACEBACK if parallel.is_main() else f"rank_{parallel.rank()}_{TRACEBACK}"
+        file = Path(self.config.run_dir) / name
+        with contextlib.suppress(OSError):
+            file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            return f"; {file} has the traceback"
+        return ""
 
 
 def _smaller(config: Config) -> str:
@@ -48,18 +56,6 @@ def _smaller(config: Config) -> str:
         for name, size, smaller in zip(names, sizes, next_sizes, strict=True)
     ]
     return f"lower {' or '.join(lower)}"
-
-
-def _kept(error: BaseException, config: Config) -> str:
-    """Writes the traceback into the run's folder and returns the words that name the file; "" if it cannot."""
-    if config.debug:
-        return ""
-    name = TRACEBACK if parallel.is_main() else f"rank_{parallel.rank()}_{TRACEBACK}"
-    file = Path(config.run_dir) / name
-    with contextlib.suppress(OSError):
-        file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        return f" ({file} has the traceback)"
-    return ""
 
 
 def first_line(error: BaseException) -> str:

@@ -14,9 +14,9 @@ import datasets
 import pytest
 from PIL import Image
 
+from rlcm_fast.door import is_worded_by_us
 from rlcm_fast.pairs import PairsFault, PairStream, check_rows, check_source
 from rlcm_fast.pairs.stream import Count
-from rlcm_fast.train import is_worded_by_us
 
 NUM_PAIRS = 8
 

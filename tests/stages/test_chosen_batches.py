@@ -17,7 +17,7 @@ from rlcm_fast.config.batches import Batches, batches_of, has_auto
 from rlcm_fast.faults import SharedMistake
 from rlcm_fast.planner import seconds
 from rlcm_fast.planner.estimate import GIB
-from rlcm_fast.run_folder.failures import explain
+from rlcm_fast.run_folder.failures import WordsOfRun
 from rlcm_fast.stages import chosen_batches
 from rlcm_fast.stages.chosen_batches import choose_batches
 from rlcm_fast.train import main
@@ -125,7 +125,7 @@ def test_out_of_memory_names_the_next_sizes_of_the_run(tmp_path: Path):
     config = parse_config([*ALL, f"--run_dir={tmp_path}"])
     numbered = parse_config([f"--run_dir={tmp_path}", "--update.micro_batch_size=16", "--rollout.micro_batch_size=32"])
     (tmp_path / "config.yaml").write_text(to_yaml(numbered))
-    line = explain(torch.OutOfMemoryError("CUDA out of memory.\nmore"), config)
+    line = WordsOfRun(config).foreseen(torch.OutOfMemoryError("CUDA out of memory.\nmore"))
     expected = "lower update.micro_batch_size=16 to 12 or rollout.micro_batch_size=32 to 16; rlcm-fast plan says what"
     assert expected in line
 
