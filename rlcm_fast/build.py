@@ -18,6 +18,7 @@ from rlcm_fast.algorithms import Algorithm, build_algorithm
 from rlcm_fast.backbones.acceleration import accelerate
 from rlcm_fast.backbones.assembly import folder_configs
 from rlcm_fast.backbones.backends import set_backends
+from rlcm_fast.backbones.image_size import pixels_before_loading
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import Config, EmaConfig
 from rlcm_fast.config.resolved import ResolvedRun, resolve
@@ -32,6 +33,7 @@ from rlcm_fast.kernels import dispatch
 from rlcm_fast.planner.report import MemoryReport
 from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.policies.build import build_schedule
+from rlcm_fast.run_folder.agreement import together
 from rlcm_fast.run_folder.export import Exporter
 from rlcm_fast.run_folder.progress import Progress
 from rlcm_fast.run_folder.resume import RunFolder, begin, put_weights, start_weights
@@ -131,6 +133,9 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     configs = folder_configs(config.model)
     if configs is not None:
         build_schedule(config.policy, *configs)  # raises for a scheduler that the policy cannot follow
+    size = pixels_before_loading(config.model)
+    if size is not None:
+        _try_rewards(tasks, size, device, on_models=False)
 
     # Load the pipeline, and copy its network before anything is trained.
     torch.manual_seed(config.seed)
@@ -138,6 +143,10 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     backbone = _load_backbone(config, device)
     start_network = _start_network(backbone, config)
     _set_backends(backbone, config)
+
+    # Try the rewards that wait for that: those on models of the pack; all, if the images' size was not known before.
+    for on_models in (True,) if size is not None else (False, True):
+        _try_rewards(tasks, backbone.image_size, device, on_models)
     prepare(backbone.unet, config)
 
     def policy_around(unet: Any) -> GaussianPolicy:
@@ -184,6 +193,12 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
         progress=Progress(folder, engine, check_weights),
         export=Exporter(backbone, engine, config),
     )
+
+
+def _try_rewards(tasks: Tasks, size: tuple[int, int], device: torch.device, on_models: bool) -> None:
+    """Tries the rewards on all processes; a mistake that one of them sees ends all."""
+    with together(), tasks.offloading.in_use():
+        tasks.try_rewards(size, device, on_models)
 
 
 def _load_backbone(config: Config, device: torch.device) -> Backbone:

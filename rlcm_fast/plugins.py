@@ -1,4 +1,8 @@
-"""Loads classes and functions that a text names, as "package.module:Class" or by a built-in alias."""
+"""Loads classes and functions that a text names, as "package.module:Class" or by a built-in alias.
+
+Whatever a plug-in's module, constructor or function raises becomes a ValueError of one line, with the place in the
+plug-in; only a Fault and a lack of memory pass through, because they are no mistake in it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,18 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+from rlcm_fast.faults import Fault, origin_of, summary_of
+from rlcm_fast.patience import NotDone
 
 
 def load_class(name: str, aliases: Mapping[str, str] | None = None, field: str = "name") -> Any:
     """The class or function that `name` names; `aliases` maps built-in names to "package.module:Class".
 
-    Raises ValueError with `field` and the way out. An exception that the module itself raises at import passes through.
+    Raises ValueError with `field` and the way out, also for whatever the module itself raises at import.
     """
     # Import the module.
     target = (aliases or {}).get(name, name)
@@ -21,7 +29,8 @@ def load_class(name: str, aliases: Mapping[str, str] | None = None, field: str =
     if not (module_name and colon and attribute):
         raise ValueError(f"{field}={name} is not known; {_remedy(name, aliases or {})}")
     _require_module(f"{field}={name}", module_name)
-    value: Any = importlib.import_module(module_name)
+    with worded(f"{field}={name}: importing {module_name}", "repair the module"):
+        value: Any = importlib.import_module(module_name)
 
     # Look up the attribute in it, part by part.
     for part in attribute.split("."):
@@ -41,26 +50,67 @@ def build(
 ) -> Any:
     """An instance of the class that `name` names, made with keyword `arguments`; raises what `load_class` raises.
 
-    If the class raises a ValueError or TypeError, the ValueError from here puts `field` and the arguments in front.
+    Whatever the class raises becomes a ValueError with `field` and the arguments in front.
     """
     factory = load_class(name, aliases, field)
-    signature = inspect.signature(factory)
     where = f"{field}={name} arguments={dict(arguments)}"
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        accepted = ", ".join(str(parameter) for parameter in signature.parameters.values()) or "no arguments"
-        raise ValueError(f"{where}: {error}; it accepts {accepted}") from error
+    check_accepts(factory, where, keywords=arguments)
     try:
         return factory(**arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+    except _PASS:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{where}: it raised {_told(error)}; repair the class, or its arguments") from error
+
+
+def check_accepts(
+    function: Callable[..., Any],
+    where: str,
+    positional: tuple[str, ...] = (),
+    keywords: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuses arguments that a function or a class cannot be called with; calls nothing.
+
+    positional: the names of positional arguments, for the message. Raises ValueError that begins with `where`.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C, without a signature: the call itself shows what it accepts
+        return
+    try:
+        signature.bind(*positional, **(keywords or {}))
+    except TypeError as error:
+        accepted = ", ".join(str(parameter) for parameter in signature.parameters.values()) or "no arguments"
+        called = f" as it is called with ({', '.join(positional)})" if positional else ""
+        raise ValueError(f"{where}: {error}{called}; it accepts {accepted}") from error
+
+
+@contextmanager
+def worded(where: str, remedy: str) -> Iterator[None]:
+    """Turns whatever a plug-in raises in the block into a ValueError of one line: where, what, at which line of it."""
+    try:
+        yield
+    except _PASS:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{where} raised {_told(error)}; {remedy}") from error
+
+
+_PASS = (Fault, MemoryError, NotDone)
+
+
+def _told(error: BaseException) -> str:
+    """Returns what an error of a plug-in says and where it was raised; a syntax error says that itself."""
+    place = "" if isinstance(error, SyntaxError) else f" (at {origin_of(error)})"
+    return f"{summary_of(error)}{place}"
 
 
 def _require_module(what: str, module_name: str) -> None:
     try:
         found = importlib.util.find_spec(module_name) is not None
-    except ModuleNotFoundError:  # a parent package is missing
+    except (ImportError, ValueError):  # a parent package is missing, or the name has dots in strange places
         found = False
     if not found:
         raise ValueError(f"{what}: no module {module_name}; install its package, or put its folder on PYTHONPATH")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlcm_fast.algorithms import Advantages, TaskAdvantages, build_advantages
@@ -31,6 +32,7 @@ from rlcm_fast.rewards import (
     Rewards,
     RewardService,
     Skipping,
+    Trial,
     Workers,
     used,
 )
@@ -60,6 +62,8 @@ class Tasks:
         for number, task in enumerate(run.tasks):
             share = self._share(task, config.seed + number * _SEED_STEP, rank, run.sizes.num_processes)
             self._samplers[task.name] = build_sampler(task.source, share, task.source_field, given.prompts)
+        self._timeout = config.rollout.reward_timeout
+        self._trials = self._all_trials(run)
         by_task = {task.name: build_advantages(task.advantages, config.advantages) for task in run.tasks}
         self.advantages: Advantages = TaskAdvantages(by_task) if self.are_several else by_task["default"]
 
@@ -82,6 +86,12 @@ class Tasks:
     def texts(self, most: int) -> list[str]:
         """Returns prompts of all tasks that are at hand, at most `most` of each."""
         return [prompt.text for sampler in self._samplers.values() for prompt in sampler.known(most)]
+
+    def try_rewards(self, size: tuple[int, int], device: torch.device, on_models: bool) -> None:
+        """Calls each reward on two random images, those on models of the pack or all others; raises ValueError."""
+        for trial in self._trials:
+            if trial.is_on_models == on_models:
+                trial.run(size, device, self._timeout)
 
     def advantage_metrics(self, names: Sequence[str]) -> dict[str, float]:
         """Returns `advantage/...` of the last batch; `advantage/TASK/...` if there are several tasks."""
@@ -109,6 +119,19 @@ class Tasks:
             if state["prompts"][name] is not None:
                 sampler.load_state_dict(state["prompts"][name])
         self.advantages.load_state_dict(state["advantages"])
+
+    def _all_trials(self, run: ResolvedRun) -> list[Trial]:
+        """Returns a trial of each reward, those of the evaluation with the prompts of the first task."""
+        named = [(task.rewards_field, task.rewards, self.trained[task.name], task.name) for task in run.tasks]
+        named.append(("evaluation.rewards", run.config.evaluation.rewards, self.watched, run.tasks[0].name))
+        trials: dict[int, Trial] = {}  # tasks may share a reward
+        for field, configs, built, task_name in named:
+            prompts = self._samplers[task_name].known(2)
+            for index, config in enumerate(configs):
+                reward = built[config.name][0]
+                trial = Trial(f"{field}[{index}].name", config.name, reward, prompts, config.on_failure == "skip")
+                trials.setdefault(id(reward.reward if isinstance(reward, GroupReward) else reward), trial)
+        return list(trials.values())
 
     def _skipping(self, rewards: Sequence[RewardConfig], run: ResolvedRun) -> Skipping:
         return Skipping(skipped_names(rewards), run.config.rollout.max_skipped, self.num_samples)

@@ -93,13 +93,15 @@ def checked(config: Config, world_size: int, given: Given) -> ResolvedRun:
     Raises ValueError for everything that is known to fail before weights load.
     """
     from rlcm_fast import quiet
-    from rlcm_fast.backbones.model_checks import check_model
+    from rlcm_fast.backbones.model_checks import check_hub, check_model
     from rlcm_fast.config.checks import validate
 
     quiet.hush_libraries(config.debug)
     run = validate(config, world_size)
     check_model(config.model)
     _check_plugins(run, given)
+    if not config.dry_run:
+        check_hub(config.model)
     return run
 
 

@@ -129,7 +129,15 @@ def test_ctrl_c_leaves_a_checkpoint_and_gives_the_program_back(
 
 
 def test_a_failure_does_not_poison_the_next_call(tiny_lcm_folder: str, tmp_path: Path):
-    with pytest.raises(Fault, match="reward 'python:broken', .*: raised OSError: no network; repair the reward"):
+    calls = []
+
+    def later(images, texts):
+        calls.append(len(images))
+        return redness(images, texts) if len(calls) == 1 else broken(images, texts)  # the first is at the start
+
+    with pytest.raises(Fault, match="reward 'python:later', .*: raised OSError: no network; repair the reward"):
+        tuned(tiny_lcm_folder, tmp_path / "run", rewards=[later])
+    with pytest.raises(ValueError, match=r"rewards\[0\].name=python:broken, tried on two random images: it raised OSE"):
         tuned(tiny_lcm_folder, tmp_path / "run", rewards=[broken])
     assert tuned(tiny_lcm_folder, tmp_path / "run", num_iterations=1).is_finished  # nothing was finished there
 

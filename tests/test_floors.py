@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "kernels": 0,
     "faults": 0,
-    **dict.fromkeys(("config", "trajectory", "parallel", "plugins", "grids", "quiet", "finite_json"), 1),
+    "patience": 0,
+    **dict.fromkeys(("config", "trajectory", "parallel", "plugins", "grids", "quiet", "finite_json", "hub"), 1),
     **dict.fromkeys(("terminal", "leaving", "frozen", "given", "graphs"), 1),
     **dict.fromkeys(("policies", "prompts", "pairs", "backbones", "rewards", "algorithms", "engine", "shapes"), 2),
     **dict.fromkeys(("tasks", "run_folder", "planner"), 3),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 
-from rlcm_fast.plugins import load_class
+from rlcm_fast.patience import NotDone, call_within
+from rlcm_fast.plugins import build, load_class
 
 ALIASES = {"ordered": "collections:OrderedDict"}
 
@@ -39,8 +41,40 @@ def test_a_wrong_name_says_what_is_wrong_and_the_way_out(name: str, message: str
     assert message in str(error.value)
 
 
-def test_an_error_inside_the_module_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "a_broken_module.py").write_text("import one_that_is_missing\n")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "missing_import",
+            "import one_that_is_missing",
+            "ModuleNotFoundError: No module named 'one_that_is_missing' (at",
+        ),
+        ("bad_syntax", "def f(:", r"SyntaxError: invalid syntax (bad_syntax.py, line 1); repair the module"),
+        ("raises", "1 / 0", "ZeroDivisionError: division by zero (at rlcm_fast/plugins.py:"),
+        ("exits", "raise SystemExit('bye')", "SystemExit: bye (at"),
+    ],
+)
+def test_an_error_inside_the_module_is_one_line_with_its_place(
+    name: str, content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / f"plugin_{name}.py").write_text(content + "\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="one_that_is_missing"):
-        load_class("a_broken_module:Thing")
+    with pytest.raises(ValueError) as error:
+        load_class(f"plugin_{name}:Thing", field="reward")
+    said = str(error.value).replace(f"plugin_{name}.py", f"{name}.py")
+    assert said.startswith(f"reward=plugin_{name}:Thing: importing plugin_{name} raised {message}")
+
+
+def test_whatever_a_constructor_raises_is_one_line_with_its_arguments():
+    with pytest.raises(ValueError, match=r"^name=fractions:Fraction arguments=.*: it raised ZeroDivisionE"):
+        build("fractions:Fraction", {"numerator": 1, "denominator": 0})
+
+
+def test_work_that_does_not_end_in_time_is_left_alone():
+    started = time.monotonic()
+    with pytest.raises(NotDone):
+        call_within(0.05, lambda: time.sleep(5))
+    assert time.monotonic() - started < 2
+    assert call_within(5, lambda: 3) == 3
+    with pytest.raises(KeyError):
+        call_within(5, lambda: {}["x"])

@@ -182,7 +182,7 @@ def test_a_rank_without_images_takes_part_in_the_evaluation(folder: Path):
 def test_when_one_process_dies_the_other_saves_the_finished_iterations_and_ends_within_a_minute(
     tiny_lcm_folder: str, tmp_path: Path
 ):
-    reward = {"name": "plugin_rewards:DiesOnRank1", "arguments": {"call": 3}}  # in the second iteration
+    reward = {"name": "plugin_rewards:DiesOnRank1", "arguments": {"call": 4}}  # in the second iteration
     settings = {"prompts.num_prompts": 4, "rewards": [reward]}
     argv = tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run", settings)
     group = (2, run_processes.free_port())

@@ -262,8 +262,8 @@ def test_a_compiled_network_keeps_the_ratio_at_one_and_learns_the_same(
 def test_a_failing_reward_stops_the_run_and_the_last_checkpoint_stays_good(
     fault: str, problem: str, tiny_lcm_folder: str, tmp_path: Path
 ):
-    # Two micro-batches an iteration: the fourth call is the second of iteration 1.
-    reward = {"name": "plugin_rewards:Faulty", "arguments": {"fault": fault, "good_calls": 3}}
+    # It is tried at the start, and has two micro-batches an iteration: the fifth call is the second of iteration 1.
+    reward = {"name": "plugin_rewards:Faulty", "arguments": {"fault": fault, "good_calls": 4}}
     settings = {"rewards": [reward], "rollout__reward_workers": 1, "checkpoint__every": 1}
     config = make_config(tiny_lcm_folder, tmp_path / "run", **settings)
     trainer = Trainer(config)
@@ -278,7 +278,7 @@ def test_a_failing_reward_stops_the_run_and_the_last_checkpoint_stays_good(
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rebel"])
 def test_a_reward_that_may_fail_costs_its_images_alone(algorithm: str, tiny_lcm_folder: str, tmp_path: Path):
-    reward = {"name": "plugin_rewards:Unreachable", "arguments": {"call": 3}, "on_failure": "skip"}
+    reward = {"name": "plugin_rewards:Unreachable", "arguments": {"call": 4}, "on_failure": "skip"}  # 0: at the start
     watched = {"evaluation__rewards": [{**reward, "name": "plugin_rewards:Slow", "arguments": {"seconds": 0}}]}
     settings = {"rewards": [reward], "algorithm__name": algorithm, "update__num_updates": 1, "evaluation__every": 3}
     settings |= {"rollout__reward_workers": 1}

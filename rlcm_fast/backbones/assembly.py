@@ -37,7 +37,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from rlcm_fast import quiet
+from rlcm_fast import hub, quiet
 from rlcm_fast.backbones import model_files
 from rlcm_fast.backbones.config_checks import TOKENIZERS, VAES
 from rlcm_fast.backbones.file_kinds import FileKind
@@ -45,7 +45,7 @@ from rlcm_fast.backbones.loading import LORA_FILE, ModelPaths, resolve_model, sp
 from rlcm_fast.backbones.lora_layouts import add_lora, read_lora
 from rlcm_fast.backbones.model_checks import check_loaded, check_model, check_tokens
 from rlcm_fast.backbones.model_files import COPY_ANEW, NETWORKS
-from rlcm_fast.backbones.networks import HUB_AWAY, BrokenWeights, Where, check_finite, class_of, is_hub_away
+from rlcm_fast.backbones.networks import BrokenWeights, Where, check_finite, class_of, is_hub_away
 from rlcm_fast.backbones.single_file import load_parts, load_vae, scheduler_of
 from rlcm_fast.config import ModelConfig
 
@@ -297,7 +297,7 @@ def _one_line(named: str, remedy: str, *kinds: type[Exception]) -> Iterator[None
             reason = f"{type(error).__name__}: {reason}"
         way_out = COPY_ANEW if isinstance(error, BrokenWeights) else remedy
         if is_hub_away(error):
-            reason, way_out = HUB_AWAY
+            reason, way_out = hub.AWAY
         raise ValueError(f"{named} could not be loaded: {reason}; {way_out}") from error
 
 

@@ -15,6 +15,7 @@ from rlcm_fast.backbones.file_kinds import LAYOUTS
 from rlcm_fast.backbones.loading import ModelPaths, resolve_model, variant_of
 from rlcm_fast.backbones.model_files import COPY_ANEW, INDEX, NETWORKS, refusal
 from rlcm_fast.config import ModelConfig
+from rlcm_fast.hub import check_there
 
 _ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
@@ -30,6 +31,21 @@ def check_model(model: ModelConfig) -> None:
     if folder.parent == LAYOUTS or not folder.is_dir():
         return
     check_folder(folder, model, paths)
+
+
+def check_hub(model: ModelConfig) -> None:
+    """Asks whether a hub can be reached that has what this machine lacks of a model; raises ValueError if not."""
+    paths = resolve_model(model)
+    found = {
+        "base" if model.base else "path": paths.pipeline,
+        "path" if model.base else "unet": paths.unet,
+        "lora": paths.lora,
+        "vae": paths.vae,
+    }
+    found |= {f"loras[{number}].path": path for number, (path, _) in enumerate(paths.loras)}
+    for field, path in found.items():
+        if path is not None and not Path(path).exists():
+            check_there(path, f"model.{field}={path}")
 
 
 def is_of_this_kind(folder: Path, named: str) -> bool:

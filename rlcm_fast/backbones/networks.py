@@ -23,12 +23,6 @@ from torch import nn
 
 from rlcm_fast.backbones.model_files import has_variant
 
-HUB_AWAY = (
-    "it is not in the hub's cache, and the hub cannot be reached",
-    "check the network (or HF_ENDPOINT and HF_HUB_OFFLINE), or give a folder",
-)
-"""The reason and the way out where `is_hub_away`."""
-
 
 class BrokenWeights(OSError):
     """Weights are missing, have another shape, or are not finite."""

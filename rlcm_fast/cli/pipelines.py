@@ -24,6 +24,7 @@ from rlcm_fast.backbones.model_checks import check_model, is_of_this_kind
 from rlcm_fast.backbones.text_checks import check_configs, check_pipeline
 from rlcm_fast.backbones.texts import TextEncoder, TextSettings
 from rlcm_fast.config import ModelConfig, PromptsConfig
+from rlcm_fast.hub import check_there
 
 
 def load_pipeline(
@@ -38,6 +39,9 @@ def load_pipeline(
     if Path(path).is_dir() and is_of_this_kind(Path(path), f"model={model}"):
         check_model(ModelConfig(model))
     lora_path = None if lora is None else resolve_lora_path(lora, "lora")
+    for field, place in (("model", path), ("lora", lora_path)):
+        if place is not None and not Path(place).exists():
+            check_there(place, f"{field}={place}")
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float16 if target.type == "cuda" else torch.float32
     if checkpoint:

@@ -13,16 +13,22 @@ is found only when a run reads that line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from rlcm_fast.given import check_is_given
-from rlcm_fast.plugins import load_class
+from rlcm_fast.patience import NotDone, call_within
+from rlcm_fast.plugins import check_accepts, load_class, worded
 from rlcm_fast.prompts.files import PromptFile
 from rlcm_fast.prompts.stream import PREFIX, check_stream, first_window
 from rlcm_fast.trajectory import Prompt
 
 MOST_CHECKED = 100_000
+MOST_RETURNED = 1_000_000
+"""Prompts that a function may return: every process holds them all, 0.2 GB; a file of any size stays on the disk."""
+SECONDS = 60.0
+"""How long a function of prompts may take."""
 
 _SHAPES = {"one": "one_shape", "two": "two_shapes", "neutral": "neutral", "all": "all_captions"}
 
@@ -67,16 +73,42 @@ def check_prompts(source: str, field: str = "prompts.source") -> None:
 
 
 def _call(source: str, where: str) -> list[Prompt]:
-    """The prompts that the function named by `source` returns."""
+    """The prompts that the function named by `source` returns, within SECONDS."""
+    # Call the function; it may return anything, or never.
+    remedy = "return a list of non-empty str or of Prompt"
     try:
-        items = load_class(source, BUILT_IN)()
+        function = load_class(source, BUILT_IN)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    check_accepts(function, f"{where} is called without arguments")
+    try:
+        with worded(f"{where}:", "repair the function"):
+            items = call_within(SECONDS, lambda: _listed(function()))
+    except NotDone as error:
+        raise ValueError(
+            f"{where} has not returned after {SECONDS:g} s; write its prompts into a .txt file once, and name that"
+        ) from error
+
+    # Check what it returned.
+    if items is None:
+        raise ValueError(f"{where} returned no list; {remedy}")
+    if len(items) > MOST_RETURNED:
+        raise ValueError(
+            f"{where} returns more than {MOST_RETURNED:,} prompts, or never ends; return fewer, or write them into a"
+            " .txt file, which stays on the disk"
+        )
     prompts = [Prompt(item) if isinstance(item, str) else item for item in items]
     wrong = next((item for item in prompts if not isinstance(item, Prompt) or not item.text.strip()), None)
     if wrong is not None:
-        raise ValueError(f"{where} returned the prompt {wrong!r}; return a list of non-empty str or of Prompt")
+        raise ValueError(f"{where} returned the prompt {wrong!r}; {remedy}")
     return prompts
+
+
+def _listed(items: object) -> list[object] | None:
+    """The items as a list, at most one more than are allowed; None for a text, a mapping and what is no collection."""
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        return None
+    return list(islice(items, MOST_RETURNED + 1))
 
 
 def _read_file(path: Path, where: str) -> Sequence[Prompt]:

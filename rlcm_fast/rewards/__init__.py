@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from inspect import getattr_static
+from types import FunctionType
 from typing import Any, Literal
 
 from torch import nn
@@ -14,7 +16,7 @@ from torch import nn
 from rlcm_fast.config import RewardConfig
 from rlcm_fast.frozen import FrozenNetwork
 from rlcm_fast.given import check_is_given
-from rlcm_fast.plugins import build, load_class
+from rlcm_fast.plugins import build, check_accepts, load_class
 from rlcm_fast.rewards.base import ImagesFailed, Reward, RewardError, SetReward, check_scores
 from rlcm_fast.rewards.failures import Skipping
 from rlcm_fast.rewards.groups import GroupReward
@@ -32,6 +34,7 @@ from rlcm_fast.rewards.service import (
     joined,
     score,
 )
+from rlcm_fast.rewards.trial import Trial
 from rlcm_fast.rewards.workers import Call, DecodedImages, Workers
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "Rewards",
     "SetReward",
     "Skipping",
+    "Trial",
     "Workers",
     "build_reward",
     "build_rewards",
@@ -72,6 +76,8 @@ __all__ = [
     "score",
     "used",
 ]
+
+_CALLED_WITH = ("images", "prompts")
 
 BUILT_IN = {
     "jpeg_compressibility": "rlcm_fast.rewards.jpeg:JpegCompressibility",
@@ -116,12 +122,27 @@ def check_reward(
         return []
     check_name(config.name, f"{field}.name")
     there = place(config, field)
+    _check_signatures(there, f"{field}.name={config.name}")
     if not must_run:
         return []
     try:
         return check_files(load_class(there.name, BUILT_IN, field), there.arguments)
     except ValueError as error:
         raise ValueError(f"{field}.name={config.name}: {error}") from error
+
+
+def _check_signatures(config: RewardConfig, where: str) -> None:
+    """Refuses arguments that the constructor does not accept, and a class that cannot be called as rewards are."""
+    factory = load_class(config.name, BUILT_IN)
+    check_accepts(factory, f"{where} arguments={config.arguments}", keywords=config.arguments)
+    if not isinstance(factory, type):
+        return
+    is_set = getattr_static(factory, "scope", "image") == "set"
+    methods = {"describe": _CALLED_WITH, "value": ("described",)} if is_set else {"__call__": _CALLED_WITH}
+    for name, positional in methods.items():
+        method = getattr_static(factory, name, None)
+        if isinstance(method, FunctionType):
+            check_accepts(method, f"{where} {name}", ("self", *positional))
 
 
 def _check_given(config: RewardConfig, field: str) -> None:

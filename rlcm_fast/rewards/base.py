@@ -66,6 +66,13 @@ class SetReward(Protocol):
         ...
 
 
+@runtime_checkable
+class AsksPeople(Protocol):
+    """A reward that may need a person for its scores, so it is not tried on random images when a run starts."""
+
+    asks_people: bool
+
+
 class ScoreError(ValueError):
     """A problem with what a reward returned, and the index of the image; callers turn it into a RewardError."""
 
@@ -95,10 +102,14 @@ class ImagesFailed(Exception):
 class RewardError(Fault):
     """A reward failed, or returned something other than scores; the message names reward, prompt and iteration."""
 
+    problem = ""  # what happened and the way out, without the names
+
 
 def reward_error(reward_name: str, prompt: Prompt, iteration: int, problem: str) -> RewardError:
     """The error of a reward in one line; `problem` names the way out."""
-    return RewardError(f"reward {reward_name!r}, prompt {prompt.text!r}, iteration {iteration}: {problem}")
+    error = RewardError(f"reward {reward_name!r}, prompt {prompt.text!r}, iteration {iteration}: {problem}")
+    error.problem = problem
+    return error
 
 
 def diverged(prompt: Prompt, iteration: int, index: int) -> Diverged:

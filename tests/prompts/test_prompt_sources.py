@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import json
+import time
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -26,6 +29,39 @@ def a_blank() -> list[str]:
 
 def a_number() -> list[int]:
     return [3]
+
+
+def returns_none() -> None:
+    return None
+
+
+def returns_a_text() -> str:
+    return "a cat"
+
+
+def returns_a_mapping() -> dict[str, str]:
+    return {"a cat": "animals"}
+
+
+def raises() -> list[str]:
+    raise RuntimeError("no\nprompts")
+
+
+def exits() -> list[str]:
+    raise SystemExit("bye")
+
+
+def needs_an_argument(path: str) -> list[str]:
+    return [path]
+
+
+def never_ends() -> Iterator[str]:
+    return (f"cat {number}" for number in itertools.count())
+
+
+def sleeps() -> list[str]:
+    time.sleep(5)
+    return ["a cat"]
 
 
 def test_a_text_file_has_one_prompt_a_line(tmp_path):
@@ -158,3 +194,26 @@ def test_every_kind_of_shapes_captions_has_a_held_out_counterpart():
     trained = {name for name in sources.BUILT_IN if not name.endswith(":held_out")}
     assert {f"{name}:held_out" for name in trained} == sources.BUILT_IN.keys() - trained
     assert len(trained) == 4
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        ("returns_none", "returned no list; return a list of non-empty str or of Prompt"),
+        ("returns_a_text", "returned no list; return a list"),
+        ("returns_a_mapping", "returned no list; return a list"),
+        ("raises", "raised RuntimeError: no prompts (at "),
+        ("exits", "raised SystemExit: bye (at "),
+        ("needs_an_argument", "is called without arguments: missing a required argument: 'path'; it accepts path"),
+        ("never_ends", "returns more than 100 prompts, or never ends; return fewer, or write them into a .txt file"),
+        ("sleeps", "has not returned after 0.1 s; write its prompts into a .txt file once, and name that"),
+    ],
+)
+def test_a_function_that_goes_wrong_is_one_line(function: str, problem: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "MOST_RETURNED", 100)
+    monkeypatch.setattr(sources, "SECONDS", 0.1)
+    with pytest.raises(ValueError) as error:
+        load_prompts(f"{__name__}:{function}")
+    assert str(error.value).startswith(f"prompts.source={__name__}:{function}")
+    assert problem in str(error.value)
+    assert "\n" not in str(error.value)
