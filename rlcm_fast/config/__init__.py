@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser
 from rlcm_fast.config.files import RESOLVED
 from rlcm_fast.config.mistakes import options_of
 from rlcm_fast.config.parser import parse, parser_of
-from rlcm_fast.config.ranges import NonNegativeInt, PositiveInt
+from rlcm_fast.config.ranges import Seed, Updates, UpdatesOrZero
 from rlcm_fast.config.sections import (
     AdvantagesConfig,
     AlgorithmConfig,
@@ -112,9 +112,9 @@ class Config:
     """what the run writes for people to look at"""
     run_dir: str = "runs/default"
     """Folder of the run: config, metrics, grids, checkpoints, export."""
-    num_iterations: PositiveInt = 100
+    num_iterations: Updates = 100
     """Number of iterations; each is one rollout and the updates on it."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of everything random; each process derives its random numbers from it."""
     resume: str | None = None
     """Continue from a checkpoint: latest (the newest in run_dir) or its folder; null starts a new run."""
@@ -124,7 +124,7 @@ class Config:
     """Start a new run from the trained weights alone of a checkpoint, or of the newest one in the folder of a run."""
     dry_run: bool = False
     """Print the resolved config and the derived numbers, and stop."""
-    profile: NonNegativeInt = 0
+    profile: UpdatesOrZero = 0
     """Profile this iteration, counted from 1 over the whole run: a trace and a table of stages in run_dir/profile."""
     debug: bool = False
     """Show the warnings and advice of the libraries, too; without it the run's own lines come first."""

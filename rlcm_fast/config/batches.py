@@ -93,8 +93,9 @@ def next_smaller(config: Config, world_size: int) -> tuple[int | None, int | Non
 
 
 def divisors(number: int, most: int) -> tuple[int, ...]:
-    """Returns the divisors of a number up to `most`, from large to small."""
-    return tuple(n for n in range(min(number, most), 0, -1) if number % n == 0)
+    """Returns the divisors of a number up to `most`, from large to small; it looks up to the root of the number."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return tuple(sorted({n for n in (*small, *(number // n for n in small)) if n <= most}, reverse=True))
 
 
 def _to_divide(config: Config, world_size: int) -> tuple[int, int]:

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+import os
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rlcm_fast.config import Config, PolicyConfig, PromptsConfig
 from rlcm_fast.config.algorithm_checks import check_algorithm
@@ -25,6 +27,7 @@ _ONE_STEP = (
     "no action, so its log-prob has no gradient; sample with 2 steps or more (the trained model still runs with 1), "
     "or set policy.last_step=sampled, which draws the image with a small noise (renoise, the paper's, is pure variance)"
 )
+_MOST_BYTES, _MOST_OF_A_PATH = 255, 4096  # of file systems
 _BESIDE_TASKS = (
     "has no use beside tasks, each of which has its own; move it into a task, or leave it out, or set tasks=[]"
 )
@@ -37,6 +40,7 @@ def validate(config: Config, world_size: int) -> ResolvedRun:
     Raises ValueError "field=value ...; remedy" for the first value or combination that cannot.
     """
     check_ranges(config)
+    _check_names(config, "")
     given, config = config, with_numbers(config, world_size)
     run = resolve(config, world_size)
     _check_use(config)
@@ -51,6 +55,27 @@ def validate(config: Config, world_size: int) -> ResolvedRun:
     _check_lora(config)
     _check_resume(config)
     return run if given is config else replace(run, config=given)
+
+
+def _check_names(section: Any, prefix: str) -> None:
+    """Refuses texts that no file, model or module can be called; a negative prompt may be as long as it likes."""
+    for item in fields(section):
+        name, value = prefix + item.name, getattr(section, item.name)
+        if is_dataclass(value):
+            _check_names(value, f"{name}.")
+        for index, part in enumerate(value if isinstance(value, list) else ()):
+            if is_dataclass(part):
+                _check_names(part, f"{name}[{index}].")
+        if not isinstance(value, str) or name == "prompts.negative":
+            continue
+        longest = max(len(os.fsencode(part)) for part in value.split("/"))
+        if longest > _MOST_BYTES or len(value) > _MOST_OF_A_PATH:
+            raise ValueError(
+                f"{name}={value[:40]}... has a name of {longest} bytes; give a shorter one: a name has {_MOST_BYTES} "
+                f"bytes at most, and a path {_MOST_OF_A_PATH}"
+            )
+        if any(ord(char) < 32 or ord(char) == 127 for char in value):
+            raise ValueError(f"{name}={value!r} has a character that cannot be seen; leave it out")
 
 
 def _check_use(config: Config) -> None:
@@ -107,9 +132,8 @@ def _check_texts(config: Config) -> None:
 def _check_policy(run: ResolvedRun) -> None:
     policy = run.config.policy
     _check_timesteps(policy)
-    most = 50 if policy.kind in ("consistency", "tcd") and not policy.timesteps else 1000
-    if policy.num_steps > most:
-        raise ValueError(f"policy.num_steps={policy.num_steps} exceeds the {most} steps of {policy.kind}; give fewer")
+    if policy.num_steps > 50 and policy.kind in ("consistency", "tcd") and not policy.timesteps:
+        raise ValueError(f"policy.num_steps={policy.num_steps} exceeds the 50 steps of {policy.kind}; give fewer")
     if policy.last_step == "renoise" and policy.kind in ("euler_ancestral", "tcd"):
         raise ValueError(
             f"policy.last_step=renoise, but the last step of {policy.kind} has no noise to keep; use deterministic, or "

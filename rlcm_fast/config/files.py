@@ -31,12 +31,14 @@ Source = Annotated[str, MayBeFile()]  # shapes:one, hf:PATH, package.module:func
 
 def find_config(name: str) -> Path:
     """Returns the YAML file of a path or of a shipped config's name; raises ValueError if there is neither."""
-    if Path(name).is_file():
+    if os.path.isfile(name):  # unlike Path.is_file, it takes names that no file can have
         return Path(name)
     shipped = shipped_configs()
     known = name.removesuffix(".yaml")
     if known in shipped:
         return shipped[known]
+    if os.path.isdir(name):
+        raise ValueError(f"config={name} is a folder; give a YAML file in it")
     near = _closest(known.removeprefix("configs/"), list(shipped))
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(

@@ -9,6 +9,8 @@ same shapes. Prompts come shuffled, so each prompt meets every size sooner or la
 
 from __future__ import annotations
 
+import itertools
+
 from rlcm_fast.config import Config
 
 MAX_SIZES = 6
@@ -16,8 +18,8 @@ MAX_SIZES = 6
 
 def prompts_of_blocks(num_prompts: int, num_sizes: int) -> list[int]:
     """Returns how many of the P prompts each of the S blocks has; blocks of no prompt are left out."""
-    blocks = [prompt * num_sizes // num_prompts for prompt in range(num_prompts)]
-    return [blocks.count(block) for block in sorted(set(blocks))]
+    starts = [-(-block * num_prompts // num_sizes) for block in range(num_sizes + 1)]
+    return [end - start for start, end in itertools.pairwise(starts) if end > start]
 
 
 def check_image_sizes(config: Config) -> None:

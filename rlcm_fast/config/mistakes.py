@@ -13,19 +13,22 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
+from rlcm_fast.config.documents import Unreadable, load
 from rlcm_fast.config.files import RESOLVED, MayBeFile, beside, find_config
 from rlcm_fast.config.marks import marks_of, types_of
+from rlcm_fast.config.other_words import meaning_of
 
 _HELP = "--help lists every field"
+_MOST_BITS = 10_000  # of a whole number; Python does not write larger ones as text
 _OUTSIDE_CONFIG = {"--config", "--help", "-h"}
 
 
@@ -56,15 +59,30 @@ def read_file(file: str, config_class: type) -> str:
     Raises ValueError unless it is a mapping with known keys only.
     """
     path = find_config(file)
-    text = path.read_text(encoding="utf-8")
+    text = _text_of(path, file)
     try:
-        content = _load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"config={file} is not YAML: {_one_line(str(error))}; correct that line") from error
+        content = load(text)
+    except Unreadable as error:
+        raise ValueError(f"config={file} {error}; {error.remedy or 'correct that line'}") from error
     if not isinstance(content, dict):
         raise ValueError(f"config={file} holds no fields; write lines like 'seed: 0', or leave --config out")
     _check_keys(content, config_class, "", f" in {file}")
+    _check_numbers(content, "", f" in {file}")
     return _to_json(_complete_fields(content, config_class, None if text.startswith(RESOLVED) else path.parent))
+
+
+def _text_of(path: Path, file: str) -> str:
+    """Returns the text of a config's file; raises ValueError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"config={file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"config={file} cannot be read ({error.strerror}); give another, or change its rights"
+        ) from error
 
 
 def check_arguments(arguments: Sequence[str], config_class: type) -> None:
@@ -78,12 +96,12 @@ def check_arguments(arguments: Sequence[str], config_class: type) -> None:
             raise ValueError(f"{argument} belongs to no option; write --field value, and quote values with spaces")
         name, has_value, value = argument.removeprefix("--").partition("=")
         if is_option and argument not in _OUTSIDE_CONFIG and name.rstrip("+") not in known | dict.fromkeys(helps):
-            raise ValueError(f"--{name} is no field of the config; {_closest(name, list(known), '--')}{_HELP}")
+            raise ValueError(f"--{name} is no field of the config; {_meant(name, list(known), '--')}{_HELP}")
         text = value if has_value else "" if is_option else argument
         field = name if is_option else option
-        item_class = _item_class(known.get(field.rstrip("+")))
-        if text and item_class:
-            _check_item_text(field, text, item_class)
+        hint = known.get(field.rstrip("+"))
+        if text and hint is not None and str not in (hint, *typing.get_args(hint)):
+            _check_text(field, text, _item_class(hint))
         option = "" if has_value or not is_option else name
 
 
@@ -130,7 +148,7 @@ def complete_items(arguments: Sequence[str], config_class: type) -> list[str]:
         option = head.removeprefix("--") or option
         item_class = _item_class(known.get(option))  # not of --rewards+, which adds items
         if item_class and text:
-            text = _to_json(_complete(_load(text), item_class, None))
+            text = _to_json(_complete(load(text), item_class, None))
         completed.append(head + equals + text)
     return completed
 
@@ -159,19 +177,6 @@ def _complete(items: list[dict[str, Any]], item_class: type, folder: Path | None
         elif item.default_factory is not dataclasses.MISSING:
             defaults[item.name] = item.default_factory()
     return [{**defaults, **_complete_fields(item, item_class, folder)} for item in items]
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, as YAML 1.2 and jsonargparse do; PyYAML reads a text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _load(text: str) -> Any:
-    return yaml.load(text, _Loader)
 
 
 def _to_json(content: Any) -> str:
@@ -211,7 +216,7 @@ def _check_keys(node: dict[Any, Any], config_class: type, prefix: str, where: st
         if key not in hints:
             known = list(hints) if prefix else [*hints, *dict(_fields(config_class))]
             remedy = "write its section, and the field indented below it; " if "." in str(key) else ""
-            raise ValueError(f"{name}{where} is no field of the config; {remedy or _closest(str(key), known)}{_HELP}")
+            raise ValueError(f"{name}{where} is no field of the config; {remedy or _meant(str(key), known)}{_HELP}")
         hint = hints[key]
         if value is None and type(None) not in typing.get_args(hint):
             raise ValueError(f"{name}={value}{where} has no value; give one or leave the line out")
@@ -251,18 +256,46 @@ def _check_types(item: dict[str, Any], item_class: type, prefix: str) -> None:
         raise ValueError(explain(str(error), prefix)) from error
 
 
-def _check_item_text(field: str, text: str, item_class: type) -> None:
+def _check_text(field: str, text: str, item_class: type | None) -> None:
+    """Checks the value of an option that is no text, before jsonargparse reads it: its YAML, its numbers, its items."""
     try:
-        value = _load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{field}={text} is not YAML: {_one_line(str(error))}; quote it for the shell") from error
-    _check_items([value] if field.endswith("+") and isinstance(value, dict) else value, item_class, field, "")
+        value = load(text)
+    except Unreadable as error:
+        if not error.remedy and not item_class:
+            return  # jsonargparse says better what the field takes
+        raise ValueError(f"{field}={text} {error}; {error.remedy or 'quote it for the shell'}") from error
+    if item_class:
+        _check_items([value] if field.endswith("+") and isinstance(value, dict) else value, item_class, field, "")
+    _check_numbers(value, field, "")
+
+
+def _check_numbers(value: Any, name: str, where: str) -> None:
+    """Refuses numbers that are not finite, or that no field can hold, with their place."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _check_numbers(part, f"{name}.{key}" if name else str(key), where)
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            _check_numbers(part, f"{name}[{index}]", where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value}{where} is out of range; give a finite number")
+    elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise ValueError(f"{name} has a number of {value.bit_length()} bits{where}, and is out of range; give less")
 
 
 def _item_class(hint: Any) -> type | None:
     """Returns the dataclass D of list[D], or None."""
     items = typing.get_args(hint) if typing.get_origin(hint) is list else ()
     return items[0] if items and dataclasses.is_dataclass(items[0]) and isinstance(items[0], type) else None
+
+
+def _meant(name: str, known: list[str], dashes: str = "") -> str:
+    """Returns what somebody may have meant by a name: a section, the word of another tool, or a name that is close."""
+    fields = [field for field in known if field.startswith(f"{name}.")]
+    if fields:
+        return f"it is a section: write one of its fields, as {dashes}{fields[0]}; "
+    ours = meaning_of(name.rpartition(".")[2])
+    return f"here it is {ours}; " if ours else _closest(name, known, dashes)
 
 
 def _closest(name: str, known: list[str], dashes: str = "") -> str:

@@ -63,7 +63,7 @@ def _add_fields(parser: ArgumentParser, group: Any, config_class: type, prefix: 
     for item in fields(config_class):
         hint, text = hints[item.name], help_texts[item.name]
         if item.name in ranges:
-            text = f"{text} [{ranges[item.name].remedy}]"
+            text = f"{text} [{ranges[item.name].shown}]"
         if is_dataclass(hint):
             section = parser.add_argument_group(f"{item.name}: {text}")
             _add_fields(parser, section, cast(type, hint), f"{prefix}{item.name}.")

@@ -75,7 +75,7 @@ def _table(title: str, meaning: str, kind: type) -> Iterator[str]:
             continue
         type_name = _type_name(hints[item.name])
         if item.name in ranges:
-            type_name = _ranged(type_name, ranges[item.name].remedy)
+            type_name = _ranged(type_name, ranges[item.name].shown)
         meaning = meanings[item.name].replace("|", "\\|")
         yield f"| `{item.name}` | {type_name} | {_default(item)} | {meaning} |"
 

@@ -10,18 +10,28 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, cast
 
+from rlcm_fast.config import bounds
 from rlcm_fast.config.files import Source
 from rlcm_fast.config.ranges import (
-    NonNegativeInt,
-    NonNegativeOrAuto,
-    PositiveInt,
-    PositiveOrAuto,
-    ZeroIsOff,
+    Batch,
+    BatchOrAuto,
+    BatchOrZero,
+    BatchOrZeroOrAuto,
+    Count,
+    FactorOrZero,
+    Images,
+    Seed,
+    Updates,
+    UpdatesOrZero,
+    Workers,
+    WorkersOrZero,
     at_least,
     positive,
     within,
 )
 
+_SIDES = "a side in pixels, [height, width], or 0: the model's own"
+_WEIGHTS = "a number from -1,000,000 to 1,000,000: float32 has 7 digits"
 _LEFT_OUT = cast(int, None)  # default of a number that __post_init__ works out from other fields
 
 
@@ -57,11 +67,11 @@ class ModelConfig:
     """The variant of the files, as fp16; null takes the plain files, or fp16 where a folder has only those."""
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
     """What a single file's UNet predicts; auto: as the file says, or epsilon. Needed for Stable Diffusion 2 files."""
-    clip_skip: Annotated[int | None, at_least(1, "1 or more, or null for none")] = None
+    clip_skip: Annotated[int | None, at_least(1, bounds.LAYERS, "1 or more, or null for none")] = None
     """Layers that the text encoders leave out for prompts, as diffusers counts: A1111's "Clip skip" 2 is 1 here."""
-    image_size: Annotated[int | list[int], at_least(0, "a side in pixels, [height, width], or 0: the model's own")] = 0
+    image_size: Annotated[int | list[int], at_least(0, bounds.PIXELS, _SIDES)] = 0
     """Pixels of an image, as 512 or [1216, 832]; 0 takes the size in the UNet's config. An export draws it too."""
-    image_sizes: list[list[int]] = field(default_factory=list)
+    image_sizes: Annotated[list[list[int]], at_least(1, bounds.PIXELS, "pixels")] = field(default_factory=list)
     """Several sizes, as [[1024, 1024], [1216, 832]]: each prompt draws one; replaces image_size, at most 6."""
     hash_files: bool = False
     """Note the SHA-256 of the model's files in checkpoints, not only sizes, times and headers; reads them all once."""
@@ -86,9 +96,9 @@ class ModelConfig:
 class LoraConfig:
     """Adapters to train instead of all weights."""
 
-    rank: NonNegativeInt = 0
+    rank: Annotated[int, at_least(0, bounds.RANK)] = 0
     """Rank of the adapters B A, float32 beside a frozen UNet; 0 trains all weights of the UNet."""
-    alpha: Annotated[float, positive("16")] = 16.0
+    alpha: Annotated[float, positive("16", bounds.FACTOR)] = 16.0
     """Adapters are scaled by alpha / rank."""
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     """Layers of the UNet that get adapters, by the end of their names."""
@@ -100,17 +110,17 @@ class PolicyConfig:
 
     kind: Literal["auto", "consistency", "ddim", "euler_ancestral", "tcd"] = "auto"
     """auto: what the model's folder says; consistency: LCM; ddim: diffusion; euler_ancestral: Turbo, Lightning; tcd."""
-    num_steps: PositiveInt = _LEFT_OUT
+    num_steps: Annotated[int, at_least(1, bounds.STEPS)] = _LEFT_OUT
     """Denoising steps S, S - 1 of them actions, as the last is deterministic; left out: as many as timesteps, or 4."""
     timesteps: list[int] = field(default_factory=list)
     """The training timestep of each step, as [999, 749, 499, 249] for DMD2; empty takes those of the scheduler."""
-    guidance_scale: Annotated[float, at_least(1, "1 (no guidance) or more")] = 4.0
+    guidance_scale: Annotated[float, at_least(1, bounds.GUIDANCE, "1 (no guidance) or more")] = 4.0
     """Classifier-free guidance; 1 is none. A model with an input for it runs one row per sample, others run two."""
     eta: Annotated[float, within("(0, 1]", "a number in (0, 1]: without noise there is no action")] = 1.0
     """Share of noise in a step: eta of ddim, gamma of tcd (often 0.3); consistency and euler_ancestral ignore it."""
     last_step: Literal["deterministic", "renoise", "sampled"] = "deterministic"
     """renoise: the RLCM paper's last action, which adds noise after the image is drawn; sampled: it draws the image."""
-    last_sigma: Annotated[float, positive("0.1; the latent's own deviation is about 1")] = 0.1
+    last_sigma: Annotated[float, positive("0.1; the latent's own deviation is about 1", bounds.DEVIATION)] = 0.1
     """Noise of the last action, in the latent, if last_step=sampled; evaluations draw without it."""
 
     def __post_init__(self) -> None:
@@ -125,9 +135,9 @@ class PromptsConfig:
 
     source: Source = "shapes:one"
     """shapes:one, two, neutral, all (also with :held_out), a .txt or .jsonl file, hf:PATH, package.module:function."""
-    num_prompts: PositiveInt = 16
+    num_prompts: Images = 16
     """Distinct prompts of an iteration, over all processes."""
-    images_per_prompt: PositiveInt = 4
+    images_per_prompt: Images = 4
     """Images of each prompt in an iteration; the batch has num_prompts * images_per_prompt images."""
     negative: str = ""
     """The negative prompt of every image, which classifier-free guidance leads away from; empty is none."""
@@ -153,11 +163,11 @@ class RewardConfig:
 
     name: str
     """A name in `rlcm_fast.rewards.BUILT_IN` (jpeg_compressibility, shapes_alignment, ...), or package.module:Class."""
-    weight: float = 1.0
+    weight: Annotated[float, within("[-1e6, 1e6]", _WEIGHTS)] = 1.0
     """Factor of the reward in the total reward."""
     arguments: dict = field(default_factory=dict)
     """Keyword arguments of the class."""
-    group_size: Annotated[int, at_least(0, "0 (all images) or more")] = 0
+    group_size: Annotated[int, at_least(0, bounds.IMAGES, "0 (all images) or more")] = 0
     """Neighbouring images that a set reward scores as one group; 0: all images of a task on a process."""
     credit: Literal["group", "leave_one_out"] = "group"
     """What an image gets of its group's value: all of it, or the value minus the value without this image."""
@@ -167,7 +177,7 @@ class RewardConfig:
     """The place of its models: same (the process's GPU), cpu, cuda:N, or the URL of an `rlcm-fast reward-server`."""
     dtype: Literal["", "fp32", "bf16", "fp16"] = ""
     """Dtype of its models' weights; empty takes the reward's default."""
-    batch_size: NonNegativeInt = 0
+    batch_size: BatchOrZero = 0
     """Images that it gets at once; 0 leaves it to the reward, which gets whole micro-batches."""
     offload: bool = False
     """Keep its models in the CPU's memory while the UNet trains; they are on the GPU in rollouts and evaluations."""
@@ -183,9 +193,9 @@ class TaskConfig:
     """Prompts of the task, like prompts.source."""
     rewards: list[RewardConfig]
     """Rewards of the task, like the section rewards."""
-    share: Annotated[float, within("(0, inf)", "a positive number, or drop the task")] = 1.0
+    share: Annotated[float, within("(0, inf)", "a positive number, or drop the task", bounds.FACTOR)] = 1.0
     """Share of the iteration's images, relative to the shares of the other tasks."""
-    images_per_prompt: NonNegativeInt = 0
+    images_per_prompt: Annotated[int, at_least(0, bounds.IMAGES)] = 0
     """Images of each prompt of the task in an iteration; 0 takes prompts.images_per_prompt."""
     advantages: Literal["", "prompt", "batch", "group", "leave_one_out"] = ""
     """Kind of its advantages, with separate statistics; empty takes advantages.kind."""
@@ -197,17 +207,17 @@ class TaskConfig:
 class RolloutConfig:
     """How images are drawn and scored."""
 
-    micro_batch_size: PositiveOrAuto = 64
+    micro_batch_size: BatchOrAuto = 64
     """Samples per sampling pass, on each process; auto: up to 64, the most planned to fit engine.memory_gib."""
-    reward_workers: PositiveInt = 2
+    reward_workers: Workers = 2
     """Threads per process that compute rewards while the next samples are drawn; all tasks share them."""
     shared_noise: bool = False
     """Start all images of a prompt in an iteration from the same noise; only the noise of their steps differs."""
-    decode_batch_size: NonNegativeOrAuto = 0
+    decode_batch_size: BatchOrZeroOrAuto = 0
     """Images that the VAE decodes at once, in evaluations too; 0: the whole micro-batch; auto: up to 16 that fit."""
-    max_decoded_batches: NonNegativeInt = 0
+    max_decoded_batches: WorkersOrZero = 0
     """Decoded micro-batches that may wait for their scores, on each process; 0: two more than reward_workers."""
-    reward_timeout: Annotated[float, at_least(0, "seconds, or 0 to wait for ever")] = 600.0
+    reward_timeout: Annotated[float, at_least(0, bounds.SECONDS, "seconds, or 0 to wait for ever")] = 600.0
     """Seconds that one call of a reward may take before the run stops; 0 waits for ever."""
     max_skipped: Annotated[float, within("[0, 1]", "a share in [0, 1], as 0.01")] = 0.01
     """Share of an iteration's or evaluation's images that on_failure=skip may leave out, but at least one; 0: none."""
@@ -225,9 +235,9 @@ class AdvantagesConfig:
     """prompt: running statistics per prompt; batch: of the batch; group, leave_one_out: the prompt's other images."""
     scale: Literal["batch", "group", "none"] = "batch"
     """Standard deviation that divides (kinds group and leave_one_out): of the batch, of each group, or none."""
-    buffer_size: PositiveInt = 16
+    buffer_size: Count = 16
     """Rewards that are kept per prompt (kind prompt)."""
-    min_count: int = 16
+    min_count: Annotated[int, at_least(2, bounds.COUNT)] = 16
     """Rewards that a prompt needs before its statistics replace those of the batch (kind prompt)."""
 
 
@@ -237,9 +247,9 @@ class AlgorithmConfig:
 
     name: Literal["ppo", "grpo", "reinforce", "rebel", "dpok", "rwr"] = "ppo"
     """ppo: clipped loss of RLCM and DDPO; grpo: ppo within groups; dpok: ppo with KL; rwr: weighted regression."""
-    eta: Annotated[float, positive("1")] = 1.0
+    eta: Annotated[float, positive("1", bounds.FACTOR)] = 1.0
     """rebel: how far one unit of advantage should move the log-prob (mean over C, H, W, sum over steps)."""
-    temperature: Annotated[float, positive("1")] = 1.0
+    temperature: Annotated[float, positive("1", bounds.FACTOR)] = 1.0
     """rwr: weights samples by exp(advantage / temperature)."""
 
 
@@ -249,17 +259,17 @@ class UpdateConfig:
 
     clip_range: Annotated[float, within("(0, 1)", "a number in (0, 1), as 1e-4")] = 1e-4
     """PPO's clip of the ratio; it is small because log-probs are means over C, H, W."""
-    advantage_clip: Annotated[float, positive("10")] = 10.0
+    advantage_clip: Annotated[float, positive("10", bounds.FACTOR)] = 10.0
     """Clamps advantages to plus and minus this number."""
-    num_passes: PositiveInt = 1
+    num_passes: Annotated[int, at_least(1, bounds.PASSES)] = 1
     """Passes over a rollout."""
-    num_updates: PositiveInt = 1
+    num_updates: Updates = 1
     """Optimizer steps of a pass."""
-    num_timesteps: NonNegativeInt = 0
+    num_timesteps: Annotated[int, at_least(0, bounds.STEPS)] = 0
     """Trained actions of each sample, drawn anew for each rollout, as 5 of DDPO's 50; 0 trains all."""
     order: Literal["mixed", "by_step"] = "mixed"
     """mixed: an update mixes all steps; by_step: it has as few steps as possible (arXiv 2401.12244: one)."""
-    micro_batch_size: PositiveOrAuto = 64
+    micro_batch_size: BatchOrAuto = 64
     """Transitions per forward and backward pass, on each process; must divide the transitions of an update. auto: the
     most, up to 64, that are planned to fit engine.memory_gib."""
     old_log_probs: Literal["rollout", "recompute"] = "rollout"
@@ -267,13 +277,13 @@ class UpdateConfig:
     With one update per rollout neither is needed."""
     step_weights: Literal["equal", "sensitivity"] = "equal"
     """sensitivity: divides each step's loss by B / sigma, the effect of the network's output on the step."""
-    max_grad_norm: ZeroIsOff = 1.0
+    max_grad_norm: Annotated[float, at_least(0, bounds.NORM, "0 (off) or more")] = 1.0
     """Gradients with a larger norm are scaled down to this norm; 0 is off."""
-    kl_weight: ZeroIsOff = 0.0
+    kl_weight: FactorOrZero = 0.0
     """Weight of the KL divergence to the frozen start model, in closed form; 0 is off."""
     kl_reference: Literal["copy", "offload"] = "copy"
     """Where the start model is: a second copy on the device, or in CPU memory and swapped in once per rollout."""
-    max_skipped_updates: PositiveInt = 3
+    max_skipped_updates: Updates = 3
     """Updates in a row whose gradient is not finite, each skipped, after which the run stops."""
 
     @property
@@ -292,15 +302,15 @@ class PretrainingConfig:
 
     data: Source = ""
     """A folder, a .jsonl file, .tar shards, hf:PATH, shapes:all or package.module:function; see pairs/sources.py."""
-    weight: ZeroIsOff = 0.0
+    weight: FactorOrZero = 0.0
     """Factor of this loss beside the reward's loss (beta of arXiv 2401.12244); 0 is off."""
-    batch_size: PositiveInt = 64
+    batch_size: Images = 64
     """Pairs per update, over all processes."""
-    micro_batch_size: PositiveInt = 64
+    micro_batch_size: Batch = 64
     """Pairs per forward and backward pass, on each process; must divide the pairs of an update."""
     caption_dropout: Annotated[float, within("[0, 1]", "a share in [0, 1], as 0.1")] = 0.1
     """Share of captions that become the empty text, which guidance needs."""
-    workers: NonNegativeInt = 0
+    workers: WorkersOrZero = 0
     """Worker processes that decode images ahead, for each process; 0 decodes in the training process."""
     max_unreadable: Annotated[float, within("[0, 1]", "a share in [0, 1], as 0.01")] = 0.01
     """Share of the pairs, of 1,000 or more, that may be unreadable and are skipped; 0 stops at the first."""
@@ -312,15 +322,15 @@ class OptimizerConfig:
 
     name: Literal["adamw", "adam", "adamw_8bit", "bnb_adamw_8bit", "bnb_paged_adamw_8bit"] = "adamw"
     """adamw, adam: torch; adamw_8bit: our kernel; bnb_...: bitsandbytes; paged: states may move to CPU memory."""
-    lr: Annotated[float, positive("1e-4")] = 1e-4
+    lr: Annotated[float, positive("1e-4", bounds.LEARNING_RATE)] = 1e-4
     """Learning rate after the warm-up."""
     betas: Annotated[tuple[float, float], within("[0, 1)", "a number in [0, 1)")] = (0.9, 0.999)
     """Decay of the first and second moment."""
-    eps: Annotated[float, positive("1e-8")] = 1e-8
+    eps: Annotated[float, positive("1e-8", bounds.EPSILON)] = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: ZeroIsOff = 0.0
+    weight_decay: FactorOrZero = 0.0
     """Decoupled weight decay (adamw)."""
-    warmup_updates: NonNegativeInt = 0
+    warmup_updates: UpdatesOrZero = 0
     """Updates during which the learning rate rises linearly from 0."""
     final_lr_fraction: Annotated[float, within("[0, 1]", "a number in [0, 1]; 1 is constant")] = 1.0
     """Over the run the learning rate falls linearly to this fraction of lr; 1 keeps it constant."""
@@ -354,7 +364,7 @@ class EngineConfig:
     """Use only deterministic algorithms of torch, which are slower: on a GPU, nothing else is promised to repeat."""
     offload_idle: bool = False
     """Keep text encoders and VAE in CPU memory, and move them to the GPU only while they encode and decode."""
-    memory_gib: Annotated[float, at_least(0, "GiB, or 0 for all that the GPU has")] = 0.0
+    memory_gib: Annotated[float, at_least(0, bounds.GIB, "GiB, or 0 for all that the GPU has")] = 0.0
     """Memory of each GPU that sizes of auto are chosen for; 0: what the GPU has."""
 
 
@@ -372,17 +382,17 @@ class EmaConfig:
 class EvaluationConfig:
     """Held-out images at fixed seeds."""
 
-    every: NonNegativeInt = 10
+    every: UpdatesOrZero = 10
     """Iterations between evaluations; 0 is off."""
-    num_images: PositiveInt = 64
+    num_images: Images = 64
     """Images per evaluation, over all processes."""
     prompts: Source = "shapes:one:held_out"
     """Prompts to evaluate on, like prompts.source."""
     rewards: list[RewardConfig] = field(default_factory=list)
     """Rewards to measure beside the trained ones; with several tasks, also rewards of other tasks."""
-    micro_batch_size: PositiveInt = 64
+    micro_batch_size: Batch = 64
     """Samples per sampling pass, on each process."""
-    seed: NonNegativeInt = 1234
+    seed: Seed = 1234
     """Seed of the initial noise."""
 
 
@@ -390,9 +400,9 @@ class EvaluationConfig:
 class CheckpointConfig:
     """Checkpoints to resume from."""
 
-    every: NonNegativeInt = 50
+    every: UpdatesOrZero = 50
     """Iterations between checkpoints; 0: only at the end."""
-    keep: PositiveInt = 2
+    keep: Count = 2
     """Number of checkpoints to keep; older ones are deleted."""
 
 
@@ -404,11 +414,11 @@ class TrackingConfig:
     """Write TensorBoard events into the run folder."""
     wandb: bool = False
     """Log to Weights & Biases too (needs the extra: pip install 'rlcm_fast[wandb]')."""
-    grid_every: NonNegativeInt = 20
+    grid_every: UpdatesOrZero = 20
     """Iterations between image grids from fixed prompts and seeds; 0 is off."""
-    grid_images: PositiveInt = 16
+    grid_images: Annotated[int, at_least(1, bounds.GRID)] = 16
     """Images per grid."""
-    task_gradients_every: NonNegativeInt = 10
+    task_gradients_every: UpdatesOrZero = 10
     """Iterations between measurements of each task's gradient, if the engine holds all gradients; 0 is off."""
     plan: bool = True
     """On a GPU, print at the start whether the run fits, and after an iteration how exact that was."""

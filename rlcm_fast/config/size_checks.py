@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlcm_fast.config import Config, RewardConfig
+from rlcm_fast.config import Config, RewardConfig, bounds
+from rlcm_fast.config.batches import divisors
 from rlcm_fast.config.resolved import ResolvedRun, Task
 
 
 def check_sizes(run: ResolvedRun) -> None:
     """Raises ValueError "field=value ...; remedy" for the first number that another does not divide."""
+    samples, most = run.sizes.samples_per_iteration, bounds.IMAGES
+    if samples > most.most:
+        raise ValueError(
+            f"prompts.num_prompts={run.config.prompts.num_prompts} times "
+            f"images_per_prompt={run.config.prompts.images_per_prompt} are {samples:,} images of an iteration; give at "
+            f"most {most}: {most.reason}"
+        )
     for tasks in run.rounds:
         _check_updates(run, tasks)
     _check_groups(run)
@@ -99,7 +107,6 @@ def _check_pretraining(config: Config, world_size: int) -> None:
 
 def _near_divisors(number: int, wish: int) -> str:
     """Returns the divisors of `number` next to `wish`, as '32 or 48'."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    below = [n for n in divisors if n < wish][-1:]
-    above = [n for n in divisors if n > wish][:1]
+    found = divisors(number, number)
+    below, above = [n for n in found if n < wish][:1], [n for n in found if n > wish][-1:]
     return " or ".join(str(n) for n in below + above)

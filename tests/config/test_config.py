@@ -168,7 +168,7 @@ def test_a_mistake_in_the_file_names_the_file_the_field_and_the_way_out(
             (f"--policy.kind {kind} --policy.num_steps 51", f"policy.num_steps=51 exceeds the 50 steps of {kind}; give")
             for kind in ("consistency", "tcd")
         ),
-        ("--policy.num_steps 1001", "policy.num_steps=1001 exceeds the 1000 steps of auto; give fewer"),
+        ("--policy.num_steps 1001", "policy.num_steps=1001 is out of range; give at most 1,000: models"),
         (
             "--policy.timesteps [999,499] --policy.num_steps 4",
             "policy.num_steps=4, but policy.timesteps=[999, 499] names 2; leave num_steps out",

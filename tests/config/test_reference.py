@@ -29,5 +29,5 @@ def test_every_field_has_a_row_with_its_default_and_range():
         else:
             assert f"| `{item.name}` |" in page
     assert "| `clip_range` | a number in (0, 1), as 1e-4 | `0.0001` |" in page
-    assert "| `num_iterations` | whole number: 1 or more | `100` |" in page
+    assert "| `num_iterations` | whole number: 1 or more; at most 1,000,000,000 | `100` |" in page
     assert "| `name` | text | required |" in page
