@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
+from collections.abc import Callable
+
+from rlcm_fast.config import bounds
+from rlcm_fast.config.bounds import Bound
+
+_LONGEST = 20  # digits of a number; Python refuses to read thousands
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, several_steps: bool) -> None:
@@ -18,31 +25,35 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, several_steps: bool)
     steps.add_argument(
         "--num-steps",
         nargs="+" if several_steps else 1,
-        type=positive_int,
+        type=whole(1, bounds.STEPS),
         metavar="N",
         help=f"{count}; default: those of the run that made the model, else 4",
     )
     timesteps = "the training timestep of each step, noisiest first; default: those of the run, if it named some"
     steps.add_argument("--timesteps", type=falling_ints, metavar="999,749,...", help=timesteps)
     guidance = "classifier-free guidance; 1 turns it off; default: that of the run, else 4"
-    parser.add_argument("--guidance-scale", type=float, metavar="SCALE", help=guidance)
+    parser.add_argument("--guidance-scale", type=real(0, bounds.GUIDANCE), metavar="SCALE", help=guidance)
     parser.add_argument("--negative", default="", metavar="TEXT", help="negative prompt, for models with guidance")
     skip = "layers that the text encoders leave out, as diffusers counts: A1111's 2 is 1 here"
-    parser.add_argument("--clip-skip", type=positive_int, metavar="N", help=skip)
+    parser.add_argument("--clip-skip", type=whole(1, bounds.LAYERS), metavar="N", help=skip)
     long = "prompts over 75 tokens: cut after them, or encoded in chunks of 75, as A1111 does"
     parser.add_argument("--long", choices=("cut", "chunks"), default="cut", help=long)
     parser.add_argument("--max-chunks", type=int, choices=(2, 3, 4), default=2, help="chunks that are read of a prompt")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the noise")
-    parser.add_argument("--batch-size", type=positive_int, default=16, help="images drawn at once")
+    parser.add_argument("--seed", type=whole(0, bounds.TOOL_SEED), default=0, help="seed of the noise")
+    parser.add_argument("--batch-size", type=whole(1, bounds.BATCH), default=16, help="images drawn at once")
     size = "pixels of an image, height x width, as 1216x832; default: the size in the config of the model's UNet"
     parser.add_argument("--size", type=image_size, metavar="HxW", help=size)
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
 
 
 def check_texts(arguments: argparse.Namespace) -> None:
-    """Refuses settings of texts that have no use; raises ValueError before a model loads."""
+    """Refuses settings of texts that have no use, and timesteps of no model; raises ValueError before one loads."""
     if arguments.guidance_scale is not None:
         check_negative(arguments.negative, arguments.guidance_scale)
+    if arguments.timesteps and arguments.timesteps[0] >= bounds.STEPS.most:
+        raise ValueError(
+            f"timesteps={arguments.timesteps} must lie in [0, 999], the timesteps of training; give others"
+        )
     if arguments.long == "cut" and arguments.max_chunks != 2:
         raise ValueError(f"max-chunks={arguments.max_chunks} has no use with long=cut; give --long chunks, too")
 
@@ -56,17 +67,38 @@ def check_negative(negative: str, guidance_scale: float) -> None:
         )
 
 
-def positive_int(text: str) -> int:
-    return _int_from(text, 1)
+def whole(low: int, bound: Bound) -> Callable[[str], int]:
+    """Returns what reads a whole number from `low` up to a bound."""
+
+    def read(text: str) -> int:
+        is_number = text.isdecimal() and len(text) <= _LONGEST
+        if not is_number or not low <= int(text) <= bound.most:
+            beyond = text.isdecimal() and (not is_number or int(text) > bound.most)
+            way_out = f"at most {bound}: {bound.reason}" if beyond else f"a whole number of {low} or more"
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: give {way_out}")
+        return int(text)
+
+    return read
 
 
-def non_negative_int(text: str) -> int:
-    return _int_from(text, 0)
+def real(low: float, bound: Bound) -> Callable[[str], float]:
+    """Returns what reads a number from `low` up to a bound; NaN and infinity are none."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not low <= number <= bound.most:
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: give a number from {low:g} to {bound}")
+        return number
+
+    return read
 
 
 def falling_ints(text: str) -> list[int]:
     parts = text.replace(",", " ").split()
-    numbers = [int(part) for part in parts if part.isdecimal()]
+    numbers = [int(part) for part in parts if part.isdecimal() and len(part) <= _LONGEST]
     if not numbers or len(numbers) < len(parts):
         raise argparse.ArgumentTypeError(f"{text} is not allowed: give whole numbers, as 999,749,499,249")
     if any(later >= number for number, later in itertools.pairwise(numbers)):
@@ -74,16 +106,13 @@ def falling_ints(text: str) -> list[int]:
     return numbers
 
 
-def _int_from(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed: give a whole number of {least} or more")
-    return int(text)
-
-
 def image_size(text: str) -> tuple[int, int]:
     """Returns height and width of a text like 1216x832."""
     height, _, width = text.lower().partition("x")
     try:
-        return _int_from(height, 1), _int_from(width, 1)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text} is no size: give height x width in pixels, as 1216x832") from None
+        side = whole(1, bounds.PIXELS)
+        return side(height), side(width)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no size: give height x width in pixels, as 1216x832 ({error})"
+        ) from None

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rlcm_fast.cli.arguments import positive_int
+from rlcm_fast.cli.arguments import whole
 from rlcm_fast.cli.evaluate import reward_config
 from rlcm_fast.cli.output import check_device
+from rlcm_fast.config import bounds
 from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", nargs="+", metavar="FILE", help="pictures to score, all of one size")
     prompt = "a prompt for each --image, or one for all; a line of a .jsonl file works too"
     parser.add_argument("--prompt", nargs="+", default=["a photo of a cat"], metavar="TEXT", help=prompt)
-    parser.add_argument("--size", type=positive_int, default=512, help="pixels per side, without --image")
+    parser.add_argument("--size", type=whole(1, bounds.PIXELS), default=512, help="pixels per side, without --image")
     parser.add_argument("--device", help="where the pictures are, as cpu or cuda; default: cuda if there is one")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

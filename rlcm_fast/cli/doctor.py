@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rlcm_fast.cli.arguments import positive_int
+from rlcm_fast.cli.arguments import whole
+from rlcm_fast.config import bounds
 from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "rlcm-fast doctor [--config FILE] [--offline] [--section.field VALUE ...]"
     config = "a YAML file or a name of `rlcm-fast configs`; without it, only the machine is examined"
     parser.add_argument("--config", action="append", metavar="FILE", help=config)
-    parser.add_argument("--processes", type=positive_int, default=1, help="GPUs of the run")
+    parser.add_argument("--processes", type=whole(1, bounds.PROCESSES), default=1, help="GPUs of the run")
     gpu = "rtx4090, h100, ...: compare the plan with this card instead of the machine's"
     parser.add_argument("--gpu", metavar="NAME", help=gpu)
     offline = "use no network: what is not in a folder or the hub's cache is missing, and endpoints are not asked"

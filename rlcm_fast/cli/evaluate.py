@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlcm_fast.cli.arguments import add_sampling_arguments, check_texts, positive_int
+from rlcm_fast.cli.arguments import add_sampling_arguments, check_texts, whole
 from rlcm_fast.cli.output import check_device, check_out, write
+from rlcm_fast.config import bounds
 from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rewards", nargs="+", required=True, metavar="NAME", help=REWARDS_HELP)
     source = "prompt source, like prompts.source in a config: shapes:one, ..., a .txt or .jsonl file, hf:DATASET"
     parser.add_argument("--prompts", default="shapes:one:held_out", metavar="SOURCE", help=source)
-    parser.add_argument("--num-images", type=positive_int, default=64, help="images for each number of steps")
+    parser.add_argument(
+        "--num-images", type=whole(1, bounds.IMAGES), default=64, help="images for each number of steps"
+    )
     parser.add_argument("--out", help="JSON file to write; default: stdout")
 
 
@@ -45,12 +48,15 @@ def run(arguments: argparse.Namespace) -> None:
     from rlcm_fast.cli.pipelines import encoder_of, load_pipeline, set_size, text_settings
     from rlcm_fast.cli.sampling import Sampling
     from rlcm_fast.prompts import load_prompts, prompts_for_images
-    from rlcm_fast.rewards import build_rewards, check_groups
+    from rlcm_fast.rewards import build_rewards, check_groups, check_reward
 
-    built = build_rewards(reward_configs(arguments.rewards))
-    rewards = {name: reward for name, (reward, _) in built.items()}
-    check_groups(rewards, arguments.num_images)
+    configs = reward_configs(arguments.rewards)
+    for index, config in enumerate(configs):
+        check_reward(config, f"rewards[{index}]", must_run=True)
     prompts = prompts_for_images(load_prompts(arguments.prompts, "prompts"), arguments.num_images, arguments.seed)
+    rewards = {name: reward for name, (reward, _) in build_rewards(configs).items()}
+    check_groups(rewards, arguments.num_images)
+    _try(rewards, prompts, arguments)
 
     # Draw and score at each number of steps, and write the report.
     reading = text_settings(arguments)
@@ -69,6 +75,17 @@ def run(arguments: argparse.Namespace) -> None:
         print(text)
     else:
         write(out, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+
+def _try(rewards: Mapping[str, Reward], prompts: Sequence[Prompt], arguments: argparse.Namespace) -> None:
+    """Calls the rewards that need no models on two random images, before the model loads; raises ValueError."""
+    from rlcm_fast.cli.scoring import device_of
+    from rlcm_fast.rewards import Trial
+
+    for index, (name, reward) in enumerate(rewards.items()):
+        trial = Trial(f"rewards[{index}].name", name, reward, prompts[:2])
+        if not trial.is_on_models:
+            trial.run(arguments.size or (512, 512), device_of(arguments.device), timeout=0)
 
 
 def reward_configs(entries: Sequence[str]) -> list[RewardConfig]:

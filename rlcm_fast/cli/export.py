@@ -10,8 +10,9 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlcm_fast.cli.arguments import non_negative_int, positive_int
+from rlcm_fast.cli.arguments import real, whole
 from rlcm_fast.cli.output import check_out_folder
+from rlcm_fast.config import bounds
 
 if TYPE_CHECKING:
     from rlcm_fast.run_folder.formats import Export
@@ -25,12 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = "single-file: with text encoders and VAE, for ComfyUI and A1111; lora: adapters alone"
     parser.add_argument("--format", choices=FORMATS, default="diffusers", help=kinds)
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="precision of the file")
-    parser.add_argument("--iteration", type=non_negative_int, metavar="N", help="checkpoint; default: the newest")
+    parser.add_argument(
+        "--iteration", type=whole(0, bounds.UPDATES), metavar="N", help="checkpoint; default: the newest"
+    )
     parser.add_argument("--out", metavar="DIR", help="folder to write; default: RUN/exports/FORMAT")
     guidance = "what a UNet with an input for guidance is fixed to in a single file; default: the run's"
-    parser.add_argument("--guidance-scale", type=float, metavar="SCALE", help=guidance)
+    parser.add_argument("--guidance-scale", type=real(1, bounds.GUIDANCE), metavar="SCALE", help=guidance)
     rank = "write the difference to the start model as a LoRA of this rank, for runs that trained all weights"
-    parser.add_argument("--extract-lora", type=positive_int, metavar="RANK", help=rank)
+    parser.add_argument("--extract-lora", type=whole(1, bounds.RANK), metavar="RANK", help=rank)
     relative = (
         "the difference is to this model's UNet (a diffusers folder, a file or a hub id); default: the start model"
     )
@@ -39,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help=hub)
     parser.add_argument("--private", action="store_true", help="make the new repository of --push-to-hub private")
     images = "images to draw with the model and with its extracted LoRA, for the error that is stated; 0: none"
-    parser.add_argument("--num-images", type=non_negative_int, default=4, help=images)
+    parser.add_argument("--num-images", type=whole(0, bounds.GRID), default=4, help=images)
 
 
 def run(arguments: argparse.Namespace) -> None:

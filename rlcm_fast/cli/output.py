@@ -23,15 +23,17 @@ def check_out(out: str, suffixes: Sequence[str] = ()) -> Path:
     path = Path(out)
     if suffixes and path.suffix.lower() not in suffixes:
         raise ValueError(f"out={out} has no known ending; give a name that ends in {', '.join(suffixes)}")
-    if path.is_dir():
-        raise ValueError(f"out={out} is a folder; give the name of a file in it")
     try:
+        is_folder, is_there = path.is_dir(), path.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
-        raise ValueError(f"out={out} cannot be written ({error.strerror}); give a file in a folder of yours") from error
-    if path.exists() and not os.access(path, os.W_OK):
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"out={out} cannot be written ({reason}); give a file in a folder of yours") from error
+    if is_folder:
+        raise ValueError(f"out={out} is a folder; give the name of a file in it")
+    if is_there and not os.access(path, os.W_OK):
         raise ValueError(f"out={out} is write-protected; give another name, or remove it")
     return path
 
@@ -43,7 +45,7 @@ def check_out_folder(out: str) -> Path:
         ValueError: it is a file, or nothing can be written there.
     """
     path = Path(out)
-    if path.is_file():
+    if os.path.isfile(path):
         raise ValueError(f"out={out} is a file; give a folder, which may be new")
     check_out(str(path / "scores.json"))
     return path
@@ -70,7 +72,7 @@ def check_device(device: str | None) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta has no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         has_gpu = torch.cuda.is_available()

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rlcm_fast.cli.arguments import positive_int
+from rlcm_fast.cli.arguments import real, whole
+from rlcm_fast.config import bounds
 from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config = "a YAML file or a name of `rlcm-fast configs`, as for train.py, whose --help lists the fields"
     parser.add_argument("--config", action="append", metavar="FILE", help=config)
     parser.add_argument("--gpu", metavar="NAME", help="rtx4090, h100, ... (a wrong name lists all); default: all")
-    parser.add_argument("--processes", type=positive_int, default=1, help="GPUs of the run")
+    parser.add_argument("--processes", type=whole(1, bounds.PROCESSES), default=1, help="GPUs of the run")
     size = "pixels per side; default: the size of the model's UNet, which train.py draws"
-    parser.add_argument("--image-size", type=positive_int, metavar="PIXELS", help=size)
+    parser.add_argument("--image-size", type=whole(1, bounds.PIXELS), metavar="PIXELS", help=size)
     reward = "GiB that reward models of your own need on each GPU; built-in ones are counted"
-    parser.add_argument("--reward-gib", type=float, default=0.0, metavar="GIB", help=reward)
+    parser.add_argument("--reward-gib", type=real(0, bounds.GIB), default=0.0, metavar="GIB", help=reward)
     parser.add_argument("--json", action="store_true", help="bytes and seconds as JSON")
 
 
@@ -46,8 +47,6 @@ def run(arguments: argparse.Namespace) -> None:
     files = [part for file in arguments.config or [] for part in ("--config", file)]
     config = parse_config([*files, *arguments.overrides])
     resolved = validate(config, arguments.processes)
-    if not arguments.reward_gib >= 0:
-        raise ValueError(f"reward-gib={arguments.reward_gib} is no size; give 0 or more")
     gpus = [find_gpu(arguments.gpu)] if arguments.gpu is not None else list(GPUS.values())
     is_one = len(gpus) == 1
     if arguments.json and has_auto(config) and not is_one:

@@ -10,9 +10,10 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from rlcm_fast.cli.arguments import non_negative_int, positive_int
+from rlcm_fast.cli.arguments import whole
 from rlcm_fast.cli.evaluate import reward_config
 from rlcm_fast.cli.output import check_device
+from rlcm_fast.config import bounds
 
 if TYPE_CHECKING:
     import socket
@@ -33,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arguments", metavar="MAPPING", help=arguments)
     host = "address to listen at; 0.0.0.0 is open to the network: use it behind a firewall, or with a key"
     parser.add_argument("--host", default="127.0.0.1", help=host)
-    parser.add_argument("--port", type=non_negative_int, default=8200, help="0 takes any free port")
+    parser.add_argument("--port", type=whole(0, bounds.PORT), default=8200, help="0 takes any free port")
     parser.add_argument("--device", help="where the reward runs, as cpu or cuda:1; default: cuda if there is one")
-    parser.add_argument("--batch-size", type=positive_int, default=16, help="images scored at once")
-    parser.add_argument("--most-mib", type=positive_int, default=64, help="largest body of a request, in MiB")
+    parser.add_argument("--batch-size", type=whole(1, bounds.BATCH), default=16, help="images scored at once")
+    parser.add_argument("--most-mib", type=whole(1, bounds.MIB), default=64, help="largest body of a request, in MiB")
     key = "environment variable with a key that requests must bear"
     parser.add_argument("--api-key-variable", metavar="NAME", help=key)
 

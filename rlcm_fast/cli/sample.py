@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import argparse
 
-from rlcm_fast.cli.arguments import add_sampling_arguments, check_texts, positive_int
+from rlcm_fast.cli.arguments import add_sampling_arguments, check_texts, whole
 from rlcm_fast.cli.output import PICTURES, check_device, check_out, write
+from rlcm_fast.config import bounds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser, several_steps=False)
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="one or more prompts, each quoted")
-    parser.add_argument("--num-images", type=positive_int, default=4, help="images per prompt, a row of the grid")
+    parser.add_argument(
+        "--num-images", type=whole(1, bounds.GRID), default=4, help="images per prompt, a row of the grid"
+    )
     parser.add_argument("--out", default="grid.png", help="image file to write")
 
 
@@ -23,6 +26,9 @@ def run(arguments: argparse.Namespace) -> None:
     out = check_out(arguments.out, PICTURES)
     check_device(arguments.device)
     check_texts(arguments)
+    count = len(arguments.prompt) * arguments.num_images
+    if count > bounds.GRID.most:
+        raise ValueError(f"num-images={arguments.num_images} makes {count} images; give fewer: {bounds.GRID.reason}")
     from rlcm_fast.cli.pipelines import draw, encoder_of, load_pipeline, set_size, text_settings
     from rlcm_fast.cli.sampling import Sampling, sampler_of
     from rlcm_fast.grids import captioned_grid

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlcm_fast.cli.arguments import positive_int
+from rlcm_fast.cli.arguments import whole
 from rlcm_fast.cli.evaluate import REWARDS_HELP, reward_configs, statistics
 from rlcm_fast.cli.output import check_device, check_out_folder, write
+from rlcm_fast.config import bounds
 from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
@@ -36,9 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = "a .txt or .jsonl file: a line per picture, in the order of the file names, or one line for all"
     parser.add_argument("--prompts", required=True, metavar="FILE", help=prompts)
     repeats = "pictures of each prompt, side by side in the order of names"
-    parser.add_argument("--images-per-prompt", type=positive_int, default=1, metavar="N", help=repeats)
+    parser.add_argument("--images-per-prompt", type=whole(1, bounds.IMAGES), default=1, metavar="N", help=repeats)
     parser.add_argument("--rewards", nargs="+", required=True, metavar="NAME", help=REWARDS_HELP)
-    parser.add_argument("--batch-size", type=positive_int, default=16, help="pictures of one size scored at once")
+    parser.add_argument(
+        "--batch-size", type=whole(1, bounds.BATCH), default=16, help="pictures of one size scored at once"
+    )
     parser.add_argument("--device", help="where the pictures are, as cpu or cuda; default: cuda if there is one")
     out = "folder for scores.json, scores.csv and sheet_NAME.png; default: JSON on stdout"
     parser.add_argument("--out", metavar="FOLDER", help=out)

@@ -90,7 +90,6 @@ def test_json_has_bytes_and_seconds_alone(capsys: pytest.CaptureFixture[str]):
         (["--config", "no.yaml"], "config=no.yaml is not a file"),
         (["--update.micro_batch_size", "7"], "update.micro_batch_size=7 does not divide"),
         (["--image-size", "100"], "image-size=100 must divide by 64; try 128"),
-        (["--reward-gib", "nan"], "reward-gib=nan is no size"),
         (["--processes", "3"], "does not divide by the 3 processes"),
     ],
 )
