@@ -9,6 +9,7 @@ import torch
 from recorded_work import CpuRecorder
 from torch import Tensor
 
+from rlcm_fast import graphs
 from rlcm_fast.graphs import MAX_GRAPHS, GraphFailed, Graphs, Work
 
 
@@ -98,6 +99,45 @@ def test_what_no_graph_can_replay_runs_without_one_or_is_an_error(run, problem: 
     assert setting.said[0].startswith("graphs: the work runs without one from here on: ")
     with pytest.raises(GraphFailed, match=r"engine.graphs=on: the graph of the work: .*; set engine.graphs=off"):
         Setting(must_work=True).graphs(Work("work", run), torch.ones(3))
+
+
+def test_a_gradient_with_another_sign_is_noticed_though_its_norm_is_right():
+    setting, total, calls = Setting(), torch.zeros(3), []
+
+    def run(x: Tensor) -> Tensor:
+        calls.append(1)
+        total.add_(x * (-1 if len(calls) == 2 else 1))  # wrong while it is recorded
+        return x.sum()
+
+    work = Work("addition", run, lambda: [total], reset=lambda: total.zero_(), effects=lambda: [total])  # type: ignore[arg-type]
+    setting.graphs(work, torch.ones(3))
+    assert "its replay gave other results than its first run" in setting.said[0]
+    assert total.tolist() == [1.0] * 3
+
+
+def test_a_gradient_that_differs_by_rounding_or_is_nothing_else_stays():
+    large, tiny = torch.ones(1000, dtype=torch.bfloat16), torch.full((3,), 1e-5, dtype=torch.bfloat16)
+    assert graphs._add_up_alike([large, tiny], [large * 1.01, -tiny])
+    assert not graphs._add_up_alike([large, tiny], [large * 0, tiny])
+    assert not graphs._add_up_alike([large], [large * torch.nan])
+    assert graphs._add_up_alike([large * torch.nan], [large * torch.nan])
+    assert not graphs._add_up_alike([large.float()], [large.float() * 1.01])
+
+
+def test_whatever_a_library_raises_while_it_is_recorded_leaves_a_run_without_that_graph():
+    setting, calls = Setting(), []
+
+    def run(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("no kernel for this")
+        return x * 2
+
+    for _ in range(2):
+        assert setting.graphs(Work("work", run), torch.ones(3)).tolist() == [2.0] * 3
+    assert setting.said == [
+        "graphs: the work runs without one from here on: it could not be recorded (no kernel for this)"
+    ]
 
 
 def test_only_so_many_shapes_have_a_graph():
