@@ -421,6 +421,7 @@ EVERY: dict[str, tuple[object, dict[str, object]]] = {
     "engine.offload_optimizer": (True, {"engine__zero_stage": 1}),
     "engine.recompute": ("block", {}),
     "engine.channels_last": (True, {}),
+    "engine.group_norm": ("fused", {}),
     "engine.graphs": ("auto", {}),
     "engine.deterministic": (True, {}),
     "engine.offload_idle": (True, {}),

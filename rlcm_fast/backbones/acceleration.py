@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rlcm_fast.config import EngineConfig
+from rlcm_fast.kernels.patch import fuse_group_norms
 
 _MAX_GRAPHS = 128  # torch's limit of 8 counts the graphs of all blocks together, and SD 1.5 has blocks of four shapes
 
@@ -31,6 +32,8 @@ def accelerate(unet: Any, engine: EngineConfig, backend: Any = "inductor") -> No
         unet.to(memory_format=torch.channels_last)
     elif engine.channels_last:
         _give_channels_last(unet)
+    if engine.group_norm == "fused":
+        fuse_group_norms(unet)
     if engine.attention == "xformers":
         unet.enable_xformers_memory_efficient_attention()
     if engine.compile == "regional":

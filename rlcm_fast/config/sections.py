@@ -354,6 +354,9 @@ class EngineConfig:
     """Recompute activations in the backward pass: of whole blocks, or all but convolutions and matrix products."""
     channels_last: bool = False
     """Keep weights and activations in channels_last, which is faster for convolutions on a GPU."""
+    group_norm: Literal["torch", "fused"] = "torch"
+    """GroupNorms of the UNet: torch's; fused with SiLU by our kernel, which keeps channels_last (a GPU has not timed it
+    in training)."""
     attention: Literal["auto", "sdpa", "xformers"] = "sdpa"
     """sdpa: torch's; auto: its fastest kernel, timed at start; xformers needs pip install 'rlcm_fast[xformers]'."""
     compile: Literal["off", "regional", "whole"] = "off"

@@ -268,6 +268,7 @@ RULES: dict[str, Rule] = {
     "engine.optimizer_in_backward": _EFFECT,
     "engine.recompute": _EFFECT,
     "engine.channels_last": _EFFECT,
+    "engine.group_norm": _EFFECT,
     "engine.attention": _EFFECT,
     "engine.compile": _EFFECT,
     "engine.graphs": _EFFECT,

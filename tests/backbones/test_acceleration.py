@@ -35,6 +35,7 @@ def output(unet: UNet2DConditionModel, batch_size: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", [EngineConfig(channels_last=True), EngineConfig(compile="regional"),
+                                    EngineConfig(channels_last=True, group_norm="fused"),
                                     pytest.param(EngineConfig(1, channels_last=True, compile="whole"), marks=SLOW),
                                     pytest.param(EngineConfig(compile="whole"), marks=SLOW)])  # fmt: skip
 def test_outputs_gradients_and_names_stay(unet: UNet2DConditionModel, engine: EngineConfig):
