@@ -122,20 +122,12 @@ def build(config: Config, given: Given = NOTHING) -> Parts:
 
 
 def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given) -> Parts:
-    config = choice.config
-
     # Start the memory plan in the background; read prompts, build rewards, open pairs. No weights yet.
+    config = choice.config
     run = resolve(config, parallel.world_size())
     memory = MemoryReport(config, device)
-    tasks = Tasks(run, parallel.rank(), given)
-    say(f"rewards built: {', '.join(tasks.reward_names)}")
-    check_pairs(config.pretraining)
-    configs = folder_configs(config.model)
-    if configs is not None:
-        build_schedule(config.policy, *configs)  # raises for a scheduler that the policy cannot follow
     size = pixels_before_loading(config.model)
-    if size is not None:
-        _try_rewards(tasks, size, device, on_models=False)
+    tasks = _tasks(run, given, size, device)
 
     # Load the pipeline, and copy its network before anything is trained.
     torch.manual_seed(config.seed)
@@ -170,8 +162,7 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     backbone.texts.survey([*tasks.texts(_SURVEYED), *evaluation.texts])
     if config.engine.compile == "whole":
         texts = images.encode(evaluation.grid.prompts[:1] * config.update.micro_batch_size)
-        is_compiled = start_network not in (None, backbone.unet) and not backbone.has_adapters
-        CompileCheck(policy_around(backbone.unet))(texts, config.seed, [start_network] if is_compiled else [])
+        CompileCheck(policy_around(backbone.unet))(texts, config.seed, _copies(start_network, backbone))
     algorithm = build_algorithm(config.algorithm, config.update)
     graphed = use_graphs(config, images, engine, algorithm)
     # With torch.compile or CUDA graphs, another batch size would be another graph.
@@ -184,8 +175,10 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
         tasks=tasks,
         images=images,
         engine=engine,
-        collector=Collector(images, tasks.rewards, config.rollout, tasks.offloading, ImageSizes.of(run)),
-        updater=Updater(images.policy, algorithm, engine, config.update, start_model, real_images, graphed),
+        collector=_collector(choice, images, tasks, run),
+        updater=Updater(
+            images.policy, algorithm, engine, config.update, start_model, real_images, graphed, choice.lowers_updates
+        ),
         real_images=real_images,
         task_gradients=_task_gradients(policy_around(backbone.unet), algorithm, run),
         evaluation=evaluation,
@@ -199,6 +192,27 @@ def _try_rewards(tasks: Tasks, size: tuple[int, int], device: torch.device, on_m
     """Tries the rewards on all processes; a mistake that one of them sees ends all."""
     with together(), tasks.offloading.in_use():
         tasks.try_rewards(size, device, on_models)
+
+
+def _tasks(run: ResolvedRun, given: Given, size: tuple[int, int] | None, device: torch.device) -> Tasks:
+    """Builds prompts and rewards, and tries those without models on images of `size`, if it is known.
+
+    It also refuses pairs that cannot be opened and a scheduler that the policy cannot follow.
+    """
+    tasks = Tasks(run, parallel.rank(), given)
+    say(f"rewards built: {', '.join(tasks.reward_names)}")
+    check_pairs(run.config.pretraining)
+    configs = folder_configs(run.config.model)
+    if configs is not None:
+        build_schedule(run.config.policy, *configs)
+    if size is not None:
+        _try_rewards(tasks, size, device, on_models=False)
+    return tasks
+
+
+def _collector(choice: Choice, images: TextToImage, tasks: Tasks, run: ResolvedRun) -> Collector:
+    rollout, sizes = run.config.rollout, ImageSizes.of(run)
+    return Collector(images, tasks.rewards, rollout, tasks.offloading, sizes, choice.lowers_rollouts)
 
 
 def _load_backbone(config: Config, device: torch.device) -> Backbone:
@@ -252,6 +266,11 @@ def _start_network(backbone: Backbone, config: Config) -> Any:
     if config.lora.rank == 0:
         accelerate(start, config.engine)
     return start
+
+
+def _copies(start_network: Any, backbone: Backbone) -> list[Any]:
+    """Returns the networks that are compiled beside the trained one: the start model's, if it is a copy."""
+    return [] if start_network in (None, backbone.unet) or backbone.has_adapters else [start_network]
 
 
 def _start_model(

@@ -60,6 +60,12 @@ class AveragingEngine(Engine):
     def note_backward(self) -> None:
         self.engine.note_backward()
 
+    def may_begin_again(self, num_micro_batches: int) -> bool:
+        return self.engine.may_begin_again(num_micro_batches)
+
+    def drop_gradients(self) -> None:
+        self.engine.drop_gradients()
+
     def step(self) -> float | None:
         norm = self.engine.step()
         if norm is not None and math.isfinite(norm):

@@ -81,6 +81,14 @@ class Engine(ABC):
         """Does the host's part of `backward`, after each replay."""
         raise NotImplementedError
 
+    def may_begin_again(self, num_micro_batches: int) -> bool:
+        """Tells whether an update may drop its gradients and add up anew, in so many backward passes."""
+        return False
+
+    def drop_gradients(self) -> None:
+        """Drops what an update has added up before its step."""
+        raise NotImplementedError
+
     @property
     @abstractmethod
     def lr(self) -> float:

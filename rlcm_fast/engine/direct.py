@@ -119,6 +119,14 @@ class DirectEngine(Engine):
         for parameter in self._parameters():
             parameter.grad = torch.zeros_like(parameter)  # in the weight's memory format, as autograd would make it
 
+    def may_begin_again(self, num_micro_batches: int) -> bool:
+        is_rounded_well = self._adds_rounded or num_micro_batches <= MOST_TO_NEAREST
+        return not self._steps_in_backward and is_rounded_well
+
+    def drop_gradients(self) -> None:
+        self._sums, self._num_backwards = {}, 0
+        self._optimizer.zero_grad(set_to_none=not self._holds_gradients)
+
     def step(self) -> float | None:
         if self._num_backwards < self._num_micro_batches:
             return None

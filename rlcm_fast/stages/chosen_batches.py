@@ -17,7 +17,7 @@ import torch
 
 from rlcm_fast import parallel
 from rlcm_fast.config import Config
-from rlcm_fast.config.batches import Batches, Candidates, batches_of, has_auto, with_batches, with_numbers
+from rlcm_fast.config.batches import AUTO, Batches, Candidates, batches_of, has_auto, with_batches, with_numbers
 from rlcm_fast.config.checks import validate
 from rlcm_fast.planner.batches import choose, with_sizes
 from rlcm_fast.planner.estimate import Strategy
@@ -56,6 +56,8 @@ class Choice:
 
     config: Config
     plan: Plan | None = None  # what chose them now, on a GPU; None where they are to stay
+    lowers_rollouts: bool = False  # in the run: the size was auto, and no other process would have to follow
+    lowers_updates: bool = False
 
 
 def choose_batches(config: Config, device: torch.device, tell: Callable[[str], None] = say) -> Choice:
@@ -78,7 +80,9 @@ def choose_batches(config: Config, device: torch.device, tell: Callable[[str], N
         return Choice(config)
     is_planned = from_main(of_main is not None)
     plan = Plan(Candidates.of(config, parallel.world_size()), of_main) if is_planned else None
-    return Choice(with_batches(config, batches), plan)
+    asked, is_alone = batches_of(config), parallel.world_size() == 1
+    may_lower = [is_alone and size == AUTO for size in (asked.rollout, asked.update)]
+    return Choice(with_batches(config, batches), plan, *may_lower)
 
 
 def _numbers(

@@ -6,6 +6,9 @@ The images of a micro-batch have one size; several sizes (image_sizes.py) make a
 Worker threads compute the rewards while the next micro-batch is sampled. The time that is left to wait is measured.
 Before it decodes a micro-batch, the rollout waits if too many others still wait for scores: they would fill the memory.
 
+A micro-batch that is out of memory is drawn again with half the images if its size was `auto` and there is one process.
+Noise does not depend on micro-batches, and nothing of it was kept.
+
 A reward that fails on one process ends the rollout on all of them, once all have drawn their images. An image without a
 score (on_failure: skip) stays in the rollout; its total is NaN, and it gets no advantage.
 """
@@ -31,7 +34,7 @@ from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.image_sizes import ImageSizes, joined
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.tasks import TaskRewards
-from rlcm_fast.trajectory import AnyTrajectory, Prompt, Trajectory
+from rlcm_fast.trajectory import AnyTrajectory, Conditioning, Prompt, Trajectory
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,12 @@ class Collector:
     config: RolloutConfig
     offloading: Offloading = field(default_factory=Offloading)  # models of rewards that are away between rollouts
     sizes: ImageSizes = field(default_factory=ImageSizes)
+    may_lower: bool = False  # draws fewer images at once if the device is out of memory
+    say: Callable[[str], None] = say  # prints a line on the main process
+    size: int = field(init=False)  # images that are drawn at once
+
+    def __post_init__(self) -> None:
+        self.size = self.config.micro_batch_size
 
     def rollout(self, prompts: Sequence[Prompt], turn: Turn, may_stop: Callable[[], None] = lambda: None) -> Rollout:
         """Draws and scores one image for each of the B prompts, in their order.
@@ -119,19 +128,46 @@ class Collector:
         for run in runs:
             of_size = self.images.sized(conditioning, run.size)
             parts.append([])
-            for neighbours in run.rows.split(self.config.micro_batch_size):
+            left = run.rows
+            while len(left) > 0:
                 may_stop()
+                neighbours = left[: self.size]
                 rows = slice(int(neighbours[0]), int(neighbours[-1]) + 1)
-                trajectory, x_0 = self.images.explore(of_size.take(rows), noise.take(rows))
-                with stage("reward_wait"):
-                    self.rewards.wait_for_room(may_stop)
-                self.rewards.submit(self.images.decode(x_0), prompts[rows])
+                drawn = self._drawn(of_size.take(rows), noise.take(rows), may_stop)
+                if drawn is None:
+                    continue  # with fewer
+                trajectory, images = drawn
+                self.rewards.submit(images, prompts[rows])
                 parts[-1].append(trajectory)
+                left = left[len(neighbours) :]
 
         # Join the micro-batches and wait for the rewards that are still missing.
         trajectory = joined(runs, parts)
         with stage("reward_wait"):
             return trajectory, parallel.together(lambda: self.rewards.gather(turn.iteration, may_stop))
+
+    def _drawn(
+        self, conditioning: Conditioning, noise: SeededNoise, may_stop: Callable[[], None]
+    ) -> tuple[Trajectory, Tensor] | None:
+        """Draws and decodes a micro-batch; None if the device is out of memory: then `size` is smaller."""
+        num_images = len(conditioning.index)
+        try:
+            trajectory, x_0 = self.images.explore(conditioning, noise)
+            with stage("reward_wait"):
+                self.rewards.wait_for_room(may_stop)
+            return trajectory, self.images.decode(x_0)
+        except torch.OutOfMemoryError:
+            if not self.may_lower or num_images == 1:
+                raise
+        # Its traceback, which holds the tensors of the pass, is gone here.
+        self.size = num_images // 2
+        self.say(
+            f"a rollout's micro-batch of {num_images} images is out of memory; going on with {self.size} at once. A "
+            f"resumed run needs --rollout.micro_batch_size {self.size}"
+        )
+        if self.images.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     def _num_skipped(self, rewards: dict[str, Rewards], iteration: int) -> int:
         """Counts the images without a score, on all processes, and says so; raises a Fault if they are too many."""

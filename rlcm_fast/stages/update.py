@@ -9,6 +9,9 @@ Each micro-batch is weighted by its share of the part, so the sum is the mean ov
 micro-batches and whatever was left out: K micro-batches give the gradient of one. A micro-batch holds images of one
 size. As log-probs are means over elements, an image weighs the same whatever its size.
 
+An update that is out of memory before its step begins anew with micro-batches of half the size, if the size was `auto`
+and the engine can do that (direct.py, on one process).
+
 An update whose gradient is not finite moves nothing (engine/base.py); skipped_updates.py counts such updates and stops
 the run.
 """
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -69,10 +72,13 @@ class Updater:
     start_model: StartModel | None = None
     real_images: ExtraLoss | None = None
     graphed: GraphedUpdate | None = None  # runs micro-batches by a graph
+    may_lower: bool = False  # begins an update anew with smaller micro-batches if the device is out of memory
     say: Callable[[str], None] = say  # prints a line on the main process
     skipped: SkippedUpdates = field(init=False)  # goes on from rollout to rollout
+    size: int = field(init=False)  # transitions of a micro-batch
 
     def __post_init__(self) -> None:
+        self.size = self.config.micro_batch_size
         self.skipped = SkippedUpdates(self.config.max_skipped_updates, self.engine.skips_whole_updates, self.say)
 
     def update(
@@ -127,6 +133,25 @@ class Updater:
             new = self.policy.log_prob(transitions).detach()  # with gradients, as in the update
             noise.append(torch.expm1(new - transitions.log_prob_old).abs().max().item())
         return max(noise)
+
+    def can_lower(self, size: int, num_rows: int, num_extra: int) -> bool:
+        """Tells whether an update of num_rows transitions may begin anew with less than `size` of them at once."""
+        if not self.may_lower or size == 1:
+            return False
+        return self.engine.may_begin_again(-(-num_rows // (size // 2)) + num_extra)
+
+    def lower(self, size: int) -> None:
+        """Drops the gradients of an update and halves the size of its micro-batches, of which one had `size`."""
+        self.engine.drop_gradients()
+        if self.graphed:
+            self.graphed.graphs.forget()
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.size = size // 2
+        self.say(
+            f"an update's micro-batch of {size} transitions is out of memory; beginning the update anew with "
+            f"{self.size} at once. A resumed run needs --update.micro_batch_size {self.size}, or what divides evenly"
+        )
 
     def _recomputed(self, trajectory: AnyTrajectory, rows: Tensor) -> AnyTrajectory:
         """Recomputes the log-probs of `rows` (N,) under the present weights, in micro-batches of the update's size.
@@ -190,17 +215,12 @@ class _RolloutUpdates:
         updater = self._updater
         if updater.real_images:
             self._read(updater.real_images)
-        # Copy to the device once an update which transitions it trains on; its micro-batches copy nothing.
-        places = self._micro_batches(rows, signals)
-        made = batches(self._trajectory, rows, signals, places)
         num_extra = updater.real_images.num_micro_batches if updater.real_images else 0
 
-        # Add up the gradients of all micro-batches and step.
-        updater.engine.begin_update(len(made) + num_extra)
-        for batch in made:
-            if self.record.num_updates == 0:
-                self._may_stop()
-            self._backward(batch, len(batch.rows) / len(rows))
+        # Add up the gradients of all micro-batches and step; with smaller ones where these are out of memory.
+        made = self._begun(rows, signals, num_extra)
+        while not self._add_up(made, len(rows), num_extra):
+            made = self._begun(rows, signals, num_extra)
         if updater.real_images:
             self._backward_extra(updater.real_images)
         if math.isfinite(self._norm):
@@ -211,6 +231,35 @@ class _RolloutUpdates:
             updater.skipped.skipped(self.record.not_finite(len(made), num_extra))
         self.record.update(num_chosen=len(rows), num_trained=sum(len(batch.rows) for batch in made))
 
+    def _begun(self, rows: Tensor, signals: Tensor, num_extra: int) -> list[Batch]:
+        """Begins an update and returns its micro-batches.
+
+        Which transitions it trains on is copied to the device once; its micro-batches copy nothing.
+        """
+        made = batches(self._trajectory, rows, signals, self._micro_batches(rows, signals))
+        self._updater.engine.begin_update(len(made) + num_extra)
+        return made
+
+    def _add_up(self, made: Sequence[Batch], num_rows: int, num_extra: int) -> bool:
+        """Goes backward through all micro-batches; False if memory ran out: nothing is left of them then."""
+        for done, batch in enumerate(made):
+            if self.record.num_updates == 0:
+                self._may_stop()
+            try:
+                self._backward(batch, len(batch.rows) / num_rows)
+                is_done = True
+            except torch.OutOfMemoryError:
+                if not self._updater.can_lower(len(batch.rows), num_rows, num_extra):
+                    raise
+                is_done = False
+            # The traceback, which holds the tensors of the pass, is gone here.
+            if not is_done:
+                self.record.forget_last(done)
+                self._updater.lower(len(batch.rows))
+                return False
+            self._step()
+        return True
+
     def _micro_batches(self, rows: Tensor, signals: Tensor) -> list[Tensor]:
         """Returns the places of the transitions to train on: those with a signal, and others to fill micro-batches.
 
@@ -218,7 +267,7 @@ class _RolloutUpdates:
         each other.
         """
         # Train on all if each has a signal; the KL term is a signal of its own.
-        size = self._updater.config.micro_batch_size
+        size = self._updater.size
         if self._start_outputs is not None:
             return micro_batches(self._trajectory, rows, size)
         is_silent = (signals == 0).cpu()
@@ -242,11 +291,10 @@ class _RolloutUpdates:
         """Adds `share` of the mean loss of a micro-batch to the update's gradient."""
         policy, config = self._updater.policy, self._updater.config
         if self._updater.graphed and self._tensors:
-            filled = MicroBatch.filled(batch.rows, batch.signals, share, config.micro_batch_size)
+            filled = MicroBatch.filled(batch.rows, batch.signals, share, self._updater.size)
             with stage("update_graph"):
                 loss, kl, stats = self._updater.graphed(self._tensors, filled)
             self.record.micro_batch(stats, loss, kl)
-            self._step()
             return
         with stage("update_forward"):
             transitions = self._trajectory.part(batch.size).transitions(batch.rows)
@@ -262,7 +310,6 @@ class _RolloutUpdates:
         with stage("update_backward"):
             self._updater.engine.backward(share * (loss + config.kl_weight * kl))
         self.record.micro_batch(stats, loss.detach(), kl.detach())
-        self._step()
 
     def _read(self, extra: ExtraLoss) -> None:
         start = time.perf_counter()

@@ -92,6 +92,11 @@ class Record:
         self.losses.append(loss)
         self.kls.append(kl)
 
+    def forget_last(self, num_micro_batches: int) -> None:
+        """Forgets the last micro-batches, whose gradients were dropped."""
+        for noted in (self.stats, self.losses, self.kls):
+            del noted[len(noted) - num_micro_batches :]
+
     def not_finite(self, num_micro_batches: int, num_extra: int) -> list[str]:
         """Names what was not finite in the last micro-batches of this process, by the key of its metric."""
         found = {

@@ -133,6 +133,50 @@ def test_a_gradient_by_triton_has_the_same_bits_whatever_the_kernel_was_told(mon
     assert all(map(torch.equal, gradients(None), gradients(1.0)))
 
 
+@pytest.mark.parametrize("is_graphed", [False, True])
+def test_an_update_that_is_out_of_memory_begins_anew_with_smaller_micro_batches(is_graphed: bool):
+    small, given = Setting(is_graphed, 0.1, micro_batch_size=8), Setting(False, 0.1, micro_batch_size=4)
+    forward, calls = small.network.forward, []
+
+    def limited(x_t: Tensor, *inputs: Any, **more: Any) -> Any:
+        calls.append(len(x_t))
+        # Without graphs, the first micro-batch has left its gradients.
+        if len(x_t) > 4 and torch.is_grad_enabled() and len(calls) > (not is_graphed):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return forward(x_t, *inputs, **more)
+
+    small.network.forward = limited
+    said: list[str] = []
+    small.updater.may_lower, small.updater.say = True, said.append
+    for seed in (4, 5):
+        one, other = small.update(seed), given.update(seed)
+        assert replace(one, seconds=0) == replace(other, seconds=0)
+        assert same_weights(small.engine, given.engine)
+    assert small.updater.size == 4 and len(said) == 1
+    assert said[0].startswith("an update's micro-batch of 8 transitions is out of memory; beginning the update anew")
+
+
+def test_an_update_whose_size_was_given_ends_where_it_is_out_of_memory():
+    setting = Setting(False, micro_batch_size=8)
+
+    def none(*_: Any, **__: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    setting.network.forward = none
+    with pytest.raises(torch.OutOfMemoryError):
+        setting.update()
+
+
+def test_engines_begin_an_update_anew_only_where_nothing_has_moved_and_sums_stay_exact():
+    direct = Setting(
+        False, micro_batch_size=4
+    ).engine  # built for 4 micro-batches: the sums of 64 are rounded to nearest
+    assert direct.may_begin_again(64) and not direct.may_begin_again(65)
+    stepping = engine_of(TinyNetwork().bfloat16(), 1, 0, "pure_bf16", name="adamw_8bit", in_backward=True)
+    assert not stepping.may_begin_again(2)
+    assert not engine_of(TinyNetwork(), 1).may_begin_again(2)
+
+
 def test_a_filled_micro_batch_repeats_its_rows_without_a_signal():
     signals = torch.tensor([1.0, torch.nan])
     batch = MicroBatch.filled(torch.tensor([7, 3]), signals, 0.25, 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,43 @@ def test_noise_does_not_depend_on_the_micro_batch():
     torch.testing.assert_close(whole, cut, rtol=0, atol=1e-5)  # the network's last bits depend on its batch
     other_turn = torch.randint(2**63 - 1, (NUM_SAMPLES, 3), generator=Turn(1).generator(Stream.ROLLOUT))
     assert not torch.equal(SeededNoise(other_turn).first_states(1.0, whole[:, 0].shape), whole[:, 0])
+
+
+class Small(TinyNetwork):
+    """Has memory for so many rows."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def forward(self, x_t: Tensor, *inputs: Any, **more: Any) -> tuple[Tensor]:
+        if len(x_t) > self.most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(x_t, *inputs, **more)
+
+
+def test_a_micro_batch_that_is_out_of_memory_is_drawn_again_with_fewer_images():
+    config, said = RolloutConfig(micro_batch_size=4), []
+    service = TaskRewards({"one": {"letter": (Letter(), 1.0)}}, config, lambda prompt: "one")
+    images = images_of(policy_of(Small(2)))
+    try:
+        collector = Collector(images, service, config, may_lower=True, say=said.append)
+        batch = collector.rollout(prompts(NUM_SAMPLES), Turn(0))
+        again = collector.rollout(prompts(NUM_SAMPLES), Turn(0))
+        images.policy.unet.most = 0  # type: ignore[attr-defined]
+        with pytest.raises(torch.OutOfMemoryError):
+            collector.rollout(prompts(NUM_SAMPLES), Turn(0))
+        with pytest.raises(torch.OutOfMemoryError):
+            Collector(images, service, config, say=said.append).rollout(prompts(NUM_SAMPLES), Turn(0))
+    finally:
+        service.shutdown()
+    given, _ = draw(2)
+    for rollout in (batch, again):
+        assert isinstance(rollout.trajectory, Trajectory) and isinstance(given.trajectory, Trajectory)
+        assert torch.equal(rollout.trajectory.latents, given.trajectory.latents)
+        assert rollout.rewards["one"].by_name["letter"].tolist() == [0, 1, 2, 3, 0, 1]
+    assert len(said) == 2  # 4 to 2, and 2 to 1 before it ends
+    assert said[0].startswith("a rollout's micro-batch of 4 images is out of memory; going on with 2 at once")
 
 
 def test_seeded_noise_is_standard_normal_in_the_first_state_and_in_each_action():
