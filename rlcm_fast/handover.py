@@ -139,11 +139,14 @@ class Handover:
 
 
 def _is_importable(kind: type) -> bool:
-    """Tells whether another process finds this very class by its module and name."""
+    """Tells whether another process finds this very class by its module and name, and a config may name it."""
     module = sys.modules.get(kind.__module__)
     if kind.__module__ == "__main__" or module is None or "<locals>" in kind.__qualname__:
         return False
-    return load_class(f"{kind.__module__}:{kind.__qualname__}") is kind
+    try:
+        return load_class(f"{kind.__module__}:{kind.__qualname__}") is kind
+    except ValueError:
+        return False
 
 
 def _line(prompt: Any, where: str) -> str:

@@ -16,18 +16,17 @@ from typing import Any
 
 from rlcm_fast.faults import Fault, origin_of, summary_of
 from rlcm_fast.patience import NotDone
+from rlcm_fast.permission import check_may_be_named, check_module, find_unimported
 
 
 def load_class(name: str, aliases: Mapping[str, str] | None = None, field: str = "name") -> Any:
     """The class or function that `name` names; `aliases` maps built-in names to "package.module:Class".
 
-    Raises ValueError with `field` and the way out, also for whatever the module itself raises at import.
+    What is no alias must say that a config may name it (permission.py). Raises ValueError with `field` and the way out,
+    also for whatever the module itself raises at import.
     """
     # Import the module.
-    target = (aliases or {}).get(name, name)
-    module_name, colon, attribute = target.partition(":")
-    if not (module_name and colon and attribute):
-        raise ValueError(f"{field}={name} is not known; {_remedy(name, aliases or {})}")
+    module_name, attribute = _parts(name, aliases or {}, field)
     _require_module(f"{field}={name}", module_name)
     with worded(f"{field}={name}: importing {module_name}", "repair the module"):
         value: Any = importlib.import_module(module_name)
@@ -42,7 +41,32 @@ def load_class(name: str, aliases: Mapping[str, str] | None = None, field: str =
         value = getattr(value, part)
     if not callable(value):
         raise ValueError(f"{field}={name} is a {type(value).__name__}; name a class")
+    if name not in (aliases or {}):
+        check_may_be_named(value, f"{field}={name}")
     return value
+
+
+def check_unimported(name: str, aliases: Mapping[str, str], field: str) -> str | None:
+    """Checks a name as far as it goes without importing its module, for a dry run.
+
+    Returns "MODULE of FILE", which a run would import; None for a built-in name. Raises ValueError as `load_class`.
+    """
+    module_name, attribute = _parts(name, aliases, field)
+    if name in aliases:
+        return None
+    return f"{module_name} of {find_unimported(module_name, attribute, f'{field}={name}')}"
+
+
+def _parts(name: str, aliases: Mapping[str, str], field: str) -> tuple[str, str]:
+    """Returns the module and the attribute that a name means; raises ValueError if it can be no name of a plug-in."""
+    module_name, colon, attribute = aliases.get(name, name).partition(":")
+    if not (module_name and colon and attribute):
+        raise ValueError(f"{field}={name} is not known; {_remedy(name, aliases)}")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+        raise ValueError(f"{field}={name} is no name of Python; {_remedy(name, aliases)}")
+    if name not in aliases:
+        check_module(module_name, f"{field}={name}")
+    return module_name, attribute
 
 
 def build(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rlcm_fast.config import Config
+    from rlcm_fast.config import Config, RewardConfig
     from rlcm_fast.config.resolved import ResolvedRun
     from rlcm_fast.door import Door
     from rlcm_fast.given import Given
@@ -99,8 +99,10 @@ def checked(config: Config, world_size: int, given: Given) -> ResolvedRun:
     quiet.hush_libraries(config.debug)
     run = validate(config, world_size)
     check_model(config.model)
-    _check_plugins(run, given)
-    if not config.dry_run:
+    if config.dry_run:
+        _check_unimported(run, given)
+    else:
+        _check_plugins(run, given)
         check_hub(config.model)
     return run
 
@@ -108,42 +110,66 @@ def checked(config: Config, world_size: int, given: Given) -> ResolvedRun:
 def _check_plugins(run: ResolvedRun, given: Given) -> None:
     """Checks that rewards, the files of their models, prompts and pairs exist.
 
-    It needs torch, so it comes after all other checks. Rewards come first, because prompts may be on a network. A dry
-    run opens no dataset and accepts rewards whose models are missing. Pairs are opened later, when the rewards are
-    built (real_images.check_pairs).
+    It needs torch, so it comes after all other checks. Rewards come first, because prompts may be on a network. Pairs
+    are opened later, when the rewards are built (real_images.check_pairs).
     """
     from rlcm_fast.pairs import check_source
-    from rlcm_fast.prompts import check_prompts, load_prompts
+    from rlcm_fast.prompts import load_prompts
     from rlcm_fast.rewards import check_reward
     from rlcm_fast.run_folder.tracking import say
 
-    # Collect what the tasks and the evaluation name.
-    config = run.config
-    named, sources = [("evaluation.rewards", config.evaluation.rewards)], []
+    rewards, sources = _named(run, given)
+    for field, reward in rewards:
+        for download in check_reward(reward, field, must_run=True, given=given.rewards):
+            say(f"{field}.name={reward.name} downloads {download}")
+    for field, source in sources:
+        load_prompts(source, field)
+    if run.config.pretraining.weight > 0:
+        check_source(run.config.pretraining.data)
+
+
+def _check_unimported(run: ResolvedRun, given: Given) -> dict[str, str]:
+    """Checks what a dry run can: it imports and calls nothing of yours, opens no dataset, and needs no models.
+
+    Returns what a run would import, by the field that names it.
+    """
+    from rlcm_fast.pairs import check_source
+    from rlcm_fast.prompts import check_prompts
+    from rlcm_fast.rewards import check_reward, check_unimported
+
+    rewards, sources = _named(run, given)
+    imports: dict[str, str | None] = {}
+    for field, reward in rewards:
+        check_reward(reward, field, must_run=False, given=given.rewards)
+        if reward.name not in given.rewards:
+            imports |= {field: ", ".join(check_unimported(reward, field))}
+    for field, source in sources:
+        imports[field] = check_prompts(source, field)
+    if run.config.pretraining.weight > 0:
+        imports["pretraining.data"] = check_source(run.config.pretraining.data, may_import=False)
+    return {field: module for field, module in imports.items() if module}
+
+
+def _named(run: ResolvedRun, given: Given) -> tuple[list[tuple[str, RewardConfig]], list[tuple[str, str]]]:
+    """Returns the rewards and the sources of prompts that tasks and evaluation name, each with its field."""
+    named, sources = [("evaluation.rewards", run.config.evaluation.rewards)], []
     for task in run.tasks:
         named.append((task.rewards_field, list(task.rewards)))
-        sources += [(task.source, task.source_field), (task.evaluation, task.evaluation_field)]
-
-    # Check that all of it is there.
-    for field, rewards in named:
-        for index, reward in enumerate(rewards):
-            for download in check_reward(reward, f"{field}[{index}]", not config.dry_run, given.rewards):
-                say(f"{field}[{index}].name={reward.name} downloads {download}")
-    for source, field in sources:
-        if source in given.prompts:
-            continue
-        (check_prompts if config.dry_run else load_prompts)(source, field)
-    if config.pretraining.weight > 0:
-        check_source(config.pretraining.data)
+        sources += [(task.source_field, task.source), (task.evaluation_field, task.evaluation)]
+    rewards = [(f"{field}[{index}]", reward) for field, listed in named for index, reward in enumerate(listed)]
+    return rewards, [(field, source) for field, source in sources if source not in given.prompts]
 
 
 def _print_plan(run: ResolvedRun) -> None:
-    """Prints the resolved config as a file for --config, with the numbers that follow from it as comments."""
+    """Prints the resolved config as a file for --config, with what follows from it as comments."""
     from rlcm_fast.config import to_yaml
+    from rlcm_fast.given import NOTHING
 
     print(to_yaml(replace(run.config, dry_run=False)) + "\n# derived")
     for name, value in asdict(run.sizes).items():
         print(f"# {name}: {value}")
+    for field, modules in _check_unimported(run, NOTHING).items():
+        print(f"# {field}: a run imports {modules}")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Classes named by text."""
+"""Classes named by text; test_permission.py has those that must not be called."""
 
 from __future__ import annotations
 
@@ -8,16 +8,32 @@ from pathlib import Path
 
 import pytest
 
+from rlcm_fast import plug_in
 from rlcm_fast.patience import NotDone, call_within
 from rlcm_fast.plugins import build, load_class
 
 ALIASES = {"ordered": "collections:OrderedDict"}
 
 
+class Outer:
+    class Inner:
+        scope = "image"
+
+    @staticmethod
+    @plug_in
+    def function() -> None:
+        pass
+
+
 def test_a_class_is_found_by_module_and_name_and_by_alias():
-    assert load_class("collections:OrderedDict") is OrderedDict
+    assert load_class(f"{__name__}:Outer.Inner") is Outer.Inner
     assert load_class("ordered", ALIASES) is OrderedDict
-    assert load_class("pathlib:Path.cwd") == Path.cwd
+    assert load_class(f"{__name__}:Outer.function") is Outer.function
+
+
+def test_an_alias_needs_no_mark_but_a_name_of_the_same_class_does():
+    with pytest.raises(ValueError, match="reward=collections:OrderedDict: collections is of Python's own library"):
+        load_class("collections:OrderedDict", ALIASES, "reward")
 
 
 @pytest.mark.parametrize(
@@ -31,8 +47,8 @@ def test_a_class_is_found_by_module_and_name_and_by_alias():
             "no module no_such_module_here; install its package, or put its folder on PYTHONPATH",
         ),
         ("no_such_module_here.below:Thing", "no module no_such_module_here.below"),
-        ("collections:OrderdDict", "collections has no OrderdDict; did you mean OrderedDict?"),
-        ("math:pi", "reward=math:pi is a float; name a class"),
+        ("rlcm_fast.plugins:load_clas", "rlcm_fast.plugins has no load_clas; did you mean load_class?"),
+        ("rlcm_fast.prompts.files:np.pi", "reward=rlcm_fast.prompts.files:np.pi is a float; name a class"),
     ],
 )
 def test_a_wrong_name_says_what_is_wrong_and_the_way_out(name: str, message: str):

@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from rlcm_fast.bombs import bombs_are_errors
+
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken files
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -42,7 +44,7 @@ def find_pictures(folder: str, field: str = "images") -> list[Picture]:
 def open_picture(path: Path, field: str) -> Picture:
     """Read the header of a picture; raises ValueError if it is none."""
     try:
-        with Image.open(path) as image:
+        with bombs_are_errors(), Image.open(path) as image:
             width, height = image.size
             is_turned = image.getexif().get(0x0112, 1) >= 5  # EXIF's orientations 5 to 8 swap the sides
     except _UNREADABLE as error:
@@ -53,7 +55,7 @@ def open_picture(path: Path, field: str) -> Picture:
 def read_picture(picture: Picture, field: str = "images") -> Tensor:
     """The pixels (3, H, W) float32 in [0, 1], turned as EXIF says; raises ValueError if they cannot be decoded."""
     try:
-        with Image.open(picture.path) as image:
+        with bombs_are_errors(), Image.open(picture.path) as image:
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except _UNREADABLE as error:
         raise ValueError(_unreadable(picture.path, field, error)) from error

@@ -7,23 +7,29 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from rlcm_fast.pairs.faults import check_lines
+from rlcm_fast.pairs.faults import check_archives, check_lines
 from rlcm_fast.pairs.reading import check_columns, first_rows
-from rlcm_fast.pairs.sources import BUILT_IN, FIELD, Source, captioned_files, is_local, parse_source, shards
-from rlcm_fast.plugins import load_class
+from rlcm_fast.pairs.sources import BUILT_IN, FIELD, Source, captioned_files, is_local, parse_source
+from rlcm_fast.plugins import check_unimported, load_class
 
 _NUM_CHECKED = 100  # the first lines or rows
 
 
-def check_source(data: str) -> None:
-    """Raise ValueError for a missing function, package or file, and for lines that are no pairs; open no dataset."""
+def check_source(data: str, may_import: bool = True) -> str | None:
+    """Raise ValueError for a missing function, package or file, and for lines that are no pairs; open no dataset.
+
+    may_import: import the module of a function of yours; otherwise returns what a run would import, "MODULE of FILE".
+    """
     source = parse_source(data)
     if source.kind == "function":
+        if not may_import:
+            return check_unimported(source.path, BUILT_IN, FIELD)
         load_class(source.path, BUILT_IN, FIELD)
-        return
+        return None
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(f"{FIELD}={data} is read by the package datasets; pip install 'rlcm_fast[data]'")
     _check_files(source)
+    return None
 
 
 def check_rows(data: str) -> None:
@@ -43,7 +49,7 @@ def _check_files(source: Source) -> None:
     if source.kind == "captioned_files":
         captioned_files(source)
     elif source.kind == "webdataset":
-        shards(source)
+        check_archives(source, _NUM_CHECKED)
     elif source.kind == "imagefolder":
         check_lines(source, _NUM_CHECKED)
     elif source.kind == "jsonl":

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from rlcm_fast.bombs import bombs_are_errors
 from rlcm_fast.pairs.reading import Row
 from rlcm_fast.pairs.sources import BUILT_IN, FIELD, Source
 from rlcm_fast.plugins import load_class
@@ -92,7 +93,8 @@ class Decoder:
         if row.file and os.path.exists(row.file) and not os.path.isfile(row.file):
             raise OSError("it is no regular file")  # opening a pipe would wait for ever
         image: Any = row.image
-        return datasets.Image().decode_example(image)
+        with bombs_are_errors():
+            return datasets.Image().decode_example(image)
 
     @cached_property
     def _function(self) -> Callable[[Any], tuple[Image.Image, str]]:

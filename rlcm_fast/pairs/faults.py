@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import lzma
+import pickle
+import struct
 import tarfile
+import zlib
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +21,9 @@ _REMEDIES = {
     "hub": "check its name, what follows ? and, for hf:owner/name, the network",
 }
 
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")  # gzip, bzip2, xz, zstd, zip
+
 
 class PairsFault(Fault):
     """Pairs cannot be read while the run trains; the message is one line that names the way out."""
@@ -27,7 +34,9 @@ def reading_errors() -> tuple[type[Exception], ...]:
     import pyarrow
     from datasets.exceptions import DatasetsError
 
-    return (OSError, ValueError, LookupError, tarfile.TarError, pyarrow.ArrowException, DatasetsError)
+    of_archives = (tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError)
+    of_content = (ValueError, LookupError, TypeError, RuntimeError, pickle.PickleError, pyarrow.ArrowException)
+    return (OSError, DatasetsError, *of_archives, *of_content)
 
 
 def unreadable(source: Source, error: Exception) -> ValueError:
@@ -73,10 +82,34 @@ def _bad_line_of(path: Path, keys: set[str], limit: int | None) -> str | None:
     return None if line else f"{path.name} is empty"
 
 
+def check_archives(source: Source, most_members: int) -> None:
+    """Raise ValueError for shards that are compressed, or hold compressed members: a small file may fill the memory.
+
+    Looks at the first bytes of every shard, and at the first members of the first one.
+    """
+    files = shards(source)
+    packed = next((file for file in files if _is_compressed(file)), None)
+    if packed:
+        raise ValueError(f"{FIELD}={source.text}: {packed} is compressed; unpack it to a plain .tar once, with gunzip")
+    try:
+        with tarfile.open(files[0], "r:") as tar:
+            names = [member.name for member in islice(tar, most_members)]
+    except (tarfile.TarError, OSError, ValueError):  # reading it says what is wrong
+        return
+    inside = next((name for name in names if name.lower().endswith(_COMPRESSED)), None)
+    if inside:
+        raise ValueError(f"{FIELD}={source.text}: {inside} of {files[0]} is compressed; {_REMEDIES['webdataset']}")
+
+
+def _is_compressed(file: str) -> bool:
+    with open(file, "rb") as content:
+        return content.read(6).startswith(_MAGIC)
+
+
 def _is_object(line: bytes, keys: set[str]) -> bool:
     try:
         record = json.loads(line)
-    except ValueError:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or brackets without an end
         return False
     return isinstance(record, dict) and keys <= record.keys()
 

@@ -55,9 +55,9 @@ def parse_source(data: str) -> Source:
     if data.startswith("hf:"):
         return _parse_hub(data)
     path = Path(data).expanduser()
-    if data.endswith(".tar"):
+    if data.lower().endswith(".tar"):
         return Source(data, "webdataset", str(path))
-    if data.endswith(".jsonl"):
+    if data.lower().endswith(".jsonl"):
         return Source(data, "jsonl", str(path))
     if data in BUILT_IN or (":" in data and not data.startswith("shapes:")):
         return Source(data, "function", data)
@@ -148,5 +148,5 @@ def _parse_hub(data: str) -> Source:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path after hf: is a folder, and not a hub id."""
-    return path.startswith((".", "/", "~")) or Path(path).is_dir()
+    """Whether a path after hf: is on this machine, and not a hub id."""
+    return path.startswith((".", "/", "~")) or Path(path).exists()

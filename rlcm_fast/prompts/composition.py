@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import permutations
 
+from rlcm_fast.permission import plug_in
+
 RELATIONS = ("and", "next to", "near", "on side of", "beside")
 CLASSES = (
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
@@ -28,11 +30,13 @@ HELD_OUT = CLASSES[3::7] + CLASSES[-1:]
 """Classes from all over the list, because neighbours in the list are alike."""
 
 
+@plug_in
 def training() -> list[str]:
     """The 22,780 training prompts."""
     return _prompts([name for name in CLASSES if name not in HELD_OUT])
 
 
+@plug_in
 def held_out() -> list[str]:
     """The 660 held-out prompts."""
     return _prompts(HELD_OUT)

@@ -107,7 +107,7 @@ class PromptFile(Sequence[Prompt]):
         start, end = (int(position) for position in self._index.starts[row : row + 2])
         file.seek(start)
         line = file.read(end - start).decode().strip()
-        if self._path.suffix == ".txt":
+        if self._path.suffix.lower() == ".txt":
             return Prompt(line)
         try:
             return parse_json_line(line)
@@ -116,6 +116,11 @@ class PromptFile(Sequence[Prompt]):
 
     def _changed(self, how: str) -> str:
         return f"{self._where} changed during the run (it {how}); put the old file back and go on with --resume latest"
+
+
+def is_prompt_file(source: str) -> bool:
+    """Tells whether a source of prompts is a file, by its ending in any case."""
+    return source.lower().endswith((".txt", ".jsonl"))
 
 
 def parse_json_line(line: str) -> Prompt:
@@ -128,7 +133,7 @@ def parse_json_line(line: str) -> Prompt:
     remedy = 'write {"text": "a cat"} or {"text": "a cat", "task": "animals"}'
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also for an integer of thousands of digits
         raise ValueError(f"is no JSON ({error}); {remedy}") from error
     if isinstance(record, dict) and "include" in record and "text" not in record and "prompt" in record:
         record["text"] = record.pop("prompt")

@@ -3,7 +3,8 @@
     animals.txt                  one prompt per line; blank lines are skipped
     animals.jsonl                one object per line: {"text": "a cat", "task": "animals"}; you may leave out the task
     shapes:one                   a name of BUILT_IN
-    package.module:function      a function of yours: called without arguments, it returns a list of str or of Prompt
+    package.module:function      a function of yours, marked with @rlcm_fast.plug_in: called without arguments, it
+                                 returns a list of str or of Prompt
     hf:PATH?column=prompt        a dataset of the hub or of a folder, streamed (stream.py)
 
 Prompts keep the order of the source, and a prompt that is listed twice counts twice; the sampler shuffles. A file of at
@@ -17,10 +18,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+from rlcm_fast.given import PREFIX as GIVEN
 from rlcm_fast.given import check_is_given
 from rlcm_fast.patience import NotDone, call_within
-from rlcm_fast.plugins import check_accepts, load_class, worded
-from rlcm_fast.prompts.files import PromptFile
+from rlcm_fast.plugins import check_accepts, check_unimported, load_class, worded
+from rlcm_fast.prompts.files import PromptFile, is_prompt_file
 from rlcm_fast.prompts.stream import PREFIX, check_stream, first_window
 from rlcm_fast.trajectory import Prompt
 
@@ -48,9 +50,9 @@ def load_prompts(source: str, field: str = "prompts.source") -> Sequence[Prompt]
         prompts = first_window(source, where)
     elif source in BUILT_IN:
         prompts = _call(source, where)
-    elif source.endswith((".txt", ".jsonl")):
+    elif is_prompt_file(source):
         prompts = _read_file(Path(source), where)
-    elif ":" in source and not source.startswith("shapes:"):
+    elif _is_function(source):
         prompts = _call(source, where)
     else:
         raise ValueError(
@@ -64,12 +66,24 @@ def load_prompts(source: str, field: str = "prompts.source") -> Sequence[Prompt]
     return prompts
 
 
-def check_prompts(source: str, field: str = "prompts.source") -> None:
-    """Raise what `load_prompts` would raise, but open no dataset, which may need a network."""
+def check_prompts(source: str, field: str = "prompts.source") -> str | None:
+    """Raise what `load_prompts` would raise, but open no dataset, which may need a network, and call no function.
+
+    Returns the module that a run would import for a function of yours, "MODULE of FILE".
+    """
     if source.startswith(PREFIX):
         check_stream(source, f"{field}={source}")
+    elif _is_function(source) and not source.startswith(GIVEN):
+        return check_unimported(source, BUILT_IN, field)
     else:
         load_prompts(source, field)
+    return None
+
+
+def _is_function(source: str) -> bool:
+    """Tells whether a source names a function of yours, by its form."""
+    is_other = source.startswith((PREFIX, "shapes:")) or source in BUILT_IN or is_prompt_file(source)
+    return ":" in source and not is_other
 
 
 def _call(source: str, where: str) -> list[Prompt]:

@@ -1,6 +1,7 @@
 """Rewards, one file each, found by name; `base` holds the protocols, `service` runs rewards beside the sampling.
 
-A name is one of BUILT_IN, or "package.module:Class" for a reward of yours.
+A name is one of BUILT_IN, or "package.module:Class" for a reward of yours; it may also be a function that is marked
+with `rlcm_fast.plug_in` and scores images (functions.py).
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ from typing import Any, Literal
 
 from torch import nn
 
+from rlcm_fast import plugins
 from rlcm_fast.config import RewardConfig
 from rlcm_fast.frozen import FrozenNetwork
 from rlcm_fast.given import check_is_given
 from rlcm_fast.plugins import build, check_accepts, load_class
 from rlcm_fast.rewards.base import ImagesFailed, Reward, RewardError, SetReward, check_scores
+from rlcm_fast.rewards.diversity import EMBEDDINGS
 from rlcm_fast.rewards.failures import Skipping
+from rlcm_fast.rewards.functions import FunctionReward
 from rlcm_fast.rewards.groups import GroupReward
 from rlcm_fast.rewards.memory import Held, RewardLoad, gpu_networks
 from rlcm_fast.rewards.models import OnModels, check_files
 from rlcm_fast.rewards.offload import Movable, Offloading, networks_used
+from rlcm_fast.rewards.parity import CLASSIFIERS
 from rlcm_fast.rewards.parts import in_parts, inner
 from rlcm_fast.rewards.placement import placed
 from rlcm_fast.rewards.service import (
@@ -64,6 +69,7 @@ __all__ = [
     "check_raw_scores",
     "check_reward",
     "check_scores",
+    "check_unimported",
     "evaluate",
     "gpu_bytes",
     "gpu_load",
@@ -102,6 +108,9 @@ BUILT_IN = {
     "http": "rlcm_fast.rewards.remote:RemoteReward",
 }
 
+ARGUMENTS_THAT_NAME = {"classifier": CLASSIFIERS, "embedding": EMBEDDINGS}
+"""Arguments of built-in rewards that may name a class of yours, and the names that are built in for them."""
+
 
 def check_name(name: str, field: str) -> None:
     """Raise a ValueError that names `field` unless `name` is one of BUILT_IN or a class that exists."""
@@ -115,10 +124,12 @@ def check_reward(
     """Check the name, and, if the reward `must_run`, that the files of its models are there.
 
     given: rewards of a Python program, by name. Returns what has to be downloaded, in words. Raises a ValueError that
-    begins with `field`. No weights load.
+    begins with `field`. No weights load. If the reward need not run, nothing of yours is imported.
     """
     if check_is_given(config.name, f"{field}.name", given or {}):
         _check_given(config, field)
+        return []
+    if not must_run and check_unimported(config, field):
         return []
     check_name(config.name, f"{field}.name")
     there = place(config, field)
@@ -143,6 +154,26 @@ def _check_signatures(config: RewardConfig, where: str) -> None:
         method = getattr_static(factory, name, None)
         if isinstance(method, FunctionType):
             check_accepts(method, f"{where} {name}", ("self", *positional))
+
+
+def check_unimported(config: RewardConfig, field: str) -> list[str]:
+    """Checks the names of Python in a reward, and imports no module of yours: for a dry run.
+
+    Returns what a run would import, each as "MODULE of FILE".
+    """
+    # Check the reward's own name.
+    check_is_given(config.name, f"{field}.name", {})
+    if config.name not in BUILT_IN:
+        imported = plugins.check_unimported(config.name, BUILT_IN, f"{field}.name")
+        return [imported] if imported else []
+
+    # Check what its arguments name.
+    found = []
+    for name, aliases in ARGUMENTS_THAT_NAME.items():
+        value = config.arguments.get(name)
+        if isinstance(value, str) and value not in aliases:
+            found.append(plugins.check_unimported(value, aliases, f"{field}.arguments.{name}"))
+    return [imported for imported in found if imported]
 
 
 def _check_given(config: RewardConfig, field: str) -> None:
@@ -207,7 +238,9 @@ def make_reward(name: str, arguments: Mapping[str, Any], field: str = "rewards")
     Errors begin with `field`, the config field that sets the reward.
     """
     try:
-        reward = build(name, arguments, BUILT_IN)
+        found = load_class(name, BUILT_IN)
+        is_class = isinstance(found, type)
+        reward = build(name, arguments, BUILT_IN) if is_class else FunctionReward(found, arguments, name)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
     return check_protocol(name, reward, field)

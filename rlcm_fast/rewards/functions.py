@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -23,11 +23,27 @@ class FunctionReward:
 
     scope = "image"
 
-    def __init__(self, function: Callable[[Tensor, list[str]], Any]) -> None:
-        self._function = function
+    def __init__(
+        self, function: Callable[..., Any], arguments: Mapping[str, Any] | None = None, name: str = "function"
+    ) -> None:
+        """arguments: further keyword arguments of each call; raises ValueError if the function does not accept them."""
+        if arguments is not None:
+            _check_accepts(function, arguments, name)
+        self._function = functools.partial(function, **arguments) if arguments else function
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return as_scores(self._function(images, [prompt.text for prompt in prompts]))
+
+
+def _check_accepts(function: Callable[..., Any], arguments: Mapping[str, Any], name: str) -> None:
+    signature = inspect.signature(function)
+    try:
+        signature.bind("images", "texts", **arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"name={name} is a function that is called as {name.rpartition(':')[2]}(images, texts, **arguments), and"
+            f" {error} with arguments={dict(arguments)}; it accepts {signature}"
+        ) from error
 
 
 def as_scores(scores: Any) -> Any:

@@ -9,24 +9,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlcm_fast import plug_in
 from rlcm_fast.prompts import load_prompts, sources
 from rlcm_fast.trajectory import Prompt
 
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1).map(str.strip).filter(bool)
 
 
+@plug_in
 def two_pets() -> list[str | Prompt]:
     return ["a cat", Prompt("a dog", task="dogs")]
 
 
+@plug_in
 def nothing() -> list[str]:
     return []
 
 
+@plug_in
 def a_blank() -> list[str]:
     return ["a cat", " "]
 
 
+@plug_in
 def a_number() -> list[int]:
     return [3]
 

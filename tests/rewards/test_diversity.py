@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlcm_fast import plug_in
 from rlcm_fast.rewards.diversity import Diversity
 from rlcm_fast.trajectory import Prompt
 
 
+@plug_in
 class TopLeft:
     """An embedding: the first pixel."""
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlcm_fast import plug_in
 from rlcm_fast.rewards import GroupReward, build_reward
 from rlcm_fast.rewards.parity import DistributionParity
 from rlcm_fast.trajectory import Prompt
@@ -13,12 +14,14 @@ from rlcm_fast.trajectory import Prompt
 PROMPTS = [Prompt("a person")] * 4
 
 
+@plug_in
 class Declared:
     """A classifier of three classes that cannot be called."""
 
     num_classes = 3
 
 
+@plug_in
 class Answering:
     """A classifier whose answer is an argument."""
 

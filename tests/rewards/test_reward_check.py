@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlcm_fast.plugins import load_class
-from rlcm_fast.rewards import BUILT_IN, Reward, RewardError, build_reward, check_scores
+from rlcm_fast.rewards import BUILT_IN, Reward, RewardError, build_reward, check_protocol, check_scores
 from rlcm_fast.rewards.jpeg import JpegCompressibility
 from rlcm_fast.trajectory import Prompt
 
@@ -98,8 +98,10 @@ def test_a_bad_argument_names_the_reward_and_the_remedy():
 
 @pytest.mark.parametrize("name", ["NotAReward", "WrongScope"])
 def test_a_class_that_is_no_reward_is_refused_before_it_is_used(name: str):
-    with pytest.raises(ValueError, match=f"{name}, which is no reward; give it an attribute .* and value"):
+    with pytest.raises(ValueError, match=rf"{name} does not say that a config may name it, .* scope = \"image\""):
         build_reward(f"{__name__}:{name}", {})
+    with pytest.raises(ValueError, match="made a .*, which is no reward; give it an attribute .* and value"):
+        check_protocol(name, globals()[name](), "rewards")
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if computes_on_models(name)])

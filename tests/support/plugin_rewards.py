@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlcm_fast import parallel
+from rlcm_fast import parallel, plug_in
 from rlcm_fast.run_folder import checkpoint
 from rlcm_fast.trajectory import Prompt
 
@@ -93,6 +93,7 @@ class KilledWhileSaving(Brightness):
         checkpoint.write_tensors = kill
 
 
+@plug_in
 class Quadrants:
     """A classifier of four classes, each likelier the brighter its quarter of the image is."""
 
