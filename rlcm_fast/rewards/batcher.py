@@ -24,6 +24,7 @@ import torch
 from rlcm_fast.rewards.base import ImagesFailed, Reward, ScoreError, expect, one_line
 from rlcm_fast.rewards.encoding import from_pixels
 from rlcm_fast.rewards.outcomes import Failed, Outcome
+from rlcm_fast.rewards.unchanged import Watch
 from rlcm_fast.trajectory import Prompt
 
 
@@ -117,7 +118,10 @@ class Batcher:
         prompts = [item.prompt for item in batch]
         try:
             with torch.no_grad():
+                watch = Watch(images)
+                watch.begin()
                 scores = expect(self._reward(images, prompts), (len(batch),), "one score per image")
+                watch.check(lambda copy: self._reward(copy, prompts))
         except ImagesFailed as failed:
             return _partial(failed, len(batch))
         except Exception as error:  # noqa: BLE001 - whatever a reward raises fails its images, not the server

@@ -38,6 +38,7 @@ from rlcm_fast.rewards.base import (
 from rlcm_fast.rewards.failures import Answer, Skipping, Tally, answer_with_skips
 from rlcm_fast.rewards.groups import GroupReward, side_by_side
 from rlcm_fast.rewards.streams import event_after, own_stream
+from rlcm_fast.rewards.unchanged import Watch
 from rlcm_fast.rewards.workers import Call, Workers
 from rlcm_fast.trajectory import Prompt
 
@@ -96,10 +97,10 @@ class RewardService:
             raise ValueError(
                 f"prompts={len(prompts)} for {len(images)} images; give one prompt per image, at least one"
             )
-        calls, decoded = {}, event_after(images)
+        calls, decoded, watch = {}, event_after(images), Watch(images)
         for name, (reward, _) in self._rewards.items():
             tally = self._tally if name in self._skipping.names else None
-            work = partial(_score_in_worker, reward=reward, images=images, decoded=decoded, tally=tally)
+            work = partial(_score_in_worker, reward=reward, watch=watch, decoded=decoded, tally=tally)
             calls[name] = Call(name, prompts, work)
             self._workers.submit(calls[name])
         self._batches.append(_Batch(tuple(prompts), calls))
@@ -251,21 +252,26 @@ class _BrokenImage(Exception):
 
 
 def _score_in_worker(
-    call: Call, reward: Reward, images: Tensor, decoded: torch.cuda.Event | None, tally: Tally | None
+    call: Call, reward: Reward, watch: Watch, decoded: torch.cuda.Event | None, tally: Tally | None
 ) -> Answer:
     """The raw scores, unchecked; tensors move to the CPU here, so that the caller waits for no copy.
 
     decoded: the event after which the images are there; None on a CPU. tally: counts the failures of a reward that may
-    fail for single images; None: it may not.
+    fail for single images; None: it may not. Raises ScoreError for a reward that changes the images.
     """
+    images = watch.images
     with torch.no_grad(), own_stream(images, decoded):
         # A NaN image has a JPEG size like any other, so a reward would hide it. A sum needs no mask of all pixels.
         broken = first_not_finite(images.flatten(1).sum(dim=1))
         if broken is not None:
             raise _BrokenImage(broken)
+        watch.begin()
         if tally is None:
-            return Answer(_on_cpu(reward, images, call.prompts))
-        return answer_with_skips(call, partial(_on_cpu, reward), images, tally)
+            answer = Answer(_on_cpu(reward, images, call.prompts))
+        else:
+            answer = answer_with_skips(call, partial(_on_cpu, reward), images, tally)
+        watch.check(lambda copy: score(reward, copy, call.prompts))
+        return answer
 
 
 def _on_cpu(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> object:
