@@ -149,8 +149,9 @@ def load_pipeline(
         kind = getattr(diffusers, str(index.get("_class_name")), None)
         if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
             raise OSError(f"its model_index.json belongs to class {index.get('_class_name')}, which is no pipeline")
+        model_files.parts_in(index, named)
         passed = {**({"safety_checker": None} if "safety_checker" in index else {}), **parts}
-        folder = Path(path if is_here else DiffusionPipeline.download(path, revision=revision, **passed))
+        folder = Path(path if is_here else _download(path, revision, passed))
 
         # Load what is small, then the networks, whose weights are checked, and then the rest.
         for name, class_name in _small_parts(index).items():
@@ -162,7 +163,17 @@ def load_pipeline(
             class_name = (index.get(name) or (None, None))[1]
             if class_name is not None and name not in passed and class_of(class_name) is not None:
                 passed[name] = where.load(name, class_name, dtypes.get(name, dtypes["default"]))
-        return DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, **passed)
+        return DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True, **passed)
+
+
+def _download(path: str, revision: str | None, passed: Mapping[str, Any]) -> Any:
+    """Downloads what a pipeline on the hub needs, and no pickles; raises OSError if its weights are pickles only."""
+    try:
+        return DiffusionPipeline.download(path, revision=revision, use_safetensors=True, **passed)
+    except OSError as error:
+        if "necessary `safetensors` weights" in str(error):
+            raise OSError(f"it has its weights {model_files.PICKLED}; {model_files.CONVERT}") from error
+        raise
 
 
 def _small_parts(index: Any) -> dict[str, str]:

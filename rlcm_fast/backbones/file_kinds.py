@@ -19,7 +19,8 @@ CLIP_PREFIXES = ("cond_stage_model.transformer.", "conditioner.embedders.0.trans
 OPENCLIP_PREFIXES = ("cond_stage_model.model.", "conditioner.embedders.1.model.")
 SCHEDULER = "rlcm_fast.scheduler"  # in the metadata of our files
 
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+SAFE = ".safetensors"
 _MOST_BYTES_OF_A_HEADER = 100_000_000  # the limit of safetensors itself
 _FAMILIES = {768: "sd15", 1024: "sd2", 2048: "sdxl"}  # by the width of the text that the UNet attends to
 _SUBJECTS = {"lora_": "a LoRA; give it as model.loras", "hada_": "a LoHa", "lokr_": "a LoKr"}
@@ -42,7 +43,22 @@ class FileKind:
 def is_checkpoint(path: str) -> bool:
     """Tells whether a path means a checkpoint in one file, on this machine."""
     place = Path(path).expanduser()
-    return place.is_file() or place.suffix in (".safetensors", *_PICKLES)
+    return place.is_file() or place.suffix.lower() in (SAFE, *PICKLES)
+
+
+def refuse_pickle(path: Path, field: str) -> None:
+    """Raises ValueError, which begins with `field`, for a file that is a pickle by its name or by its first bytes."""
+    head = b""
+    if path.is_file() and path.suffix.lower() not in PICKLES:
+        with path.open("rb") as file:
+            head = file.read(8)
+    # torch.save writes a zip archive, or in old versions a pickle of protocol 2 and more.
+    is_pickle = head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04"))
+    if path.suffix.lower() in PICKLES or (is_pickle and int.from_bytes(head, "little") > _MOST_BYTES_OF_A_HEADER):
+        raise ValueError(
+            f"{field} is a pickle, and reading one runs any code that is in it; convert it to .safetensors first, with"
+            " ComfyUI's or A1111's own tools or with safetensors.torch.save_file where you trust it"
+        )
 
 
 def read_header(path: Path, field: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -51,11 +67,7 @@ def read_header(path: Path, field: str) -> tuple[dict[str, Any], dict[str, str]]
     Raises:
         ValueError: it is a pickle, missing, or no safetensors file; the message begins with `field`.
     """
-    if path.suffix in _PICKLES:
-        raise ValueError(
-            f"{field} is a pickle, and reading one runs any code that is in it; convert it to .safetensors first, with"
-            " ComfyUI's or A1111's own tools or with safetensors.torch.save_file where you trust it"
-        )
+    refuse_pickle(path, field)
     if not path.is_file():
         raise ValueError(f"{field} does not exist; give a .safetensors file, a diffusers folder or a hub id")
     with path.open("rb") as file:

@@ -10,7 +10,16 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from rlcm_fast.backbones.file_kinds import LAYOUTS, FileKind, is_checkpoint, kind_of, read_header
+from rlcm_fast.backbones.file_kinds import (
+    LAYOUTS,
+    PICKLES,
+    SAFE,
+    FileKind,
+    is_checkpoint,
+    kind_of,
+    read_header,
+    refuse_pickle,
+)
 from rlcm_fast.config import ModelConfig
 
 SHIPPED = {
@@ -145,15 +154,21 @@ def resolve_lora_path(path: str, field: str = "model.lora") -> str:
     """Find the safetensors file of a LoRA, or keep a hub id; raises ValueError if `path` can be neither."""
     place = Path(path).expanduser()
     if place.is_dir():
-        files = [place / LORA_FILE] if (place / LORA_FILE).is_file() else sorted(place.glob("*.safetensors"))
+        files = [place / LORA_FILE] if (place / LORA_FILE).is_file() else files_of_kind(place, (SAFE,))
+        pickles = [] if files else files_of_kind(place, PICKLES)
+        if pickles:
+            refuse_pickle(pickles[0], f"{field}={pickles[0]}")
         if len(files) != 1:
             found = f"{len(files)} safetensors files and none is {LORA_FILE}" if files else "no safetensors file"
             raise ValueError(f"{field}={path} is not the folder of a LoRA: it holds {found}; give the file itself")
         return str(files[0])
-    if place.is_file() and place.suffix == ".safetensors":
+    if place.is_file() and place.suffix.lower() == SAFE:
+        read_header(place, f"{field}={path}")
         return str(place)
+    if place.suffix.lower() in PICKLES:
+        refuse_pickle(place, f"{field}={path}")
     repository, file = split_hub_file(path)
-    if place.exists() or not _may_be_hub_id(repository) or (place.suffix == ".safetensors" and not file):
+    if place.exists() or not _may_be_hub_id(repository) or (place.suffix.lower() == SAFE and not file):
         raise ValueError(
             f"{field}={path} is not a LoRA; give a folder with {LORA_FILE}, a .safetensors file or a hub id"
         )
@@ -164,8 +179,13 @@ def split_hub_file(path: str) -> tuple[str, str]:
     """Splits owner/name/file.safetensors into the hub id and the file, which is empty in a hub id alone."""
     owner, _, rest = path.partition("/")
     name, _, file = rest.partition("/")
-    is_file = file.endswith(".safetensors") and not path.startswith((".", "/", "~"))
+    is_file = file.lower().endswith(SAFE) and not path.startswith((".", "/", "~"))
     return (f"{owner}/{name}", file) if is_file else (path, "")
+
+
+def files_of_kind(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """Returns the files of a folder with one of the endings, in any case, sorted by name."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in endings and file.is_file())
 
 
 def _refuse_unet_alone(path: str) -> None:

@@ -11,12 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlcm_fast.backbones.file_kinds import num_tensor_bytes
+from rlcm_fast.backbones.file_kinds import PICKLES, num_tensor_bytes
 
 INDEX = "model_index.json"
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 COPY_ANEW = "copy or download the folder anew"
+
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+"""The libraries that an index may name; the last one is how diffusers calls the place of the safety checker."""
+CONVERT = (
+    "convert them where you trust them, with diffusers: DiffusionPipeline.from_pretrained(FOLDER).save_pretrained(NEW)"
+)
+PICKLED = "only as pickles (.bin), and reading one may run any code that is in it"
 
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?\.safetensors")
 _LFS = b"version https://git-lfs"
@@ -49,13 +56,24 @@ def read_json(file: Path, named: str) -> dict[str, Any]:
 
 def parts_of(folder: Path, named: str) -> dict[str, tuple[str, str]]:
     """Returns the library and class of each part that the index of a folder names; raises ValueError for others."""
+    return parts_in(read_json(folder / INDEX, named), named)
+
+
+def parts_in(index: Mapping[str, Any], named: str) -> dict[str, tuple[str, str]]:
+    """Returns the library and class of each part that an index names; raises ValueError for what is none of LIBRARIES.
+
+    A class of another library would be imported, and its code would run.
+    """
     parts = {}
-    for name, entry in read_json(folder / INDEX, named).items():
+    for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list):
             continue
         if len(entry) != 2 or not all(one is None or isinstance(one, str) for one in entry):
             raise refusal(named, f"{INDEX} says {name}={entry}, which names no library and class", COPY_ANEW)
         library, class_name = entry
+        if library is not None and library not in LIBRARIES:
+            reason = f"{INDEX} says that its {name} is a {class_name} of {library}, whose code would run"
+            raise refusal(named, reason, f"give a model whose parts are of {LIBRARIES[0]} and {LIBRARIES[1]}")
         if library is not None and class_name is not None:
             parts[name] = (library, class_name)
     return parts
@@ -74,17 +92,16 @@ def check_tokenizer_files(folder: Path, named: str) -> None:
 
 
 def check_weights(folder: Path, named: str, variant: str | None) -> None:
-    """Raises ValueError if a network's folder has no weights, or a file of them is cut off or no safetensors file.
-
-    A folder with pickles (.bin) alone passes: its loader has the word.
-    """
+    """Raises ValueError if a network's folder has no weights, or a file of them is cut off or no safetensors file."""
     found = [file for file in folder.glob("*.safetensors") if _WEIGHTS.fullmatch(file.name)]
     wanted = [file for file in found if _variant(file) == variant] or [file for file in found if not _variant(file)]
     listed = {folder / name for index in folder.glob("*.safetensors.index.json") for name in _shards(index, named)}
     missing = sorted(file.name for file in listed if not file.is_file() and _variant(file) in (variant, None))
     if missing and (variant is None or not wanted):
         raise refusal(named, f"{folder.name} lacks {missing[0]}, which its index names", COPY_ANEW)
-    if not wanted and not list(folder.glob("*.bin")):
+    if not wanted and any(file.suffix.lower() in PICKLES for file in folder.glob("*")):
+        raise refusal(named, f"{folder.name} has its weights {PICKLED}", CONVERT)
+    if not wanted:
         raise refusal(named, f"{folder.name} has no weights (no .safetensors file)", COPY_ANEW)
     for file in sorted(wanted):
         check_whole(file, named)

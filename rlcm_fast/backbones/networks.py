@@ -55,7 +55,13 @@ class Where:
         shown = name or class_name
         try:
             network, info = kind.from_pretrained(
-                place, dtype=dtype, variant=variant, output_loading_info=True, ignore_mismatched_sizes=True, **more
+                place,
+                dtype=dtype,
+                variant=variant,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **more,
             )
         except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):

@@ -114,9 +114,11 @@ class DefaultDDPOStableDiffusionPipeline:
 
         path, revision = self.pretrained_model, self.pretrained_revision
         path = str(SHIPPED.get(path, path))
-        pipeline: Any = StableDiffusionPipeline.from_pretrained(path, revision=revision, safety_checker=None)
+        pipeline: Any = StableDiffusionPipeline.from_pretrained(
+            path, revision=revision, safety_checker=None, use_safetensors=True
+        )
         if self._lora is not None:
-            pipeline.load_lora_weights(self._lora)
+            pipeline.load_lora_weights(self._lora, use_safetensors=True)
             pipeline.fuse_lora()
             pipeline.unload_lora_weights()
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -128,7 +130,7 @@ class DefaultDDPOStableDiffusionPipeline:
             return
         if self._run.lora is not None:
             self._pipeline.unload_lora_weights()
-            self._pipeline.load_lora_weights(self._run.lora)
+            self._pipeline.load_lora_weights(self._run.lora, use_safetensors=True)
             return
         weights = self._run.pipeline.unet.state_dict()
         self._pipeline.unet.load_state_dict(weights)

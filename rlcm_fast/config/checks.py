@@ -15,6 +15,7 @@ from rlcm_fast.config import Config, PolicyConfig, PromptsConfig
 from rlcm_fast.config.algorithm_checks import check_algorithm
 from rlcm_fast.config.batches import with_numbers
 from rlcm_fast.config.engine_checks import check_engine
+from rlcm_fast.config.files import check_can_be_made
 from rlcm_fast.config.image_sizes import check_image_sizes
 from rlcm_fast.config.ranges import check_ranges
 from rlcm_fast.config.resolved import ResolvedRun, resolve
@@ -54,6 +55,7 @@ def validate(config: Config, world_size: int) -> ResolvedRun:
     check_engine(run)
     _check_lora(config)
     _check_resume(config)
+    check_can_be_made(config.run_dir, "run_dir")
     return run if given is config else replace(run, config=given)
 
 

@@ -72,6 +72,26 @@ def beside(folder: Path, text: str) -> str:
     return path if os.path.exists(path) or _matches(folder, text) else text
 
 
+def check_can_be_made(folder: str, field: str) -> None:
+    """Raises ValueError if a folder is a file, or cannot be made or written in; makes nothing."""
+    # Find the nearest place that is there.
+    named, place = f"{field}={folder}", Path(os.path.abspath(folder))
+    try:
+        while not os.path.lexists(place):
+            place = place.parent
+        is_folder = place.is_dir()
+    except (OSError, ValueError) as error:  # too long a name, or a null character in it
+        raise ValueError(f"{named} can be no folder ({error}); give another") from error
+
+    # Folders can only be made in a folder that may be written in; a name may have 255 bytes on most file systems.
+    if not is_folder:
+        raise ValueError(f"{named} cannot be made: {place} is no folder; give another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{named} cannot be written: {place} allows nobody or others to write; give another")
+    if any(len(os.fsencode(part)) > 255 for part in Path(folder).parts):
+        raise ValueError(f"{named} has a name of more than 255 bytes; give a shorter one")
+
+
 def _matches(folder: Path, pattern: str) -> bool:
     return pattern.endswith(".tar") and bool(glob.glob(_BRACES.sub("*", pattern), root_dir=folder))
 

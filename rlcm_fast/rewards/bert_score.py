@@ -60,7 +60,7 @@ class BertScore:
             if layer > config.num_hidden_layers:
                 raise ValueError(f"layer={layer} is not there: {files.source} has {config.num_hidden_layers}")
             config.num_hidden_layers = layer
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             tokens = Tokens(tokenizer, config.max_position_embeddings, files.source)
             return BertScore(load(DebertaModel, folder, place, config), tokens)
 

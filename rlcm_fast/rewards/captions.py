@@ -76,7 +76,9 @@ class Llava:
 
             config = LlavaConfig.from_pretrained(folder, local_files_only=True)
             network = load(LlavaForConditionalGeneration, folder, place, config)
-            return Llava(network, AutoTokenizer.from_pretrained(folder, local_files_only=True), place)
+            return Llava(
+                network, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False), place
+            )
 
         return shared("LLaVA", folder, place, make)
 

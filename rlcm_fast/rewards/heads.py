@@ -64,9 +64,11 @@ def read_tensors(file: Path) -> Mapping[str, Tensor]:
     Raises ValueError if the file is broken, or holds anything else.
     """
     try:
-        if file.suffix == ".safetensors":
+        if file.suffix.lower() == ".safetensors":
             return load_file(file)
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
+    except UnpicklingError as error:
+        raise ValueError(f"{file} is no file of tensors alone: it is a pickle whose code would run") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{file} is no file of tensors: {str(error).splitlines()[0][:200]}") from error
     return loaded.get("state_dict", loaded)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -227,10 +228,14 @@ def load(
                 config=config,
                 dtype=place.dtype,
                 local_files_only=True,
+                weights_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **options,
             )
+    except UnpicklingError as error:
+        reason = "its weights are a pickle of more than tensors, whose code would run"
+        raise ValueError(f"{where} could not be loaded as {network_class.__name__}: {reason}") from error
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{where} could not be loaded as {network_class.__name__}: {reason}") from error

@@ -136,7 +136,7 @@ def _files_of(folder: Path, index: str) -> Iterator[Path]:
 def _described(file: Path, with_hash: bool) -> dict[str, Any]:
     status = file.stat()
     described: dict[str, Any] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    if file.suffix == ".safetensors":
+    if file.suffix.lower() == ".safetensors":
         described["header"] = _header_digest(file)
     if with_hash:
         with file.open("rb") as content:
