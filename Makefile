@@ -1,4 +1,4 @@
-.PHONY: docs install test test-all gpu lint typecheck format ci
+.PHONY: audit docs install test test-all gpu lint typecheck format ci
 
 install:
 	pip install -e '.[dev]'
@@ -26,6 +26,9 @@ typecheck:
 
 ci:
 	bash .ci/run
+
+audit: # known vulnerabilities, where there is a network, and a bill of materials; pip install -e '.[audit]' first
+	bash .ci/audit
 
 docs: # the pages of every config field, from the dataclasses
 	python -m rlcm_fast.config.reference docs

@@ -40,6 +40,7 @@ SERVER = ["uvicorn>=0.40,<1", "starlette>=1,<2"]  # 2 MB; clients need httpx2 al
 FACES = ["scikit-image>=0.24,<0.27"]  # its face cascade for skin_tone; its photographs are what tests look at; 38 MB
 TEST = ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.130,<7", "kernels>=0.17,<1", *DATA]
 TEST += [*OCR, *SAFETY, *SERVER, *FACES]
+AUDIT = ["pip-audit>=2.9,<3", "cyclonedx-bom>=7,<8"]  # `make audit`
 LINT = ["ruff>=0.15,<0.18", "pyright[nodejs]>=1.1.400,<2"]
 
 
@@ -72,6 +73,7 @@ setup(
     },
     install_requires=REQUIREMENTS,
     extras_require={
+        "audit": AUDIT,
         "test": TEST + LINT,
         "dev": TEST + LINT,
         "data": DATA,
