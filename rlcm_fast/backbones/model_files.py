@@ -123,7 +123,11 @@ def _shards(index: Path, named: str) -> set[str]:
     weight_map = read_json(index, named).get("weight_map")
     if not isinstance(weight_map, Mapping):
         raise refusal(named, f"{index.parent.name}/{index.name} has no weight_map", COPY_ANEW)
-    return {str(name) for name in weight_map.values()}
+    names = {str(name) for name in weight_map.values()}
+    strange = next((name for name in sorted(names) if Path(name).name != name or len(name) > 255), None)
+    if strange is not None:
+        raise refusal(named, f"{index.name} names {strange[:60]!r}, which is no file of its folder", COPY_ANEW)
+    return names
 
 
 def check_whole(file: Path, named: str) -> None:
@@ -139,7 +143,7 @@ def check_whole(file: Path, named: str) -> None:
         if size >= 8 + length and length <= _MOST_BYTES_OF_A_HEADER:
             try:
                 header = json.loads(content.read(length))
-            except ValueError:
+            except (ValueError, RecursionError):
                 header = None
     if isinstance(header, dict):
         header.pop("__metadata__", None)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rlcm_fast import parallel
@@ -167,7 +168,11 @@ def read_shards(folder: Path) -> Saved:
     files = sorted((folder / FOLDER).glob("shard_*_of_*.json"))
     if not files or len(files) != int(files[0].stem[-5:]):
         raise ValueError(f"resume={folder} lacks shards: {FOLDER}/ has {len(files)} of them; give another checkpoint")
-    return Saved([_read_shard(file) for file in files])
+    try:
+        return Saved([_read_shard(file) for file in files])
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"resume={folder}: its shards are damaged ({reason}); give another checkpoint") from error
 
 
 def check_same_weights(saved: Mapping[str, Sequence[int]], present: Mapping[str, Sequence[int]]) -> None:

@@ -72,7 +72,7 @@ def read_request(data: bytes, reward: str) -> ScoreRequest:
     # Read the JSON.
     try:
         body = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is no JSON: {error}") from error
     if not isinstance(body, Mapping):
         raise Refused(400, "the body is no JSON object")
@@ -106,7 +106,7 @@ def _is_metadata(text: str) -> bool:
     """Tells whether the text is empty or a JSON object."""
     try:
         return not text or isinstance(json.loads(text), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -43,7 +43,7 @@ def read_sampler(model: str, revision: str | None = None) -> PolicyConfig | None
     elif not place.is_dir():
         return _of_hub(model, revision)
     file = place / SAMPLER_FILE
-    return _parsed(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
+    return _parsed(file.read_text(encoding="utf-8", errors="replace"), str(file)) if file.is_file() else None
 
 
 def _of_hub(repository: str, revision: str | None) -> PolicyConfig | None:
@@ -62,6 +62,6 @@ def _parsed(text: str, named: str, section: str | None = None) -> PolicyConfig:
         known = {name: fields[name] for name in _FIELDS if name in fields}
         texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in known.items()}
         return parse_config([f"--policy.{name}={text}" for name, text in texts.items()]).policy
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{named} does not say how to sample ({reason}); repair it, or remove it") from error

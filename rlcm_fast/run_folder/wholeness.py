@@ -92,7 +92,7 @@ def _read_json(file: Path) -> Mapping[str, Any] | str:
     text = file.read_bytes()
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):
         return value

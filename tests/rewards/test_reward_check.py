@@ -96,12 +96,14 @@ def test_a_bad_argument_names_the_reward_and_the_remedy():
         build_reward("jpeg_incompressibility", {"quality": 0})
 
 
-@pytest.mark.parametrize("name", ["NotAReward", "WrongScope"])
-def test_a_class_that_is_no_reward_is_refused_before_it_is_used(name: str):
-    with pytest.raises(ValueError, match=rf"{name} does not say that a config may name it, .* scope = \"image\""):
-        build_reward(f"{__name__}:{name}", {})
-    with pytest.raises(ValueError, match="made a .*, which is no reward; give it an attribute .* and value"):
-        check_protocol(name, globals()[name](), "rewards")
+def test_a_class_that_is_no_reward_is_refused_before_it_is_used():
+    with pytest.raises(ValueError, match=r'NotAReward does not say that a config may name it, .* scope = "image"'):
+        build_reward(f"{__name__}:NotAReward", {})
+    for name, made in (("WrongScope", WrongScope()), ("NotAReward", NotAReward())):
+        with pytest.raises(ValueError, match=f"{name}, which is no reward; give it an attribute .* and value"):
+            check_protocol(name, made, "rewards")
+    with pytest.raises(ValueError, match="WrongScope, which is no reward; give it an attribute .* and value"):
+        build_reward(f"{__name__}:WrongScope", {})
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if computes_on_models(name)])
