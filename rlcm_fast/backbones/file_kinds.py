@@ -89,7 +89,7 @@ def read_header(path: Path, field: str) -> tuple[dict[str, Any], dict[str, str]]
 def num_tensor_bytes(header: Any) -> int | None:
     """Returns how many bytes follow the header of a safetensors file, without its metadata; None if it is damaged."""
     try:
-        if not all(isinstance(size, int) for entry in header.values() for size in entry["shape"]):
+        if not all(isinstance(size, int) for entry in header.values() for size in entry.get("shape", ())):
             return None
         return max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except (AttributeError, OverflowError, KeyError, IndexError, TypeError, ValueError):
@@ -101,12 +101,13 @@ def kind_of(path: Path, field: str) -> FileKind:
     tensors, metadata = read_header(path, field)
     prefix, is_diffusers = _place_of_unet(tensors, field)
     first = f"{prefix}{'conv_in' if is_diffusers else 'input_blocks.0.0'}.weight"
-    if not all(len(entry["shape"]) == 4 for name, entry in tensors.items() if name == first):
-        raise ValueError(f"{field} has {first} of shape {tensors[first]['shape']}, or is damaged; download it again")
+    if not all(len(entry.get("shape", ())) == 4 for name, entry in tensors.items() if name == first):
+        raise ValueError(f"{field} has {first} of another shape than a convolution, or is damaged; download it again")
     channels = tensors[first]["shape"][1]
     if channels != 4:
         raise ValueError(f"{field} has a UNet with {channels} input channels (inpainting, editing); give one with 4")
-    keys = [entry["shape"] for name, entry in tensors.items() if name.endswith("attn2.to_k.weight") and entry["shape"]]
+    shapes = {name: entry.get("shape") for name, entry in tensors.items() if name.endswith("attn2.to_k.weight")}
+    keys = [shape for shape in shapes.values() if shape]
     width = keys[0][-1] if keys else None
     if width == 1280:
         raise ValueError(f"{field} is SDXL's refiner, which draws no image by itself; give the base model")

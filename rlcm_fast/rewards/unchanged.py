@@ -61,4 +61,4 @@ def _version(images: Tensor) -> int:
 
 def _checksum(images: Tensor) -> int:
     """A checksum of the bytes of images on a CPU, 0.4 ms per MB; 0 elsewhere, where numpy works on a copy."""
-    return zlib.crc32(images.detach().contiguous().numpy()) if images.device.type == "cpu" else 0
+    return zlib.crc32(memoryview(images.detach().contiguous().numpy())) if images.device.type == "cpu" else 0
