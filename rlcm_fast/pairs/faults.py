@@ -111,7 +111,9 @@ def _is_object(line: bytes, keys: set[str]) -> bool:
         record = json.loads(line)
     except (ValueError, RecursionError):  # no JSON, no UTF-8, or brackets without an end
         return False
-    return isinstance(record, dict) and keys <= record.keys()
+    if not isinstance(record, dict) or not keys <= record.keys():
+        return False
+    return all(isinstance(record[key], str | None) for key in keys)
 
 
 def _breaks_off(shard: str) -> bool:

@@ -111,10 +111,12 @@ def _call(source: str, where: str) -> list[Prompt]:
             f"{where} returns more than {MOST_RETURNED:,} prompts, or never ends; return fewer, or write them into a"
             " .txt file, which stays on the disk"
         )
-    prompts = [Prompt(item) if isinstance(item, str) else item for item in items]
-    wrong = next((item for item in prompts if not isinstance(item, Prompt) or not item.text.strip()), None)
-    if wrong is not None:
-        raise ValueError(f"{where} returned the prompt {wrong!r}; {remedy}")
+    prompts = []
+    for item in items:
+        prompt = Prompt(item) if isinstance(item, str) else item
+        if not isinstance(prompt, Prompt) or not prompt.text.strip():
+            raise ValueError(f"{where} returned the prompt {prompt!r}; {remedy}")
+        prompts.append(prompt)
     return prompts
 
 

@@ -346,10 +346,9 @@ class RewardBuilder:
 
 def build_rewards(configs: Sequence[RewardConfig]) -> dict[str, tuple[Reward, float]]:
     """The rewards of `configs`, each with its weight, by name."""
-    return {
-        config.name: (
-            grouped(config.name, make_placed(config), config.group_size, config.credit),
-            config.weight,
-        )
-        for config in configs
-    }
+    built = {}
+    for index, config in enumerate(configs):
+        field = f"rewards[{index}]"
+        reward = grouped(config.name, make_placed(config, field), config.group_size, config.credit, field)
+        built[config.name] = (reward, config.weight)
+    return built

@@ -48,7 +48,8 @@ class Call:
             returned = work(self)
         except BaseException as error:  # noqa: BLE001  # whoever reads the answer gets it
             self.attempt = None
-            is_exit = not isinstance(error, Exception)  # a reward's sys.exit() must not end the run without a word
+            # A reward's sys.exit() must not end the run without a word; contextlib has a meaning for StopIteration.
+            is_exit = not isinstance(error, Exception) or isinstance(error, StopIteration)
             self.answer.set_exception(RuntimeError(f"{type(error).__name__}: {error}") if is_exit else error)
         else:
             self.attempt = None

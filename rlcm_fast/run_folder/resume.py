@@ -190,6 +190,11 @@ def _check_settings(config: Config, checkpoint: Path) -> None:
 
     # A run that has all its iterations may be evaluated and exported again, but not shortened.
     state = checkpoints.read_state(checkpoint)
+    missing = [name for name in ("iteration", "queries", "tasks") if name not in state]
+    if missing:
+        raise ValueError(
+            f"resume={config.resume}: {checkpoint}/state.json has no {missing[0]}; name another checkpoint's folder"
+        )
     finished = state["iteration"]
     if finished > config.num_iterations:
         raise ValueError(

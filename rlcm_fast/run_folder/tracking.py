@@ -190,7 +190,7 @@ def _iteration_of(line: str) -> int | None:
     """Returns the iteration that a line of metrics.jsonl is about; None if it is no such line."""
     try:
         metrics = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     number = metrics.get("iteration") if isinstance(metrics, dict) else None
     return number if isinstance(number, int) else None

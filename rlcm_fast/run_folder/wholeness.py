@@ -23,6 +23,7 @@ from rlcm_fast.engine.tensor_files import checksum_in, fault_of_tensors, write_j
 
 STATE, INDEX = "state.json", "index.json"
 _TENSORS = ".safetensors"
+_FIELDS_OF_STATE = {"format": int, "iteration": int, "queries": int, "tasks": dict}
 
 
 def write_index(folder: Path) -> None:
@@ -46,6 +47,9 @@ def damage(folder: Path) -> str | None:
     state = _read_json(folder / STATE)
     if isinstance(state, str):
         return state
+    fault = _fault_of_state(state)
+    if fault:
+        return fault
     if "format" not in state:
         weights = {file.name: None for file in folder.glob(f"*{_TENSORS}")}
         return fault_of_old(folder, state.get("num_processes", 1)) or _fault_of_all(weights, folder)
@@ -73,7 +77,19 @@ def _is_list_of_files(entries: Any) -> TypeGuard[dict[str, dict[str, Any]]]:
     """Tells whether an index has the form that `write_index` gives it, and names the state."""
     if not isinstance(entries, dict) or STATE not in entries:
         return False
-    return all(isinstance(entry, dict) and {"bytes", "crc32"} <= entry.keys() for entry in entries.values())
+    return all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and "crc32" in entry
+        for entry in entries.values()
+    )
+
+
+def _fault_of_state(state: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with the fields of a state that is JSON; resume.py refuses one that lacks them."""
+    for name, kind in _FIELDS_OF_STATE.items():
+        value = state.get(name, kind())
+        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+            return f"{STATE} has {name}={value}"
+    return None
 
 
 def _described(file: Path) -> dict[str, Any]:
