@@ -92,6 +92,8 @@ def check_folder(folder: Path, model: ModelConfig, paths: ModelPaths) -> None:
     _check_tokenizers(folder, named, parts, configs)
     model_files.read_json(folder / "scheduler" / "scheduler_config.json", named)
     variant = variant_of(str(folder), None if paths.unet else model.variant)
+    if variant is not None and "unet" in here and not model_files.has_variant(folder / "unet", variant):
+        raise ValueError(f"model.variant={variant} is no variant of the files in {folder / 'unet'}; leave it out")
     for name in here:
         model_files.check_weights(folder / name, named, variant)
 
@@ -135,6 +137,21 @@ def _check_configs(named: str, configs: dict[str, PartConfig], model: ModelConfi
     widths = [config_checks.check_text_encoder(configs[name]) for name in encoders if name in configs]
     if "unet" in configs and len(widths) == len(encoders):
         _check_texts(named, model, configs, widths)
+    if "unet" in configs and "vae" in configs:
+        blocks = configs["vae"]["block_out_channels"] or configs["vae"]["decoder_block_out_channels"] or ()
+        check_image_sizes(model, 2 ** (len(blocks) - 1) if blocks else 1, configs["unet"].config)
+
+
+def check_image_sizes(model: ModelConfig, pixels_per_latent: int, unet: Mapping[str, Any]) -> None:
+    """Raises ValueError for sizes of images that the UNet cannot halve as often as it does."""
+    step = pixels_per_latent * 2 ** (len(unet.get("block_out_channels") or (0, 0, 0, 0)) - 1)
+    named = {f"model.image_sizes[{index}]": size for index, size in enumerate(model.image_sizes)}
+    for field, size in (named or {"model.image_size": model.image_size}).items():
+        pixels = size if isinstance(size, list) else [size]
+        if any(side % step for side in pixels):
+            near = [max(1, round(side / step)) * step for side in pixels]
+            remedy = near if isinstance(size, list) else near[0]
+            raise ValueError(f"{field}={size} must divide by {step}; try {remedy}")
 
 
 def _check_texts(named: str, model: ModelConfig, configs: Mapping[str, PartConfig], widths: Sequence[int]) -> None:

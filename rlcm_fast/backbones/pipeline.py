@@ -21,6 +21,7 @@ from torch import Tensor
 from rlcm_fast.backbones.adapters import WithoutAdapters, add_adapters, has_adapters, merged, plain, save_adapters
 from rlcm_fast.backbones.assembly import assemble
 from rlcm_fast.backbones.image_coder import ImageCoder
+from rlcm_fast.backbones.model_checks import check_image_sizes
 from rlcm_fast.backbones.text_checks import check_configs, check_pipeline
 from rlcm_fast.backbones.texts import Encoding, TextEncoder, TextSettings
 from rlcm_fast.config import LoraConfig, ModelConfig, PromptsConfig
@@ -92,23 +93,13 @@ class Backbone:
         Raises ValueError for a size that the UNet cannot halve.
         """
         # Check all sizes.
-        named = {f"model.image_sizes[{index}]": size for index, size in enumerate(model.image_sizes)}
-        for field, size in (named or {"model.image_size": model.image_size}).items():
-            self._check_image_size(field, size)
+        unet: Any = self.unet.config
+        check_image_sizes(model, self._pipeline.vae_scale_factor, unet)
 
         # Set the first one; None keeps the model's.
         if model.pixels is not None:
             height, width = self._latent_size(model.pixels)
             self.unet.register_to_config(sample_size=height if height == width else [height, width])
-
-    def _check_image_size(self, field: str, size: int | list[int]) -> None:
-        halvings = len(self.unet.config.block_out_channels) - 1  # pyright: ignore[reportAttributeAccessIssue]
-        step = self._pipeline.vae_scale_factor * 2**halvings
-        pixels = size if isinstance(size, list) else [size]
-        if any(side % step for side in pixels):
-            near = [max(1, round(side / step)) * step for side in pixels]
-            remedy = near if isinstance(size, list) else near[0]
-            raise ValueError(f"{field}={size} must divide by {step}; try {remedy}")
 
     def _latent_size(self, pixels: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the latents of an image of so many pixels."""

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rlcm_fast.config.files import check_name
 from rlcm_fast.faults import Fault
 
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -20,6 +21,7 @@ def check_out(out: str, suffixes: Sequence[str] = ()) -> Path:
     Raises:
         ValueError: the name has another ending, or the file cannot be written there.
     """
+    check_name("out", out)
     path = Path(out)
     if suffixes and path.suffix.lower() not in suffixes:
         raise ValueError(f"out={out} has no known ending; give a name that ends in {', '.join(suffixes)}")
@@ -28,9 +30,8 @@ def check_out(out: str, suffixes: Sequence[str] = ()) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"out={out} cannot be written ({reason}); give a file in a folder of yours") from error
+    except OSError as error:
+        raise ValueError(f"out={out} cannot be written ({error.strerror}); give a file in a folder of yours") from error
     if is_folder:
         raise ValueError(f"out={out} is a folder; give the name of a file in it")
     if is_there and not os.access(path, os.W_OK):

@@ -24,6 +24,7 @@ from rlcm_fast.backbones.model_checks import check_model, is_of_this_kind
 from rlcm_fast.backbones.text_checks import check_configs, check_pipeline
 from rlcm_fast.backbones.texts import TextEncoder, TextSettings
 from rlcm_fast.config import ModelConfig, PromptsConfig
+from rlcm_fast.config.files import check_name
 from rlcm_fast.hub import check_there
 
 
@@ -34,6 +35,8 @@ def load_pipeline(
 
     Its dtype is float16 on a GPU and float32 elsewhere.
     """
+    check_name("model", model)
+    check_name("lora", lora or "")
     checkpoint = model not in SHIPPED and is_checkpoint(model)
     path = model if checkpoint else resolve_model_path(model, "model")
     if Path(path).is_dir() and is_of_this_kind(Path(path), f"model={model}"):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rlcm_fast.config import Config, PolicyConfig, PromptsConfig
 from rlcm_fast.config.algorithm_checks import check_algorithm
 from rlcm_fast.config.batches import with_numbers
 from rlcm_fast.config.engine_checks import check_engine
-from rlcm_fast.config.files import check_can_be_made
+from rlcm_fast.config.files import check_can_be_made, check_name
 from rlcm_fast.config.image_sizes import check_image_sizes
 from rlcm_fast.config.ranges import check_ranges
 from rlcm_fast.config.resolved import ResolvedRun, resolve
@@ -28,7 +27,6 @@ _ONE_STEP = (
     "no action, so its log-prob has no gradient; sample with 2 steps or more (the trained model still runs with 1), "
     "or set policy.last_step=sampled, which draws the image with a small noise (renoise, the paper's, is pure variance)"
 )
-_MOST_BYTES, _MOST_OF_A_PATH = 255, 4096  # of file systems
 _BESIDE_TASKS = (
     "has no use beside tasks, each of which has its own; move it into a task, or leave it out, or set tasks=[]"
 )
@@ -68,16 +66,8 @@ def _check_names(section: Any, prefix: str) -> None:
         for index, part in enumerate(value if isinstance(value, list) else ()):
             if is_dataclass(part):
                 _check_names(part, f"{name}[{index}].")
-        if not isinstance(value, str) or name == "prompts.negative":
-            continue
-        longest = max(len(os.fsencode(part)) for part in value.split("/"))
-        if longest > _MOST_BYTES or len(value) > _MOST_OF_A_PATH:
-            raise ValueError(
-                f"{name}={value[:40]}... has a name of {longest} bytes; give a shorter one: a name has {_MOST_BYTES} "
-                f"bytes at most, and a path {_MOST_OF_A_PATH}"
-            )
-        if any(ord(char) < 32 or ord(char) == 127 for char in value):
-            raise ValueError(f"{name}={value!r} has a character that cannot be seen; leave it out")
+        if isinstance(value, str) and name != "prompts.negative":
+            check_name(name, value)
 
 
 def _check_use(config: Config) -> None:

@@ -29,6 +29,21 @@ class MayBeFile:
 Source = Annotated[str, MayBeFile()]  # shapes:one, hf:PATH, package.module:function, or a file, a folder, a pattern
 
 
+MOST_BYTES, MOST_OF_A_PATH = 255, 4096  # of file systems
+
+
+def check_name(named: str, text: str) -> None:
+    """Refuses a text that no file, model or module can be called; raises ValueError that begins with `named`."""
+    longest = max(len(os.fsencode(part)) for part in text.split("/"))
+    if longest > MOST_BYTES or len(text) > MOST_OF_A_PATH:
+        raise ValueError(
+            f"{named}={text[:40]}... has a name of {longest} bytes; give a shorter one: a name has {MOST_BYTES} bytes "
+            f"at most, and a path {MOST_OF_A_PATH}"
+        )
+    if any(ord(char) < 32 or ord(char) == 127 for char in text):
+        raise ValueError(f"{named}={text!r} has a character that cannot be seen; leave it out")
+
+
 def find_config(name: str) -> Path:
     """Returns the YAML file of a path or of a shipped config's name; raises ValueError if there is neither."""
     if os.path.isfile(name):  # unlike Path.is_file, it takes names that no file can have

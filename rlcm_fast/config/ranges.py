@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any
 
-from rlcm_fast.config import bounds
+import rlcm_fast.config.bounds as bounds
 from rlcm_fast.config.bounds import Bound
 from rlcm_fast.config.marks import OrWord, marks_of
 

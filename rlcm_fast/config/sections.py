@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, cast
 
-from rlcm_fast.config import bounds
+import rlcm_fast.config.bounds as bounds
 from rlcm_fast.config.files import Source
 from rlcm_fast.config.ranges import (
     Batch,
