@@ -54,13 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="rlcm-fast",
         description="Draw images, score a model or pictures, check a reward, a config, a machine. Train with train.py.",
-        epilog="With --debug, a command that fails shows the traceback, too, and libraries print what they like.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
         module.add_arguments(command)
+        shows = "show what libraries print, and the traceback of an error above its line"
+        command.add_argument("--debug", action="store_true", help=shows)  # `take_debug` takes it from anywhere
         command.set_defaults(run=module.run, takes_overrides=module in (plan, doctor))
     return parser
 

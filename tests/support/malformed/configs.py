@@ -134,7 +134,7 @@ def numbers() -> list[Case]:
         values = [beyond, "1" + "0" * 30, -7, ".nan", ".inf", "abc", "{a: 1}", "1" + "0" * 5000]
         for value in values:
             text = shape.format(value)
-            found.append(Case(f"--{name} {text[:30]}", [f"--{name}={text}"], name))
+            found.append(Case(f"--{name} {text[:30]} ({len(text)})", [f"--{name}={text}"], name))
     for number in ("weight", "group_size", "batch_size"):
         for value in (".nan", "1e30", "-3.5e9", "abc"):
             text = f"[{{name: jpeg_compressibility, {number}: {value}}}]"
