@@ -36,34 +36,42 @@ def a_number() -> list[int]:
     return [3]
 
 
+@plug_in
 def returns_none() -> None:
     return None
 
 
+@plug_in
 def returns_a_text() -> str:
     return "a cat"
 
 
+@plug_in
 def returns_a_mapping() -> dict[str, str]:
     return {"a cat": "animals"}
 
 
+@plug_in
 def raises() -> list[str]:
     raise RuntimeError("no\nprompts")
 
 
+@plug_in
 def exits() -> list[str]:
     raise SystemExit("bye")
 
 
+@plug_in
 def needs_an_argument(path: str) -> list[str]:
     return [path]
 
 
+@plug_in
 def never_ends() -> Iterator[str]:
     return (f"cat {number}" for number in itertools.count())
 
 
+@plug_in
 def sleeps() -> list[str]:
     time.sleep(5)
     return ["a cat"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlcm_fast import plug_in
 from rlcm_fast.trajectory import Prompt
 
 NOT_CALLABLE = 3
@@ -149,75 +150,93 @@ class ValueOfTwo(SetReward):
         return described
 
 
+@plug_in
 def returns_none() -> None:
     return None
 
 
+@plug_in
 def returns_text() -> str:
     return "a cat"
 
 
+@plug_in
 def returns_bytes() -> bytes:
     return b"a cat"
 
 
+@plug_in
 def returns_number() -> int:
     return 3
 
 
+@plug_in
 def returns_mapping() -> dict[str, str]:
     return {"a cat": "animals"}
 
 
+@plug_in
 def returns_nothing() -> list[str]:
     return []
 
 
+@plug_in
 def returns_blank() -> list[str]:
     return ["a cat", "  "]
 
 
+@plug_in
 def returns_numbers() -> list[int]:
     return [1, 2]
 
 
+@plug_in
 def returns_nones() -> list[None]:
     return [None]
 
 
+@plug_in
 def returns_lists() -> list[list[str]]:
     return [["a cat"]]
 
 
+@plug_in
 def returns_few() -> list[str]:
     return ["a cat"]
 
 
+@plug_in
 def raises() -> list[str]:
     raise RuntimeError("no\nprompts")
 
 
+@plug_in
 def raises_later() -> Iterator[str]:
     yield "a cat"
     raise KeyError("x")
 
 
+@plug_in
 def exits() -> list[str]:
     sys.exit(3)
 
 
+@plug_in
 def needs(path: str) -> list[str]:
     return [path]
 
 
+@plug_in
 def never_ends() -> Iterator[str]:
     return (f"cat {number}" for number in itertools.count())
 
 
+@plug_in
 def sleeps() -> list[str]:
     time.sleep(30)
     return ["a cat"]
 
 
+@plug_in
 class Prompts:
     """A class, where a function is needed."""
