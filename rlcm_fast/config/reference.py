@@ -104,8 +104,9 @@ def _type_name(hint: Any) -> str:
         return f"list of {'lists' if get_origin(item) is list else _NAMES.get(item, 'mappings')}"
     if get_origin(hint) is tuple:
         return "list of number"
-    choices = [part for part in get_args(hint) if part is not type(None)]
-    return f"{_NAMES[choices[0]]} or null" if choices else _NAMES[hint]
+    if not get_args(hint):
+        return "null" if hint is type(None) else _NAMES[hint]
+    return " or ".join(_type_name(part) for part in get_args(hint))
 
 
 def _default(item: Field[Any]) -> str:

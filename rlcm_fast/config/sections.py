@@ -421,6 +421,12 @@ class TrackingConfig:
     """Iterations between image grids from fixed prompts and seeds; 0 is off."""
     grid_images: Annotated[int, at_least(1, bounds.GRID)] = 16
     """Images per grid."""
+    evaluation_images: Annotated[int, at_least(0, bounds.GRID)] = 64
+    """Evaluation images kept as PNG, of the first and of the latest evaluation, with the scores of all; 0 is off."""
+    report: bool = False
+    """Renew run_dir/report.html after every evaluation; `rlcm-fast report` writes it at any time."""
+    live: bool | Literal["auto"] = "auto"
+    """A live view in the terminal; auto: if there is one, and not in CI, with NO_COLOR or TERM=dumb; false: lines."""
     task_gradients_every: UpdatesOrZero = 10
     """Iterations between measurements of each task's gradient, if the engine holds all gradients; 0 is off."""
     plan: bool = True

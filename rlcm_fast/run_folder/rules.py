@@ -301,6 +301,9 @@ RULES: dict[str, Rule] = {
     "tracking.wandb": _SILENT,
     "tracking.grid_every": _SILENT,
     "tracking.grid_images": _SILENT,
+    "tracking.evaluation_images": _SILENT,
+    "tracking.report": _SILENT,
+    "tracking.live": _SILENT,
     "tracking.task_gradients_every": _SILENT,
     "tracking.plan": _SILENT,
     # The run.

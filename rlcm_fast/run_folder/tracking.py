@@ -22,6 +22,7 @@ from rlcm_fast import parallel
 from rlcm_fast.config import Config, to_dict, to_yaml
 from rlcm_fast.finite_json import finite_json, not_finite
 from rlcm_fast.grids import captioned_grid
+from rlcm_fast.run_folder.evaluation_files import write_evaluation
 from rlcm_fast.run_folder.stage_profile import IterationProfile
 from rlcm_fast.terminal import TERMINAL, write_line
 
@@ -134,6 +135,15 @@ class Tracker:
             import wandb  # pyright: ignore[reportMissingImports]
 
             self._wandb.log({"grid": wandb.Image(picture)}, step=iteration)
+
+    def evaluation(self, iteration: int, scores: Sequence[Mapping[str, Any]], files: Mapping[str, bytes]) -> None:
+        """Saves images of an evaluation and the scores of all its images; a disk that is full costs these alone."""
+        if self._bar is None:
+            return
+        try:
+            write_evaluation(self._run_dir, iteration, scores, files)
+        except OSError as error:
+            self.say(f"the images of the evaluation after {iteration} iterations were not saved ({error.strerror})")
 
     def begin(self, num_images: int) -> None:
         """Announces the first iteration, which scores `num_images` images on all processes together."""

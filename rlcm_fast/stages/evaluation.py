@@ -41,6 +41,7 @@ from rlcm_fast.rewards import (
 from rlcm_fast.rewards.diversity import Diversity, Thumbnails
 from rlcm_fast.run_folder.stage_profile import stage
 from rlcm_fast.run_folder.tracking import Tracker, say
+from rlcm_fast.stages.album import Album, Picture
 from rlcm_fast.stages.image_sizes import Run, Size
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.stages.rollout import mean_and_std
@@ -68,6 +69,11 @@ class HeldOut:
             size = self.sizes[index] if self.sizes else None
             found += [Run(part, size) for part in rows[index::num_sizes].split(self.micro_batch_size) if len(part)]
         return found
+
+    @property
+    def of_rank(self) -> list[Run]:
+        """The micro-batches of this rank."""
+        return self.micro_batches[parallel.rank() :: parallel.world_size()]
 
     def draw(self, images: TextToImage) -> Iterator[tuple[Tensor, list[Prompt]]]:
         """Yields this rank's share of the images (B, 3, H, W) and their prompts, one micro-batch at a time.
@@ -113,6 +119,7 @@ class _Scored:
     raw_scores: Mapping[str, Mapping[str, Tensor]]  # by prefix and reward: (B,) or (B, F), NaN where one is missing
     thumbnails: Tensor | None  # (B, F)
     problems: tuple[str, ...]  # what failed and was skipped, a line per reward and image
+    pictures: tuple[Picture, ...] = ()  # those of its images that are kept
 
 
 @dataclass(frozen=True)
@@ -125,16 +132,16 @@ class Evaluator:
     skipped: Mapping[str, frozenset[str]] = field(default_factory=dict)  # the rewards that may fail, by prefix
     offloading: Offloading = field(default_factory=Offloading)  # models of rewards that are away between evaluations
 
-    def __call__(self, images: TextToImage, iteration: int) -> dict[str, float]:
+    def __call__(self, images: TextToImage, iteration: int, album: Album | None = None) -> dict[str, float]:
         """Returns `<prefix>/<reward>/mean`, `<prefix>/<reward>/std` and `<prefix>/diversity`, equal on every rank.
 
         With several sizes, a reward of single images also has `<prefix>/<reward>/HEIGHTxWIDTH/mean` and `std`. A reward
-        that may fail also has `<prefix>/<reward>/skipped`. Raises a Fault, on all ranks together, if a reward
-        fails and may not.
+        that may fail also has `<prefix>/<reward>/skipped`. The album gets the images and the scores of each. Raises a
+        Fault, on all ranks together, if a reward fails and may not.
         """
         # Draw and score this rank's images, and join them with those of the others: groups may span ranks.
         with self.offloading.in_use(), images.decoding():
-            scored = parallel.together(lambda: self._score(images, iteration))
+            scored = parallel.together(lambda: self._score(images, iteration, album))
         diversity = Diversity().value(self._gathered(scored.thumbnails)[None]).item()
         raw_scores = {
             prefix: {name: self._gathered(scored.raw_scores[prefix].get(name)) for name in sorted(rewards)}
@@ -145,6 +152,8 @@ class Evaluator:
         # Measure them; every rank sees the same.
         if problems:
             say(f"evaluation of iteration {iteration} skipped images: {problems[-1]}")
+        if album:
+            album.add(self.held_out.prompts, parallel.all_gather_list(list(scored.pictures)), self._single(raw_scores))
         metrics: dict[str, float] = {}
         for prefix, by_name in raw_scores.items():
             for name, gathered in by_name.items():  # (N,) or (N, F)
@@ -157,6 +166,15 @@ class Evaluator:
             metrics[f"{prefix}/diversity"] = diversity
         return metrics
 
+    def _single(self, raw_scores: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Returns the scores (N,) of rewards that score single images, by the key of their metric."""
+        found = {}
+        for prefix, by_name in raw_scores.items():
+            for name, scores in by_name.items():
+                if not isinstance(self.rewards[prefix][name][0], GroupReward):
+                    found[f"{prefix}/{name}"] = scores
+        return found
+
     def _by_size(self, key: str, values: Tensor) -> dict[str, float]:
         """Returns mean and deviation of values (N,) for each of several sizes."""
         sizes = self.held_out.sizes
@@ -168,27 +186,31 @@ class Evaluator:
     def _values(self, prefix: str, name: str, gathered: Tensor, iteration: int) -> Tensor:
         return evaluate(name, self.rewards[prefix][name][0], gathered, self.held_out.prompts, iteration)
 
-    def _score(self, images: TextToImage, iteration: int) -> _Scored:
+    def _score(self, images: TextToImage, iteration: int, album: Album | None) -> _Scored:
         """Draws this rank's images and scores them; it makes no groups, because groups may span ranks."""
         # Start the reward workers; prefixes share their threads.
         workers = Workers(1, self.config.reward_timeout)
         decoded = DecodedImages(workers, self.config.decoded_batches)
         services = {prefix: self._service(prefix, workers) for prefix in self.rewards}
         thumbnails: list[Tensor] = []
+        pictures: list[Picture] = []
 
         # Draw one micro-batch at a time and hand it to every reward.
         try:
-            for batch, prompts in self.held_out.draw(images):
+            # strict: after its last micro-batch this rank still takes part in the rounds of the others
+            for run, (batch, prompts) in zip(self.held_out.of_rank, self.held_out.draw(images), strict=True):
                 thumbnails.append(Thumbnails()(batch, prompts))
                 calls = [service.submit(batch, prompts) for service in services.values()]
                 decoded.add(list(chain.from_iterable(calls)))
                 decoded.wait_for_room()
+                if album:
+                    pictures += album.pictures(run.rows, batch, len(self.held_out.prompts))
             if not thumbnails:  # this rank has no micro-batch
                 return _Scored({prefix: {} for prefix in services}, None, ())
             found = {prefix: service.raw_scores(iteration) for prefix, service in services.items()}
             by_prefix = {prefix: raw_scores.by_name for prefix, raw_scores in found.items()}
             problems = chain.from_iterable(raw_scores.problems for raw_scores in found.values())
-            return _Scored(by_prefix, torch.cat(thumbnails), tuple(problems))
+            return _Scored(by_prefix, torch.cat(thumbnails), tuple(problems), tuple(pictures))
         finally:
             workers.shutdown()
 
@@ -223,6 +245,7 @@ class Evaluation:
     engine: AveragingEngine
     evaluators: Sequence[Evaluator]
     grid: HeldOut
+    num_kept: int = 0  # images of each evaluator that the run folder keeps
 
     @property
     def texts(self) -> list[str]:
@@ -239,8 +262,11 @@ class Evaluation:
             if is_drawn:
                 pictures, prompts = self.grid.draw_all(self.images)
                 tracker.grid(iteration, pictures, [prompt.text for prompt in prompts])
+            album = Album(self.num_kept) if self.num_kept else None
             for evaluator in self.evaluators if is_scored else ():
-                metrics |= evaluator(self.images, iteration)
+                metrics |= evaluator(self.images, iteration, album)
+        if album and album.scores:
+            tracker.evaluation(iteration, album.scores, album.files)
         return metrics
 
 
@@ -266,8 +292,10 @@ def build_evaluation(run: ResolvedRun, tasks: Tasks, images: TextToImage, engine
         )
         for source, by_prefix in rewards.items()
     ]
-    prompts = grid_prompts(list(rewards), run.config.tracking.grid_images)
-    return Evaluation(images, engine, evaluators, HeldOut(prompts, config.seed, len(prompts), sizes))
+    tracking = run.config.tracking
+    prompts = grid_prompts(list(rewards), tracking.grid_images)
+    grid = HeldOut(prompts, config.seed, len(prompts), sizes)
+    return Evaluation(images, engine, evaluators, grid, tracking.evaluation_images)
 
 
 def build_evaluator(
