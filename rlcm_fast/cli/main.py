@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rlcm_fast import quiet
-from rlcm_fast.cli import check_reward, configs, doctor, evaluate, export, plan, reward_server, sample, score
+from rlcm_fast.cli import check_reward, configs, doctor, evaluate, export, plan, report, reward_server, sample, score
 from rlcm_fast.door import Door, take_debug
 from rlcm_fast.faults import in_one_line
 from rlcm_fast.leaving import leave_at_once_if_computing
@@ -19,6 +19,7 @@ COMMANDS = {
     "export": export,
     "score": score,
     "check-reward": check_reward,
+    "report": report,
     "reward-server": reward_server,
     "configs": configs,
     "plan": plan,

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rlcm_fast import parallel
 from rlcm_fast.trajectory import Prompt
 
 Picture = tuple[int, bytes]  # the number of the prompt, a PNG
@@ -21,7 +22,7 @@ Picture = tuple[int, bytes]  # the number of the prompt, a PNG
 
 @dataclass
 class Album:
-    """The images of one evaluation; at most `most` of each set of prompts, spread evenly, are kept as PNG."""
+    """The images of one evaluation; at most `most` of each set of prompts are kept as PNG, the same every time."""
 
     most: int = 0
     scores: list[dict[str, Any]] = field(default_factory=list)
@@ -47,8 +48,9 @@ class Album:
             self.scores.append(entry)
 
     def _kept(self, num_images: int) -> frozenset[int]:
-        count = min(self.most, num_images)
-        return frozenset(index * num_images // count for index in range(count))
+        # drawn at random, because prompts repeat: every second image may be of half the prompts
+        order = torch.randperm(num_images, generator=parallel.generator(0, num_images))
+        return frozenset(order[: self.most].tolist())
 
 
 def _png(image: Tensor) -> bytes:

@@ -1,0 +1,119 @@
+"""How much a measure has changed, and how sure that is: in standard errors of the change.
+
+    held out    the same prompts and noise at both evaluations: if the scores of single images are there, the mean
+                difference of pairs over its standard error; else both standard errors, std / sqrt(number of images)
+    training    other prompts every time: the mean of the first iterations and of the last ones, and their scatter
+
+Two standard errors is where this room says "rose" or "fell"; one in twenty unchanged measures does that, too. Where
+there is no standard error, as for diversity, a tenth of the start value is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+
+from rlcm_fast.report.reading import EvaluatedImages, RunData
+
+SURE = 2.0  # standard errors
+_LARGE = 0.1  # of the start value
+_SPAN = 10  # iterations at each end, a third of the run at most
+
+
+@dataclass(frozen=True)
+class Change:
+    """A measure at the start and now."""
+
+    start: float
+    end: float
+    standard_error: float | None  # of the difference; None if it is not known
+    iterations: tuple[int, int]  # where it was measured
+
+    @property
+    def difference(self) -> float:
+        return self.end - self.start
+
+    @property
+    def sigmas(self) -> float | None:
+        """The difference in standard errors; None if that is not known or would be infinite."""
+        if self.standard_error is None:
+            return None
+        if self.standard_error == 0:
+            return 0.0 if self.difference == 0 else None
+        return self.difference / self.standard_error
+
+    @property
+    def word(self) -> str:
+        """rose, fell or stayed."""
+        sigmas = self.sigmas
+        if self.standard_error is None:
+            is_sure = abs(self.difference) > _LARGE * abs(self.start)
+        else:
+            is_sure = sigmas is None or abs(sigmas) >= SURE
+        if not is_sure:
+            return "stayed"
+        return "rose" if self.difference > 0 else "fell"
+
+
+def of_held_out(run: RunData, key: str) -> Change | None:
+    """Returns the change of KEY, as eval/NAME, between the first and the last evaluation; None with fewer than two."""
+    points = run.column(f"{key}/mean") or run.column(key)
+    if len(points) < 2:
+        return None
+    (first, start), (last, end) = points[0], points[-1]
+    error = _paired_error(run.evaluations, key, int(first), int(last))
+    if error is None:
+        at = {line["iteration"]: line for line in run.lines}
+        error = _unpaired_error(run, key, at[first], at[last])
+    return Change(start, end, error, (int(first), int(last)))
+
+
+def of_training(run: RunData, key: str) -> Change | None:
+    """Returns the change of KEY, as reward/NAME, over the run's iterations; None with fewer than two."""
+    return of_values([value for _, value in run.column(f"{key}/mean")])
+
+
+def of_values(values: Sequence[float]) -> Change | None:
+    """Returns the change between the first values and the last ones; None with fewer than two values."""
+    if len(values) < 2:
+        return None
+    span = max(1, min(_SPAN, len(values) // 3))
+    first, last = values[:span], values[-span:]
+    error = math.sqrt((variance(first) + variance(last)) / span) if span > 1 else None
+    return Change(fmean(first), fmean(last), error, (0, len(values) - 1))
+
+
+def standard_error_of_images(run: RunData, line: Mapping[str, float], key: str) -> float | None:
+    """Returns std / sqrt(N) of KEY in a line; None if the deviation or the number of images is not known."""
+    deviation, count = line.get(f"{key}/std"), num_images(run, line, key)
+    return None if deviation is None or not count else deviation / math.sqrt(count)
+
+
+def num_images(run: RunData, line: Mapping[str, float], key: str) -> int:
+    """Returns how many images a mean is over; 0 if that is not known."""
+    if key.startswith("eval/"):
+        count = run.config.get("evaluation.num_images")
+        return count if isinstance(count, int) else 0
+    done = line["iteration"] + 1
+    return round(line.get("queries", 0.0) / done)
+
+
+def _unpaired_error(run: RunData, key: str, *lines: Mapping[str, float]) -> float | None:
+    errors = [standard_error_of_images(run, line, key) for line in lines]
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) if len(known) == len(errors) else None
+
+
+def _paired_error(evaluations: Sequence[EvaluatedImages], key: str, first: int, last: int) -> float | None:
+    by_iteration = {images.iteration: images for images in evaluations}
+    if first not in by_iteration or last not in by_iteration:
+        return None
+    before = {image.number: image.scores[key] for image in by_iteration[first].images if key in image.scores}
+    differences = [
+        image.scores[key] - before[image.number]
+        for image in by_iteration[last].images
+        if key in image.scores and image.number in before
+    ]
+    return math.sqrt(variance(differences) / len(differences)) if len(differences) > 1 else None

@@ -1,0 +1,93 @@
+"""Which metrics of a run mean what: trained rewards, held-out measures, guards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlcm_fast.report.reading import RunData
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A reward as it is named in the metrics: `reward/KEY/mean` in training, `eval/KEY/mean` held out."""
+
+    key: str  # NAME, or TASK/NAME
+    is_trained: bool
+    is_evaluated: bool
+
+    @property
+    def training(self) -> str:
+        return f"reward/{self.key}"
+
+    @property
+    def held_out(self) -> str:
+        return f"eval/{self.key}"
+
+
+def measures(run: RunData) -> list[Measure]:
+    """Returns the rewards that the metrics name: trained ones first, totals before their parts."""
+    trained = list(_means(run, "reward/"))
+    evaluated = [key for key in _means(run, "eval/") if not _is_size(key)]
+    trained.sort(key=lambda key: key.rpartition("/")[2] != "total")
+    names = [*trained, *(key for key in evaluated if key not in trained)]
+    return [Measure(name, name in trained, name in evaluated) for name in names]
+
+
+def without_idle_totals(found: Sequence[Measure]) -> list[Measure]:
+    """Leaves out a total that adds up one reward alone, whose curve it would repeat."""
+    num_parts = Counter(measure.key.rpartition("/")[0] for measure in found if measure.is_trained)
+    return [m for m in found if m.key.rpartition("/")[2] != "total" or num_parts[m.key.rpartition("/")[0]] != 2]
+
+
+def diversity_keys(run: RunData) -> list[str]:
+    """Returns eval/diversity, or eval/TASK/diversity of several tasks."""
+    return [key for key in run.keys if key.startswith("eval/") and key.endswith("/diversity")]
+
+
+def guards(run: RunData) -> list[str]:
+    """Returns the names of the guards that have a band in the metrics."""
+    low = [key.removeprefix("guard/").removesuffix("/low") for key in run.keys if _is_low(key)]
+    return [name for name in low if f"guard/{name}/high" in run.keys and f"guard/{name}" in run.keys]
+
+
+def guards_outside(run: RunData) -> list[str]:
+    """Returns the guards that are outside their band where they were last measured."""
+    found = []
+    for name in guards(run):
+        keys = (f"guard/{name}", f"guard/{name}/low", f"guard/{name}/high")
+        measured = [line for line in run.lines if all(key in line for key in keys)]
+        value, low, high = (measured[-1][key] for key in keys) if measured else (0.0, 0.0, 0.0)
+        if not low <= value <= high:
+            found.append(name)
+    return found
+
+
+def constants(run: RunData) -> dict[str, float]:
+    """Returns the trained rewards that are the same for all images of the last iterations, and their value."""
+    found = {}
+    for measure in measures(run):
+        key = measure.training
+        last = [line for line in run.lines if f"{key}/mean" in line][-2:]
+        if not measure.is_trained or len(last) < 2 or any(line.get(f"{key}/std") != 0.0 for line in last):
+            continue
+        before, value = (line[f"{key}/mean"] for line in last)
+        if before == value:
+            found[measure.key] = value
+    return found
+
+
+def _means(run: RunData, prefix: str) -> Sequence[str]:
+    keys = [key for key in run.keys if key.startswith(prefix) and key.endswith("/mean")]
+    return [key.removeprefix(prefix).removesuffix("/mean") for key in keys]
+
+
+def _is_size(key: str) -> bool:
+    """Tells whether a key ends in HEIGHTxWIDTH: a reward of the images of one size."""
+    height, _, width = key.rpartition("/")[2].partition("x")
+    return height.isdigit() and width.isdigit()
+
+
+def _is_low(key: str) -> bool:
+    return key.startswith("guard/") and key.endswith("/low")
