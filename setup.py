@@ -32,6 +32,9 @@ REQUIREMENTS = [
     "psutil>=5.9,<8",
     "tensorboard>=2.20,<3",
     "matplotlib>=3.9,<4",
+    "Jinja2>=3.1,<4",  # torch brings it, too
+    "MarkupSafe>=2.1,<4",  # Jinja2 brings it
+    "rich>=13.9,<16",
 ]
 DATA = ["datasets>=5.2,<6"]  # brings pyarrow and pandas, 265 MB, and leaves torch as it is
 OCR = ["rapidocr>=3.10,<4", "onnxruntime>=1.20,<2"]  # weights inside; with OpenCV and onnxruntime 285 MB
@@ -40,6 +43,7 @@ SERVER = ["uvicorn>=0.40,<1", "starlette>=1,<2"]  # 2 MB; clients need httpx2 al
 FACES = ["scikit-image>=0.24,<0.27"]  # its face cascade for skin_tone; its photographs are what tests look at; 38 MB
 TEST = ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.130,<7", "kernels>=0.17,<1", *DATA]
 TEST += [*OCR, *SAFETY, *SERVER, *FACES]
+TEST += ["pyte>=0.8,<0.9", "selenium>=4.30,<5"]  # a screen; a browser, for the tests marked browser
 AUDIT = ["pip-audit>=2.9,<3", "cyclonedx-bom>=7,<8"]  # `make audit`
 LINT = ["ruff>=0.15,<0.18", "pyright[nodejs]>=1.1.400,<2"]
 
@@ -69,6 +73,7 @@ setup(
         "rlcm_fast.shapes": ["models/**/*"],
         "rlcm_fast.backbones": ["layouts/**/*"],
         "rlcm_fast.planner": ["architectures/*.json"],
+        "rlcm_fast.report": ["page.*"],
         "rlcm_fast.configs": ["*/*.yaml", "*/*.txt"],
     },
     install_requires=REQUIREMENTS,

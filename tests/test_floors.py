@@ -15,7 +15,9 @@ FLOORS = {
     **dict.fromkeys(("patience", "permission", "bombs"), 0),
     **dict.fromkeys(("config", "trajectory", "parallel", "plugins", "grids", "quiet", "finite_json", "hub"), 1),
     **dict.fromkeys(("terminal", "leaving", "frozen", "given", "graphs"), 1),
-    **dict.fromkeys(("policies", "prompts", "pairs", "backbones", "rewards", "algorithms", "engine", "shapes"), 2),
+    **dict.fromkeys(
+        ("policies", "prompts", "pairs", "backbones", "rewards", "algorithms", "engine", "shapes", "report"), 2
+    ),
     **dict.fromkeys(("tasks", "run_folder", "planner"), 3),
     "stages": 4,
     "build": 5,

@@ -17,10 +17,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from rlcm_fast.report import pictures
 from rlcm_fast.report.charts import Chart, Section, sections_of_groups, sections_of_run
 from rlcm_fast.report.drawing import Point, draw, thinned
 from rlcm_fast.report.groups import group, results
+from rlcm_fast.report.pictures import disputes, extremes, frames, pairs
 from rlcm_fast.report.reading import RunData
 from rlcm_fast.report.settings import differing, environment, settings
 from rlcm_fast.report.verdict import verdict
@@ -67,13 +67,13 @@ def _run(run: RunData, number: int) -> dict[str, Any]:
         "verdict": verdict(run),
         "problems": run.problems,
         "sections": _drawn(sections_of_run(run)),
-        "frames": pictures.frames(run),
-        "pairs": pictures.pairs(run),
+        "frames": frames(run),
+        "pairs": pairs(run),
         "first": run.evaluations[0].iteration if last else None,
         "last": last.iteration if last else None,
         "last_images": bool(last),
-        "extremes": pictures.extremes(last) if last else [],
-        "disputes": pictures.disputes(last) if last else [],
+        "extremes": extremes(last) if last else [],
+        "disputes": disputes(last) if last else [],
         "settings": settings(run),
         "environment": environment(run),
     }

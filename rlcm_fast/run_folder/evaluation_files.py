@@ -1,7 +1,7 @@
 """Writes the images of the first and of the latest evaluation, with the scores of all images, into the run folder.
 
     evaluation/000000/0007.png        image 7, without loss; at most tracking.evaluation_images of them
-    evaluation/000000/scores.jsonl    {"image": 7, "prompt": "...", "scores": {"eval/NAME": ...}, "file": "0007.png"} ...
+    evaluation/000000/scores.jsonl    {"image": 7, "prompt": "...", "scores": {"eval/NAME": ...}, "file": "0007.png"}
 
 The name is the number of finished iterations. Two evaluations at most are on the disk: a new one is complete before the
 latest but the first goes.

@@ -1,0 +1,107 @@
+"""The verdict is computed: directions, standard errors, constants, guards, and how the run ended."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from report_runs import NUM_IMAGES, make_run
+
+from rlcm_fast.report import read_run, verdict
+from rlcm_fast.report.changes import Change, of_held_out, of_training, of_values
+from rlcm_fast.report.measures import constants, guards_outside
+from rlcm_fast.report.reading import RunData
+
+
+def run_of(lines: list[dict[str, float]], **more: object) -> RunData:
+    of_config = {"num_iterations": len(lines), "evaluation.num_images": 100}
+    numbered = [{"iteration": float(i), "images_per_second": 1.0, **line} for i, line in enumerate(lines)]
+    return RunData(Path(), "run", config=of_config, lines=numbered, **more)  # pyright: ignore[reportArgumentType]
+
+
+def test_pairs_of_images_give_the_standard_error(tmp_path: Path):
+    change = of_held_out(read_run(make_run(tmp_path / "run")), "eval/jpeg")
+    assert change is not None
+    # every image's score rises by 1, so the pairs have no scatter at all
+    assert change.difference == pytest.approx(1.0) and change.standard_error == pytest.approx(0.0, abs=1e-12)
+    assert change.word == "rose"
+
+
+def test_without_images_both_evaluations_scatter():
+    change = of_held_out(
+        run_of([{"eval/a/mean": 1.0, "eval/a/std": 3.0}, {"eval/a/mean": 2.0, "eval/a/std": 4.0}]), "eval/a"
+    )
+    assert change is not None
+    assert change.standard_error == pytest.approx(math.sqrt(9 / 100 + 16 / 100))
+    assert change.sigmas == pytest.approx(2.0) and change.word == "rose"
+
+
+def test_training_compares_the_ends_by_their_scatter():
+    change = of_values([1.0, 3.0, 0.0, 0.0, 5.0, 7.0])
+    assert change is not None
+    assert (change.start, change.end) == (2.0, 6.0)
+    assert change.standard_error == pytest.approx(math.sqrt((2.0 + 2.0) / 2))  # variances of 2, over 2 values each
+    assert of_values([1.0]) is None and of_training(run_of([{}]), "reward/a") is None
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "word"),
+    [
+        (1.0, 0.0, "stayed"),
+        (1.5, 0.3, "stayed"),
+        (1.5, 0.2, "rose"),
+        (0.5, 0.2, "fell"),
+        (0.95, None, "stayed"),
+        (0.8, None, "fell"),
+    ],
+)
+def test_two_standard_errors_are_a_change_and_a_tenth_where_none_is_known(end: float, error: float | None, word: str):
+    assert Change(1.0, end, error, (0, 1)).word == word
+
+
+def test_a_reward_that_rises_while_a_held_out_one_falls_is_said_to_be_bought(tmp_path: Path):
+    found = verdict(read_run(make_run(tmp_path / "run")))
+    assert found.kind == "mixed"
+    assert found.sentences[0] == "The run has ended after 10 iterations."
+    assert "Held-out shown fell from 0.9 to 0.4" in found.text
+    assert "Held-out diversity stayed at 0.2." in found.text
+    assert "The reward may have been bought with the pictures" in found.text
+
+
+def test_a_run_that_stopped_early_says_so(tmp_path: Path):
+    assert verdict(read_run(make_run(tmp_path / "run", is_ended=False))).sentences[0] == (
+        "The run stopped early, after 5 of 10 iterations."
+    )
+
+
+def test_a_rise_alone_is_good_and_a_fall_is_bad():
+    rising = [{"reward/total/mean": float(i), "reward/total/std": 1.0} for i in range(9)]
+    assert verdict(run_of(rising)).kind == "good"
+    assert verdict(run_of(rising[::-1])).kind == "bad"
+    assert verdict(run_of(rising[:1])).kind == "unknown"
+
+
+def test_a_constant_reward_is_named_with_its_value():
+    run = run_of([{"reward/a/mean": 0.25, "reward/a/std": 0.0} for _ in range(3)])
+    assert constants(run) == {"a": 0.25}
+    assert "The reward a is 0.25 for every image, so it teaches nothing." in verdict(run).text
+    assert verdict(run).kind == "bad"
+    # one group of a set reward has no deviation either, but another value every time
+    assert constants(run_of([{"reward/a/mean": float(i), "reward/a/std": 0.0} for i in range(3)])) == {}
+
+
+def test_guards_count_where_they_were_last_measured():
+    band = {"guard/x/low": 0.0, "guard/x/high": 1.0}
+    inside, outside = {"guard/x": 0.5, **band}, {"guard/x": 2.0, **band}
+    assert guards_outside(run_of([inside, outside, {}])) == ["x"]
+    assert guards_outside(run_of([outside, inside])) == []
+    assert guards_outside(run_of([{"guard/outside": 1.0, "guard/kl_weight": 0.1}])) == []
+
+
+def test_every_number_of_the_verdict_is_in_the_metrics(tmp_path: Path):
+    run_dir = make_run(tmp_path / "run")
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"to {last['eval/shown/mean']:.4g}" in verdict(read_run(run_dir)).text
+    assert len(read_run(run_dir).evaluations[0].images) == NUM_IMAGES
