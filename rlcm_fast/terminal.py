@@ -1,34 +1,51 @@
-"""Writes lines to stderr, above the progress bar; if the terminal is gone, the lines are lost and the run goes on."""
+"""Writes lines to stderr, above a progress bar or a live view; without a terminal they are lost and the run goes on.
+
+The live view (run_folder/live_view.py) takes sys.stderr over while it is shown, so lines reach it by themselves.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import sys
+from collections.abc import Callable
+from typing import TextIO
 
 from tqdm import tqdm
 
 
-class _Terminal(io.TextIOBase):
-    """Stderr, whose loss (a closed terminal, a pipe without a reader) costs the lines and not the run."""
+class _Guarded(io.TextIOBase):
+    """A stream whose loss (a closed terminal, a pipe without a reader) costs the lines and not the run."""
+
+    def __init__(self, stream: Callable[[], TextIO]) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:
+        return self._stream().encoding or "ascii"
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
-            sys.stderr.write(text)
+            self._stream().write(text)
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
-            sys.stderr.flush()
+            self._stream().flush()
 
     def fileno(self) -> int:
-        return sys.stderr.fileno()
+        return self._stream().fileno()
 
     def isatty(self) -> bool:
-        return sys.stderr.isatty()
+        return self._stream().isatty()
 
 
-TERMINAL = _Terminal()  # one object, because tqdm compares files to find the bar that it writes above
+def guarded(stream: TextIO) -> io.TextIOBase:
+    """Returns a stream that writes to this one and goes on without it if it is lost."""
+    return _Guarded(lambda: stream)
+
+
+TERMINAL = _Guarded(lambda: sys.stderr)  # one object, because tqdm compares files to find the bar that it writes above
 
 
 def write_line(message: str) -> None:

@@ -1,4 +1,4 @@
-"""Shows and records a run: progress bar, metrics.jsonl, TensorBoard, W&B, captioned image grids, environment.
+"""Shows and records a run: the terminal, metrics.jsonl, TensorBoard, W&B, captioned image grids, environment.
 
 Only the main process writes. docs/runs.md has a table of all keys.
 """
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from rlcm_fast import parallel
 from rlcm_fast.config import Config, to_dict, to_yaml
 from rlcm_fast.finite_json import finite_json, not_finite
 from rlcm_fast.grids import captioned_grid
+from rlcm_fast.run_folder.display import Display, PlainLines, is_live
 from rlcm_fast.run_folder.evaluation_files import write_evaluation
 from rlcm_fast.run_folder.stage_profile import IterationProfile
-from rlcm_fast.terminal import TERMINAL, write_line
+from rlcm_fast.terminal import write_line
 
 _PACKAGES = ("rlcm_fast", "torch", "diffusers", "transformers", "deepspeed", "safetensors", "numpy", "pillow")
 _COUNTS = ("skipped_images", "skipped_updates", "pretraining/skipped")
@@ -42,7 +42,7 @@ def _is_sum(key: str) -> bool:
 
 
 def say(message: str) -> None:
-    """Prints a line to stderr on the main process, before there is a bar."""
+    """Prints a line to stderr on the main process."""
     if parallel.is_main():
         write_line(message)
 
@@ -58,7 +58,9 @@ class Tracker:
         models: what rewards compute on, `Tasks.models_used`, for environment.json.
         """
         self._run_dir = run_dir
-        self._bar: Any = None  # a tqdm, on the main rank
+        self._display: Display | None = None  # on the main rank
+        self._has_report = config.tracking.report
+        self._done, self._total = first_iteration, config.num_iterations
         self._events: Any = None
         self._wandb: Any = None
         self._profile = IterationProfile(run_dir / "profile", config.profile, self.say)
@@ -74,31 +76,22 @@ class Tracker:
         _drop_lines_from(run_dir / "metrics.jsonl", first_iteration)
         self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1)
 
-        # Start the trackers that the config asks for, and the bar.
+        # Start the trackers that the config asks for, and what the terminal shows.
         if config.tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(run_dir / "events"), purge_step=first_iteration)
         if config.tracking.wandb:
             self._wandb = _start_wandb(run_dir, config)
-        self._bar = tqdm(
-            initial=first_iteration,
-            total=config.num_iterations,
-            desc="train",
-            unit="it",
-            dynamic_ncols=True,
-            file=TERMINAL,
-        )
-        if config.engine.compile != "off":
-            self._bar.set_postfix_str("compiling")  # the first iteration compiles; the bar shows this until it ends
+        self._display = _display(config, first_iteration)
 
     def log(self, metrics: Mapping[str, float | int]) -> None:
-        """Adds a line to metrics.jsonl, the scalars, and a step of the bar.
+        """Adds a line to metrics.jsonl and the scalars, and shows them.
 
         `metrics` holds `iteration` and `reward/<name>/mean`. A value that is not finite is null in the line, whose
         `not_finite` names it, and a gap in the curves of TensorBoard and W&B.
         """
-        if self._bar is None:
+        if self._display is None:
             return
         missing = not_finite(metrics)
         said = {"not_finite": missing} if missing else {}
@@ -110,18 +103,20 @@ class Tracker:
                 self._events.add_scalar(key, value, iteration)
         if self._wandb:
             self._wandb.log(curves, step=iteration)
+        self._display.show(curves)
         if "images_per_second" in metrics:  # the line after the last iteration has only an evaluation
-            self._bar.set_postfix(_postfix(metrics), refresh=False)
-            self._bar.update(1)
+            self._done = iteration + 1
             self._profile.end()
             self._profile.begin(iteration + 1)
+        if self._has_report and any(key.startswith("eval/") for key in metrics):
+            self._renew_report()
 
     def grid(self, iteration: int, images: Tensor | Sequence[Tensor], texts: Sequence[str]) -> None:
         """Saves images (B, 3, H, W) with their captions as grids/<iteration>.png and as an event.
 
         A list of images (3, H, W) may have several sizes.
         """
-        if self._bar is None:
+        if self._display is None:
             return
         picture = captioned_grid(images, texts, columns=4)
         path = self._run_dir / "grids" / f"{iteration:06d}.png"
@@ -138,7 +133,7 @@ class Tracker:
 
     def evaluation(self, iteration: int, scores: Sequence[Mapping[str, Any]], files: Mapping[str, bytes]) -> None:
         """Saves images of an evaluation and the scores of all its images; a disk that is full costs these alone."""
-        if self._bar is None:
+        if self._display is None:
             return
         try:
             write_evaluation(self._run_dir, iteration, scores, files)
@@ -147,34 +142,54 @@ class Tracker:
 
     def begin(self, num_images: int) -> None:
         """Announces the first iteration, which scores `num_images` images on all processes together."""
-        if self._bar is None or self._bar.n >= self._bar.total:
+        if self._display is None or self._done >= self._total:
             return
-        self.say(f"first iteration: number {self._bar.n + 1} of {self._bar.total}, {num_images} images")
-        self._profile.begin_run(self._bar.n)
+        self.say(f"first iteration: number {self._done + 1} of {self._total}, {num_images} images")
+        self._profile.begin_run(self._done)
+        self._display.begin()
 
     def say(self, message: str) -> None:
-        """Prints a line above the bar, for the person at the terminal."""
-        if self._bar is not None:
-            self._bar.write(message, file=TERMINAL)
+        """Prints a line for the person at the terminal, above a live view."""
+        if self._display is not None:
+            self._display.say(message)
+
+    def _renew_report(self) -> None:
+        """Writes report.html anew; whatever fails there is said once and costs only the report."""
+        from rlcm_fast.report import read_run, write_report
+
+        try:
+            write_report([read_run(self._run_dir)], self._run_dir / "report.html")
+        except Exception as error:  # noqa: BLE001 (a run is worth more than its report)
+            self._has_report = False
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self.say(f"report.html was not written, and the run goes on without it ({reason})")
 
     def close(self) -> None:
-        """Ends the bar and closes all files."""
-        if self._bar is None:
+        """Ends what the terminal shows and closes all files."""
+        if self._display is None:
             return
         self._profile.close()
-        self._bar.close()
         self._lines.close()
+        if self._has_report:
+            self._renew_report()  # it tells how the run ended
+        self._display.close()
         if self._events:
             self._events.close()
         if self._wandb:
             self._wandb.finish()
 
 
-def _postfix(metrics: Mapping[str, float | int]) -> dict[str, str]:
-    """What the bar shows: the total and the speed first, because a narrow terminal cuts off what comes last."""
-    rewards = {k.split("/")[1]: f"{v:.3f}" for k, v in metrics.items() if k.startswith("reward/") and "mean" in k}
-    total = {"total": rewards["total"]} if "total" in rewards else {}  # with tasks, each task has one
-    return {**total, "images/s": f"{metrics['images_per_second']:.1f}", **rewards}
+def _display(config: Config, first_iteration: int) -> Display:
+    """Returns the live view, or plain lines; says if the first iteration compiles, which takes minutes."""
+    is_compiled = config.engine.compile != "off" and first_iteration < config.num_iterations
+    if is_live(config.tracking.live):
+        from rlcm_fast.run_folder.live_view import LiveView
+
+        note = "compiling" if is_compiled else ""
+        return LiveView(first_iteration, config.num_iterations, config.evaluation.num_images, note)
+    if is_compiled:
+        say("compiling the network: the first iteration takes longer")
+    return PlainLines(first_iteration, config.num_iterations)
 
 
 def _drop_lines_from(path: Path, iteration: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -135,18 +134,17 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path: Path, monkeypatch: pyt
     assert ids == [None, "new"]
 
 
-@pytest.mark.parametrize("totals", [{"reward/total/mean": 0.75}, {}])
-def test_a_bar_of_100_columns_shows_the_total_and_the_speed(
-    totals: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((100, 24)))
-    rewards = {f"reward/{name}/mean": 0.125 for name in ("jpeg_compressibility", "shapes_alignment", "diversity")}
+def test_a_plain_line_shows_the_total_first_and_the_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rewards = {f"reward/{name}/mean": 0.125 for name in ("jpeg", "shapes_alignment")}
     tracker = Tracker(tmp_path, CONFIG, 0)
-    tracker.log({**line(0), **rewards, **totals})
+    tracker.begin(64)
+    tracker.log({**line(0), **rewards, "reward/total/mean": 0.75})
+    tracker.log(line(1))  # within ten seconds: no line
     tracker.close()
-    shown = capfd.readouterr().err.split("\r")[-1].rstrip("\n")
-    assert len(shown) == 99  # tqdm leaves a column free
-    assert ("total=0.750, images/s=2.0, jpeg" if totals else "images/s=2.0, jpeg") in shown
+    shown = capsys.readouterr().err.splitlines()[1:]
+    assert len(shown) == 1
+    assert shown[0].startswith("iteration 1 of 5: total 0.750, jpeg 0.125, shapes_alignment 0.125; 2.0 images/s; ")
+    assert shown[0].endswith(" left") and "\r" not in shown[0] and "\x1b" not in shown[0]
 
 
 def test_the_first_iteration_is_announced_by_its_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -160,12 +158,81 @@ def test_the_first_iteration_is_announced_by_its_number(tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize("mode", ["off", "regional"])
-def test_the_bar_says_that_a_network_is_compiled_until_it_is(mode: str, tmp_path: Path, capsys):
-    tracker = Tracker(tmp_path, parse_config([f"--engine.compile={mode}", "--tracking.tensorboard=false"]), 0)
+def test_it_is_said_that_the_first_iteration_compiles(mode: str, tmp_path: Path, capsys):
+    Tracker(tmp_path, parse_config([f"--engine.compile={mode}", "--tracking.tensorboard=false"]), 0).close()
     assert ("compiling" in capsys.readouterr().err) == (mode == "regional")
-    tracker.log(line(0))
+
+
+def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
+    """Takes the place of wandb; returns what is logged, by step."""
+    logged: list[tuple[int, dict[str, Any]]] = []
+
+    def init(**_: Any) -> Any:
+        return SimpleNamespace(id="new", log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Image=lambda picture: picture))
+    return logged
+
+
+def test_tensorboard_and_wandb_get_the_same_keys_values_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import io
+
+    import numpy as np
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # Log two iterations, a grid, the evaluation after the last one, and a value that is missing.
+    of_wandb = fake_wandb(monkeypatch)
+    tracker = Tracker(tmp_path, replace(CONFIG, tracking=TrackingConfig(tensorboard=True, wandb=True)), 0)
+    tracker.grid(0, torch.rand(2, 3, 8, 8), ["a red circle", "a star"])
+    tracker.log({**line(0), "eval/jpeg/mean": 0.5, "loss": float("nan")})
+    tracker.log({**line(1), "guard/payload": 1.0})
+    tracker.log({"iteration": 2, "eval/jpeg/mean": 0.75})
     tracker.close()
-    assert "compiling" not in capsys.readouterr().err.rpartition("jpeg=0.250")[2]
+
+    # Compare what both have.
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    of_tensorboard = {(key, e.step): e.value for key in events.Tags()["scalars"] for e in events.Scalars(key)}
+    scalars = {(key, step): v for step, values in of_wandb for key, v in values.items() if key != "grid"}
+    assert scalars == pytest.approx(of_tensorboard)
+    assert set(scalars) == {
+        *((key, step) for step in (0, 1) for key in line(0)),
+        *(("eval/jpeg/mean", step) for step in (0, 2)),
+        ("guard/payload", 1),
+        ("iteration", 2),
+    }
+    (picture,) = [values["grid"] for _, values in of_wandb if "grid" in values]
+    (event,) = events.Images("grid")
+    with Image.open(io.BytesIO(event.encoded_image_string)) as image, Image.open(tmp_path / "grids/000000.png") as file:
+        assert np.array_equal(np.asarray(picture), np.asarray(image))
+        assert np.array_equal(np.asarray(picture), np.asarray(file))
+
+
+def test_the_report_is_renewed_at_evaluations_and_at_the_end(tmp_path: Path):
+    config = replace(CONFIG, tracking=TrackingConfig(tensorboard=False, report=True))
+    tracker = Tracker(tmp_path, config, 0)
+    tracker.log(line(0))
+    assert not (tmp_path / "report.html").exists()
+    tracker.log({**line(1), "eval/jpeg/mean": 0.5})
+    assert "after 2 of 5 iterations" in (tmp_path / "report.html").read_text()
+    tracker.log(line(2))
+    tracker.close()
+    assert "after 3 of 5 iterations" in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_that_fails_is_one_line_and_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no paper\nis left")
+
+    monkeypatch.setattr("rlcm_fast.report.write_report", fail)
+    tracker = Tracker(tmp_path, replace(CONFIG, tracking=TrackingConfig(tensorboard=False, report=True)), 0)
+    for iteration in range(3):
+        tracker.log({**line(iteration), "eval/jpeg/mean": 0.5})
+    tracker.close()
+    said = [text for text in capsys.readouterr().err.splitlines() if "report" in text]
+    assert said == ["report.html was not written, and the run goes on without it (RuntimeError: no paper)"]
+    assert logged(tmp_path) == [0, 1, 2]
 
 
 def test_a_value_that_is_not_finite_is_null_and_named_and_every_line_is_json(tmp_path: Path):

@@ -1,0 +1,215 @@
+"""A live view of a run in a terminal: rewards with their trend, held-out values with their band, speed, time left.
+
+    train 48/96 ############------------ 1:49 gone, 1:32 left
+    total                  -1.018  __..--~~^^  rose
+    jpeg_compressibility   -1.229  _._.-.-~~^  rose
+    held out               now      start     band
+    shapes_alignment       0.844    0.851     0.790 to 0.912  inside
+    33.4 images/s, 1.93 s an iteration, 1.2 GiB; iteration 49 since 0:01
+
+rich draws it at the bottom of the terminal, once a second from a thread of its own; whatever else is written to stderr
+or stdout, by us or by a library, comes above it, so the last line of the log stands right over it. The cursor stays
+visible, because a process that is killed could not bring it back.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
+
+import psutil
+from rich.console import Console, ConsoleOptions, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rlcm_fast.report.changes import of_values
+from rlcm_fast.run_folder.display import Clock, Metrics, duration, rewards
+from rlcm_fast.terminal import guarded
+
+_REFRESHES_PER_SECOND = 1  # one takes 4 ms of Python; ten would slow an iteration on a CPU
+_REMEMBERED = 60  # iterations of the trend
+_SPARKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+_ASCII_SPARKS = "_.,-~=*^"
+_NARROW, _WIDE = 56, 84  # columns
+_NUM_SPARKS = 20
+_GIB = 2**30
+
+
+class LiveView:
+    """Shows the run until it is closed."""
+
+    def __init__(
+        self,
+        first: int,
+        total: int,
+        num_images: int,
+        note: str = "",
+        now: Callable[[], float] = time.monotonic,
+        file: IO[str] | None = None,
+    ) -> None:
+        """num_images: of an evaluation, for its standard error; note: what the first iteration does beside its work."""
+        self._clock, self._num_images, self._note = Clock(first, total, now), num_images, note
+        self._trends: dict[str, deque[float]] = {}
+        self._start: dict[str, float] = {}  # the first evaluation
+        self._metrics: dict[str, float] = {}  # the last value of each key
+        self._file = file or guarded(sys.stderr)
+        self._live: Live | None = None
+
+    def begin(self) -> None:
+        """Takes the bottom of the terminal."""
+        global _streams
+        self._clock.begin()
+        console = Console(file=self._file, force_terminal=True, highlight=False)
+        _streams = sys.stdout, sys.stderr
+        self._live = Live(self, console=console, refresh_per_second=_REFRESHES_PER_SECOND, vertical_overflow="crop")
+        self._live.start(refresh=True)
+        console.show_cursor(True)
+
+    def say(self, message: str) -> None:
+        """Prints a line above the view, or where the view will be."""
+        if self._live is None:
+            print(message, file=self._file, flush=True)
+        else:
+            self._live.console.print(Text(message), soft_wrap=True)
+
+    def show(self, metrics: Metrics) -> None:
+        """Takes the metrics of an iteration over; the next refresh shows them."""
+        values = {key: float(value) for key, value in metrics.items()}
+        self._metrics |= values
+        if not self._start:
+            self._start = {key: value for key, value in values.items() if key.startswith("eval/")}
+        if "images_per_second" in metrics:
+            self._clock.step()
+            self._note = ""
+            for name, value in rewards(metrics).items():
+                self._trends.setdefault(name, deque(maxlen=_REMEMBERED)).append(value)
+        if self._live:
+            self._live.refresh()
+
+    def close(self) -> None:
+        """Leaves the last view where it is and gives the terminal back."""
+        global _streams
+        if self._live:
+            self._live.stop()
+            self._live, _streams = None, None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        """Draws for the width and height that the terminal has now."""
+        width = options.max_width
+        is_unicode = options.encoding.startswith("utf")
+        room = max(1, console.height - 4)
+        trained, held_out = self._trained_rows(_SPARKS if is_unicode else _ASCII_SPARKS), self._held_out_rows()
+        num_trained = min(len(trained), max(1, room - min(len(held_out) + 1, room // 2)))
+        shown = [self._progress(width)]
+        if trained:
+            shown.append(_table(trained[:num_trained], ("reward", "now", "trend", ""), width))
+        left = room - num_trained - 1
+        if held_out and left > 1:
+            shown.append(_table(held_out[: left - 1], ("held out", "now", "start", "band"), width))
+        yield Group(*shown, Text(self._speed(), no_wrap=True, overflow="ellipsis"))
+
+    def _progress(self, width: int) -> Table:
+        clock = self._clock
+        left = "" if clock.left is None else f", {duration(clock.left)} left"
+        times = Text(f"{duration(clock.gone)} gone{left}" if width >= _NARROW else left[2:], no_wrap=True)
+        line = Table.grid(padding=(0, 1), expand=True)
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True, justify="right")
+        bar = ProgressBar(total=max(1, clock.total), completed=clock.done)
+        line.add_row(Text(f"train {clock.done}/{clock.total}", style="bold"), bar, times)
+        return line
+
+    def _trained_rows(self, sparks: str) -> list[list[Text]]:
+        rows = []
+        for name, values in self._trends.items():
+            change = of_values(values)
+            word = change.word if change else ""
+            style = {"rose": "green", "fell": "red"}.get(word, "")
+            rows.append(
+                [Text(name), Text(_number(values[-1])), Text(sparkline(values, sparks)), Text(word, style=style)]
+            )
+        return rows
+
+    def _held_out_rows(self) -> list[list[Text]]:
+        names = [key.removeprefix("eval/") for key in self._start if key.endswith(("/mean", "/diversity"))]
+        rows = []
+        for key in names:
+            now, start = self._metrics[f"eval/{key}"], self._start[f"eval/{key}"]
+            name, band = key.removesuffix("/mean"), self._band(key)
+            text = Text(f"{_number(band[0])} to {_number(band[1])} ") if band else Text("")
+            if band:
+                is_inside = band[0] <= now <= band[1]
+                text.append("inside" if is_inside else "outside", style="" if is_inside else "yellow")
+            rows.append([Text(name), Text(_number(now)), Text(_number(start)), text])
+        return rows
+
+    def _band(self, key: str) -> tuple[float, float] | None:
+        """Returns the band of a guard of this name; else two standard errors around the start; None without either."""
+        name = key.removesuffix("/mean")
+        guard = (f"guard/{name}/low", f"guard/{name}/high")
+        if all(edge in self._metrics for edge in guard):
+            return self._metrics[guard[0]], self._metrics[guard[1]]
+        deviation = self._start.get(f"eval/{name}/std")
+        if deviation is None:
+            return None
+        start, reach = self._start[f"eval/{key}"], 2 * deviation / self._num_images**0.5
+        return start - reach, start + reach
+
+    def _speed(self) -> str:
+        clock, parts = self._clock, []
+        if "images_per_second" in self._metrics:
+            parts.append(f"{self._metrics['images_per_second']:.1f} images/s")
+        if "seconds/iteration" in self._metrics:
+            parts.append(f"{self._metrics['seconds/iteration']:.2f} s an iteration")
+        gib = self._metrics.get("memory/peak_gib", psutil.Process().memory_info().rss / _GIB)
+        parts.append(f"{gib:.1f} GiB")
+        doing = f"{self._note}, " if self._note else ""
+        if clock.done < clock.total:
+            parts.append(f"{doing}iteration {clock.done + 1} since {duration(clock.of_iteration)}")
+        return ", ".join(parts)
+
+
+def sparkline(values: Sequence[float], sparks: str = _SPARKS) -> str:
+    """Returns the last values as a line of bars from the lowest to the highest of them."""
+    shown = list(values)[-_NUM_SPARKS:]
+    low, high = min(shown), max(shown)
+    if not low < high:
+        return sparks[0] * len(shown)
+    return "".join(sparks[min(len(sparks) - 1, int((value - low) / (high - low) * len(sparks)))] for value in shown)
+
+
+def _table(rows: Sequence[Sequence[Text]], titles: Sequence[str], width: int) -> Table:
+    """Returns the rows as far as they fit: a narrow terminal has no third column, and no fourth."""
+    num_columns = 4 if width >= _WIDE else 3 if width >= _NARROW else 2
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=True, header_style="dim")
+    for place, title in enumerate(titles[:num_columns]):
+        is_number = place == 1
+        table.add_column(
+            title, no_wrap=True, overflow="ellipsis", justify="right" if is_number else "left", min_width=8 * is_number
+        )
+    for row in rows:
+        table.add_row(*row[:num_columns])
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+# A process that is forked while the view is shown, as one that reads images, must not draw it.
+_streams: tuple[Any, Any] | None = None
+
+
+def _forget_view() -> None:
+    if _streams:
+        sys.stdout, sys.stderr = _streams
+
+
+os.register_at_fork(after_in_child=_forget_view)
