@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from rlcm_fast import parallel
+from rlcm_fast.terminal import write_line
 
 _SAME_CTRL_C = 1.0  # seconds within which one Ctrl-C may arrive twice, from the terminal and from a launcher
 _WATCH_SECONDS = 1.0  # between two looks at the launcher
@@ -44,6 +45,8 @@ class Interruption:
     that the process belongs to (may_exit false), the second Ctrl-C raises KeyboardInterrupt instead. Outside of the
     main thread Python allows no signal handlers, so only the file stops such a run.
 
+    The first signal is answered in one line that says what happens next.
+
     Several processes must agree where to stop. So `check` (between micro-batches) only acts if there is one process,
     and `agreed` (between iterations, on all ranks) works with any number.
     """
@@ -52,6 +55,7 @@ class Interruption:
         """stop_file: create it to stop the run if a signal would not leave enough time to save."""
         self._stop_file, self._may_exit = stop_file, may_exit
         self._requested_at: float | None = None
+        self._answering: threading.Thread | None = None  # writes what the first signal leads to
         self._insists, self._raised = False, False  # a second Ctrl-C came, and what it asks for is done
         self._previous: dict[int, Any] = {}
         self._launchers = launchers_of_this_process()
@@ -82,6 +86,8 @@ class Interruption:
 
     def __exit__(self, *_: object) -> None:
         self._leaving.close()
+        if self._answering:
+            self._answering.join(_SAME_CTRL_C)  # a terminal may be stopped
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -117,15 +123,30 @@ class Interruption:
 
     def _hear(self, number: int) -> None:
         requested_at = self._requested_at
+        self._answer(number)
         if requested_at is None:
             if number in self._previous:
                 self._requested_at = time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - requested_at > _SAME_CTRL_C:
             self._end_at_once()
 
+    def _answer(self, number: int) -> None:
+        """Says once what happens, unless the terminal is gone; another thread writes, so that this one goes on."""
+        if self._answering or number not in self._previous or number == signal.SIGHUP or not parallel.is_main():
+            return
+        self._answering = threading.Thread(target=write_line, args=(self.answer(number),), daemon=True)
+        self._answering.start()
+
+    def answer(self, number: int) -> str:
+        """Returns what a first signal leads to, in a line."""
+        moved = "after this micro-batch, or after this iteration if its weights have moved"
+        when = moved if parallel.world_size() == 1 else "after this iteration"
+        again = "ends the process at once, without" if self._may_exit else "raises KeyboardInterrupt"
+        return f"{signal.Signals(number).name}: stopping {when}; a checkpoint is saved; a second Ctrl-C {again}"
+
     def _end_at_once(self) -> None:
         if self._may_exit:
-            _tell("interrupted")
+            _tell("interrupted; the iterations since the last checkpoint are lost")
             os._exit(_INTERRUPTED)  # no other way ends a thread that is blocked in a library
         if not self._insists:
             self._insists = True

@@ -17,8 +17,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import IO, Any
 
 import psutil
@@ -28,7 +28,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlcm_fast.report.changes import of_values
+from rlcm_fast.report.changes import Change, of_values
 from rlcm_fast.run_folder.display import Clock, Metrics, duration, rewards
 from rlcm_fast.terminal import guarded
 
@@ -55,9 +55,13 @@ class LiveView:
     ) -> None:
         """num_images: of an evaluation, for its standard error; note: what the first iteration does beside its work."""
         self._clock, self._num_images, self._note = Clock(first, total, now), num_images, note
-        self._trends: dict[str, deque[float]] = {}
+        self._trends: dict[str, list[float]] = {}
         self._start: dict[str, float] = {}  # the first evaluation
         self._metrics: dict[str, float] = {}  # the last value of each key
+        # What is drawn; replaced as a whole, because another thread may be drawing it.
+        self._trained: list[_Trained] = []
+        self._held_out: list[list[Text]] = []
+        self._pace = self._speed()
         self._file = file or guarded(sys.stderr)
         self._live: Live | None = None
 
@@ -88,7 +92,9 @@ class LiveView:
             self._clock.step()
             self._note = ""
             for name, value in rewards(metrics).items():
-                self._trends.setdefault(name, deque(maxlen=_REMEMBERED)).append(value)
+                self._trends[name] = [*self._trends.get(name, []), value][-_REMEMBERED:]
+        self._trained = [_Trained(name, values, of_values(values)) for name, values in self._trends.items()]
+        self._held_out, self._pace = self._held_out_rows(), self._speed()
         if self._live:
             self._live.refresh()
 
@@ -104,7 +110,8 @@ class LiveView:
         width = options.max_width
         is_unicode = options.encoding.startswith("utf")
         room = max(1, console.height - 4)
-        trained, held_out = self._trained_rows(_SPARKS if is_unicode else _ASCII_SPARKS), self._held_out_rows()
+        trained = [row.cells(_SPARKS if is_unicode else _ASCII_SPARKS) for row in self._trained]
+        held_out = self._held_out
         num_trained = min(len(trained), max(1, room - min(len(held_out) + 1, room // 2)))
         shown = [self._progress(width)]
         if trained:
@@ -112,7 +119,7 @@ class LiveView:
         left = room - num_trained - 1
         if held_out and left > 1:
             shown.append(_table(held_out[: left - 1], ("held out", "now", "start", "band"), width))
-        yield Group(*shown, Text(self._speed(), no_wrap=True, overflow="ellipsis"))
+        yield Group(*shown, Text(self._pace + self._doing(), no_wrap=True, overflow="ellipsis"))
 
     def _progress(self, width: int) -> Table:
         clock = self._clock
@@ -125,17 +132,6 @@ class LiveView:
         bar = ProgressBar(total=max(1, clock.total), completed=clock.done)
         line.add_row(Text(f"train {clock.done}/{clock.total}", style="bold"), bar, times)
         return line
-
-    def _trained_rows(self, sparks: str) -> list[list[Text]]:
-        rows = []
-        for name, values in self._trends.items():
-            change = of_values(values)
-            word = change.word if change else ""
-            style = {"rose": "green", "fell": "red"}.get(word, "")
-            rows.append(
-                [Text(name), Text(_number(values[-1])), Text(sparkline(values, sparks)), Text(word, style=style)]
-            )
-        return rows
 
     def _held_out_rows(self) -> list[list[Text]]:
         names = [key.removeprefix("eval/") for key in self._start if key.endswith(("/mean", "/diversity"))]
@@ -163,17 +159,40 @@ class LiveView:
         return start - reach, start + reach
 
     def _speed(self) -> str:
-        clock, parts = self._clock, []
+        parts = []
         if "images_per_second" in self._metrics:
             parts.append(f"{self._metrics['images_per_second']:.1f} images/s")
         if "seconds/iteration" in self._metrics:
             parts.append(f"{self._metrics['seconds/iteration']:.2f} s an iteration")
         gib = self._metrics.get("memory/peak_gib", psutil.Process().memory_info().rss / _GIB)
-        parts.append(f"{gib:.1f} GiB")
-        doing = f"{self._note}, " if self._note else ""
-        if clock.done < clock.total:
-            parts.append(f"{doing}iteration {clock.done + 1} since {duration(clock.of_iteration)}")
-        return ", ".join(parts)
+        return ", ".join([*parts, f"{gib:.1f} GiB"])
+
+    def _doing(self) -> str:
+        clock, note = self._clock, f", {self._note}" if self._note else ""
+        return (
+            ""
+            if clock.done >= clock.total
+            else f"; iteration {clock.done + 1} since {duration(clock.of_iteration)}{note}"
+        )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A row of the trained rewards."""
+
+    name: str
+    values: Sequence[float]
+    change: Change | None
+
+    def cells(self, sparks: str) -> list[Text]:
+        word = self.change.word if self.change else ""
+        style = {"rose": "green", "fell": "red"}.get(word, "")
+        return [
+            Text(self.name),
+            Text(_number(self.values[-1])),
+            Text(sparkline(self.values, sparks)),
+            Text(word, style=style),
+        ]
 
 
 def sparkline(values: Sequence[float], sparks: str = _SPARKS) -> str:

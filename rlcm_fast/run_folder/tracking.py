@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlcm_fast import parallel
@@ -245,6 +246,7 @@ def _environment() -> dict[str, Any]:
         "git_commit": _git_commit(),
         "command": sys.argv,
         "num_processes": parallel.world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 
 

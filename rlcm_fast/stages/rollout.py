@@ -31,6 +31,7 @@ from rlcm_fast.policies import SeededNoise
 from rlcm_fast.rewards import Offloading, Rewards, Skipping
 from rlcm_fast.run_folder.stage_profile import stage
 from rlcm_fast.run_folder.tracking import say
+from rlcm_fast.stages.constant_rewards import ConstantRewards
 from rlcm_fast.stages.image_sizes import ImageSizes, joined
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.tasks import TaskRewards
@@ -95,6 +96,7 @@ class Collector:
     sizes: ImageSizes = field(default_factory=ImageSizes)
     may_lower: bool = False  # draws fewer images at once if the device is out of memory
     say: Callable[[str], None] = say  # prints a line on the main process
+    constants: ConstantRewards = field(default_factory=ConstantRewards)
     size: int = field(init=False)  # images that are drawn at once
 
     def __post_init__(self) -> None:
@@ -109,6 +111,7 @@ class Collector:
         began = time.perf_counter()
         with self.offloading.in_use(), self.images.decoding():
             trajectory, rewards = self._draw_and_score(prompts, turn, may_stop)
+        self.constants.look(rewards, turn.iteration)
         num_skipped = self._num_skipped(rewards, turn.iteration) if self.rewards.may_skip else None
         return Rollout(prompts, trajectory, rewards, time.perf_counter() - began, num_skipped)
 

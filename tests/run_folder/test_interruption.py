@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from benchmarks.shared import run_processes
+from rlcm_fast import parallel
 from rlcm_fast.run_folder import interruption
 from rlcm_fast.run_folder.interruption import Interrupted, Interruption
 
@@ -31,6 +32,24 @@ def test_what_a_launcher_sends_after_a_ctrl_c_is_the_same_wish(tmp_path: Path):
         assert stop.agreed()
         with pytest.raises(Interrupted):
             stop.check()
+
+
+def test_the_first_signal_is_answered_by_what_happens_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with Interruption(tmp_path / "stop") as stop:
+        send(signal.SIGINT)
+        send(signal.SIGTERM)  # of the launcher
+        assert stop.agreed()
+    assert capsys.readouterr().err == (
+        "SIGINT: stopping after this micro-batch, or after this iteration if its weights have moved; a checkpoint is "
+        "saved; a second Ctrl-C ends the process at once, without\n"
+    )
+
+
+def test_the_answer_fits_several_processes_and_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    answer = Interruption(tmp_path / "stop", may_exit=False).answer(signal.SIGTERM)
+    assert answer.startswith("SIGTERM: stopping after this iteration; a checkpoint is saved; ")
+    assert answer.endswith("a second Ctrl-C raises KeyboardInterrupt")
 
 
 def _wait_blocked(folder: str) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import two_ranks
+from PIL import Image
 from plugin_rewards import Brightness, Faulty
 from tiny_policies import TinyBackbone, TinyNetwork, decode, encode, images_of, policy_of, prompts
 
@@ -19,6 +23,7 @@ from rlcm_fast.config import RolloutConfig
 from rlcm_fast.prompts import prompts_for_images
 from rlcm_fast.rewards import GroupReward, RewardError
 from rlcm_fast.rewards.diversity import Diversity
+from rlcm_fast.stages.album import Album
 from rlcm_fast.stages.evaluation import Evaluator, HeldOut
 from rlcm_fast.trajectory import Prompt
 
@@ -48,6 +53,39 @@ def test_its_numbers_are_those_of_the_images_without_reward_weights():
         "eval/brightness/std": pytest.approx(scores.std(correction=0).item()),
         "eval/diversity": pytest.approx(diversity_of(images)),
     }
+
+
+def test_some_images_are_kept_with_the_scores_of_all():
+    album = Album(3)
+    metrics = evaluator(num_images=7)(IMAGES, 0, album)
+    assert [row["image"] for row in album.scores] == list(range(7))
+    scores = torch.tensor([row["scores"]["eval/brightness"] for row in album.scores]).double()
+    assert metrics["eval/brightness/mean"] == pytest.approx(scores.mean().item())
+
+    # The files hold the images that were scored, and they are the same ones at every evaluation.
+    assert len(album.files) == 3
+    for row in album.scores:
+        if "file" in row:
+            pixels = np.asarray(Image.open(io.BytesIO(album.files[row["file"]])))
+            shown = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255
+            assert Brightness()(shown, []).item() == pytest.approx(row["scores"]["eval/brightness"], abs=1 / 255)
+    again = Album(3)
+    evaluator(num_images=7)(IMAGES, 5, again)
+    assert again.files.keys() == album.files.keys()
+
+
+def test_kept_images_are_spread_over_prompts_that_repeat():
+    album = Album(8)
+    kept = album._kept(16)
+    assert len(kept) == 8 and {row % 4 for row in kept} == {0, 1, 2, 3}
+    assert Album(20)._kept(16) == frozenset(range(16)) and not Album()._kept(16)
+
+
+def test_a_score_that_is_missing_is_missing_in_the_album():
+    album = Album(1)
+    album.add(prompts(2), [(1, b"png")], {"eval/a": torch.tensor([1.0, float("nan")])})
+    assert album.scores[0]["scores"] == {"eval/a": 1.0} and album.files == {"0001.png": b"png"}
+    assert math.isnan(album.scores[1]["scores"]["eval/a"])  # null in the file, which readers skip
 
 
 def diversity_of(images: torch.Tensor) -> float:

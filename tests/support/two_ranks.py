@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rlcm_fast.faults import Fault
 from rlcm_fast.parallel import Turn
 from rlcm_fast.rewards import GroupReward, Skipping
 from rlcm_fast.rewards.diversity import Diversity
+from rlcm_fast.stages.album import Album
 from rlcm_fast.stages.evaluation import Evaluator, HeldOut
 from rlcm_fast.stages.rollout import Collector
 from rlcm_fast.tasks import TaskRewards
@@ -67,10 +69,14 @@ def run_sizes(model: str, folder: Path, runs: Mapping[str, Mapping[str, object]]
 
 
 def evaluate_groups(num_images: int) -> dict[str, float]:
-    """Pairs of images of two tasks, and all of each, in micro-batches of 3."""
+    """Pairs of images of two tasks, and all of each, in micro-batches of 3; and a checksum of the kept images."""
     prompts = [Prompt(TEXTS[i % 4], "even" if i % 2 == 0 else "odd") for i in range(num_images)]
     rewards = {size: (GroupReward(size, Diversity(), int(size)), 1.0) for size in ("0", "2")}
-    return Evaluator(HeldOut(prompts, 5, 3), {"eval": rewards})(images_of(policy_of(TinyNetwork())), 0)
+    album = Album(3)
+    evaluator = Evaluator(HeldOut(prompts, 5, 3), {"eval": {**rewards, "brightness": (Brightness(), 1.0)}})
+    metrics = evaluator(images_of(policy_of(TinyNetwork())), 0, album)
+    kept = json.dumps([album.scores, sorted((name, file.hex()) for name, file in album.files.items())])
+    return {**metrics, "kept": float(zlib.crc32(kept.encode()))}
 
 
 class FailsOnRank1(Brightness):

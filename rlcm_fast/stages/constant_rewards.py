@@ -1,0 +1,59 @@
+"""Warns of a reward that gives all images of an iteration the same score: it makes no image better than another.
+
+A score that is the same by chance, as 0 of a rare find, is so in one iteration; the warning waits for a second one with
+the same value. Images without a score do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rlcm_fast import parallel
+from rlcm_fast.rewards import Rewards
+from rlcm_fast.run_folder.tracking import say
+
+
+class ConstantRewards:
+    """Watches the scores of a run; each reward is warned of once."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}  # of rewards that were constant in the last iteration
+        self._warned: set[str] = set()
+
+    def look(self, rewards: Mapping[str, Rewards], iteration: int) -> None:
+        """Looks at the scores of a rollout, by task; every rank must call this, with the same rewards."""
+        named = {
+            f"{task}/{name}" if len(rewards) > 1 else name: scores
+            for task, of_task in rewards.items()
+            for name, scores in of_task.by_name.items()
+        }
+        if not named:
+            return
+        ranges = parallel.all_gather(torch.stack([_range(scores) for scores in named.values()])[None])  # (ranks, N, 2)
+        lowest, highest = -ranges[..., 0].amax(dim=0), ranges[..., 1].amax(dim=0)
+        for name, low, high in zip(named, lowest.tolist(), highest.tolist(), strict=True):
+            self._judge(name, low, high, iteration)
+
+    def _judge(self, name: str, low: float, high: float, iteration: int) -> None:
+        before = self._values.pop(name, None)
+        if low != high:
+            return
+        self._values[name] = low
+        if before == low and name not in self._warned:
+            self._warned.add(name)
+            places, shown = f"iterations {iteration} and {iteration + 1}", name.rpartition("/")[2]
+            say(
+                f"the reward {name} is {low:.6g} for every image of {places}: it gives no advantage and teaches "
+                f"nothing; look at the images, try rlcm-fast check-reward {shown}, or drop it"
+            )
+
+
+def _range(scores: Tensor) -> Tensor:
+    """Returns (-lowest, highest) of the scores (B,) that are there, as (2,) float32; minus infinities without any."""
+    known = scores[~scores.isnan()].float()
+    if len(known) == 0:
+        return torch.full((2,), -torch.inf)
+    return torch.stack([-known.amin(), known.amax()])
