@@ -64,6 +64,7 @@ class LiveView:
         self._pace = self._speed()
         self._file = file or guarded(sys.stderr)
         self._live: Live | None = None
+        self._is_over = False
 
     def begin(self) -> None:
         """Takes the bottom of the terminal."""
@@ -102,6 +103,7 @@ class LiveView:
         """Leaves the last view where it is and gives the terminal back."""
         global _streams
         if self._live:
+            self._is_over = True
             self._live.stop()
             self._live, _streams = None, None
 
@@ -112,13 +114,14 @@ class LiveView:
         room = max(1, console.height - 4)
         trained = [row.cells(_SPARKS if is_unicode else _ASCII_SPARKS) for row in self._trained]
         held_out = self._held_out
+        name_width = min(width // 2, max((len(row[0]) for row in [*trained, *held_out]), default=0))
         num_trained = min(len(trained), max(1, room - min(len(held_out) + 1, room // 2)))
         shown = [self._progress(width)]
         if trained:
-            shown.append(_table(trained[:num_trained], ("reward", "now", "trend", ""), width))
+            shown.append(_table(trained[:num_trained], ("reward", "now", "trend", ""), width, name_width))
         left = room - num_trained - 1
         if held_out and left > 1:
-            shown.append(_table(held_out[: left - 1], ("held out", "now", "start", "band"), width))
+            shown.append(_table(held_out[: left - 1], ("held out", "now", "start", "band"), width, name_width))
         yield Group(*shown, Text(self._pace + self._doing(), no_wrap=True, overflow="ellipsis"))
 
     def _progress(self, width: int) -> Table:
@@ -169,11 +172,9 @@ class LiveView:
 
     def _doing(self) -> str:
         clock, note = self._clock, f", {self._note}" if self._note else ""
-        return (
-            ""
-            if clock.done >= clock.total
-            else f"; iteration {clock.done + 1} since {duration(clock.of_iteration)}{note}"
-        )
+        if self._is_over or clock.done >= clock.total:
+            return ""
+        return f"; iteration {clock.done + 1} since {duration(clock.of_iteration)}{note}"
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class _Trained:
     change: Change | None
 
     def cells(self, sparks: str) -> list[Text]:
-        word = self.change.word if self.change else ""
+        word = self.change.word if self.change and self.change.standard_error is not None else ""
         style = {"rose": "green", "fell": "red"}.get(word, "")
         return [
             Text(self.name),
@@ -204,14 +205,18 @@ def sparkline(values: Sequence[float], sparks: str = _SPARKS) -> str:
     return "".join(sparks[min(len(sparks) - 1, int((value - low) / (high - low) * len(sparks)))] for value in shown)
 
 
-def _table(rows: Sequence[Sequence[Text]], titles: Sequence[str], width: int) -> Table:
+def _table(rows: Sequence[Sequence[Text]], titles: Sequence[str], width: int, name_width: int) -> Table:
     """Returns the rows as far as they fit: a narrow terminal has no third column, and no fourth."""
     num_columns = 4 if width >= _WIDE else 3 if width >= _NARROW else 2
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=True, header_style="dim")
-    for place, title in enumerate(titles[:num_columns]):
-        is_number = place == 1
+    for title in titles[:num_columns]:
+        is_number, is_name = title in ("now", "start"), title == titles[0]
         table.add_column(
-            title, no_wrap=True, overflow="ellipsis", justify="right" if is_number else "left", min_width=8 * is_number
+            title,
+            no_wrap=True,
+            overflow="ellipsis",
+            justify="right" if is_number else "left",
+            min_width=name_width if is_name else 8 * is_number,
         )
     for row in rows:
         table.add_row(*row[:num_columns])
