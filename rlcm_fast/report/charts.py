@@ -166,7 +166,7 @@ def _evaluated(run: RunData, key: str, colour: int) -> Series:
 def _weight_note(run: RunData, measure: Measure) -> str:
     rewards = run.config.get("rewards")
     for reward in rewards if isinstance(rewards, list) else ():
-        if isinstance(reward, dict) and reward.get("name") == measure.key:
+        if isinstance(reward, dict) and (reward.get("label") or reward.get("name")) == measure.key:
             return f"weight {reward.get('weight', 1.0)}"
     return "the weighted sum, which is optimised" if measure.key.rpartition("/")[2] == "total" else ""
 

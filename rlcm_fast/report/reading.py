@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class RunData:
         """Returns (iteration, value) of every line that has the key."""
         return [(line["iteration"], line[key]) for line in self.lines if key in line]
 
-    @property
+    @cached_property
     def keys(self) -> list[str]:
         """The keys of all lines."""
         return list(dict.fromkeys(key for line in self.lines for key in line))

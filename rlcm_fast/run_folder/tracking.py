@@ -169,11 +169,11 @@ class Tracker:
         """Ends what the terminal shows and closes all files."""
         if self._display is None:
             return
+        self._display.close()  # first: it has the terminal
         self._profile.close()
         self._lines.close()
         if self._has_report:
             self._renew_report()  # it tells how the run ended
-        self._display.close()
         if self._events:
             self._events.close()
         if self._wandb:
