@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 from rlcm_fast.config import Config, RewardConfig, TaskConfig, parse_config, to_dict
@@ -101,13 +102,19 @@ def _base(run: RunData) -> tuple[dict[str, Any] | None, str]:
     """Returns the fields of the config files that the command named, and their names; None if they are not known."""
     command = run.environment.get("command")
     names = _config_files([str(word) for word in command]) if isinstance(command, list) else []
+    base = _fields_of(tuple(names))
+    return (None, "") if base is None else (base, " + ".join(names))
+
+
+@lru_cache  # reading a config takes 0.3 s, and a report that is renewed during a run asks for the same one
+def _fields_of(names: tuple[str, ...]) -> dict[str, Any] | None:
+    """Returns the fields of config files that are put on top of each other; None if one cannot be read any more."""
     if not names:
-        return None, ""
+        return None
     try:
-        base = parse_config([f"--config={name}" for name in names])
-    except (ValueError, OSError):  # the file is gone, or another version wrote it
-        return None, ""
-    return flat(to_dict(base)), " + ".join(names)
+        return flat(to_dict(parse_config([f"--config={name}" for name in names])))
+    except (ValueError, OSError):  # a file is gone, or another version wrote it
+        return None
 
 
 def _config_files(command: Sequence[str]) -> list[str]:

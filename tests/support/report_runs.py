@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from rlcm_fast.config import parse_config, to_yaml
+from rlcm_fast.config import Config, EvaluationConfig, to_yaml
 from rlcm_fast.run_folder.evaluation_files import write_evaluation
 
 PROMPTS = ("a red circle", "a blue square", "a star")
@@ -24,8 +24,9 @@ def make_run(
     """Writes a whole run folder, evaluated every 5 iterations; without `is_ended` it stopped half way."""
     run_dir.mkdir(parents=True)
     options = ["--num_iterations", str(num_iterations), "--seed", str(seed), "--run_dir", str(run_dir)]
-    more = ["--evaluation.every", "5", "--evaluation.num_images", str(NUM_IMAGES)]
-    (run_dir / "config.yaml").write_text(to_yaml(parse_config([*options, *more])))
+    evaluation = EvaluationConfig(every=5, num_images=NUM_IMAGES)
+    config = Config(num_iterations=num_iterations, seed=seed, run_dir=str(run_dir), evaluation=evaluation)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
     command = ["train.py", "--config", "shapes/compressibility_paper", *options]
     environment = {"python": "3.11", "packages": {"torch": "2.11"}, "command": command, "num_processes": 2}
     (run_dir / "environment.json").write_text(json.dumps(environment))
