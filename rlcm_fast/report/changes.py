@@ -19,6 +19,7 @@ from rlcm_fast.report.reading import EvaluatedImages, RunData
 
 SURE = 2.0  # standard errors
 _LARGE = 0.1  # of the start value
+_ROUNDING = 1e-6  # of the difference: a standard error below this is rounding
 _SPAN = 10  # iterations at each end, a third of the run at most
 
 
@@ -40,7 +41,7 @@ class Change:
         """The difference in standard errors; None if that is not known or would be infinite."""
         if self.standard_error is None:
             return None
-        if self.standard_error == 0:
+        if self.standard_error <= _ROUNDING * abs(self.difference):
             return 0.0 if self.difference == 0 else None
         return self.difference / self.standard_error
 
