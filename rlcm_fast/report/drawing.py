@@ -83,7 +83,8 @@ def draw(series: Sequence[Series], label: str) -> Markup:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({**_STYLE, "svg.hashsalt": label}):
+    style: Any = {**_STYLE, "svg.hashsalt": label}
+    with rc_context(style):
         figure = Figure(figsize=(4.6, 2.4), layout="constrained")
         axes = figure.subplots()
         for line in series:

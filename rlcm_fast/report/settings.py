@@ -42,7 +42,8 @@ def settings(run: RunData) -> Settings:
     if not run.config:
         return Settings([], [], "")
     rows = []
-    for field in dict.fromkeys([*run.config, *(base or {})]):
+    names: dict[str, None] = dict.fromkeys(run.config) | dict.fromkeys(base or {})
+    for field in names:
         value, default = run.config.get(field), defaults.get(field, _ABSENT)
         of_base = default if base is None else base.get(field, default)
         if value == default == of_base:

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import psutil
 from rich.console import Console, ConsoleOptions, Group
@@ -44,17 +43,12 @@ _GIB = 2**30
 class LiveView:
     """Shows the run until it is closed."""
 
-    def __init__(
-        self,
-        first: int,
-        total: int,
-        num_images: int,
-        note: str = "",
-        now: Callable[[], float] = time.monotonic,
-        file: IO[str] | None = None,
-    ) -> None:
-        """num_images: of an evaluation, for its standard error; note: what the first iteration does beside its work."""
-        self._clock, self._num_images, self._note = Clock(first, total, now), num_images, note
+    def __init__(self, clock: Clock, num_images: int, note: str = "", file: Any = None) -> None:
+        """Needs the number of an evaluation's images for its standard error.
+
+        note: what the first iteration does beside its work; file: a text stream, stderr by default.
+        """
+        self._clock, self._num_images, self._note = clock, num_images, note
         self._trends: dict[str, list[float]] = {}
         self._start: dict[str, float] = {}  # the first evaluation
         self._metrics: dict[str, float] = {}  # the last value of each key

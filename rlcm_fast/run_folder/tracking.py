@@ -22,7 +22,7 @@ from rlcm_fast import parallel
 from rlcm_fast.config import Config, to_dict, to_yaml
 from rlcm_fast.finite_json import finite_json, not_finite
 from rlcm_fast.grids import captioned_grid
-from rlcm_fast.run_folder.display import Display, PlainLines, is_live
+from rlcm_fast.run_folder.display import Clock, Display, PlainLines, is_live
 from rlcm_fast.run_folder.evaluation_files import write_evaluation
 from rlcm_fast.run_folder.stage_profile import IterationProfile
 from rlcm_fast.terminal import write_line
@@ -187,7 +187,7 @@ def _display(config: Config, first_iteration: int) -> Display:
         from rlcm_fast.run_folder.live_view import LiveView
 
         note = "compiling" if is_compiled else ""
-        return LiveView(first_iteration, config.num_iterations, config.evaluation.num_images, note)
+        return LiveView(Clock(first_iteration, config.num_iterations), config.evaluation.num_images, note)
     if is_compiled:
         say("compiling the network: the first iteration takes longer")
     return PlainLines(first_iteration, config.num_iterations)

@@ -53,7 +53,7 @@ class Terminal:
             return [line.rstrip() for line in self.screen.display if line.strip()]
 
     def wait_for(self, is_there: Callable[[list[str]], bool]) -> list[str]:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 60
         while not is_there(self.lines):
             assert time.monotonic() < deadline, "\n".join(self.lines)
             time.sleep(0.05)

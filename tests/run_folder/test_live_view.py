@@ -60,7 +60,7 @@ def now() -> Seconds:
 def view_on(screen: Screen, now: Seconds, monkeypatch: pytest.MonkeyPatch, note: str = "") -> LiveView:
     size = {"width": screen.screen.columns, "height": screen.screen.lines}
     monkeypatch.setattr(live_view, "Console", lambda **settings: Console(**{**settings, **size}))
-    view = LiveView(0, 10, 64, note, now, screen)
+    view = LiveView(Clock(0, 10, now), 64, note, screen)
     view.begin()
     return view
 
@@ -158,7 +158,7 @@ def test_a_terminal_that_is_gone_costs_the_view_alone(now: Seconds, monkeypatch:
             raise OSError(5, "Input/output error")
 
     screen = Gone()
-    view = LiveView(0, 10, 64, "", now, guarded(screen))  # pyright: ignore[reportArgumentType]
+    view = LiveView(Clock(0, 10, now), 64, "", guarded(screen))
     view.begin()
     view.say("nobody hears this")
     view.show(iteration(0, 1.0))
@@ -189,7 +189,7 @@ def test_without_unicode_bars_are_ascii():
         encoding = "latin-1"  # pyright: ignore[reportAssignmentType]
 
     screen = Latin()
-    view = LiveView(0, 10, 64, file=screen)
+    view = LiveView(Clock(0, 10), 64, file=screen)
     for number in range(8):
         view.show(iteration(number, float(number)))
     Console(file=screen, force_terminal=True, width=100, height=24).print(view)
