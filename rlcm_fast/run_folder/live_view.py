@@ -56,7 +56,7 @@ class LiveView:
         self._trained: list[_Trained] = []
         self._held_out: list[list[Text]] = []
         self._pace = self._speed()
-        self._file = file or guarded(sys.stderr)
+        self._file: Any = file or guarded(sys.stderr)
         self._live: Live | None = None
         self._is_over = False
 
