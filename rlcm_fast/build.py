@@ -42,9 +42,12 @@ from rlcm_fast.stages.chosen_batches import Choice, choose_batches
 from rlcm_fast.stages.compile_check import CompileCheck
 from rlcm_fast.stages.evaluation import Evaluation, build_evaluation
 from rlcm_fast.stages.graphing import check_graphs, use_graphs
+from rlcm_fast.stages.guard_build import build_describe, with_guard
 from rlcm_fast.stages.image_sizes import ImageSizes
 from rlcm_fast.stages.images import TextToImage
+from rlcm_fast.stages.kl_weight import KlWeight
 from rlcm_fast.stages.real_images import RealImages, check_pairs
+from rlcm_fast.stages.reward_gradients import RewardGradients
 from rlcm_fast.stages.rollout import Collector
 from rlcm_fast.stages.size_trial import settle_sizes
 from rlcm_fast.stages.start_model import StartModel
@@ -67,7 +70,7 @@ class Parts:
     collector: Collector
     updater: Updater
     real_images: RealImages | None
-    task_gradients: TaskGradients
+    task_gradients: RewardGradients
     evaluation: Evaluation
     memory: MemoryReport
     progress: Progress
@@ -77,12 +80,16 @@ class Parts:
         """Returns the state of all parts but the engine as JSON, the same on every rank; every rank must call this."""
         real_images = self.real_images.state_dict() if self.real_images else None
         skipped = self.updater.skipped.in_a_row
-        return {"tasks": self.tasks.state_dict(), "pretraining": real_images, "skipped_updates_in_a_row": skipped}
+        guard = self.evaluation.guard.state_dict() if self.evaluation.guard else None
+        parts = {"tasks": self.tasks.state_dict(), "pretraining": real_images, "skipped_updates_in_a_row": skipped}
+        return {**parts, "guard": guard}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from the place where `state_dict` was taken."""
         self.tasks.load_state_dict(state["tasks"])
         self.updater.skipped.in_a_row = state.get("skipped_updates_in_a_row", 0)  # earlier versions did not count
+        if self.evaluation.guard and state.get("guard"):
+            self.evaluation.guard.load_state_dict(state["guard"])
         if self.real_images and state["pretraining"]:
             self.real_images.load_state_dict(state["pretraining"])
 
@@ -128,6 +135,7 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     memory = MemoryReport(config, device)
     size = pixels_before_loading(config.model)
     tasks = _tasks(run, given, size, device)
+    describe = build_describe(config.guard)
 
     # Load the pipeline, and copy its network before anything is trained.
     torch.manual_seed(config.seed)
@@ -158,7 +166,8 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     start_model = _start_model(start_network, images, policy_around)
 
     # Bind the stages to what they need.
-    evaluation = build_evaluation(run, tasks, images, engine)
+    kl_weight = KlWeight(config.update.kl_weight, is_measured=config.has_start_model and config.guard.is_on)
+    evaluation = with_guard(build_evaluation(run, tasks, images, engine), run, tasks, describe, kl_weight)
     backbone.texts.survey([*tasks.texts(_SURVEYED), *evaluation.texts])
     if config.engine.compile == "whole":
         texts = images.encode(evaluation.grid.prompts[:1] * config.update.micro_batch_size)
@@ -177,13 +186,21 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
         engine=engine,
         collector=_collector(choice, images, tasks, run),
         updater=Updater(
-            images.policy, algorithm, engine, config.update, start_model, real_images, graphed, choice.lowers_updates
+            images.policy,
+            algorithm,
+            engine,
+            config.update,
+            start_model,
+            real_images,
+            graphed,
+            kl_weight,
+            choice.lowers_updates,
         ),
         real_images=real_images,
-        task_gradients=_task_gradients(policy_around(backbone.unet), algorithm, run),
+        task_gradients=_task_gradients(policy_around(backbone.unet), algorithm, run, tasks),
         evaluation=evaluation,
         memory=memory,
-        progress=Progress(folder, engine, check_weights),
+        progress=Progress(folder, engine, check_weights, config.checkpoint.best),
         export=Exporter(backbone, engine, config),
     )
 
@@ -258,7 +275,7 @@ def _start_network(backbone: Backbone, config: Config) -> Any:
     It is a copy, or the network itself, which gives the start model's output without its adapters or with swapped
     weights.
     """
-    if config.update.kl_weight == 0:
+    if not config.has_start_model:
         return None
     if config.update.kl_reference == "offload":
         return backbone.unet
@@ -307,9 +324,10 @@ def build_engine(unet: Any, run: ResolvedRun) -> AveragingEngine:
     return AveragingEngine(kind(unet, settings, config.optimizer, plan, config.seed), unet, config.ema)
 
 
-def _task_gradients(policy: GaussianPolicy, algorithm: Algorithm, run: ResolvedRun) -> TaskGradients:
-    """Builds the measurement; it is off with one task, and with engines that never hold all gradients at once."""
-    config = run.config
-    is_possible = run.has_tasks and config.engine.zero_stage < 2 and not config.engine.optimizer_in_backward
-    every = config.tracking.task_gradients_every if is_possible else 0
-    return TaskGradients(policy, algorithm, config.update, every, len(run.tasks))
+def _task_gradients(policy: GaussianPolicy, algorithm: Algorithm, run: ResolvedRun, tasks: Tasks) -> RewardGradients:
+    """Builds the measurements; they are off with one task or reward, and with engines that never hold all gradients."""
+    config, tracking = run.config, run.config.tracking
+    is_possible = config.engine.zero_stage < 2 and not config.engine.optimizer_in_backward
+    every = tracking.task_gradients_every if is_possible and run.has_tasks else 0
+    of_tasks = TaskGradients(policy, algorithm, config.update, every, len(run.tasks))
+    return RewardGradients(of_tasks, tasks.advantages.parts, tracking.reward_gradients_every if is_possible else 0)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlcm_fast.algorithms import Advantages, TaskAdvantages, build_advantages
-from rlcm_fast.config import RewardConfig, RolloutConfig
+from rlcm_fast.algorithms import Combined, TaskAdvantages, Weighted, build_combined
+from rlcm_fast.config import AdvantagesConfig, RewardConfig, RolloutConfig
 from rlcm_fast.config.resolved import ResolvedRun, Task
 from rlcm_fast.given import NOTHING, Given
 from rlcm_fast.prompts import Sampler, Share, build_sampler
@@ -64,8 +64,8 @@ class Tasks:
             self._samplers[task.name] = build_sampler(task.source, share, task.source_field, given.prompts)
         self._timeout = config.rollout.reward_timeout
         self._trials = self._all_trials(run)
-        by_task = {task.name: build_advantages(task.advantages, config.advantages) for task in run.tasks}
-        self.advantages: Advantages = TaskAdvantages(by_task) if self.are_several else by_task["default"]
+        by_task = {task.name: _combined(task, config.advantages) for task in run.tasks}
+        self.advantages: Combined | TaskAdvantages = TaskAdvantages(by_task) if self.are_several else by_task["default"]
 
     @property
     def reward_names(self) -> list[str]:
@@ -95,7 +95,7 @@ class Tasks:
 
     def advantage_metrics(self, names: Sequence[str]) -> dict[str, float]:
         """Returns `advantage/...` of the last batch; `advantage/TASK/...` if there are several tasks."""
-        metrics = self.advantages.metrics()
+        metrics: Any = self.advantages.metrics()
         by_task = {f"{name}/": metrics[name] for name in names} if self.are_several else {"": metrics}
         named = {}
         for prefix, of_task in by_task.items():
@@ -147,13 +147,18 @@ class Tasks:
 
 def skipped_names(rewards: Sequence[RewardConfig]) -> frozenset[str]:
     """Returns the names of the rewards that may fail for single images."""
-    return frozenset(reward.name for reward in rewards if reward.on_failure == "skip")
+    return frozenset(reward.key for reward in rewards if reward.on_failure == "skip")
+
+
+def _combined(task: Task, config: AdvantagesConfig) -> Combined:
+    rewards = [Weighted(reward.key, reward.weight, reward.threshold) for reward in task.rewards]
+    return build_combined(task.advantages, task.rewards_combine, config, rewards)
 
 
 def _built(configs: Sequence[RewardConfig], builder: RewardBuilder, field: str) -> dict[str, tuple[Reward, float]]:
     """Builds the rewards by name, each with its weight."""
     return {
-        config.name: (builder.build(config, f"{field}[{index}]"), config.weight) for index, config in enumerate(configs)
+        config.key: (builder.build(config, f"{field}[{index}]"), config.weight) for index, config in enumerate(configs)
     }
 
 

@@ -33,6 +33,7 @@ EVERY_LINE = {
     "queries",
     *(f"reward/{name}/{statistic}" for name in (*REWARDS, "total") for statistic in ("mean", "std")),
     "advantage/abs_mean",
+    *(f"advantage/{name}/{statistic}" for name in REWARDS for statistic in ("abs_mean", "correlation")),
     "ratio/mean",
     "ratio/max_deviation",
     "clip_fraction",

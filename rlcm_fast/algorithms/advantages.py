@@ -226,32 +226,6 @@ class GroupAdvantages(_OfScoredImages):
         pass
 
 
-class TaskAdvantages:
-    """Standardises the images of each task with the statistics of that task."""
-
-    def __init__(self, by_task: Mapping[str, Advantages]) -> None:
-        self._by_task = dict(by_task)
-
-    def __call__(self, rewards: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Returns the advantages (B,) of images of any tasks."""
-        advantages = torch.zeros_like(rewards)
-        for task in dict.fromkeys(prompt.task for prompt in prompts):
-            places = [i for i, prompt in enumerate(prompts) if prompt.task == task]
-            advantages[places] = self._by_task[task](rewards[places], [prompts[i] for i in places])
-        return advantages
-
-    def metrics(self) -> dict[str, Mapping[str, float]]:
-        """Returns the metrics by task."""
-        return {task: advantages.metrics() for task, advantages in self._by_task.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {task: advantages.state_dict() for task, advantages in self._by_task.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for task, advantages in self._by_task.items():
-            advantages.load_state_dict(state[task])
-
-
 def build_advantages(kind: str, config: AdvantagesConfig) -> Advantages:
     """Builds the advantages of a kind; a task may choose another kind than `config.kind`."""
     if kind == "prompt":

@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--iteration", type=whole(0, bounds.UPDATES), metavar="N", help="checkpoint; default: the newest"
     )
+    best = "the best checkpoint by the run's checkpoint.best, instead of the newest"
+    parser.add_argument("--best", action="store_true", help=best)
     parser.add_argument("--out", metavar="DIR", help="folder to write; default: RUN/exports/FORMAT")
     guidance = "what a UNet with an input for guidance is fixed to in a single file; default: the run's"
     parser.add_argument("--guidance-scale", type=real(1, bounds.GUIDANCE), metavar="SCALE", help=guidance)
@@ -55,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
         _check_hub(arguments.push_to_hub, out)
     from rlcm_fast.run_folder.formats import Export, FinishedRun
 
-    found = FinishedRun.find(arguments.run_dir, arguments.iteration)
+    run_dir, iteration = arguments.run_dir, arguments.iteration
+    found = FinishedRun.find_best(run_dir) if arguments.best else FinishedRun.find(run_dir, iteration)
     if wanted == "lora" and rank is None and not found.has_adapters:
         raise ValueError(
             f"format=lora finds no adapters: run={arguments.run_dir} trained all weights; give --extract-lora 64, which"
@@ -103,6 +106,10 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"guidance-scale={scale:g} is for --format single-file and safetensors-unet, whose UNet has no input for"
             f" it; format={wanted if rank is None else 'lora'} keeps the input, so leave it out"
+        )
+    if arguments.best and arguments.iteration is not None:
+        raise ValueError(
+            f"iteration={arguments.iteration} and best=true each choose a checkpoint; leave one of them out"
         )
     if arguments.private and arguments.push_to_hub is None:
         raise ValueError("private=true is for --push-to-hub OWNER/NAME; give it, too")

@@ -4,8 +4,9 @@
     validate(config, world_size)  -> ResolvedRun   checks.py: ranges first, then what fields ask of each other
     resolve(config, world_size)   -> ResolvedRun   resolved.py: tasks, rounds and sizes, without the checks
 
-To add a field, write it in sections.py with its type, choices, range, default and docstring. This room is light on
-purpose: it imports neither torch nor diffusers, so it reports a mistake in under a second, before any weights load.
+To add a field, write it in sections.py, reward_sections.py or guard.py with its type, choices, range, default and
+docstring. This room is light on purpose: it imports neither torch nor diffusers, so it reports a mistake in under a
+second, before any weights load.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from rlcm_fast.config.files import RESOLVED
+from rlcm_fast.config.guard import GuardConfig
 from rlcm_fast.config.mistakes import options_of
 from rlcm_fast.config.parser import parse, parser_of
 from rlcm_fast.config.ranges import Seed, Updates, UpdatesOrZero
+from rlcm_fast.config.reward_sections import RewardConfig, TaskConfig
 from rlcm_fast.config.sections import (
     AdvantagesConfig,
     AlgorithmConfig,
@@ -35,9 +38,7 @@ from rlcm_fast.config.sections import (
     PolicyConfig,
     PretrainingConfig,
     PromptsConfig,
-    RewardConfig,
     RolloutConfig,
-    TaskConfig,
     TrackingConfig,
     UpdateConfig,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "EmaConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "GuardConfig",
     "LoraConfig",
     "LoraSource",
     "ModelConfig",
@@ -84,6 +86,8 @@ class Config:
     """where prompts come from, and how many an iteration draws"""
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig("jpeg_compressibility")])
     """The rewards: a YAML list of {name: NAME, weight: 1.0, arguments: {}, group_size: 0, credit: group, ...}."""
+    rewards_combine: Literal["sum", "normalised", "lexicographic"] = "sum"
+    """sum: weighted; normalised: standardise each reward first (GDPO); lexicographic: and in order (threshold)."""
     tasks: list[TaskConfig] = field(default_factory=list)
     """Tasks that replace prompts.source and rewards: a list of {name: NAME, source: SOURCE, rewards: [...]}."""
     task_schedule: Literal["mixed", "by_task"] = "mixed"
@@ -106,6 +110,8 @@ class Config:
     """a moving average of the weights"""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """held-out images at fixed seeds"""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """what tells that a reward is being hacked"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """what a run resumes from"""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -128,6 +134,11 @@ class Config:
     """Profile this iteration, counted from 1 over the whole run: a trace and a table of stages in run_dir/profile."""
     debug: bool = False
     """Show the warnings and advice of the libraries, too; without it the run's own lines come first."""
+
+    @property
+    def has_start_model(self) -> bool:
+        """Tells whether updates may need the start model: for the KL term, or for a guard that may raise its weight."""
+        return self.update.kl_weight > 0 or self.guard.raises_kl
 
 
 def to_dict(config: Config) -> dict[str, Any]:

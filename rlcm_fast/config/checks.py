@@ -15,6 +15,7 @@ from rlcm_fast.config.algorithm_checks import check_algorithm
 from rlcm_fast.config.batches import with_numbers
 from rlcm_fast.config.engine_checks import check_engine
 from rlcm_fast.config.files import check_can_be_made, check_name
+from rlcm_fast.config.guard_checks import check_guard
 from rlcm_fast.config.image_sizes import check_image_sizes
 from rlcm_fast.config.ranges import check_ranges
 from rlcm_fast.config.resolved import ResolvedRun, resolve
@@ -51,6 +52,7 @@ def validate(config: Config, world_size: int) -> ResolvedRun:
     check_algorithm(run)
     check_sizes(run)
     check_engine(run)
+    check_guard(run)
     _check_lora(config)
     _check_resume(config)
     check_can_be_made(config.run_dir, "run_dir")
@@ -95,12 +97,14 @@ def _check_beside_tasks(config: Config) -> None:
     """Refuses top-level fields that every task overrides."""
     default, tasks, rewards = Config(), config.tasks, config.rewards
     source, prompts, kind = config.prompts.source, config.evaluation.prompts, config.advantages.kind
+    combine = config.rewards_combine
     has_prompts, has_kind = all(task.evaluation for task in tasks), all(task.advantages for task in tasks)
     idle = [
         ("prompts.source", source, source != default.prompts.source),
         ("rewards", f"[{', '.join(reward.name for reward in rewards)}]", rewards not in ([], default.rewards)),
         ("evaluation.prompts", prompts, has_prompts and prompts != default.evaluation.prompts),
         ("advantages.kind", kind, has_kind and kind != default.advantages.kind),
+        ("rewards_combine", combine, all(task.rewards_combine for task in tasks) and combine != "sum"),
     ]
     for field, value, is_idle in idle:
         if is_idle:

@@ -24,12 +24,14 @@ class Task:
     num_prompts: float  # in an iteration, over all processes; a fraction is an error that `check_tasks` words
     images_per_prompt: int
     advantages: str
+    rewards_combine: str
     evaluation: str
     # The fields that set these, for messages.
     source_field: str = field(default="prompts.source", compare=False)
     rewards_field: str = field(default="rewards", compare=False)
     images_field: str = field(default="prompts.images_per_prompt", compare=False)
     advantages_field: str = field(default="advantages.kind", compare=False)
+    combine_field: str = field(default="rewards_combine", compare=False)
     evaluation_field: str = field(default="evaluation.prompts", compare=False)
 
     @property
@@ -95,6 +97,7 @@ def _tasks_of(config: Config) -> list[Task]:
             num_prompts=prompts.num_prompts,
             images_per_prompt=prompts.images_per_prompt,
             advantages=config.advantages.kind,
+            rewards_combine=config.rewards_combine,
             evaluation=config.evaluation.prompts,
         )
     ]
@@ -117,11 +120,13 @@ def _task(config: Config, index: int, task: TaskConfig) -> Task:
         num_prompts=round(num_prompts) if is_whole else num_prompts,
         images_per_prompt=images_per_prompt,
         advantages=task.advantages or config.advantages.kind,
+        rewards_combine=task.rewards_combine or config.rewards_combine,
         evaluation=task.evaluation or config.evaluation.prompts,
         source_field=f"{place}.source",
         rewards_field=f"{place}.rewards",
         images_field=f"{place}.images_per_prompt" if task.images_per_prompt else "prompts.images_per_prompt",
         advantages_field=f"{place}.advantages" if task.advantages else "advantages.kind",
+        combine_field=f"{place}.rewards_combine" if task.rewards_combine else "rewards_combine",
         evaluation_field=f"{place}.evaluation" if task.evaluation else "evaluation.prompts",
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 
-from rlcm_fast.config import RewardConfig
-from rlcm_fast.config.resolved import ResolvedRun
+from rlcm_fast.config import Config, RewardConfig
+from rlcm_fast.config.resolved import ResolvedRun, Task
 
+_RESERVED = ("total", "diversity")  # keys of metrics beside the rewards
 OF_CALLS = ("calls", "images_per_call")
 """What a reward on a server may have as arguments: they say how the server is called."""
 
@@ -26,6 +27,8 @@ def check_rewards(run: ResolvedRun) -> None:
                 raise ValueError(f"{field}[{index}].weight={reward.weight} of {reward.name} has no use; {remedy}")
         _check_names(field, rewards)
         _check_places(field, rewards)
+    for task in run.tasks:
+        _check_combination(run.config, task)
 
     # Rewards to watch.
     _check_names("evaluation.rewards", watched)
@@ -40,13 +43,48 @@ def check_rewards(run: ResolvedRun) -> None:
         _check_watched(f"evaluation.rewards[{index}]", reward, trained)
 
 
+def _check_combination(config: Config, task: Task) -> None:
+    """Refuses thresholds without a use, a lexicographic order without thresholds, and a scale that divides nothing."""
+    how, field = task.rewards_combine, task.combine_field
+    for index, reward in enumerate(task.rewards):
+        where = f"{task.rewards_field}[{index}]"
+        if reward.threshold is not None and how != "lexicographic":
+            raise ValueError(
+                f"{where}.threshold={reward.threshold:g} of {reward.key} has no use with {field}={how}; set "
+                f"{field}=lexicographic, or leave it out"
+            )
+        is_last = index == len(task.rewards) - 1
+        if how == "lexicographic" and reward.threshold is None and not is_last:
+            raise ValueError(
+                f"{where}.threshold of {reward.key} is missing, and {field}=lexicographic asks where it is met; give "
+                "the score from which the next reward counts"
+            )
+    if how == "lexicographic" and len(task.rewards) == 1:
+        raise ValueError(f"{field}=lexicographic has one reward and so no order; name a second one, or set sum")
+    if how != "sum" and task.advantages in ("group", "leave_one_out") and config.advantages.scale == "none":
+        raise ValueError(
+            f"{field}={how} standardises each reward, and advantages.scale=none divides by nothing; set "
+            "advantages.scale=batch or group"
+        )
+
+
 def _check_names(field: str, rewards: list[RewardConfig]) -> None:
-    names = [reward.name for reward in rewards]
-    for index, name in enumerate(names):
-        if not name.strip():
-            raise ValueError(f"{field}[{index}].name='{name}' is empty; name a reward or package.module:Class")
-        if names.index(name) < index:
-            raise ValueError(f"{field}[{index}].name={name} is already in {field}; drop one")
+    keys = [reward.key for reward in rewards]
+    for index, reward in enumerate(rewards):
+        if not reward.name.strip():
+            raise ValueError(f"{field}[{index}].name='{reward.name}' is empty; name a reward or package.module:Class")
+        if reward.label in _RESERVED or not re.fullmatch(r"[\w.:-]*", reward.label):
+            raise ValueError(
+                f"{field}[{index}].label='{reward.label}' is no label; give a word without '/', other than "
+                f"{' and '.join(_RESERVED)}"
+            )
+        if keys.index(reward.key) == index:
+            continue
+        if reward.label:
+            raise ValueError(f"{field}[{index}].label={reward.label} is already in {field}; give another")
+        raise ValueError(
+            f"{field}[{index}].name={reward.name} is already in {field}; drop one, or give each a label of its own"
+        )
 
 
 def _check_places(field: str, rewards: list[RewardConfig]) -> None:
@@ -99,11 +137,11 @@ def _check_watched(field: str, reward: RewardConfig, trained: dict[str, list[Rew
     """Refuses a reward that every task trains already, or that shares its name with a different one."""
     same = []  # (field, reward) of each trained reward with this name
     for at, rewards in trained.items():
-        same += [(f"{at}[{index}]", other) for index, other in enumerate(rewards) if other.name == reward.name]
+        same += [(f"{at}[{index}]", other) for index, other in enumerate(rewards) if other.key == reward.key]
     if len(same) == len(trained):
         of = "rewards" if len(trained) == 1 else "the rewards of every task"
         raise ValueError(
-            f"{field}.name={reward.name} is already in {of}, and what is trained is always evaluated; drop one"
+            f"{field}.name={reward.key} is already in {of}, and what is trained is always evaluated; drop one"
         )
     for at, other in same:
         if _place_of(other) != _place_of(reward):
@@ -111,7 +149,7 @@ def _check_watched(field: str, reward: RewardConfig, trained: dict[str, list[Rew
                 f"{field} has device={reward.device} dtype={reward.dtype or 'default'} batch_size={reward.batch_size} "
                 f"offload={str(reward.offload).lower()}, and {at} of the same name {reward.name} others; give it those"
             )
-        if (other.arguments, other.group_size) != (reward.arguments, reward.group_size):
+        if (other.name, other.arguments, other.group_size) != (reward.name, reward.arguments, reward.group_size):
             raise ValueError(
                 f"{field} has arguments={reward.arguments} and group_size={reward.group_size}, and {at} of the same "
                 f"name {reward.name} arguments={other.arguments} and group_size={other.group_size}; give it those, or "

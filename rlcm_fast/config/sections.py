@@ -1,7 +1,8 @@
 """The sections of the configuration, which `config/__init__.py` puts together.
 
 A field has its type and choices, its range (ranges.py), its default, and a docstring, which is its text in --help.
-A `Source` may name a file that lies beside the YAML file (files.py).
+A `Source` may name a file that lies beside the YAML file (files.py). Rewards and tasks are in reward_sections.py, the
+guard in guard.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from rlcm_fast.config.files import Source
 from rlcm_fast.config.ranges import (
     Batch,
     BatchOrAuto,
-    BatchOrZero,
     BatchOrZeroOrAuto,
     Count,
     FactorOrZero,
@@ -29,9 +29,9 @@ from rlcm_fast.config.ranges import (
     positive,
     within,
 )
+from rlcm_fast.config.reward_sections import RewardConfig
 
 _SIDES = "a side in pixels, [height, width], or 0: the model's own"
-_WEIGHTS = "a number from -1,000,000 to 1,000,000: float32 has 7 digits"
 _LEFT_OUT = cast(int, None)  # default of a number that __post_init__ works out from other fields
 
 
@@ -155,52 +155,6 @@ class PromptsConfig:
     def encoded_chunks(self) -> int:
         """Chunks of every encoding: those of a shorter prompt are repeated, which needs a common multiple."""
         return math.lcm(*range(1, self.num_chunks + 1))
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """One reward."""
-
-    name: str
-    """A name in `rlcm_fast.rewards.BUILT_IN` (jpeg_compressibility, shapes_alignment, ...), or package.module:Class."""
-    weight: Annotated[float, within("[-1e6, 1e6]", _WEIGHTS)] = 1.0
-    """Factor of the reward in the total reward."""
-    arguments: dict = field(default_factory=dict)
-    """Keyword arguments of the class."""
-    group_size: Annotated[int, at_least(0, bounds.IMAGES, "0 (all images) or more")] = 0
-    """Neighbouring images that a set reward scores as one group; 0: all images of a task on a process."""
-    credit: Literal["group", "leave_one_out"] = "group"
-    """What an image gets of its group's value: all of it, or the value minus the value without this image."""
-    on_failure: Literal["stop", "skip"] = "stop"
-    """What an exception of the reward does: stop the run, or leave out the image that it fails for."""
-    device: str = "same"
-    """The place of its models: same (the process's GPU), cpu, cuda:N, or the URL of an `rlcm-fast reward-server`."""
-    dtype: Literal["", "fp32", "bf16", "fp16"] = ""
-    """Dtype of its models' weights; empty takes the reward's default."""
-    batch_size: BatchOrZero = 0
-    """Images that it gets at once; 0 leaves it to the reward, which gets whole micro-batches."""
-    offload: bool = False
-    """Keep its models in the CPU's memory while the UNet trains; they are on the GPU in rollouts and evaluations."""
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """One of several tasks that are trained together."""
-
-    name: str
-    """Name of the task in metrics and checkpoints."""
-    source: Source
-    """Prompts of the task, like prompts.source."""
-    rewards: list[RewardConfig]
-    """Rewards of the task, like the section rewards."""
-    share: Annotated[float, within("(0, inf)", "a positive number, or drop the task", bounds.FACTOR)] = 1.0
-    """Share of the iteration's images, relative to the shares of the other tasks."""
-    images_per_prompt: Annotated[int, at_least(0, bounds.IMAGES)] = 0
-    """Images of each prompt of the task in an iteration; 0 takes prompts.images_per_prompt."""
-    advantages: Literal["", "prompt", "batch", "group", "leave_one_out"] = ""
-    """Kind of its advantages, with separate statistics; empty takes advantages.kind."""
-    evaluation: Source = ""
-    """Prompts for its evaluation; empty takes evaluation.prompts."""
 
 
 @dataclass(frozen=True)
@@ -407,6 +361,10 @@ class CheckpointConfig:
     """Iterations between checkpoints; 0: only at the end."""
     keep: Count = 2
     """Number of checkpoints to keep; older ones are deleted."""
+    best: str = ""
+    """A metric of the evaluation, as eval/NAME/mean, whose highest value is kept beside them; min:KEY: the lowest."""
+    export: Literal["last", "best"] = "last"
+    """Weights that the run exports at its end: the last ones, or those of the best checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -429,5 +387,7 @@ class TrackingConfig:
     """A live view in the terminal; auto: if there is one, and not in CI, with NO_COLOR or TERM=dumb; false: lines."""
     task_gradients_every: UpdatesOrZero = 10
     """Iterations between measurements of each task's gradient, if the engine holds all gradients; 0 is off."""
+    reward_gradients_every: UpdatesOrZero = 0
+    """Iterations between measurements of each reward's gradient, with several rewards; each costs an update. 0: off."""
     plan: bool = True
     """On a GPU, print at the start whether the run fits, and after an iteration how exact that was."""

@@ -110,7 +110,7 @@ def strategy_of(config: Config, image_size: Size | None = None, embeds_guidance:
         found[name] = values[section][field]
     takes_guidance = embeds_guidance and config.policy.kind in ("auto", "consistency")
     is_guided = config.policy.guidance_scale != 1 and not takes_guidance
-    start_model = config.update.kl_reference if config.update.kl_weight > 0 else "off"
+    start_model = config.update.kl_reference if config.has_start_model else "off"
     pairs = config.pretraining.micro_batch_size if config.pretraining.weight > 0 else 0
     if config.ema.decay > 0:
         found["ema"] = {"model": "gpu", "cpu": "cpu"}[config.ema.device]

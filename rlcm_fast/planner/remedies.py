@@ -40,7 +40,7 @@ LADDER: tuple[Settings, ...] = (  # the cheapest first; each is added to those b
     {"engine.dtype": "pure_bf16", "optimizer.name": "adamw_8bit", "engine.zero_stage": 0},
     _IN_BACKWARD,
     _OFFLOAD,
-    {"update.kl_weight": 0.0},
+    {"update.kl_weight": 0.0, "guard.action": "off"},  # a guard that may raise the weight needs the start model, too
 )
 _RECOMPUTE = ("none", "selective", "block")
 

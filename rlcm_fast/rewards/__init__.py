@@ -350,5 +350,5 @@ def build_rewards(configs: Sequence[RewardConfig]) -> dict[str, tuple[Reward, fl
     for index, config in enumerate(configs):
         field = f"rewards[{index}]"
         reward = grouped(config.name, make_placed(config, field), config.group_size, config.credit, field)
-        built[config.name] = (reward, config.weight)
+        built[config.key] = (reward, config.weight)
     return built

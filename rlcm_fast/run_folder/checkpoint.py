@@ -29,6 +29,7 @@ from rlcm_fast import parallel
 from rlcm_fast.engine.base import Engine
 from rlcm_fast.engine.old_checkpoints import check_trust
 from rlcm_fast.engine.tensor_files import sync_folder, write_json, write_tensors
+from rlcm_fast.run_folder.best import Best
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.run_folder.wholeness import STATE, damage, write_index
 
@@ -40,14 +41,16 @@ _NAME = re.compile(_PREFIX + r"\d{6,}")
 
 
 def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
-    """Writes the state after `iteration` iterations and deletes all but the last `keep`; every rank must call.
+    """Writes the state after `iteration` iterations and deletes all but the last `keep` and the best.
+
+    Every rank must call.
 
     Raises:
         OSError: the disk of any rank is full or not writable, see `is_full_disk`; all ranks raise it. Earlier
             checkpoints are untouched, and nothing is left of this one.
     """
     # Write everything under a temporary name, on all ranks; under ZeRO-3 all must help to gather the weights.
-    folder = run_dir / "checkpoints" / f"{_PREFIX}{iteration:06d}"
+    folder = run_dir / "checkpoints" / checkpoint_name(iteration)
     partial = folder.with_name(f".partial_{folder.name}")
     try:
         _on_all_ranks(lambda: _begin(partial))
@@ -61,11 +64,18 @@ def save_checkpoint(run_dir: Path, iteration: int, engine: Engine, state: dict[s
 
     # Delete the oldest, and those that a resumed run left behind by starting before them.
     if parallel.is_main():
-        earlier = [other for other in complete(run_dir) if _iteration(other) <= iteration]
+        best = Best.find(run_dir)
+        spared = best.folder(run_dir) if best else None
+        earlier = [other for other in complete(run_dir) if _iteration(other) <= iteration and other != spared]
         abandoned = [other for other in complete(run_dir) if _iteration(other) > iteration]
         _delete([*earlier[:-keep], *abandoned], folder.parent)
     parallel.barrier()
     return folder
+
+
+def checkpoint_name(iteration: int) -> str:
+    """Returns the name of a checkpoint's folder."""
+    return f"{_PREFIX}{iteration:06d}"
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -140,6 +150,12 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def has_average(folder: Path) -> bool:
     """Tells whether the checkpoint also holds a moving average of its weights."""
     return (folder / "ema.safetensors").is_file()
+
+
+def final_weights(folder: Path) -> dict[str, Tensor]:
+    """Returns a checkpoint's weights for images, as `weights`: the moving average in place of the trained ones."""
+    average = load_file(folder / "ema.safetensors") if has_average(folder) else {}
+    return weights(folder) | average
 
 
 def _begin(partial: Path) -> None:

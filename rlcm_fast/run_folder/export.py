@@ -9,6 +9,8 @@ from rlcm_fast import parallel
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import Config
 from rlcm_fast.engine.averaging import AveragingEngine
+from rlcm_fast.run_folder.best import Best
+from rlcm_fast.run_folder.checkpoint import final_weights
 from rlcm_fast.run_folder.model_card import Card, diffusers_usage, lora_usage, with_kind
 from rlcm_fast.run_folder.sampler_file import write_sampler
 
@@ -28,6 +30,9 @@ class Exporter:
         """
         # This copies all weights to the CPU, so only one process does it; under ZeRO-3 all must help to gather them.
         weights = self.engine.final_weights() if parallel.is_main() or self.engine.zero_stage == 3 else {}
+        best = Best.find(run_dir) if self.config.checkpoint.export == "best" else None
+        if best is not None and parallel.is_main():
+            weights, iteration = {**weights, **final_weights(best.folder(run_dir))}, best.iteration
         has_adapters = self.backbone.has_adapters
         if parallel.is_main():
             self.backbone.export(weights, run_dir / "export")
@@ -42,4 +47,7 @@ class Exporter:
                 card = Card(run_dir.resolve(), described, iteration, lora_usage(described))
                 replace(card, is_adapter=True).write(run_dir / "lora")
         adapters = f"; {run_dir}/lora holds its adapters for load_lora_weights" if has_adapters else ""
-        return f"done: {run_dir}/export is a diffusers folder{adapters}; {run_dir}/metrics.jsonl holds the curves"
+        chosen = "" if best is None else f" of iteration {best.iteration}, the best by {best.metric} ({best.value:.4g})"
+        return (
+            f"done: {run_dir}/export is a diffusers folder{chosen}{adapters}; {run_dir}/metrics.jsonl holds the curves"
+        )

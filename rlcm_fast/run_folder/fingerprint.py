@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from rlcm_fast.backbones.loading import resolve_model, split_hub_file
-from rlcm_fast.config import Config, ModelConfig
+from rlcm_fast.config import Config, ModelConfig, RewardConfig
 from rlcm_fast.config.marks import types_of
 from rlcm_fast.config.resolved import Task, resolve
 
@@ -56,8 +56,18 @@ def _of_task(number: int, task: Task, seed: int) -> dict[str, Any]:
     """Returns what the cursor in the prompts depends on, and what the rewards in the buffers depend on."""
     return {
         "prompts": [number, task.source, task.num_prompts, seed],
-        "rewards": sorted((asdict(reward) for reward in task.rewards), key=lambda reward: reward["name"]),
+        "rewards": sorted((_of_reward(reward) for reward in task.rewards), key=lambda reward: reward["name"]),
+        **({} if task.rewards_combine == "sum" else {"rewards_combine": task.rewards_combine}),
     }
+
+
+def _of_reward(reward: RewardConfig) -> dict[str, Any]:
+    """Returns its settings; without those that earlier versions did not have, where they are at their default."""
+    settings = asdict(reward)
+    for name in ("label", "threshold"):
+        if not settings[name]:
+            del settings[name]
+    return settings
 
 
 def _leaves(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -68,9 +78,14 @@ def _leaves(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{name}.")
         elif item_class(hints[field.name]) is not None:
             for item in value:
-                yield from _leaves(item, f"{name}[{item.name}].")
+                yield from _leaves(item, f"{name}[{_key(item)}].")
         else:
             yield name, _as_json([_plain(item) for item in value] if isinstance(value, list) else value)
+
+
+def _key(item: Any) -> str:
+    """Returns what tells an item of a list from the others: a reward's label, or its name."""
+    return item.key if isinstance(item, RewardConfig) else item.name
 
 
 def item_class(hint: Any) -> type | None:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rlcm_fast.backbones.extraction import Extracted, extract_lora
@@ -28,6 +27,7 @@ from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.backbones.single_file_writing import modelspec, save_single_file, save_unet_file, textual_inversions
 from rlcm_fast.config import Config, parse_config, to_dict
 from rlcm_fast.run_folder import checkpoint as checkpoints
+from rlcm_fast.run_folder.best import Best
 from rlcm_fast.run_folder.model_card import Card, diffusers_usage, lora_usage, sampler, shown, with_kind
 from rlcm_fast.run_folder.resume import put_weights
 from rlcm_fast.run_folder.sampler_file import RECIPE, write_sampler
@@ -73,6 +73,18 @@ class FinishedRun:
             raise ValueError(f"iteration={iteration} is damaged ({fault}); give another one")
         return cls(run_dir, config, kept[iteration])
 
+    @classmethod
+    def find_best(cls, run: str) -> FinishedRun:
+        """Finds a run's best checkpoint by checkpoint.best; raises ValueError if there is none."""
+        best = Best.find(Path(run))
+        if best is None:
+            raise ValueError(
+                f"best=true finds no best checkpoint in run={run}: it was trained without checkpoint.best, or was not "
+                "evaluated after its first iteration; leave --best out for the newest one"
+            )
+        say(f"the best by {best.metric}: {best.value:.4g} after {best.iteration} iterations")
+        return cls.find(run, best.iteration)
+
     @property
     def iteration(self) -> int:
         return checkpoints.read_state(self.checkpoint)["iteration"]
@@ -90,9 +102,7 @@ class FinishedRun:
         backbone = Backbone.load(config.model, torch.device("cpu"), torch.float32, config.policy.kind)
         if self.has_adapters:
             backbone.add_adapters(config.lora)
-        weights = checkpoints.weights(self.checkpoint)
-        if checkpoints.has_average(self.checkpoint):
-            weights |= load_file(self.checkpoint / "ema.safetensors")
+        weights = checkpoints.final_weights(self.checkpoint)
         start = backbone.unet.state_dict()
         misfits = [name for name, weight in weights.items() if name not in start or start[name].shape != weight.shape]
         if misfits:

@@ -75,7 +75,7 @@ class Card:
         return [reward for task in tasks for reward in task.rewards]
 
     def _summary(self) -> str:
-        rewards = ", ".join(f"{reward.name} ({reward.weight:g})" for reward in self._rewards)
+        rewards = ", ".join(f"{reward.key} ({reward.weight:g})" for reward in self._rewards)
         return (
             f"`{shown(self.config.model.path)}`, fine-tuned with reinforcement learning by rlcm_fast {_version()} on"
             f" the rewards (and weights) {rewards}, for {self.iteration} iterations."

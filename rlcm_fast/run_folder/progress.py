@@ -17,7 +17,8 @@ import torch
 from rlcm_fast import parallel
 from rlcm_fast.engine.averaging import AveragingEngine
 from rlcm_fast.faults import Diverged, Fault
-from rlcm_fast.run_folder.checkpoint import complete, is_full_disk
+from rlcm_fast.run_folder.best import Best, is_better, value_of
+from rlcm_fast.run_folder.checkpoint import checkpoint_name, complete, is_full_disk
 from rlcm_fast.run_folder.failures import first_line
 from rlcm_fast.run_folder.resume import RunFolder
 from rlcm_fast.run_folder.stage_profile import stage
@@ -30,6 +31,7 @@ class Progress:
     folder: RunFolder
     engine: AveragingEngine
     check_weights: Callable[[int], None]  # raises Diverged if the weights after so many iterations draw no images
+    best: str = ""  # checkpoint.best
     state: dict[str, Any] = field(default_factory=dict)
     """The state after the last finished iteration, which a dropped iteration goes back to."""
     _num_updates: int = 0
@@ -58,6 +60,24 @@ class Progress:
             self.check_weights(iteration)
             self.folder.save(iteration, self.engine, self.state)
         self._saved = iteration
+
+    def keep_best(self, evaluated: dict[str, float]) -> dict[str, float]:
+        """Keeps the weights of the finished iterations if checkpoint.best says that they are the best so far.
+
+        evaluated: the metrics of their evaluation, which it returns; the same on every rank, and every rank must call.
+        """
+        iteration, metric = self.state["iteration"], self.best
+        value = value_of(metric, evaluated) if metric else None
+        if value is None or iteration == 0:
+            return evaluated
+        run_dir = self.folder.run_dir
+        if parallel.any_rank(parallel.is_main() and is_better(metric, value, Best.find(run_dir), iteration)):
+            name = checkpoint_name(iteration)
+            if self.folder.checkpoint != run_dir / "checkpoints" / name:  # also if it is another run's
+                self.save()
+            if parallel.is_main():
+                Best(name, iteration, metric, value).write(run_dir)
+        return evaluated
 
     def save_at_stop(self) -> None:
         """Saves as `save` does; an error gets a note that says how to go on."""

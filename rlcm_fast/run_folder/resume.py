@@ -266,7 +266,8 @@ def carried_over(state: Mapping[str, Any], before: Fingerprint, now: Fingerprint
     is_kind = before["has_tasks"] == now["has_tasks"] and "buffers" not in voided
     buffers = {name: of_task[name] if is_kind and keeps(name, "rewards") else {} for name in new}
     tasks = {"prompts": prompts, "advantages": buffers if now["has_tasks"] else buffers["default"]}
-    return {**state, "tasks": tasks, "pretraining": None if "pairs" in voided else state["pretraining"]}
+    guard = None if "guard" in voided else state.get("guard")
+    return {**state, "tasks": tasks, "guard": guard, "pretraining": None if "pairs" in voided else state["pretraining"]}
 
 
 def start_weights(config: Config) -> dict[str, Tensor]:

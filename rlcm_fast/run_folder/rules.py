@@ -36,7 +36,7 @@ class Rule:
     unless: Callable[[Fingerprint, Fingerprint], bool] | None = None  # refused: then the change takes effect after all
     exception: str = ""  # `unless` in words
     way_out: str = _WEIGHTS_ONLY
-    voids: Literal["", "buffers", "pairs"] = ""  # handled: the part of the state that is dropped as a whole
+    voids: Literal["", "buffers", "pairs", "guard"] = ""  # handled: the part of the state that is dropped as a whole
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ _EFFECT, _SILENT = Rule("effect"), Rule("silent")
 _SAME_MODEL = Rule("refused", _MODEL, _has_same_files, "the files are the same, or the hub's commit")
 _SAME_ADAPTERS = Rule("refused", _ADAPTERS, _has_no_adapters, "`lora.rank` is 0 in both", way_out=_EXPORT)
 _NEW_IMAGES = Rule("handled", _IMAGES, voids="buffers")
+_OTHER_LOOK = Rule("handled", "a guard learns its bands anew", voids="guard")
 _NEW_REWARDS, _NEW_PROMPTS, _NEW_TASKS = (Rule("handled", text) for text in (_REWARDS, _PROMPTS, _TASK))
 
 RULES: dict[str, Rule] = {
@@ -196,8 +197,11 @@ RULES: dict[str, Rule] = {
     "prompts.negative": _NEW_IMAGES,
     "prompts.long": _NEW_IMAGES,
     "prompts.max_chunks": _NEW_IMAGES,
+    "rewards_combine": _NEW_REWARDS,
     "rewards[].name": _NEW_REWARDS,
+    "rewards[].label": _NEW_REWARDS,
     "rewards[].weight": _NEW_REWARDS,
+    "rewards[].threshold": _NEW_REWARDS,
     "rewards[].arguments": _NEW_REWARDS,
     "rewards[].group_size": _NEW_REWARDS,
     "rewards[].credit": _NEW_REWARDS,
@@ -209,7 +213,9 @@ RULES: dict[str, Rule] = {
     "tasks[].name": _NEW_TASKS,
     "tasks[].source": _NEW_PROMPTS,
     "tasks[].rewards[].name": _NEW_REWARDS,
+    "tasks[].rewards[].label": _NEW_REWARDS,
     "tasks[].rewards[].weight": _NEW_REWARDS,
+    "tasks[].rewards[].threshold": _NEW_REWARDS,
     "tasks[].rewards[].arguments": _NEW_REWARDS,
     "tasks[].rewards[].group_size": _NEW_REWARDS,
     "tasks[].rewards[].credit": _NEW_REWARDS,
@@ -221,6 +227,7 @@ RULES: dict[str, Rule] = {
     "tasks[].share": _NEW_PROMPTS,
     "tasks[].images_per_prompt": _NEW_PROMPTS,
     "tasks[].advantages": _EFFECT,
+    "tasks[].rewards_combine": _NEW_REWARDS,
     "tasks[].evaluation": _EFFECT,
     "task_schedule": _EFFECT,
     # Learning.
@@ -281,10 +288,12 @@ RULES: dict[str, Rule] = {
     "ema.device": _EFFECT,
     # Measuring, saving, showing.
     "evaluation.every": _EFFECT,
-    "evaluation.num_images": _EFFECT,
-    "evaluation.prompts": _EFFECT,
+    "evaluation.num_images": _OTHER_LOOK,
+    "evaluation.prompts": _OTHER_LOOK,
     "evaluation.rewards[].name": _EFFECT,
+    "evaluation.rewards[].label": _EFFECT,
     "evaluation.rewards[].weight": _SILENT,
+    "evaluation.rewards[].threshold": _SILENT,
     "evaluation.rewards[].arguments": _EFFECT,
     "evaluation.rewards[].group_size": _EFFECT,
     "evaluation.rewards[].credit": _SILENT,
@@ -294,8 +303,19 @@ RULES: dict[str, Rule] = {
     "evaluation.rewards[].batch_size": _EFFECT,
     "evaluation.rewards[].offload": _SILENT,
     "evaluation.micro_batch_size": _EFFECT,
-    "evaluation.seed": _EFFECT,
+    "evaluation.seed": _OTHER_LOOK,
+    "guard.action": _EFFECT,
+    "guard.watch": _EFFECT,
+    "guard.acts_on": _EFFECT,
+    "guard.every": _EFFECT,
+    "guard.z": _EFFECT,
+    "guard.floor": _EFFECT,
+    "guard.floors": _EFFECT,
+    "guard.max_kl": _EFFECT,
+    "guard.embedding": _OTHER_LOOK,
+    "checkpoint.best": Rule("handled", "the best checkpoint so far is chosen anew"),
     "checkpoint.every": _SILENT,
+    "checkpoint.export": _SILENT,
     "checkpoint.keep": _SILENT,
     "tracking.tensorboard": _SILENT,
     "tracking.wandb": _SILENT,
@@ -305,6 +325,7 @@ RULES: dict[str, Rule] = {
     "tracking.report": _SILENT,
     "tracking.live": _SILENT,
     "tracking.task_gradients_every": _SILENT,
+    "tracking.reward_gradients_every": _SILENT,
     "tracking.plan": _SILENT,
     # The run.
     "run_dir": _SILENT,

@@ -13,7 +13,7 @@ reward may skip and has no score for do not count in its mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -39,10 +39,15 @@ from rlcm_fast.rewards import (
     joined,
 )
 from rlcm_fast.rewards.diversity import Diversity, Thumbnails
+from rlcm_fast.run_folder.guard_pictures import NUM_PICTURES
+from rlcm_fast.run_folder.interruption import Interrupted
 from rlcm_fast.run_folder.stage_profile import stage
 from rlcm_fast.run_folder.tracking import Tracker, say
 from rlcm_fast.stages.album import Album, Picture
-from rlcm_fast.stages.image_sizes import Run, Size
+from rlcm_fast.stages.guard import Describe, Guard
+from rlcm_fast.stages.guard_measures import Seen
+from rlcm_fast.stages.held_out import HeldOut
+from rlcm_fast.stages.image_sizes import Size
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.stages.rollout import mean_and_std
 from rlcm_fast.tasks import Tasks, skipped_names
@@ -52,74 +57,15 @@ NamedRewards = Mapping[str, tuple[Reward, float]]  # name -> reward and its weig
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """The images to draw: one for each of `prompts`, with noise from `seed`, `micro_batch_size` at a time."""
-
-    prompts: list[Prompt]
-    seed: int
-    micro_batch_size: int
-    sizes: Sequence[Size] = ()  # the prompts take them in turn; empty: the model's
-
-    @property
-    def micro_batches(self) -> list[Run]:
-        """The rows of each micro-batch, all of one size."""
-        rows, num_sizes = torch.arange(len(self.prompts)), max(1, len(self.sizes))
-        found = []
-        for index in range(num_sizes):
-            size = self.sizes[index] if self.sizes else None
-            found += [Run(part, size) for part in rows[index::num_sizes].split(self.micro_batch_size) if len(part)]
-        return found
-
-    @property
-    def of_rank(self) -> list[Run]:
-        """The micro-batches of this rank."""
-        return self.micro_batches[parallel.rank() :: parallel.world_size()]
-
-    def draw(self, images: TextToImage) -> Iterator[tuple[Tensor, list[Prompt]]]:
-        """Yields this rank's share of the images (B, 3, H, W) and their prompts, one micro-batch at a time.
-
-        Under ZeRO-3 a forward pass needs all ranks: each rank takes part in every round and keeps only its
-        micro-batches.
-        """
-        micro_batches = self.micro_batches
-        for first in range(0, len(micro_batches), parallel.world_size()):
-            index = first + parallel.rank()
-            is_mine = index < len(micro_batches)
-            x_0, batch = self._drawn(images, micro_batches, index if is_mine else first)
-            if is_mine:
-                yield images.decode(x_0), batch
-
-    def draw_all(self, images: TextToImage) -> tuple[list[Tensor], list[Prompt]]:
-        """Returns all images, each (3, H, W), and their prompts, size by size; every rank must call this.
-
-        Only the main process decodes them; the others have none.
-        """
-        micro_batches = self.micro_batches
-        pictures: list[Tensor] = []
-        prompts: list[Prompt] = []
-        for index in range(len(micro_batches)):
-            x_0, batch = self._drawn(images, micro_batches, index)
-            if parallel.is_main():
-                pictures += images.decode(x_0)
-                prompts += batch
-        return pictures, prompts
-
-    def _drawn(self, images: TextToImage, micro_batches: Sequence[Run], index: int) -> tuple[Tensor, list[Prompt]]:
-        """Returns x_0 (B, C, H, W) of a micro-batch, drawn with its own noise, and its prompts."""
-        run = micro_batches[index]
-        batch = [self.prompts[row] for row in run.rows.tolist()]
-        conditioning = images.sized(images.encode(batch), run.size)
-        return images.sample(conditioning, parallel.generator(self.seed, index))[1], batch
-
-
-@dataclass(frozen=True)
 class _Scored:
     """What a rank knows of its images; nothing and None if it has none."""
 
     raw_scores: Mapping[str, Mapping[str, Tensor]]  # by prefix and reward: (B,) or (B, F), NaN where one is missing
     thumbnails: Tensor | None  # (B, F)
+    described: Tensor | None  # (B, 5 + F), for the guard
+    first: Tensor | None  # the first few images, for the guard
     problems: tuple[str, ...]  # what failed and was skipped, a line per reward and image
-    pictures: tuple[Picture, ...] = ()  # those of its images that are kept
+    kept: tuple[Picture, ...] = ()  # those of its images that the run folder keeps
 
 
 @dataclass(frozen=True)
@@ -139,9 +85,15 @@ class Evaluator:
         that may fail also has `<prefix>/<reward>/skipped`. The album gets the images and the scores of each. Raises a
         Fault, on all ranks together, if a reward fails and may not.
         """
+        return self.looked(images, iteration, None, album)[0]
+
+    def looked(
+        self, images: TextToImage, iteration: int, describe: Describe | None, album: Album | None = None
+    ) -> tuple[dict[str, float], Seen | None]:
+        """Returns the metrics, and with `describe` what a guard sees in the same images; equal on every rank."""
         # Draw and score this rank's images, and join them with those of the others: groups may span ranks.
         with self.offloading.in_use(), images.decoding():
-            scored = parallel.together(lambda: self._score(images, iteration, album))
+            scored = parallel.together(lambda: self._score(images, iteration, describe, album))
         diversity = Diversity().value(self._gathered(scored.thumbnails)[None]).item()
         raw_scores = {
             prefix: {name: self._gathered(scored.raw_scores[prefix].get(name)) for name in sorted(rewards)}
@@ -150,10 +102,11 @@ class Evaluator:
         problems = parallel.all_gather_list(list(scored.problems)) if any(self.skipped.values()) else []
 
         # Measure them; every rank sees the same.
+        prompts = self.held_out.prompts
         if problems:
             say(f"evaluation of iteration {iteration} skipped images: {problems[-1]}")
         if album:
-            album.add(self.held_out.prompts, parallel.all_gather_list(list(scored.pictures)), self._single(raw_scores))
+            album.add(prompts, parallel.all_gather_list(list(scored.kept)), self._single(raw_scores))
         metrics: dict[str, float] = {}
         for prefix, by_name in raw_scores.items():
             for name, gathered in by_name.items():  # (N,) or (N, F)
@@ -164,7 +117,10 @@ class Evaluator:
                 if not isinstance(self.rewards[prefix][name][0], GroupReward):
                     metrics |= self._by_size(f"{prefix}/{name}", values)
             metrics[f"{prefix}/diversity"] = diversity
-        return metrics
+        if describe is None:
+            return metrics, None
+        drawn = [prompts[row] for row in self.held_out.micro_batches[0].rows.tolist()]
+        return metrics, Seen.of(self._gathered(scored.described), prompts, scored.first, drawn)
 
     def _single(self, raw_scores: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Returns the scores (N,) of rewards that score single images, by the key of their metric."""
@@ -186,31 +142,37 @@ class Evaluator:
     def _values(self, prefix: str, name: str, gathered: Tensor, iteration: int) -> Tensor:
         return evaluate(name, self.rewards[prefix][name][0], gathered, self.held_out.prompts, iteration)
 
-    def _score(self, images: TextToImage, iteration: int, album: Album | None) -> _Scored:
+    def _score(self, images: TextToImage, iteration: int, describe: Describe | None, album: Album | None) -> _Scored:
         """Draws this rank's images and scores them; it makes no groups, because groups may span ranks."""
         # Start the reward workers; prefixes share their threads.
         workers = Workers(1, self.config.reward_timeout)
         decoded = DecodedImages(workers, self.config.decoded_batches)
         services = {prefix: self._service(prefix, workers) for prefix in self.rewards}
         thumbnails: list[Tensor] = []
-        pictures: list[Picture] = []
+        described: list[Tensor] = []
+        first: Tensor | None = None
+        kept: list[Picture] = []
 
         # Draw one micro-batch at a time and hand it to every reward.
         try:
             # strict: after its last micro-batch this rank still takes part in the rounds of the others
             for run, (batch, prompts) in zip(self.held_out.of_rank, self.held_out.draw(images), strict=True):
                 thumbnails.append(Thumbnails()(batch, prompts))
+                if describe is not None:
+                    described.append(describe(batch, prompts))
+                    first = batch[:NUM_PICTURES].cpu() if first is None else first
                 calls = [service.submit(batch, prompts) for service in services.values()]
                 decoded.add(list(chain.from_iterable(calls)))
                 decoded.wait_for_room()
                 if album:
-                    pictures += album.pictures(run.rows, batch, len(self.held_out.prompts))
+                    kept += album.pictures(run.rows, batch, len(self.held_out.prompts))
             if not thumbnails:  # this rank has no micro-batch
-                return _Scored({prefix: {} for prefix in services}, None, ())
+                return _Scored({prefix: {} for prefix in services}, None, None, None, ())
             found = {prefix: service.raw_scores(iteration) for prefix, service in services.items()}
             by_prefix = {prefix: raw_scores.by_name for prefix, raw_scores in found.items()}
             problems = chain.from_iterable(raw_scores.problems for raw_scores in found.values())
-            return _Scored(by_prefix, torch.cat(thumbnails), tuple(problems), tuple(pictures))
+            rows = torch.cat(described) if described else None
+            return _Scored(by_prefix, torch.cat(thumbnails), rows, first, tuple(problems), tuple(kept))
         finally:
             workers.shutdown()
 
@@ -246,6 +208,8 @@ class Evaluation:
     evaluators: Sequence[Evaluator]
     grid: HeldOut
     num_kept: int = 0  # images of each evaluator that the run folder keeps
+    guard: Guard | None = None  # compares the evaluators' images with the start model's
+    guarding: Sequence[Evaluator] = ()  # the evaluators with what the guard needs alone
 
     @property
     def texts(self) -> list[str]:
@@ -254,20 +218,43 @@ class Evaluation:
         return [prompt.text for images in held_out for prompt in images.prompts]
 
     def __call__(self, iteration: int, tracker: Tracker, is_scored: bool, is_drawn: bool) -> dict[str, float]:
-        """Scores held-out images and draws the grid, with the weights after `iteration` iterations."""
-        if not (is_scored or is_drawn):
-            return {}
+        """Scores held-out images and draws the grid, with the weights after `iteration` iterations.
+
+        Raises Interrupted, on all ranks, if the guard ends the run.
+        """
+        is_guarded = self.guard is not None and self.guard.is_due(iteration, is_scored)
         metrics: dict[str, float] = {}
+        if not (is_scored or is_drawn or is_guarded):
+            return metrics
+        seen: list[Seen] = []
         with stage("evaluation"), self.engine.averaged():
+            # Draw the grid, then score and describe the held-out images.
             if is_drawn:
                 pictures, prompts = self.grid.draw_all(self.images)
                 tracker.grid(iteration, pictures, [prompt.text for prompt in prompts])
-            album = Album(self.num_kept) if self.num_kept else None
-            for evaluator in self.evaluators if is_scored else ():
-                metrics |= evaluator(self.images, iteration, album)
+            album = Album(self.num_kept) if self.num_kept and is_scored else None
+            evaluators = self.evaluators if is_scored else self.guarding if is_guarded else ()
+            describe = self.guard.describe if self.guard and is_guarded else None
+            for evaluator in evaluators:
+                found, seen_here = evaluator.looked(self.images, iteration, describe, album)
+                metrics |= found
+                seen += [] if seen_here is None else [seen_here]
         if album and album.scores:
             tracker.evaluation(iteration, album.scores, album.files)
-        return metrics
+        return metrics | self._guarded(seen, metrics, iteration, tracker)
+
+    def _guarded(
+        self, seen: Sequence[Seen], metrics: dict[str, float], iteration: int, tracker: Tracker
+    ) -> dict[str, float]:
+        """Returns the guard's metrics, if it has seen images; raises Interrupted if it ends the run."""
+        if self.guard is None or not seen:
+            return {}
+        guarded = self.guard(Seen.joined(seen), metrics, iteration, tracker.say)
+        if self.guard.stops(iteration):
+            tracker.log({"iteration": iteration, **metrics, **guarded})
+            tracker.say("guard: the run stops, guard.action=stop; rlcm-fast export --best takes the best checkpoint")
+            raise Interrupted
+        return guarded
 
 
 def build_evaluation(run: ResolvedRun, tasks: Tasks, images: TextToImage, engine: AveragingEngine) -> Evaluation:

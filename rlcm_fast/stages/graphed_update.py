@@ -47,17 +47,23 @@ class MicroBatch:
     signals: Tensor  # (n,) float32
     is_real: Tensor  # (n,) float32, 1 or 0
     share: Tensor  # () float32, r / all rows of the update
+    kl_weight: Tensor  # () float32
     expected_share: float  # the same on the host; a graph keeps that of its first micro-batch, for speed alone
 
     @classmethod
     def filled(cls, rows: Tensor, signals: Tensor, share: float, size: int) -> MicroBatch:
-        """Fills rows (r,) and signals (r,) up to `size` on their device."""
+        """Fills rows (r,) and signals (r,) up to `size` on their device; the KL term has weight 0."""
         device = signals.device
         places = torch.arange(size, device=device)
         is_real = (places < len(rows)).float()
         repeated = places % len(rows)
         filled = signals[repeated].float().masked_fill(places >= len(rows), 0.0)
-        return cls(rows[repeated], filled, is_real, torch.full((), share, device=device), share)
+        share_there, kl_weight = (torch.full((), number, device=device) for number in (share, 0.0))
+        return cls(rows[repeated], filled, is_real, share_there, kl_weight, share)
+
+    def with_kl(self, weight: float) -> MicroBatch:
+        """Returns the micro-batch with another weight of the KL term."""
+        return replace(self, kl_weight=torch.full_like(self.kl_weight, weight))
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class GraphedUpdate:
         if rollout.start_outputs is not None:
             divergence = functional.gaussian_kl(m, rollout.start_outputs.take(batch.rows), coef)
             kl = (divergence * batch.is_real).sum() / num_real
-        self.engine.differentiate(batch.share * (loss + config.kl_weight * kl))
+        self.engine.differentiate(batch.share * (loss + batch.kl_weight * kl))
         return loss.detach(), kl.detach(), stats
 
     def _gradients(self) -> list[Tensor]:

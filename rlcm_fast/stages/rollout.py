@@ -23,8 +23,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlcm_fast import parallel
+from rlcm_fast.algorithms import Scores
 from rlcm_fast.config import RolloutConfig
 from rlcm_fast.parallel import Stream, Turn
 from rlcm_fast.policies import SeededNoise
@@ -53,9 +55,17 @@ class Rollout:
         """The reward of each sample, (B,) float32 on the CPU: the sum of weight * score; NaN if a score is missing."""
         return torch.cat([rewards.total for rewards in self.rewards.values()])
 
-    def gathered(self) -> tuple[Tensor, list[Prompt]]:
-        """Returns `total` (A,) and the prompts of all A samples of all processes; every rank must call this."""
-        return parallel.all_gather(self.total), parallel.all_gather_list(list(self.prompts))
+    @property
+    def by_reward(self) -> Tensor:
+        """The score of each sample by each of its task's rewards, (B, M) float32; 0 where its task has fewer."""
+        columns = [torch.stack(list(rewards.by_name.values()), dim=1) for rewards in self.rewards.values()]
+        width = max(of_task.shape[1] for of_task in columns)
+        return torch.cat([pad(of_task, (0, width - of_task.shape[1])) for of_task in columns])
+
+    def gathered(self) -> tuple[Scores, list[Prompt]]:
+        """Returns the scores and the prompts of all A samples of all processes; every rank must call this."""
+        scores = Scores(parallel.all_gather(self.total), parallel.all_gather(self.by_reward))
+        return scores, parallel.all_gather_list(list(self.prompts))
 
     @property
     def wait_seconds(self) -> float:

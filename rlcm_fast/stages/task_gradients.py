@@ -43,7 +43,7 @@ class TaskGradients:
         every: the number of iterations between measurements; 0 measures nothing.
         """
         assert isinstance(policy.unet, torch.nn.Module)
-        self._policy, self._algorithm, self._config = policy, algorithm, config
+        self._policy, self.algorithm, self._config = policy, algorithm, config
         self._trained = [parameter for parameter in policy.unet.parameters() if parameter.requires_grad]
         self._every, self._num_tasks = every, num_tasks
         self._found: dict[str, Gradient] = {}  # of this iteration's rounds so far
@@ -67,11 +67,11 @@ class TaskGradients:
         """Returns each task's gradient, float32 on the CPU; sample_weights (B,) and tasks (B) belong to the samples."""
         # Choose transitions as an update would, and compute the signal of each.
         sample_weights = sample_weights.to(self._policy.device)
-        rows = Selection(trajectory, self._config, self._algorithm.samples_together, generator).rows  # (N,)
+        rows = Selection(trajectory, self._config, self.algorithm.samples_together, generator).rows  # (N,)
         sample, step = rows // trajectory.num_actions, rows % trajectory.num_actions
         weights = sample_weights[sample.to(sample_weights.device)]  # (N,)
         unchanged = torch.zeros_like(weights)
-        signals = self._algorithm.signals(weights, lambda: unchanged, trajectory.num_actions)
+        signals = self.algorithm.signals(weights, lambda: unchanged, trajectory.num_actions)
         of_steps = step_weights(self._policy.schedule, self._config.step_weights).to(weights.device)
         signals = signals * of_steps[step.to(weights.device)]
 
@@ -97,7 +97,7 @@ class TaskGradients:
         transitions = trajectory.transitions(rows)
         m = self._policy.network_output(transitions.x_t, transitions.step, transitions.conditioning)
         outputs = Outputs(m, self._policy.coefficients(transitions.step))
-        loss, _ = self._algorithm.loss_of_output(transitions, outputs, None, signals)
+        loss, _ = self.algorithm.loss_of_output(transitions, outputs, None, signals)
         return loss
 
 

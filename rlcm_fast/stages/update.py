@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Protocol
 
 import torch
@@ -39,6 +39,7 @@ from rlcm_fast.policies.base import GaussianPolicy
 from rlcm_fast.run_folder.stage_profile import stage
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.graphed_update import GraphedUpdate, MicroBatch, RolloutTensors
+from rlcm_fast.stages.kl_weight import KlWeight
 from rlcm_fast.stages.selection import Selection, step_weights
 from rlcm_fast.stages.skipped_updates import SkippedUpdates
 from rlcm_fast.stages.start_model import StartModel
@@ -72,12 +73,15 @@ class Updater:
     start_model: StartModel | None = None
     real_images: ExtraLoss | None = None
     graphed: GraphedUpdate | None = None  # runs micro-batches by a graph
+    guarded: InitVar[KlWeight | None] = None  # the KL term's weight, if a guard may move it
     may_lower: bool = False  # begins an update anew with smaller micro-batches if the device is out of memory
     say: Callable[[str], None] = say  # prints a line on the main process
     skipped: SkippedUpdates = field(init=False)  # goes on from rollout to rollout
+    kl_weight: KlWeight = field(init=False)
     size: int = field(init=False)  # transitions of a micro-batch
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, guarded: KlWeight | None) -> None:
+        self.kl_weight = guarded or KlWeight(self.config.kl_weight)
         self.size = self.config.micro_batch_size
         self.skipped = SkippedUpdates(self.config.max_skipped_updates, self.engine.skips_whole_updates, self.say)
 
@@ -106,6 +110,8 @@ class Updater:
             for part in selection.one_pass():
                 signals = work.signals(part.rows)  # (N,)
                 work.train_on(part.rows[part.order], signals[part.order.to(signals.device)])
+        if self.kl_weight.is_measured:
+            self.kl_weight.divergence = parallel.mean(work.record.mean_kl()).item()
         return work.record.summary(time.perf_counter() - start)
 
     def check_ratio(self, trajectory: AnyTrajectory, turn: Turn, say: Callable[[str], None]) -> dict[str, float]:
@@ -185,7 +191,7 @@ class _RolloutUpdates:
         self._norm = 0.0  # of the gradient of the last update
         self._step_weights = step_weights(policy.schedule, config.step_weights).to(sample_weights.device)
         self._start_outputs = None
-        if updater.start_model:
+        if updater.start_model and updater.kl_weight.is_needed:
             with stage("start_model"):
                 self._start_outputs = updater.start_model.outputs(trajectory, rows, config.micro_batch_size)
         self._tensors: RolloutTensors | None = None
@@ -292,6 +298,7 @@ class _RolloutUpdates:
         policy, config = self._updater.policy, self._updater.config
         if self._updater.graphed and self._tensors:
             filled = MicroBatch.filled(batch.rows, batch.signals, share, self._updater.size)
+            filled = filled.with_kl(self._updater.kl_weight.value)
             with stage("update_graph"):
                 loss, kl, stats = self._updater.graphed(self._tensors, filled)
             self.record.micro_batch(stats, loss, kl)
@@ -308,7 +315,7 @@ class _RolloutUpdates:
             if self._start_outputs is not None:
                 kl = functional.gaussian_kl(m, self._start_outputs[batch.size].take(batch.rows), coef).mean()
         with stage("update_backward"):
-            self._updater.engine.backward(share * (loss + config.kl_weight * kl))
+            self._updater.engine.backward(share * (loss + self._updater.kl_weight.value * kl))
         self.record.micro_batch(stats, loss.detach(), kl.detach())
 
     def _read(self, extra: ExtraLoss) -> None:

@@ -112,6 +112,10 @@ class Record:
         self.num_chosen += num_chosen
         self.num_trained += num_trained
 
+    def mean_kl(self) -> Tensor:
+        """Returns the mean divergence () of the micro-batches of this process."""
+        return torch.stack(self.kls).mean()
+
     def summary(self, seconds: float) -> UpdateMetrics:
         extra = torch.stack(self.extra_losses).sum() / self.num_updates if self.extra_losses else None
         return UpdateMetrics(
@@ -120,7 +124,7 @@ class Record:
             clip_fraction=torch.stack([s.clip_fraction for s in self.stats]).mean(),
             approx_kl=torch.stack([s.approx_kl for s in self.stats]).mean(),
             loss=torch.stack(self.losses).mean(),
-            kl_to_start=torch.stack(self.kls).mean(),
+            kl_to_start=self.mean_kl(),
             skipped=1 - self.num_trained / self.num_chosen,
             real_image_loss=extra,
             real_images_skipped=self.extra_skipped,

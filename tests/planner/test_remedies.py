@@ -127,5 +127,6 @@ def test_every_step_of_the_ladder_is_of_the_config_and_known_to_the_estimate():
     config = parse_config(["--engine.zero_stage=2", "--optimizer.name=adam", "--update.kl_weight=1", *GRAPHS])
     config = with_settings(config, {"engine.channels_last": True})
     for step in LADDER:
-        assert set(step) <= {*SETTINGS, "update.kl_weight", "update.kl_reference", "engine.channels_last"}
+        known = {*SETTINGS, "update.kl_weight", "update.kl_reference", "engine.channels_last", "guard.action"}
+        assert set(step) <= known
         assert strategy_of(with_settings(config, step)) != strategy_of(config)

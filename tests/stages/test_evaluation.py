@@ -106,7 +106,7 @@ def test_a_set_reward_is_measured_by_its_groups_values_whatever_its_credit():
 
 @pytest.mark.parametrize("num_images", [4, 12])
 def test_groups_go_across_processes_so_two_of_them_measure_what_one_does(num_images: int, tmp_path: Path):
-    alone = two_ranks.evaluate_groups(num_images)
+    alone, seen = two_ranks.evaluate_groups(num_images), two_ranks.seen_by_a_guard(num_images)
     group = (2, run_processes.free_port())
     processes = [
         run_processes.start(
@@ -118,6 +118,7 @@ def test_groups_go_across_processes_so_two_of_them_measure_what_one_does(num_ima
         process.join(timeout=300)
         assert process.exitcode == 0, (tmp_path / f"{rank}.log").read_text()[-3000:]
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
+        assert json.loads((tmp_path / f"seen_{rank}.json").read_text())[:3] == seen[:3]
         faults_are_of_all(json.loads((tmp_path / f"faults_{rank}.json").read_text()), rank)
 
 

@@ -22,9 +22,10 @@ from rlcm_fast.engine.processes import init_processes
 from rlcm_fast.faults import Fault
 from rlcm_fast.parallel import Turn
 from rlcm_fast.rewards import GroupReward, Skipping
-from rlcm_fast.rewards.diversity import Diversity
+from rlcm_fast.rewards.diversity import Diversity, Thumbnails
 from rlcm_fast.stages.album import Album
 from rlcm_fast.stages.evaluation import Evaluator, HeldOut
+from rlcm_fast.stages.guard import Describe
 from rlcm_fast.stages.rollout import Collector
 from rlcm_fast.tasks import TaskRewards
 from rlcm_fast.trainer import Trainer
@@ -79,6 +80,16 @@ def evaluate_groups(num_images: int) -> dict[str, float]:
     return {**metrics, "kept": float(zlib.crc32(kept.encode()))}
 
 
+def seen_by_a_guard(num_images: int) -> list[object]:
+    """What a guard sees of images in micro-batches of 3: their descriptions, and how many pictures this rank keeps."""
+    held_out = HeldOut(prompts_of(num_images), 5, 3)
+    images, describe = images_of(policy_of(TinyNetwork())), Describe(Thumbnails())
+    metrics, seen = Evaluator(held_out, {"eval": {"brightness": (Brightness(), 1.0)}}).looked(images, 0, describe)
+    assert seen is not None
+    kept = 0 if seen.pictures is None else len(seen.pictures)
+    return [metrics, seen.statistics.tolist(), seen.embedding.tolist(), kept]
+
+
 class FailsOnRank1(Brightness):
     """Works on rank 0; cannot score images of prompt b on rank 1."""
 
@@ -121,6 +132,7 @@ def run_evaluation(num_images: int, folder: Path) -> int:
     """Writes what this rank measures to folder/<rank>.json, and how it fails to folder/faults_<rank>.json."""
     torch.distributed.init_process_group("gloo")
     (folder / f"{parallel.rank()}.json").write_text(json.dumps(evaluate_groups(num_images)))
+    (folder / f"seen_{parallel.rank()}.json").write_text(json.dumps(seen_by_a_guard(num_images)))
     (folder / f"faults_{parallel.rank()}.json").write_text(json.dumps(faults()))
     torch.distributed.destroy_process_group()
     return 0
