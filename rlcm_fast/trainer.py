@@ -128,7 +128,7 @@ class Trainer:
         is_drawn = self.due(self.config.tracking.grid_every, iteration)
         if is_scored or is_drawn:
             self.progress.check_weights(iteration)
-        return self.evaluation(iteration, self.tracker, is_scored, is_drawn)
+        return self.progress.keep_best(self.evaluation(iteration, self.tracker, is_scored, is_drawn))
 
     def finish(self) -> None:
         """Evaluates the final weights and writes a folder that stock diffusers loads."""

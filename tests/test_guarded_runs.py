@@ -1,0 +1,157 @@
+"""Tiny runs with a guard, a best checkpoint and several rewards: they train as ever, resume, stop and export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+from safetensors.torch import load_file
+
+from rlcm_fast.config import Config, parse_config
+from rlcm_fast.config.checks import validate
+from rlcm_fast.run_folder import checkpoint as checkpoints
+from rlcm_fast.run_folder.best import Best
+from rlcm_fast.run_folder.formats import FinishedRun
+from rlcm_fast.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_process")
+HELD_OUT = [{"name": "jpeg_incompressibility"}]
+SETTINGS = {"num_iterations": 4, "evaluation.every": 2, "evaluation.rewards": HELD_OUT, "optimizer.warmup_updates": 0}
+RAISES = {"guard.action": "raise_kl", "guard.every": 1, "guard.z": 1e-6, "guard.floor": 0.0}  # any change is outside
+KEY = "eval/jpeg_incompressibility/mean"
+
+
+def make_config(model: str, run_dir: Path, **settings: object) -> Config:
+    named = {**SETTINGS, **{name.replace("__", "."): value for name, value in settings.items()}}
+    config = parse_config(tiny_runs.arguments(model, run_dir, named))
+    validate(config, 1)
+    return config
+
+
+def trained(model: str, run_dir: Path, **settings: object) -> Trainer:
+    trainer = Trainer(make_config(model, run_dir, **settings))
+    trainer.run()
+    return trainer
+
+
+def last_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.weights(checkpoints.complete(run_dir)[-1])
+
+
+def assert_same_weights(run_dir: Path, other: Path) -> None:
+    weights, expected = last_weights(run_dir), last_weights(other)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_lcm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run without a guard."""
+    run_dir = tmp_path_factory.mktemp("plain") / "run"
+    trained(tiny_lcm_folder, run_dir)
+    return run_dir
+
+
+def test_a_guard_that_warns_changes_no_number_of_the_run(tiny_lcm_folder: str, plain: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    trained(tiny_lcm_folder, run_dir, guard__action="warn", guard__every=1, guard__z=1e-6, guard__floor=0.0)
+    lines = tiny_runs.metrics(run_dir)
+    unguarded = [{k: v for k, v in line.items() if not k.startswith("guard/")} for line in lines]
+    expected = tiny_runs.metrics(plain)
+    for mine, other in zip(unguarded, expected, strict=True):
+        mine = {k: v for k, v in mine.items() if k in other or not k.startswith("eval/")}  # measured more often
+        assert mine == other
+    assert_same_weights(run_dir, plain)
+    assert lines[0]["guard/outside"] == 0 and max(line["guard/outside"] for line in lines) >= 1
+    assert {"guard/jpeg_incompressibility/low", "guard/saturation/high", "guard/distance_to_start"} <= lines[1].keys()
+    assert list((run_dir / "guard").glob("00000?.png")) and (run_dir / "guard" / "start.safetensors").is_file()
+
+
+def test_a_run_whose_weight_is_raised_resumes_bitwise(tiny_lcm_folder: str, tmp_path: Path):
+    left_alone, run_dir = tmp_path / "alone", tmp_path / "run"
+    settings = {name.replace(".", "__"): value for name, value in RAISES.items()}
+    trained(tiny_lcm_folder, left_alone, **settings, checkpoint__every=2, checkpoint__keep=3)
+    weights = [line["guard/kl_weight"] for line in tiny_runs.metrics(left_alone)]
+    assert weights[0] == 0 and max(weights) > 0
+    shutil.copytree(left_alone, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "iteration_000004")
+    trained(tiny_lcm_folder, run_dir, **settings, checkpoint__every=2, checkpoint__keep=3, resume="latest")
+    assert tiny_runs.metrics(run_dir) == tiny_runs.metrics(left_alone)
+    assert_same_weights(run_dir, left_alone)
+    states = [
+        json.loads((folder / "checkpoints/iteration_000004/state.json").read_text()) for folder in (run_dir, left_alone)
+    ]
+    assert states[0]["guard"] == states[1]["guard"] and states[0]["guard"]["kl_weight"]["value"] > 0
+
+
+def test_a_guard_that_stops_ends_the_run_with_a_checkpoint_and_its_last_numbers(
+    tiny_lcm_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    settings = {name.replace(".", "__"): value for name, value in RAISES.items()} | {"guard__action": "stop"}
+    # The held-out reward must fall: it is minus what it was, since only its change counts here.
+    trainer = Trainer(make_config(tiny_lcm_folder, tmp_path / "run", **settings, checkpoint__best=f"min:{KEY}"))
+    guard = trainer.evaluation.guard
+    assert guard is not None
+    guard.is_due = lambda iteration, is_scored: iteration in (0, 2)  # type: ignore[method-assign]
+    band = guard._band
+    guard._band = lambda name, measured: band(name, measured).__class__(1e9, 1.0)  # type: ignore[method-assign]
+    guard.stops = lambda iteration: iteration == 2  # type: ignore[method-assign]
+    assert not trainer.run()
+    assert trainer.iteration == 2
+    assert [folder.name for folder in checkpoints.complete(tmp_path / "run")] == ["iteration_000002"]
+    assert tiny_runs.metrics(tmp_path / "run")[-1]["guard/outside"] >= 1
+    said = capfd.readouterr().err
+    assert "guard: the run stops, guard.action=stop" in said and "go on with --resume latest" in said
+
+
+@pytest.mark.parametrize("best", [KEY, pytest.param(f"min:{KEY}", marks=pytest.mark.slow)])
+def test_the_best_checkpoint_outlives_pruning_and_is_exported(tiny_lcm_folder: str, tmp_path: Path, best: str):
+    run_dir = tmp_path / "run"
+    more = {"checkpoint__best": best, "checkpoint__export": "best", "checkpoint__every": 1, "checkpoint__keep": 1}
+    trained(tiny_lcm_folder, run_dir, **more, evaluation__every=1)
+    values = {line["iteration"]: line[KEY] for line in tiny_runs.metrics(run_dir) if line["iteration"] > 0}
+    choose = min if best.startswith("min:") else max
+    iteration = choose(values, key=lambda i: values[i])
+    found = Best.find(run_dir)
+    assert found is not None and (found.iteration, found.value) == (iteration, values[iteration])
+    kept = {int(folder.name[-6:]) for folder in checkpoints.complete(run_dir)}
+    assert kept == {iteration, 4}
+    expected = checkpoints.weights(found.folder(run_dir))
+    exported = load_file(run_dir / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(exported[name], weight) for name, weight in expected.items())
+    assert FinishedRun.find_best(str(run_dir)).iteration == iteration
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_back_chooses_its_best_anew(tiny_lcm_folder: str, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    more = {"checkpoint__best": KEY, "checkpoint__every": 1, "checkpoint__keep": 9, "evaluation__every": 1}
+    trained(tiny_lcm_folder, run_dir, **more)
+    found = Best.find(run_dir)
+    assert found is not None
+    trained(tiny_lcm_folder, run_dir, **more, resume=str(run_dir / "checkpoints" / "iteration_000001"))
+    assert Best.find(run_dir) == found
+
+
+def test_an_export_without_a_best_checkpoint_says_so(plain: Path):
+    with pytest.raises(ValueError, match="best=true finds no best checkpoint"):
+        FinishedRun.find_best(str(plain))
+
+
+def test_one_class_named_twice_is_told_apart_and_its_parts_are_logged(tiny_lcm_folder: str, tmp_path: Path):
+    rewards = [
+        {"name": "jpeg_compressibility", "label": "fine", "arguments": {"quality": 95}},
+        {"name": "jpeg_compressibility", "label": "coarse", "arguments": {"quality": 5}, "weight": 0.5},
+    ]
+    more = {"rewards_combine": "normalised", "tracking__reward_gradients_every": 2, "num_iterations": 2}
+    trained(tiny_lcm_folder, tmp_path / "run", rewards=rewards, **more)
+    first, second, _ = tiny_runs.metrics(tmp_path / "run")
+    assert {"reward/fine/mean", "reward/coarse/mean", "eval/coarse/mean"} <= first.keys()
+    assert {"advantage/fine/correlation", "advantage/coarse/abs_mean"} <= first.keys()
+    assert -1 <= first["gradient/fine/coarse/cosine"] <= 1 and first["gradient/coarse/norm"] > 0
+    assert "gradient/coarse/norm" not in second
+    expected = first["reward/fine/mean"] + 0.5 * first["reward/coarse/mean"]
+    assert first["reward/total/mean"] == pytest.approx(expected)
