@@ -73,6 +73,7 @@ setup(
         "rlcm_fast.shapes": ["models/**/*"],
         "rlcm_fast.backbones": ["layouts/**/*"],
         "rlcm_fast.planner": ["architectures/*.json"],
+        "rlcm_fast.rating": ["page/*", "defaults.yaml"],
         "rlcm_fast.report": ["page.*"],
         "rlcm_fast.configs": ["*/*.yaml", "*/*.txt"],
     },

@@ -45,10 +45,11 @@ from rlcm_fast.stages.graphing import check_graphs, use_graphs
 from rlcm_fast.stages.guard_build import build_describe, with_guard
 from rlcm_fast.stages.image_sizes import ImageSizes
 from rlcm_fast.stages.images import TextToImage
+from rlcm_fast.stages.kept_rounds import KeptRounds
 from rlcm_fast.stages.kl_weight import KlWeight
 from rlcm_fast.stages.real_images import RealImages, check_pairs
 from rlcm_fast.stages.reward_gradients import RewardGradients
-from rlcm_fast.stages.rollout import Collector
+from rlcm_fast.stages.rollout import Collector, Upcoming
 from rlcm_fast.stages.size_trial import settle_sizes
 from rlcm_fast.stages.start_model import StartModel
 from rlcm_fast.stages.task_gradients import TaskGradients
@@ -228,8 +229,16 @@ def _tasks(run: ResolvedRun, given: Given, size: tuple[int, int] | None, device:
 
 
 def _collector(choice: Choice, images: TextToImage, tasks: Tasks, run: ResolvedRun) -> Collector:
-    rollout, sizes = run.config.rollout, ImageSizes.of(run)
-    return Collector(images, tasks.rewards, rollout, tasks.offloading, sizes, choice.lowers_rollouts)
+    """Builds what makes rollouts; it keeps rounds for which a person or an older update is waited for."""
+    config, sizes = run.config, ImageSizes.of(run)
+    is_kept = config.update.rollout_lag > 0 or tasks.rewards.asks_a_person
+    may_lower = choice.lowers_rollouts and not is_kept  # a kept round is read again by its micro-batches
+    collector = Collector(images, tasks.rewards, config.rollout, tasks.offloading, sizes, may_lower)
+    if config.update.rollout_lag > 0:
+        collector.upcoming = Upcoming(tasks, config.num_iterations)
+    if is_kept:
+        collector.kept = KeptRounds(config, images.policy.device)
+    return collector
 
 
 def _load_backbone(config: Config, device: torch.device) -> Backbone:

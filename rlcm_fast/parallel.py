@@ -6,7 +6,7 @@ This is a thin layer over torch.distributed. It also works in a single process w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TypeVar
 
@@ -158,6 +158,12 @@ class Turn:
     round: int = 0
     num_rounds: int = 1
     seed: int = 0
+
+    @property
+    def following(self) -> Turn:
+        """The turn after this one."""
+        is_last = self.round + 1 == self.num_rounds
+        return replace(self, iteration=self.iteration + is_last, round=0 if is_last else self.round + 1)
 
     @property
     def is_first(self) -> bool:

@@ -12,7 +12,8 @@ advantages      each task standardises its rewards with its own statistics
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,14 @@ from rlcm_fast.rewards import (
     Call,
     DecodedImages,
     GroupReward,
+    PersonReward,
     Reward,
     RewardBuilder,
     Rewards,
     RewardService,
+    RunPlace,
     Skipping,
+    SubmittedBatch,
     Trial,
     Workers,
     used,
@@ -58,7 +62,9 @@ class Tasks:
         self.offloading = builder.offloading()
         self.skipping = {task.name: self._skipping(task.rewards, run) for task in run.tasks}
         self.rewards = TaskRewards(self.trained, config.rollout, self._name_of, self.skipping)
+        self.rewards.begin(RunPlace(Path(config.run_dir), config.num_iterations))
         self._samplers: dict[str, Sampler] = {}
+        self._upcoming: tuple[list[Prompt], dict[str, Any]] | None = None  # a batch in advance, the state before it
         for number, task in enumerate(run.tasks):
             share = self._share(task, config.seed + number * _SEED_STEP, rank, run.sizes.num_processes)
             self._samplers[task.name] = build_sampler(task.source, share, task.source_field, given.prompts)
@@ -81,7 +87,17 @@ class Tasks:
 
     def next_batch(self, names: Sequence[str]) -> list[Prompt]:
         """Returns the prompts of a round that this process draws images for."""
+        if self._upcoming is not None:
+            (prompts, _), self._upcoming = self._upcoming, None
+            return prompts
         return [prompt for name in names for prompt in self._samplers[name].next_batch()]
+
+    def upcoming_batch(self, names: Sequence[str]) -> list[Prompt]:
+        """Returns what the next call of `next_batch`, which is for the tasks `names`, will return."""
+        if self._upcoming is None:
+            before = self._prompts_state()
+            self._upcoming = (self.next_batch(names), before)
+        return self._upcoming[0]
 
     def texts(self, most: int) -> list[str]:
         """Returns prompts of all tasks that are at hand, at most `most` of each."""
@@ -104,7 +120,7 @@ class Tasks:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as JSON, the same on every rank."""
-        prompts = {name: sampler.state_dict() for name, sampler in self._samplers.items()}
+        prompts = self._prompts_state() if self._upcoming is None else self._upcoming[1]
         return {"prompts": prompts, "advantages": self.advantages.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -119,6 +135,10 @@ class Tasks:
             if state["prompts"][name] is not None:
                 sampler.load_state_dict(state["prompts"][name])
         self.advantages.load_state_dict(state["advantages"])
+        self._upcoming = None
+
+    def _prompts_state(self) -> dict[str, Any]:
+        return {name: sampler.state_dict() for name, sampler in self._samplers.items()}
 
     def _all_trials(self, run: ResolvedRun) -> list[Trial]:
         """Returns a trial of each reward, those of the evaluation with the prompts of the first task."""
@@ -128,7 +148,7 @@ class Tasks:
         for field, configs, built, task_name in named:
             prompts = self._samplers[task_name].known(2)
             for index, config in enumerate(configs):
-                reward = built[config.name][0]
+                reward = built[config.key][0]
                 trial = Trial(f"{field}[{index}].name", config.name, reward, prompts, config.on_failure == "skip")
                 trials.setdefault(id(reward.reward if isinstance(reward, GroupReward) else reward), trial)
         return list(trials.values())
@@ -168,7 +188,7 @@ def _check_credits(task: Task, rewards: Mapping[str, tuple[Reward, float]], worl
         return
     compared = task.num_samples if task.advantages == "batch" else task.images_per_prompt
     for index, (name, (reward, _)) in enumerate(rewards.items()):
-        if not isinstance(reward, GroupReward) or reward.credit != "group":
+        if not isinstance(reward, GroupReward) or not reward.gives_all_the_same:
             continue
         size = reward.group_size or task.num_samples // world_size
         if size % compared == 0:
@@ -177,6 +197,14 @@ def _check_credits(task: Task, rewards: Mapping[str, tuple[Reward, float]], worl
                 f"{compared} images that {task.advantages_field}={task.advantages} compares; set credit=leave_one_out, "
                 "or smaller groups"
             )
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The images of a round that are being scored."""
+
+    by_task: Mapping[str, Sequence[SubmittedBatch]]  # in the order of submission
+    blocked_seconds: float  # that the rollout waited for room
 
 
 class TaskRewards:
@@ -196,9 +224,20 @@ class TaskRewards:
         self._services = {  # on the same threads, because tasks may share a reward
             task: RewardService(rewards, self._workers, self.skipping.get(task)) for task, rewards in trained.items()
         }
+        self._persons = {  # by the id of the reward, which tasks may share
+            id(reward.asking): reward.asking
+            for of_task in trained.values()
+            for reward, _ in of_task.values()
+            if isinstance(reward, PersonReward)
+        }
         self._name_of = name_of
         self._waiting: dict[str, None] = {}
         self._blocked_seconds = 0.0
+
+    @property
+    def asks_a_person(self) -> bool:
+        """Tells whether a person gives a reward."""
+        return bool(self._persons)
 
     @property
     def may_skip(self) -> bool:
@@ -220,18 +259,43 @@ class TaskRewards:
             self._waiting[name] = None
         self._decoded.add(calls)
 
-    def gather(self, iteration: int, may_stop: Callable[[], None] = lambda: None) -> dict[str, Rewards]:
-        """Waits for the scores and returns them by task, in the order of submission.
+    def begin(self, place: RunPlace) -> None:
+        """Gets rewards ready that a person gives; raises ValueError if there are several or one cannot ask."""
+        if len(self._persons) > 1:
+            raise ValueError(
+                f"rewards: {len(self._persons)} rewards of a person with different arguments; a run has one page, so "
+                "give all tasks the same"
+            )
+        for person in self._persons.values():
+            person.begin(place)
 
-        may_stop: is called now and then during the wait, and may raise.
-        """
+    def detach(self, iteration: int) -> Submitted:
+        """Returns what was submitted since the last call, and shows it to the person who rates it, if one does."""
         waiting, self._waiting = self._waiting, {}
         blocked, self._blocked_seconds = self._blocked_seconds, 0.0
-        found = {name: self._services[name].gather(iteration, may_stop) for name in waiting}
+        by_task = {name: self._services[name].detach() for name in waiting}
+        for name, batches in by_task.items():
+            self._services[name].ask(batches, iteration)
+        return Submitted(by_task, blocked)
+
+    def gather(
+        self, iteration: int, may_stop: Callable[[], None] = lambda: None, submitted: Submitted | None = None
+    ) -> dict[str, Rewards]:
+        """Waits for the scores of what was submitted and returns them by task, in the order of submission.
+
+        may_stop: is called now and then during the wait, and may raise. submitted: comes from `detach`; None takes what
+        was submitted since the last call.
+        """
+        taken = submitted or self.detach(iteration)
+        found = {
+            name: self._services[name].gather(iteration, may_stop, batches) for name, batches in taken.by_task.items()
+        }
         first = next(iter(found))
-        found[first] = replace(found[first], wait_seconds=found[first].wait_seconds + blocked)
+        found[first] = replace(found[first], wait_seconds=found[first].wait_seconds + taken.blocked_seconds)
         return found
 
     def shutdown(self) -> None:
         """Ends the threads; waits a second at most for what is running."""
+        for person in self._persons.values():
+            person.close()
         self._workers.shutdown()

@@ -400,6 +400,7 @@ EVERY: dict[str, tuple[object, dict[str, object]]] = {
     "update.step_weights": ("sensitivity", {}),
     "update.max_grad_norm": (0.5, {}),
     "update.kl_weight": (0.1, {}),
+    "update.rollout_lag": (1, {}),
     "update.max_skipped_updates": (5, {}),
     "update.kl_reference": ("offload", {"update__kl_weight": 0.1}),
     "pretraining.data": ("shapes:all", {"pretraining__weight": 0.1}),

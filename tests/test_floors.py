@@ -18,7 +18,7 @@ FLOORS = {
     **dict.fromkeys(
         ("policies", "prompts", "pairs", "backbones", "rewards", "algorithms", "engine", "shapes", "report"), 2
     ),
-    **dict.fromkeys(("tasks", "run_folder", "planner"), 3),
+    **dict.fromkeys(("tasks", "run_folder", "planner", "rating"), 3),
     "stages": 4,
     "build": 5,
     "handover": 5,

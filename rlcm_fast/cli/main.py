@@ -8,7 +8,19 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rlcm_fast import quiet
-from rlcm_fast.cli import check_reward, configs, doctor, evaluate, export, plan, report, reward_server, sample, score
+from rlcm_fast.cli import (
+    check_reward,
+    configs,
+    doctor,
+    evaluate,
+    export,
+    plan,
+    rate,
+    report,
+    reward_server,
+    sample,
+    score,
+)
 from rlcm_fast.door import Door, take_debug
 from rlcm_fast.faults import in_one_line
 from rlcm_fast.leaving import leave_at_once_if_computing
@@ -22,6 +34,7 @@ COMMANDS = {
     "report": report,
     "reward-server": reward_server,
     "configs": configs,
+    "rate": rate,
     "plan": plan,
     "doctor": doctor,
 }
@@ -63,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         shows = "show what libraries print, and the traceback of an error above its line"
         command.add_argument("--debug", action="store_true", help=shows)  # `take_debug` takes it from anywhere
-        command.set_defaults(run=module.run, takes_overrides=module in (plan, doctor))
+        command.set_defaults(run=module.run, takes_overrides=module in (plan, doctor, rate))
     return parser
 
 

@@ -10,6 +10,8 @@ def check_algorithm(run: ResolvedRun) -> None:
     # Each algorithm has needs of its own.
     config, update = run.config, run.config.update
     name = config.algorithm.name
+    if update.rollout_lag > 0:
+        _check_lag(run)
     if name == "reinforce" and not update.is_on_policy:
         num_updates = update.num_passes * update.num_updates
         raise ValueError(
@@ -39,6 +41,28 @@ def check_algorithm(run: ResolvedRun) -> None:
             f"update.kl_reference=offload has no use with lora.rank={config.lora.rank}: the start model is the network "
             "without its adapters, and needs no memory; leave kl_reference out"
         )
+
+
+def _check_lag(run: ResolvedRun) -> None:
+    """Refuses images of older weights where nothing corrects for them, or where their rewards could not go on."""
+    config = run.config
+    if config.algorithm.name not in ("ppo", "grpo", "dpok"):
+        raise ValueError(
+            f"update.rollout_lag=1 trains on images that are one update old, and algorithm.name={config.algorithm.name}"
+            " has no clipped ratio to correct for that; set update.rollout_lag=0, or algorithm.name=ppo"
+        )
+    if config.update.old_log_probs == "recompute":
+        raise ValueError(
+            "update.rollout_lag=1 needs the log-probs of the weights that drew the images, and update.old_log_probs="
+            "recompute replaces them by those of present weights; set update.old_log_probs=rollout"
+        )
+    for task in run.tasks:
+        for index, reward in enumerate(task.rewards):
+            if reward.offload:
+                raise ValueError(
+                    f"{task.rewards_field}[{index}].offload=true of {reward.name} takes its model away while "
+                    "update.rollout_lag=1 still scores the next rollout; drop one of them"
+                )
 
 
 def _check_groups(run: ResolvedRun) -> None:

@@ -9,6 +9,8 @@ from rlcm_fast.config import Config, RewardConfig
 from rlcm_fast.config.resolved import ResolvedRun, Task
 
 _RESERVED = ("total", "diversity")  # keys of metrics beside the rewards
+PERSON = "human"
+"""The reward that a person gives; rlcm_fast.rating has it."""
 OF_CALLS = ("calls", "images_per_call")
 """What a reward on a server may have as arguments: they say how the server is called."""
 
@@ -29,6 +31,7 @@ def check_rewards(run: ResolvedRun) -> None:
         _check_places(field, rewards)
     for task in run.tasks:
         _check_combination(run.config, task)
+    _check_person(run)
 
     # Rewards to watch.
     _check_names("evaluation.rewards", watched)
@@ -66,6 +69,28 @@ def _check_combination(config: Config, task: Task) -> None:
             f"{field}={how} standardises each reward, and advantages.scale=none divides by nothing; set "
             "advantages.scale=batch or group"
         )
+
+
+def _check_person(run: ResolvedRun) -> None:
+    """Refuses a person's ratings where there is nothing to compare, and in a run of several processes."""
+    for task in run.tasks:
+        if all(reward.name != PERSON for reward in task.rewards):
+            continue
+        if task.images_per_prompt < 2:
+            raise ValueError(
+                f"{task.images_field}={task.images_per_prompt} gives reward {PERSON} nothing to compare an image with; "
+                "give 2 to 8"
+            )
+        if run.sizes.num_processes > 1:
+            raise ValueError(
+                f"{task.rewards_field} with {PERSON} needs one process, and this run has {run.sizes.num_processes}; "
+                "start it with python rlcm_fast/train.py or rlcm-fast rate"
+            )
+    for reward in run.config.evaluation.rewards:
+        if reward.name == PERSON:
+            raise ValueError(
+                f"evaluation.rewards names {PERSON}, which rates the images that are trained on; put it into rewards"
+            )
 
 
 def _check_names(field: str, rewards: list[RewardConfig]) -> None:

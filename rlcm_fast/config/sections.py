@@ -237,13 +237,16 @@ class UpdateConfig:
     """Weight of the KL divergence to the frozen start model, in closed form; 0 is off."""
     kl_reference: Literal["copy", "offload"] = "copy"
     """Where the start model is: a second copy on the device, or in CPU memory and swapped in once per rollout."""
+    rollout_lag: Literal[0, 1] = 0
+    """1: draw the next rollout before this one's update, so that nothing waits for slow rewards or a person who rates.
+    Its images are then one update old, which the ratio of ppo, grpo and dpok corrects. 0: always of present weights."""
     max_skipped_updates: Updates = 3
     """Updates in a row whose gradient is not finite, each skipped, after which the run stops."""
 
     @property
     def is_on_policy(self) -> bool:
-        """Tells whether a rollout has one update: then old and new log-probs are equal, and every ratio is 1."""
-        return self.num_passes * self.num_updates == 1
+        """Tells whether a rollout has one update and is of present weights: then every ratio is 1."""
+        return self.num_passes * self.num_updates == 1 and self.rollout_lag == 0
 
     @property
     def recomputes_log_probs(self) -> bool:

@@ -19,6 +19,7 @@ from rlcm_fast.config import RewardConfig
 from rlcm_fast.frozen import FrozenNetwork
 from rlcm_fast.given import check_is_given
 from rlcm_fast.plugins import build, check_accepts, load_class
+from rlcm_fast.rewards.asked import AskingReward, PersonReward, RunPlace
 from rlcm_fast.rewards.base import ImagesFailed, Reward, RewardError, SetReward, check_scores
 from rlcm_fast.rewards.diversity import EMBEDDINGS
 from rlcm_fast.rewards.failures import Skipping
@@ -34,6 +35,7 @@ from rlcm_fast.rewards.service import (
     RawScores,
     Rewards,
     RewardService,
+    SubmittedBatch,
     check_raw_scores,
     evaluate,
     joined,
@@ -44,12 +46,14 @@ from rlcm_fast.rewards.workers import Call, DecodedImages, Workers
 
 __all__ = [
     "BUILT_IN",
+    "AskingReward",
     "Call",
     "DecodedImages",
     "GroupReward",
     "ImagesFailed",
     "Movable",
     "Offloading",
+    "PersonReward",
     "RawScores",
     "Reward",
     "RewardBuilder",
@@ -57,8 +61,10 @@ __all__ = [
     "RewardLoad",
     "RewardService",
     "Rewards",
+    "RunPlace",
     "SetReward",
     "Skipping",
+    "SubmittedBatch",
     "Trial",
     "Workers",
     "build_reward",
@@ -106,6 +112,8 @@ BUILT_IN = {
     "vlm_judge": "rlcm_fast.rewards.vlm_judge:VlmJudge",
     "vlm_alignment": "rlcm_fast.rewards.vlm_alignment:VlmAlignment",
     "http": "rlcm_fast.rewards.remote:RemoteReward",
+    "human": "rlcm_fast.rating.reward:HumanRating",
+    "ratings": "rlcm_fast.rating.learned:Ratings",
 }
 
 ARGUMENTS_THAT_NAME = {"classifier": CLASSIFIERS, "embedding": EMBEDDINGS}
@@ -248,7 +256,7 @@ def make_reward(name: str, arguments: Mapping[str, Any], field: str = "rewards")
 
 def check_protocol(name: str, reward: Any, field: str) -> Reward | SetReward:
     """Returns the reward, if it follows one of the two protocols; errors begin with `field`."""
-    is_set = isinstance(reward, SetReward) and reward.scope == "set"
+    is_set = isinstance(reward, SetReward | AskingReward) and reward.scope == "set"
     if not is_set and not (isinstance(reward, Reward) and reward.scope == "image"):
         raise ValueError(
             f"{field}: name={name} made a {type(reward).__name__}, which is no reward; give it an attribute"
@@ -270,6 +278,8 @@ def grouped(
     Raises ValueError if `group_size` or `credit` is set for an image reward, which would ignore it.
     """
     # Only a set reward has groups.
+    if isinstance(reward, AskingReward):
+        return _of_person(name, reward, group_size, credit, field)
     if reward.scope == "set":
         assert isinstance(reward, SetReward)
         return GroupReward(name, reward, group_size, credit)
@@ -281,6 +291,17 @@ def grouped(
             "or name a set reward"
         )
     return reward
+
+
+def _of_person(
+    name: str, reward: AskingReward, group_size: int, credit: Literal["group", "leave_one_out"], field: str
+) -> PersonReward:
+    if group_size or credit != "group":
+        given = f"group_size={group_size}" if group_size else f"credit={credit}"
+        raise ValueError(
+            f"{field}: name={name} {given} has no use: a person ranks the images of a prompt; leave it out"
+        )
+    return PersonReward(name, reward)
 
 
 def check_groups(rewards: Mapping[str, Reward], num_images: int) -> None:

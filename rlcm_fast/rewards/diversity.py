@@ -26,6 +26,7 @@ EMBEDDINGS = {
     "thumbnails": "rlcm_fast.rewards.diversity:Thumbnails",
     "clip": "rlcm_fast.rewards.embeddings:ClipEmbedding",
     "dinov2": "rlcm_fast.rewards.embeddings:DinoEmbedding",
+    "shapes": "rlcm_fast.shapes.embedding:ShapesEmbedding",
 }
 _THUMBNAIL = 8  # pixels a side
 

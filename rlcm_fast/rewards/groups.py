@@ -47,6 +47,11 @@ class GroupReward:
     credit: Literal["group", "leave_one_out"] = "group"
     scope: str = field(default="set", init=False)
 
+    @property
+    def gives_all_the_same(self) -> bool:
+        """Tells whether all images of a group get the same credit."""
+        return self.credit == "group"
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The credits (B,) float32 of images (B, 3, H, W), which must make whole groups."""
         described = expect(self.reward.describe(images, prompts), (len(prompts), None), "a row per image")

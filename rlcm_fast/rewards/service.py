@@ -16,6 +16,7 @@ the next micro-batch, and the rollout waits only for the last micro-batch.
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rlcm_fast.faults import Fault
+from rlcm_fast.rewards.asked import PersonReward
 from rlcm_fast.rewards.base import (
     ImagesFailed,
     Reward,
@@ -64,7 +67,9 @@ class RawScores:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class SubmittedBatch:
+    """A micro-batch and the calls of its rewards."""
+
     prompts: tuple[Prompt, ...]
     calls: dict[str, Call]  # by reward name; the answers are not yet checked
 
@@ -86,7 +91,7 @@ class RewardService:
         self._workers = workers
         self._skipping = skipping or Skipping()
         self._tally = Tally(self._skipping.limit())
-        self._batches: list[_Batch] = []
+        self._batches: list[SubmittedBatch] = []
 
     def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Call]:
         """Starts scoring images (B, 3, H, W) float32 in [0, 1], one prompt each; leave them unchanged until gather.
@@ -103,18 +108,47 @@ class RewardService:
             work = partial(_score_in_worker, reward=reward, watch=watch, decoded=decoded, tally=tally)
             calls[name] = Call(name, prompts, work)
             self._workers.submit(calls[name])
-        self._batches.append(_Batch(tuple(prompts), calls))
+        self._batches.append(SubmittedBatch(tuple(prompts), calls))
         return list(calls.values())
 
-    def gather(self, iteration: int, may_stop: Callable[[], None] = lambda: None) -> Rewards:
-        """Waits for the scores of all images submitted since the last call.
+    def detach(self) -> list[SubmittedBatch]:
+        """Returns what was submitted since the last call, for a `gather` after the next round is submitted."""
+        batches, self._batches = self._batches, []
+        return batches
+
+    def ask(self, batches: Sequence[SubmittedBatch], iteration: int) -> None:
+        """Shows a whole round to the person who rates it, if one does."""
+        prompts = [prompt for batch in batches for prompt in batch.prompts]
+        for name, (reward, _) in self._rewards.items():
+            if not isinstance(reward, PersonReward):
+                continue
+            answers = [batch.calls[name].answer for batch in batches]
+            concurrent.futures.wait(answers)  # not long: an image is only kept
+            if any(answer.cancelled() or answer.exception() is not None for answer in answers):
+                return  # `gather` raises it
+            described = [self._result(name, batch, iteration) for batch in batches]
+            reward.asking.ask(torch.cat(described)[:, 0], prompts, iteration)
+
+    def gather(
+        self,
+        iteration: int,
+        may_stop: Callable[[], None] = lambda: None,
+        batches: Sequence[SubmittedBatch] | None = None,
+    ) -> Rewards:
+        """Waits for the scores of `batches`, or of all images submitted since the last call.
 
         may_stop: is called now and then during the wait, and may raise. Raises RewardError for the first failure in the
         order of submission, and Diverged for an image that is not finite.
         """
-        # Wait for the workers.
-        prompts = [prompt for batch in self._batches for prompt in batch.prompts]
-        raw_scores = self.raw_scores(iteration, may_stop)
+        # Wait for the workers, and then for a person.
+        batches = self.detach() if batches is None else batches
+        prompts = [prompt for batch in batches for prompt in batch.prompts]
+        raw_scores = self.raw_scores(iteration, may_stop, batches)
+        wait_seconds = raw_scores.wait_seconds
+        self.ask(batches, iteration)
+        for name, (reward, _) in self._rewards.items():
+            if isinstance(reward, PersonReward):
+                wait_seconds += reward.wait(raw_scores.by_name[name], may_stop)
 
         # Value the groups of set rewards and sum up all rewards.
         values, by_name = {}, {}
@@ -123,11 +157,16 @@ class RewardService:
             values[name], by_name[name] = _values_and_credits(name, reward, of_reward, prompts, iteration)
         weighted = [weight * by_name[name] for name, (_, weight) in self._rewards.items()]
         total = torch.stack(weighted).sum(dim=0)
-        return Rewards(by_name, values, total, raw_scores.wait_seconds, raw_scores.problems)
+        return Rewards(by_name, values, total, wait_seconds, raw_scores.problems)
 
-    def raw_scores(self, iteration: int, may_stop: Callable[[], None] = lambda: None) -> RawScores:
-        """Waits as `gather` does, but makes no groups."""
-        batches, self._batches = self._batches, []
+    def raw_scores(
+        self,
+        iteration: int,
+        may_stop: Callable[[], None] = lambda: None,
+        batches: Sequence[SubmittedBatch] | None = None,
+    ) -> RawScores:
+        """Waits as `gather` does, but makes no groups and asks nobody."""
+        batches = self.detach() if batches is None else batches
         if not batches:
             raise ValueError("gather() without a submit() before it has nothing to wait for; submit images first")
 
@@ -149,7 +188,7 @@ class RewardService:
             by_name[name] = joined(parts)
         return RawScores(by_name, wait_seconds, tuple(_problems(calls)))
 
-    def _result(self, name: str, batch: _Batch, iteration: int) -> Tensor:
+    def _result(self, name: str, batch: SubmittedBatch, iteration: int) -> Tensor:
         """The checked raw scores of one reward on one batch, scores (B,) or descriptions (B, F), NaN if missing."""
         answer = self._answer(name, batch, iteration)
         reward, num_images = self._rewards[name][0], len(batch.prompts)
@@ -167,7 +206,7 @@ class RewardService:
         placed[scored] = rows
         return placed
 
-    def _answer(self, name: str, batch: _Batch, iteration: int) -> Answer:
+    def _answer(self, name: str, batch: SubmittedBatch, iteration: int) -> Answer:
         """What a reward answered; raises a Fault for an exception and for a call that has not come back in time."""
         call = batch.calls[name]
         if not call.answer.done() or call.answer.cancelled():
@@ -208,6 +247,9 @@ def evaluate(name: str, reward: Reward, raw_scores: Tensor, prompts: Sequence[Pr
     """
     if not isinstance(reward, GroupReward):
         return raw_scores
+    if isinstance(reward, PersonReward):  # is shown the images and answers later, if at all
+        reward.asking.compare(raw_scores[:, 0], prompts, iteration)
+        return torch.full((len(prompts),), torch.nan)
     order = side_by_side(prompts)
     groups = reward.groups(len(order))
     with _named(name, [prompts[position] for position in order], iteration):
@@ -231,6 +273,8 @@ def _named(name: str, prompts: Sequence[Prompt], iteration: int) -> Iterator[Non
     way_out = "repair the reward, or let it fail for single images with on_failure: skip"
     try:
         yield
+    except Fault:  # is worded for the user already
+        raise
     except _BrokenImage as error:
         raise diverged(prompts[error.index], iteration, error.index) from error
     except ScoreError as error:
@@ -307,7 +351,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(same)
 
 
-def _check_widths(name: str, descriptions: Sequence[Tensor], batches: Sequence[_Batch], iteration: int) -> None:
+def _check_widths(name: str, descriptions: Sequence[Tensor], batches: Sequence[SubmittedBatch], iteration: int) -> None:
     """Raises a RewardError unless the descriptions (B, F) of all micro-batches have the same F, or none."""
     found = 0
     for rows, batch in zip(descriptions, batches, strict=True):

@@ -248,6 +248,7 @@ RULES: dict[str, Rule] = {
     "update.old_log_probs": _EFFECT,
     "update.step_weights": _EFFECT,
     "update.max_grad_norm": _EFFECT,
+    "update.rollout_lag": _EFFECT,
     "update.max_skipped_updates": _EFFECT,
     "update.kl_weight": _EFFECT,
     "update.kl_reference": _EFFECT,

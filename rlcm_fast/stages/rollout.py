@@ -9,6 +9,9 @@ Before it decodes a micro-batch, the rollout waits if too many others still wait
 A micro-batch that is out of memory is drawn again with half the images if its size was `auto` and there is one process.
 Noise does not depend on micro-batches, and nothing of it was kept.
 
+With update.rollout_lag=1, the next round is drawn before this one's rewards are waited for: `upcoming` says what it is.
+Its images are then of the weights before this round's update, and their log-probs, too, as the ratio needs them.
+
 A reward that fails on one process ends the rollout on all of them, once all have drawn their images. An image without a
 score (on_failure: skip) stays in the rollout; its total is NaN, and it gets no advantage.
 """
@@ -36,7 +39,8 @@ from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.constant_rewards import ConstantRewards
 from rlcm_fast.stages.image_sizes import ImageSizes, joined
 from rlcm_fast.stages.images import TextToImage
-from rlcm_fast.tasks import TaskRewards
+from rlcm_fast.stages.kept_rounds import KeptRounds, Piece
+from rlcm_fast.tasks import Submitted, TaskRewards, Tasks
 from rlcm_fast.trajectory import AnyTrajectory, Conditioning, Prompt, Trajectory
 
 
@@ -95,6 +99,30 @@ def mean_and_std(key: str, values: Tensor) -> dict[str, float]:
     return {f"{key}/mean": known.mean().item(), f"{key}/std": known.std(correction=0).item()}
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A round whose rewards are being computed."""
+
+    turn: Turn
+    trajectory: AnyTrajectory
+    submitted: Submitted
+
+
+@dataclass(frozen=True)
+class Upcoming:
+    """The rounds to come of a run."""
+
+    tasks: Tasks
+    num_iterations: int
+
+    def __call__(self, turn: Turn) -> tuple[Turn, list[Prompt]] | None:
+        """Returns the turn after `turn` and its prompts; None after the last."""
+        after = turn.following
+        if after.iteration >= self.num_iterations:
+            return None
+        return after, self.tasks.upcoming_batch(self.tasks.rounds[after.round])
+
+
 @dataclass
 class Collector:
     """Makes rollouts; holds what stays the same from one rollout to the next."""
@@ -107,7 +135,10 @@ class Collector:
     may_lower: bool = False  # draws fewer images at once if the device is out of memory
     say: Callable[[str], None] = say  # prints a line on the main process
     constants: ConstantRewards = field(default_factory=ConstantRewards)
+    upcoming: Callable[[Turn], tuple[Turn, list[Prompt]] | None] = lambda turn: None  # what to draw in advance
+    kept: KeptRounds | None = None  # rounds that outlive the process, with their micro-batches
     size: int = field(init=False)  # images that are drawn at once
+    _ahead: Drawn | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.size = self.config.micro_batch_size
@@ -118,16 +149,25 @@ class Collector:
         may_stop: is called before every micro-batch and while it waits for rewards; stopping there loses nothing.
         Raises a Fault, on all processes together, if a reward fails and may not.
         """
+        # Draw the images, and perhaps those of the next round; the reward workers score meanwhile.
         began = time.perf_counter()
         with self.offloading.in_use(), self.images.decoding():
-            trajectory, rewards = self._draw_and_score(prompts, turn, may_stop)
+            drawn, self._ahead = self._ahead, None
+            if drawn is None or drawn.turn != turn:
+                drawn = self._draw(prompts, turn, may_stop)
+            following = self.upcoming(turn)
+            if following is not None:
+                self._ahead = self._draw(following[1], following[0], may_stop)
+
+            # Wait for the rewards that are still missing.
+            with stage("reward_wait"):
+                rewards = parallel.together(lambda: self.rewards.gather(turn.iteration, may_stop, drawn.submitted))
         self.constants.look(rewards, turn.iteration)
         num_skipped = self._num_skipped(rewards, turn.iteration) if self.rewards.may_skip else None
-        return Rollout(prompts, trajectory, rewards, time.perf_counter() - began, num_skipped)
+        return Rollout(prompts, drawn.trajectory, rewards, time.perf_counter() - began, num_skipped)
 
-    def _draw_and_score(
-        self, prompts: Sequence[Prompt], turn: Turn, may_stop: Callable[[], None]
-    ) -> tuple[AnyTrajectory, dict[str, Rewards]]:
+    def _draw(self, prompts: Sequence[Prompt], turn: Turn, may_stop: Callable[[], None]) -> Drawn:
+        """Draws a round, or takes up one that an earlier start has drawn, and submits its images to the rewards."""
         # Encode each prompt once, and draw the seeds of the noise; images of a prompt may share the first one.
         policy = self.images.policy
         conditioning = self.images.encode(prompts)
@@ -136,8 +176,10 @@ class Collector:
             noise = noise.shared_by(conditioning.index)
 
         # Sample and decode micro-batch by micro-batch, each of one image size; the reward workers score meanwhile.
+        kept = self.kept.load(turn, prompts) if self.kept else None
         runs = self.sizes.runs(len(prompts), turn)
         parts: list[list[Trajectory]] = []
+        pieces: list[Piece] = []
         for run in runs:
             of_size = self.images.sized(conditioning, run.size)
             parts.append([])
@@ -146,29 +188,30 @@ class Collector:
                 may_stop()
                 neighbours = left[: self.size]
                 rows = slice(int(neighbours[0]), int(neighbours[-1]) + 1)
-                drawn = self._drawn(of_size.take(rows), noise.take(rows), may_stop)
+                if kept is None:
+                    drawn = self._drawn(of_size.take(rows), noise.take(rows), may_stop)
+                else:
+                    drawn = self._decoded(kept.piece(len(pieces), of_size.take(rows)), may_stop)
                 if drawn is None:
                     continue  # with fewer
-                trajectory, images = drawn
+                piece, images = drawn
+                pieces.append(piece)
                 self.rewards.submit(images, prompts[rows])
-                parts[-1].append(trajectory)
+                parts[-1].append(piece[0])
                 left = left[len(neighbours) :]
 
-        # Join the micro-batches and wait for the rewards that are still missing.
-        trajectory = joined(runs, parts)
-        with stage("reward_wait"):
-            return trajectory, parallel.together(lambda: self.rewards.gather(turn.iteration, may_stop))
+        # Keep the round, and join its micro-batches.
+        if self.kept and kept is None:
+            self.kept.save(turn, prompts, pieces)
+        return Drawn(turn, joined(runs, parts), self.rewards.detach(turn.iteration))
 
     def _drawn(
         self, conditioning: Conditioning, noise: SeededNoise, may_stop: Callable[[], None]
-    ) -> tuple[Trajectory, Tensor] | None:
-        """Draws and decodes a micro-batch; None if the device is out of memory: then `size` is smaller."""
+    ) -> tuple[Piece, Tensor] | None:
+        """Draws a micro-batch and decodes its images; None if the device is out of memory: then `size` is smaller."""
         num_images = len(conditioning.index)
         try:
-            trajectory, x_0 = self.images.explore(conditioning, noise)
-            with stage("reward_wait"):
-                self.rewards.wait_for_room(may_stop)
-            return trajectory, self.images.decode(x_0)
+            return self._decoded(self.images.explore(conditioning, noise), may_stop)
         except torch.OutOfMemoryError:
             if not self.may_lower or num_images == 1:
                 raise
@@ -181,6 +224,12 @@ class Collector:
         if self.images.policy.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
+
+    def _decoded(self, piece: Piece, may_stop: Callable[[], None]) -> tuple[Piece, Tensor]:
+        """Returns a micro-batch and its images (B, 3, H, W), once few enough others wait for scores."""
+        with stage("reward_wait"):
+            self.rewards.wait_for_room(may_stop)
+        return piece, self.images.decode(piece[1])
 
     def _num_skipped(self, rewards: dict[str, Rewards], iteration: int) -> int:
         """Counts the images without a score, on all processes, and says so; raises a Fault if they are too many."""
