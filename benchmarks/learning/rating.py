@@ -23,6 +23,8 @@ from typing import Any
 from benchmarks.shared.reporting import ROOT, command, machine, mean_and_error, print_summary
 
 CONFIG = "shapes/rating"
+GUIDANCE = 1.0
+_AT_ONCE = '--rewards=[{"name": "human", "arguments": {"undo_seconds": 0}}]'  # a program takes nothing back
 _QUIET = ("--tracking.grid_every", "0", "--tracking.tensorboard", "false")
 _FAREWELL = 60.0  # seconds in which a run that is stopped saves
 
@@ -59,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", default="rating", help="of the folder of the runs, and of the result")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--errors", type=float, default=0.1, help="how often the rater's hand slips (default 0.1)")
-    parser.add_argument("--images", type=int, default=512, help="pairs that are compared at the end (default 512)")
+    parser.add_argument("--images", type=int, default=256, help="pairs that are compared at the end (default 256)")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), metavar="DIR")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop, and save, after so many")
     parser.add_argument("--from-ratings", action="store_true", help="train the reward `ratings` on recorded ratings")
@@ -75,7 +77,7 @@ def _train_by_hand(arguments: argparse.Namespace, folder: Path, seed: int, until
     from rlcm_fast.rating.reward import wait_for_page
 
     folder.mkdir(parents=True, exist_ok=True)
-    options = ["--config", CONFIG, "--port", "0", *_options(arguments, folder, seed)]
+    options = ["--config", CONFIG, "--port", "0", _AT_ONCE, *_options(arguments, folder, seed)]
     with (folder / "log.txt").open("a") as log:
         process = _start(["rate", *options], log)
         try:
@@ -131,17 +133,16 @@ def _measured(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.learning.scripted_rater import red_circles
     from rlcm_fast.cli.pipelines import draw, load_pipeline
     from rlcm_fast.prompts import load_prompts, prompts_for_images
-    from rlcm_fast.rewards import build_reward
 
     # Draw both with the same noise.
-    prompts = prompts_for_images(load_prompts("shapes:neutral", "prompts"), arguments.images, 7)
+    prompts = prompts_for_images(
+        load_prompts(str(ROOT / "configs" / "shapes" / "open_prompts.txt"), "prompts"), arguments.images, 7
+    )
     texts = [prompt.text for prompt in prompts]
-    detector = build_reward("shapes_alignment", {})
-    grades, alignment = {}, {}
+    grades = {}
     for name, path in (("start", "shapes/lcm"), ("tuned", str(folder / "export"))):
-        drawn, _ = draw(load_pipeline(path), texts, 4, 4.0, 7, 64)
+        drawn, _ = draw(load_pipeline(path), texts, 4, GUIDANCE, 7, 64)
         grades[name] = red_circles(drawn)
-        alignment[name] = round(detector(drawn, prompts).mean().item(), 4)
 
     # Count.
     pairs = list(zip(grades["tuned"], grades["start"], strict=True))
@@ -154,7 +155,6 @@ def _measured(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "losses": losses,
         "ties": len(pairs) - wins - losses,
         "shares_of_grades_0_1_2": red,
-        "detector": alignment,
     }
 
 

@@ -58,6 +58,7 @@ class HumanRating:
     """Scores that a person gives on a web page."""
 
     scope = "set"
+    asks_people = True  # so nobody is asked about random images when a run starts
 
     def __init__(
         self, port: int = 8300, share_on_network: bool = False, undo_seconds: float = 3.0, comparisons: int = 8

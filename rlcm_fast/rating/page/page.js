@@ -106,13 +106,14 @@ function ask(question) {
   tying = false;
   const isComparison = question.kind === "comparison";
   $("task").textContent = isComparison
-    ? `Is it getting better? A blind comparison with the start model, ${question.number} of ${question.count}`
+    ? `Pick the better one: a blind comparison with the start model, ${question.number} of ${question.count}`
     : `Prompt ${question.number} of ${question.count} in this round: best first`;
   $("prompt").textContent = question.prompt || "(no prompt)";
   $("skip-comparisons").hidden = !isComparison;
+  $("send").hidden = isComparison; // a click on the better image is the answer
   const columns = Math.min(question.images.length, question.images.length > 4 ? Math.ceil(question.images.length / 2) : 4);
   $("images").style.setProperty("--columns", columns);
-  $("images").style.setProperty("--tallest", question.images.length > columns ? "38vh" : "64vh");
+  $("images").style.setProperty("--tallest", question.images.length > columns ? "33vh" : "64vh");
   $("images").classList.toggle("small", question.width < 160);
   $("images").replaceChildren(...question.images.map((file, place) => figure(question, file, place)));
   const upcoming = [question.images, ...state.next].flat();
@@ -178,10 +179,11 @@ function renderPicks() {
   const any = tiers.length > 0;
   $("send").disabled = !any || sending;
   $("tie").setAttribute("aria-pressed", String(tying));
-  $("tie").firstChild.textContent = any ? "Tie with the last pick " : "All the same ";
+  $("tie").firstChild.textContent = any ? "Tie " : "All tie ";
+  $("tie").title = any ? "The next pick ties with the last one" : "None is better than another";
   $("tie").hidden = tiers.flat().length >= count;
   $("undo").disabled = !any && !state.can_undo;
-  $("undo").firstChild.textContent = any || !state.can_undo ? "Undo " : "Undo the last answer ";
+  $("undo").title = any ? "Take back the last pick" : "Take back the last answer";
 }
 
 function renderProgress() {
