@@ -44,6 +44,7 @@ IMAGES = "ratings"
 ADDRESS = "address"  # in the folder of the images: where the page is, while the run serves it
 _SAME = 2.0  # grey levels of 255: a larger mean difference makes it another image; GPUs differ by less than 0.1
 _LEAVES_AFTER = 0.2  # seconds between two looks at the page at the end of the run
+_WAITS_AT_MOST = 600.0  # seconds that the end of the run waits for the next answer
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class HumanRating:
         if self._run is None:
             return
         run, self._run = self._run, None
-        while self._is_last and run.session.is_comparing() and run.page.site.is_visited:
+        while self._is_last and run.has_somebody_to_answer:
             time.sleep(_LEAVES_AFTER)
         run.session.close("finished" if self._is_last else "stopped")
         (run.folder / IMAGES / ADDRESS).unlink(missing_ok=True)
@@ -257,6 +258,12 @@ class _Run:
     num_iterations: int
     session: Session
     page: Page
+
+    @property
+    def has_somebody_to_answer(self) -> bool:
+        """Tells whether comparisons are open, and a page that somebody looks at."""
+        is_there = self.page.site.is_visited and self.session.idle_seconds < _WAITS_AT_MOST
+        return is_there and self.session.is_comparing()
 
 
 @dataclass(frozen=True)

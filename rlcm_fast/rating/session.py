@@ -135,6 +135,11 @@ class Session:
         with self._lock:
             return any(self._answer_of(question) is None for question in self._comparisons)
 
+    @property
+    def idle_seconds(self) -> float:
+        """How long nothing has been answered or asked."""
+        return time.monotonic() - self._pace.asked
+
     def win_rates(self) -> list[dict[str, Any]]:
         """Returns how often the tuned model won against the start, by round: wins, ties, losses and the rate.
 

@@ -1,0 +1,83 @@
+"""A whole run that a person rates: what is learned from, what a skipped prompt does, and how a full disk ends it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+
+pytest.importorskip("uvicorn")
+
+from rlcm_fast.config import parse_config
+from rlcm_fast.rating.records import read_ratings
+from rlcm_fast.rating.session import Session
+from rlcm_fast.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+Answer = Callable[[Session, dict[str, Any]], None]
+
+
+def rated(model: str, run_dir: Path, answer: Answer, **settings: object) -> tuple[bool, list[dict[str, Any]]]:
+    """Trains while a thread answers; tells whether the run came to its end, and its metrics."""
+    own = {
+        "rewards": [{"name": "human", "arguments": {"port": 0, "undo_seconds": 0}}],
+        "advantages.kind": "group",
+        "update.num_updates": 1,
+        "update.rollout_lag": 1,
+        "update.micro_batch_size": 4,
+        "num_iterations": 2,
+        **{name.replace("__", "."): value for name, value in settings.items()},
+    }
+    trainer = Trainer(parse_config(tiny_runs.arguments(model, run_dir, own)))
+    reward: Any = trainer.tasks.trained["default"]["human"][0]
+    session, ends = reward.asking.session, threading.Event()
+
+    def rate() -> None:
+        while not ends.wait(0.01):
+            question = session.view()["question"]
+            if question is not None:
+                answer(session, question)
+
+    rater = threading.Thread(target=rate, daemon=True)
+    rater.start()
+    try:
+        return trainer.run(), tiny_runs.metrics(run_dir)
+    finally:
+        ends.set()
+        rater.join(5)
+
+
+def first_is_best(session: Session, question: dict[str, Any]) -> None:
+    session.answer(question["id"], [[0]])
+
+
+def test_a_run_learns_from_ranks_and_leaves_the_ratings(tiny_lcm_folder: str, tmp_path: Path):
+    is_finished, metrics = rated(tiny_lcm_folder, tmp_path / "run", first_is_best)
+    assert is_finished
+    assert [line["reward/human/std"] for line in metrics] == [1, 1]
+    assert [line["reward/human/mean"] for line in metrics] == [0, 0]
+    assert all(line["advantage/abs_mean"] == pytest.approx(1, abs=1e-5) for line in metrics)
+    assert all(line["grad_norm"] > 0 for line in metrics)
+    ratings = read_ratings(tmp_path / "run/ratings.jsonl")
+    assert [(rating.round, rating.ranks) for rating in ratings] == [(0, (1, 2))] * 2 + [(1, (1, 2))] * 2
+    assert all((tmp_path / "run" / file).is_file() for rating in ratings for file in rating.images)
+
+
+def test_a_skipped_prompt_is_left_out_and_a_skipped_round_moves_nothing(tiny_lcm_folder: str, tmp_path: Path):
+    def skips_but_one(session: Session, question: dict[str, Any]) -> None:
+        if question["id"] == "000000/1":
+            first_is_best(session, question)
+        else:
+            session.skip(question["id"])
+
+    _, metrics = rated(tiny_lcm_folder, tmp_path / "run", skips_but_one)
+    assert metrics[0]["reward/human/std"] == 1, "of the two images that have a score"
+    assert metrics[0]["skipped_transitions"] == 0.5
+    assert metrics[0]["grad_norm"] > 0
+    assert "reward/human/std" not in metrics[1]
+    assert metrics[1]["grad_norm"] == 0
