@@ -83,10 +83,15 @@ def _train_by_hand(arguments: argparse.Namespace, folder: Path, seed: int, until
         try:
             url = wait_for_page(folder)
             while process.poll() is None and time.monotonic() < until:
-                ScriptedRater(url, arguments.errors, seed + int(time.time())).rate(until)
+                ScriptedRater(url, arguments.errors, 1000 * seed + _num_answers(folder)).rate(until)
         finally:
             _stop(process)
     return (folder / "export").is_dir()
+
+
+def _num_answers(folder: Path) -> int:
+    file = folder / "ratings.jsonl"
+    return len(file.read_bytes().splitlines()) if file.exists() else 0
 
 
 def _train_on_file(arguments: argparse.Namespace, folder: Path, seed: int, until: float) -> bool:

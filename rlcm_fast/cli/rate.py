@@ -20,7 +20,7 @@ _DEFAULTS = Path(__file__).parent.parent / "rating" / "defaults.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "rlcm-fast rate --config FILE [--port N] [--share-on-network] [--section.field VALUE ...]"
+    parser.usage = "rlcm-fast rate --config FILE [--port N] [--share-on-network] [--open] [--section.field VALUE ...]"
     config = "a YAML file or a name of `rlcm-fast configs`, as for train.py, whose --help lists the fields"
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help=config)
     port = "port of the page, on 127.0.0.1; 0 takes any free one; default: that of the config, or 8300"
@@ -46,9 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     # Train, which asks.
     if arguments.open:
         _open_when_there(Path(config.run_dir))
-    from rlcm_fast.train import main
+    from rlcm_fast.plugins import load_class
 
-    return main(options)
+    return load_class("rlcm_fast.train:main")(options)
 
 
 def _person(config: Config, wanted: dict[str, Any]) -> list[str]:
