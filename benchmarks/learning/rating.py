@@ -11,6 +11,7 @@ rater without its errors; a tie is half a win. Runs lie in RUNS/NAME/seed_N; a r
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -134,6 +135,14 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _measured(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns what `_compared` does, once for a run."""
+    file = folder / f"compared_{arguments.images}.json"
+    if not file.exists():
+        file.write_text(json.dumps(_compared(folder, arguments.images)))
+    return json.loads(file.read_text())
+
+
+def _compared(folder: Path, num_images: int) -> dict[str, Any]:
     """Compares images of the start and of the tuned model."""
     from benchmarks.learning.scripted_rater import red_circles
     from rlcm_fast.cli.pipelines import draw, load_pipeline
@@ -141,7 +150,7 @@ def _measured(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
     # Draw both with the same noise.
     prompts = prompts_for_images(
-        load_prompts(str(ROOT / "configs" / "shapes" / "open_prompts.txt"), "prompts"), arguments.images, 7
+        load_prompts(str(ROOT / "configs" / "shapes" / "open_prompts.txt"), "prompts"), num_images, 7
     )
     texts = [prompt.text for prompt in prompts]
     grades = {}

@@ -174,10 +174,9 @@ class HumanRating:
 
     def compare(self, numbers: Tensor, prompts: Sequence[Prompt], iteration: int) -> None:
         """Keeps the start model's images, and asks later which are better; see AskingReward."""
-        # Take some of them, spread over all.
+        # Take some of them, of as many prompts as there are.
         kept = self._take(numbers)
-        count = min(self._num_comparisons, len(kept))
-        chosen = [place * len(kept) // count for place in range(count)]
+        chosen = _varied(prompts)[: self._num_comparisons]
         kept, texts = [kept[place] for place in chosen], [prompts[place].text for place in chosen]
         if not kept:
             return
@@ -272,6 +271,16 @@ class _Asked:
 
     key: str  # of the session
     groups: list[list[int]]  # the places of each prompt's images
+
+
+def _varied(prompts: Sequence[Prompt]) -> list[int]:
+    """Returns the places of all images: the first of each prompt, then the second of each, and so on."""
+    seen: dict[Prompt, int] = {}
+    turns = []
+    for place, prompt in enumerate(prompts):
+        turns.append((seen.get(prompt, 0), place))
+        seen[prompt] = turns[-1][0] + 1
+    return [place for _, place in sorted(turns)]
 
 
 def _png(pixels: np.ndarray) -> bytes:

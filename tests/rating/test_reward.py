@@ -123,6 +123,11 @@ def test_an_evaluation_keeps_the_start_models_images_and_later_asks_for_the_bett
     found.reward.close()
 
 
+def test_comparisons_show_as_many_prompts_as_there_are():
+    prompts = [Prompt(text) for text in "abcd" * 4 + "eeee"]
+    assert [prompts[place].text for place in rating_reward._varied(prompts)] == list("abcdeabcdeabcdeabcde")
+
+
 def test_an_evaluation_on_other_prompts_has_nothing_to_compare_with(tmp_path: Path):
     found = Asked(tmp_path)
     for iteration, prompt in ((0, FOX), (10, OWL)):

@@ -94,6 +94,7 @@ function render() {
   const rates = question !== null && !state.end && !paused;
   $("rating").hidden = !rates;
   $("waiting").hidden = rates;
+  $("stop").disabled = $("pause").disabled = Boolean(state.end);
   if (!rates) { renderWaiting(); if (!question) shown = ""; return; }
   if (question.id !== shown) ask(question);
   renderPicks();
