@@ -99,6 +99,8 @@ class Parts:
         self.tasks.rewards.shutdown()
         if self.real_images:
             self.real_images.close()
+        if self.collector.kept:
+            self.collector.kept.delete_learned()
         self.progress.folder.close()
 
 
@@ -237,7 +239,7 @@ def _collector(choice: Choice, images: TextToImage, tasks: Tasks, run: ResolvedR
     if config.update.rollout_lag > 0:
         collector.upcoming = Upcoming(tasks, config.num_iterations)
     if is_kept:
-        collector.kept = KeptRounds(config, images.policy.device)
+        collector.kept = KeptRounds(config, images.policy.device, len(run.rounds))
     return collector
 
 

@@ -51,8 +51,9 @@ class KeptRound:
 class KeptRounds:
     """The rounds of a run in its folder, each process its own."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, rounds_per_iteration: int) -> None:
         self._run_dir, self._device = Path(config.run_dir), device
+        self._rounds_per_iteration = rounds_per_iteration
         settings = {name: value for name, value in to_dict(config).items() if name not in _OTHERS}
         self._settings = _digest(settings)
 
@@ -78,13 +79,14 @@ class KeptRounds:
         partial = file.with_name(f".{file.name}")
         write_tensors(partial, tensors, {"key": self._key(prompts)})
         os.replace(partial, file)
-        self._delete_learned(turn.num_rounds)
+        self.delete_learned()
 
-    def _delete_learned(self, num_rounds: int) -> None:
+    def delete_learned(self) -> None:
+        """Deletes the rounds that the newest checkpoint has learned from."""
         checkpoints = complete(self._run_dir)
         finished = int(checkpoints[-1].name.rpartition("_")[2]) if checkpoints else 0
         for file in self._run_dir.glob(f"rounds/*_{parallel.rank()}.safetensors"):
-            if int(file.name.partition("_")[0]) < finished * num_rounds:
+            if int(file.name.partition("_")[0]) < finished * self._rounds_per_iteration:
                 file.unlink(missing_ok=True)
 
     def _file(self, turn: Turn) -> Path:

@@ -44,6 +44,8 @@ def test_the_first_images_are_the_same_and_later_ones_are_one_update_old(tiny_lc
     assert lagging[2][name] != plain[2][name]
 
 
+@pytest.mark.slow
+@pytest.mark.telling
 def test_an_interrupted_run_equals_one_left_alone(tiny_lcm_folder: str, tmp_path: Path):
     whole = run(config_of(tiny_lcm_folder, tmp_path / "whole", **settings(update__rollout_lag=1)))
     cut = config_of(tiny_lcm_folder, tmp_path / "cut", **settings(update__rollout_lag=1))
@@ -59,6 +61,7 @@ def test_an_interrupted_run_equals_one_left_alone(tiny_lcm_folder: str, tmp_path
     assert trainer.run() is False
     again = run(config_of(tiny_lcm_folder, tmp_path / "cut", resume="latest", **settings(update__rollout_lag=1)))
     assert again[0] == whole[0]
+    assert not list((tmp_path / "cut/rounds").iterdir()), "the last checkpoint has learned from all"
     assert all(torch.equal(again[1][name], tensor) for name, tensor in whole[1].items())
 
 
