@@ -16,6 +16,7 @@ from rlcm_fast.cli.arguments import non_negative_int
 if TYPE_CHECKING:
     from rlcm_fast.config import Config, RewardConfig
 
+_NARROW, _WIDE = 0.01, 0.05  # of the ratio, which one update moves by up to 0.016 on shapes/rating
 _DEFAULTS = Path(__file__).parent.parent / "rating" / "defaults.yaml"
 
 
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = parse_config(options)
     wanted = {"port": arguments.port, "share_on_network": arguments.share_on_network or None}
     options += _person(config, {name: value for name, value in wanted.items() if value is not None})
+    options += _wider_clip(config, arguments.overrides)
     if config.resume is None and any(Path(config.run_dir).glob("checkpoints/*")):
         print(f"goes on with the run in {config.run_dir}; give --run_dir for a new one", flush=True)
         options += ["--resume", "latest"]
@@ -49,6 +51,21 @@ def run(arguments: argparse.Namespace) -> int:
     from rlcm_fast.plugins import load_class
 
     return load_class("rlcm_fast.train:main")(options)
+
+
+def _wider_clip(config: Config, overrides: list[str]) -> list[str]:
+    """Returns the option that gives the ratio room for one update, unless the config does or the command says another.
+
+    A clip for images of present weights, as 1e-4, would stop nearly all of the learning.
+    """
+    clip = config.update.clip_range
+    is_given = any(option.startswith("--update.clip_range") for option in overrides)
+    if is_given or clip >= _NARROW or config.update.rollout_lag == 0:
+        return []
+    print(
+        f"update.clip_range={_WIDE} instead of {clip:g}: images are one update old (update.rollout_lag=1)", flush=True
+    )
+    return ["--update.clip_range", str(_WIDE)]
 
 
 def _person(config: Config, wanted: dict[str, Any]) -> list[str]:

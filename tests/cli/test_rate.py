@@ -36,7 +36,15 @@ def test_you_rate_instead_of_the_configs_rewards_one_round_ahead(
     assert trained[0].rewards == [RewardConfig("human", arguments={"port": 0})]
     assert trained[0].update.rollout_lag == 1
     assert trained[0].update.kl_weight == 0.04, "the config's own settings stay"
-    assert "instead of shapes_alignment_graded" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "instead of shapes_alignment_graded" in said
+    assert trained[0].update.clip_range == 0.05
+    assert "update.clip_range=0.05 instead of 0.0001" in said
+
+
+def test_a_clip_that_the_command_gives_stays(trained: list[Config], tmp_path: Path):
+    assert rate("--config", "shapes/alignment", "--run_dir", str(tmp_path), "--update.clip_range", "2e-4") == 0
+    assert trained[0].update.clip_range == 2e-4
 
 
 def test_a_config_that_names_the_person_keeps_its_other_rewards_and_settings(trained: list[Config], tmp_path: Path):
