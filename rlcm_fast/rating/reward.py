@@ -135,6 +135,10 @@ class HumanRating:
             self._kept.update(zip(numbers, kept, strict=True))
         return torch.tensor(numbers, dtype=torch.float32)[:, None]
 
+    def value(self, described: Tensor) -> Tensor:
+        """Has no answer: a person gives the value of images when they are asked, see AskingReward."""
+        raise Fault("reward human has no value of images that nobody was asked about")
+
     def ask(self, numbers: Tensor, prompts: Sequence[Prompt], iteration: int) -> None:
         """Shows a round; see AskingReward."""
         first = int(numbers[0])

@@ -256,7 +256,7 @@ def make_reward(name: str, arguments: Mapping[str, Any], field: str = "rewards")
 
 def check_protocol(name: str, reward: Any, field: str) -> Reward | SetReward:
     """Returns the reward, if it follows one of the two protocols; errors begin with `field`."""
-    is_set = isinstance(reward, SetReward | AskingReward) and reward.scope == "set"
+    is_set = isinstance(reward, SetReward) and reward.scope == "set"
     if not is_set and not (isinstance(reward, Reward) and reward.scope == "image"):
         raise ValueError(
             f"{field}: name={name} made a {type(reward).__name__}, which is no reward; give it an attribute"

@@ -22,6 +22,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from rlcm_fast.rewards.base import SetReward
 from rlcm_fast.rewards.groups import GroupReward
 from rlcm_fast.trajectory import Prompt
 
@@ -37,17 +38,14 @@ class RunPlace:
 
 
 @runtime_checkable
-class AskingReward(Protocol):
-    """A set reward whose scores a person gives; its methods are called from the main thread, `describe` from others."""
+class AskingReward(SetReward, Protocol):
+    """A set reward whose scores a person gives; its methods are called from the main thread, `describe` from others.
 
-    scope: str  # "set"
+    Its `describe` keeps images (B, 3, H, W) and returns their numbers (B, 1) float32; nobody calls its `value`.
+    """
 
     def begin(self, place: RunPlace) -> None:
         """Gets ready to ask; is called once, before the model loads. Raises ValueError for a wrong setting."""
-        ...
-
-    def describe(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Keeps images (B, 3, H, W) and returns their numbers (B, 1) float32."""
         ...
 
     def ask(self, numbers: Tensor, prompts: Sequence[Prompt], iteration: int) -> None:
