@@ -11,6 +11,7 @@ an earlier start count for the same images, so that a round goes on in its middl
 from __future__ import annotations
 
 import random
+import secrets
 import threading
 import time
 from collections.abc import Sequence
@@ -85,7 +86,7 @@ class Session:
         self._comparisons: list[Question] = []
         self._undoable: list[Question] = []
         self._pace = _Pace()
-        self._version = 0
+        self._id, self._version = secrets.token_hex(8), 0
         self._end = ""  # why nothing more comes
 
     # The trainer's side.
@@ -208,6 +209,7 @@ class Session:
             rounds = [one for one in self._rounds if not one.is_taken]
             rated = [rating for rating in self._journal.answers.values() if rating.kind == "ranking"]
             return {
+                "session": self._id,
                 "version": self._version,
                 "end": self._end,
                 "question": None if question is None else self._shown(question),

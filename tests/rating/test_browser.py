@@ -160,19 +160,16 @@ def test_a_comparison_is_one_key_and_the_chart_shows_what_was_learned(browser: A
 
 def test_help_pause_and_zoom_open_and_close_by_keys(browser: Any, served: Served):
     open_page(browser, served.page.urls[0])
+    is_open = "return document.querySelector(arguments[0]).open"
     for key, selector in (("?", "#help-dialog"), ("z", "#zoom-dialog")):
         press(browser, key)
-        assert browser.execute_script("return document.querySelector(arguments[0]).open", selector)
+        wait(lambda selector=selector: browser.execute_script(is_open, selector))
         press(browser, ESCAPE)
-        wait(
-            lambda selector=selector: (
-                not browser.execute_script("return document.querySelector(arguments[0]).open", selector)
-            )
-        )
+        wait(lambda selector=selector: not browser.execute_script(is_open, selector))
     press(browser, "p")
-    assert text(browser, "#waiting-title") == "A break"
+    wait(lambda: text(browser, "#waiting-title") == "A break")
     press(browser, "p")
-    assert len(labels(browser)) == 4
+    wait(lambda: len(labels(browser)) == 4)
 
 
 def test_a_page_that_stays_open_goes_on_after_a_restart(browser: Any, tmp_path: Path):

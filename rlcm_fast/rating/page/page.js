@@ -8,7 +8,7 @@ let state = null; // what the server said last
 let tiers = []; // places on the page, best first, ties together
 let tying = false; // the next pick ties with the last one
 let paused = false;
-let sending = false;
+let sending = ""; // what is on its way: the id of a question, or the name of an action
 let shown = ""; // the id of the question on the page
 
 // ---- the server
@@ -27,7 +27,7 @@ async function follow() {
     try {
       const answer = await fetch(`state?after=${version}`);
       if (!answer.ok) throw new Error(String(answer.status));
-      state = await answer.json();
+      accept(await answer.json());
       version = state.version;
       render();
       if (state.end) { await pause(RETRY_MS); version = ""; }
@@ -41,22 +41,25 @@ async function follow() {
 
 function pause(ms) { return new Promise((done) => setTimeout(done, ms)); }
 
+function accept(next) {
+  // Two requests hear of changes; the older answer may come last. After a restart the numbers begin anew.
+  if (!state || next.session !== state.session || next.version >= state.version) state = next;
+}
+
 async function act(name, content) {
-  if (sending) return false;
-  sending = true;
-  let went = true;
+  const what = content.id || name;
+  if (sending === what) return; // the same key twice; another question may be answered already
+  sending = what;
   try {
     await post(name, content);
     say("");
     // Show what comes next at once, without waiting for the other request to hear of it.
-    state = await (await fetch("state")).json();
+    accept(await (await fetch("state")).json());
   } catch (error) {
-    went = false;
     say(error instanceof TypeError ? "The run cannot be reached. Nothing was recorded; it is tried again when you answer." : sentence(error.message));
   }
-  sending = false;
+  if (sending === what) sending = "";
   render();
-  return went;
 }
 
 function sentence(text) { return text.charAt(0).toUpperCase() + text.slice(1) + "."; }
@@ -178,7 +181,7 @@ function renderPicks() {
     badge.textContent = found === null ? "" : `${found.isTied ? "=" : ""}${found.rank}`;
   }
   const any = tiers.length > 0;
-  $("send").disabled = !any || sending;
+  $("send").disabled = !any || sending === shown;
   $("tie").setAttribute("aria-pressed", String(tying));
   $("tie").firstChild.textContent = any ? "Tie " : "All tie ";
   $("tie").title = any ? "The next pick ties with the last one" : "None is better than another";
@@ -260,7 +263,7 @@ function text(x, y, words) { const made = shape("text", { x, y }); made.textCont
 
 function choose(place) {
   const question = state.question;
-  if (!question || sending) return;
+  if (!question || sending === question.id) return;
   if (question.kind === "comparison") { tiers = [[place]]; send(); return; }
   const index = tiers.findIndex((tier) => tier.includes(place));
   if (index >= 0) {
