@@ -98,7 +98,7 @@ def _meanings(kind: type) -> dict[str, str]:
 
 def _type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
-        return ", ".join(f"`{choice}`" if choice else "empty" for choice in get_args(hint))
+        return ", ".join("empty" if choice == "" else f"`{choice}`" for choice in get_args(hint))
     if get_origin(hint) is list:
         (item,) = get_args(hint)
         return f"list of {'lists' if get_origin(item) is list else _NAMES.get(item, 'mappings')}"
