@@ -24,8 +24,8 @@ FLOORS = {
     "handover": 5,
     "trainer": 6,
     "door": 6,
-    **dict.fromkeys(("train", "cli"), 7),
-    "api": 8,
+    "train": 7,
+    **dict.fromkeys(("cli", "api"), 8),
     "compat": 9,
 }
 LINK = ROOT / "rlcm_fast" / "kernels"

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlcm_fast.cli.arguments import non_negative_int
+from rlcm_fast.cli.arguments import whole
+from rlcm_fast.config import bounds
 
 if TYPE_CHECKING:
     from rlcm_fast.config import Config, RewardConfig
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config = "a YAML file or a name of `rlcm-fast configs`, as for train.py, whose --help lists the fields"
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help=config)
     port = "port of the page, on 127.0.0.1; 0 takes any free one; default: that of the config, or 8300"
-    parser.add_argument("--port", type=non_negative_int, metavar="N", help=port)
+    parser.add_argument("--port", type=whole(0, bounds.PORT), metavar="N", help=port)
     share = "serve the page to other devices in your network, as to a phone; whoever has the address can rate"
     parser.add_argument("--share-on-network", action="store_true", help=share)
     parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
@@ -48,9 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     # Train, which asks.
     if arguments.open:
         _open_when_there(Path(config.run_dir))
-    from rlcm_fast.plugins import load_class
+    from rlcm_fast.train import main
 
-    return load_class("rlcm_fast.train:main")(options)
+    return main(options)
 
 
 def _wider_clip(config: Config, overrides: list[str]) -> list[str]:

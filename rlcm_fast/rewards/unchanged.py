@@ -13,6 +13,7 @@ import contextlib
 import threading
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -60,5 +61,8 @@ def _version(images: Tensor) -> int:
 
 
 def _checksum(images: Tensor) -> int:
-    """A checksum of the bytes of images on a CPU, 0.4 ms per MB; 0 elsewhere, where numpy works on a copy."""
-    return zlib.crc32(memoryview(images.detach().contiguous().numpy())) if images.device.type == "cpu" else 0
+    """A checksum of the bytes of images on a CPU, 0.5 ms per MiB; 0 elsewhere, where numpy works on a copy."""
+    if images.device.type != "cpu":
+        return 0
+    data: Any = images.detach().contiguous().numpy()
+    return zlib.crc32(data)
