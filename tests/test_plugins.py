@@ -82,8 +82,8 @@ def test_an_error_inside_the_module_is_one_line_with_its_place(
 
 
 def test_whatever_a_constructor_raises_is_one_line_with_its_arguments():
-    with pytest.raises(ValueError, match=r"^name=fractions:Fraction arguments=.*: it raised ZeroDivisionE"):
-        build("fractions:Fraction", {"numerator": 1, "denominator": 0})
+    with pytest.raises(ValueError, match=r"^name=fraction arguments=.*: it raised ZeroDivisionE"):
+        build("fraction", {"numerator": 1, "denominator": 0}, {"fraction": "fractions:Fraction"})
 
 
 def test_work_that_does_not_end_in_time_is_left_alone():

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--best", action="store_true", help=best)
     parser.add_argument("--out", metavar="DIR", help="folder to write; default: RUN/exports/FORMAT")
     guidance = "what a UNet with an input for guidance is fixed to in a single file; default: the run's"
-    parser.add_argument("--guidance-scale", type=real(1, bounds.GUIDANCE), metavar="SCALE", help=guidance)
+    parser.add_argument("--guidance-scale", type=real(0, bounds.GUIDANCE), metavar="SCALE", help=guidance)
     rank = "write the difference to the start model as a LoRA of this rank, for runs that trained all weights"
     parser.add_argument("--extract-lora", type=whole(1, bounds.RANK), metavar="RANK", help=rank)
     relative = (

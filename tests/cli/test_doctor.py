@@ -15,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, constants
 from planners import planner_of
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rlcm_fast.cli.diagnoses import State, machine, model, room
@@ -263,7 +264,7 @@ def test_a_model_of_the_hub_is_a_download_of_what_diffusers_loads(monkeypatch: p
 
 def test_a_separate_unet_and_a_lora_have_their_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     hub_answers(monkeypatch, {"diffusion_pytorch_model.safetensors": 10**9, "unet/model.safetensors": 10**9})
-    (tmp_path / "a.safetensors").write_bytes(b"0" * 1000)
+    save_file({"unet.weight": torch.zeros(4)}, tmp_path / "a.safetensors")
     rows = model.model_files(ModelConfig("nobody/unet", base="nobody/base", lora=str(tmp_path / "a.safetensors")))
     assert [(row.what, row.state) for row in rows] == [
         ("model", State.DOWNLOAD),

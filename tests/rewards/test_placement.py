@@ -176,7 +176,7 @@ def test_a_place_becomes_arguments_of_the_class_or_of_its_part(config: RewardCon
 )
 def test_a_class_that_cannot_be_placed_is_refused_before_anything_loads(config: RewardConfig, message: str):
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
-        check_reward(config, "r")
+        check_reward(config, "r", must_run=True)
     assert "\n" not in str(raised.value)
 
 
