@@ -312,7 +312,10 @@ def test_commands_draw_the_size_that_they_are_given(
     ("settings", "message"),
     [
         ({"model__image_sizes": [[16]]}, r"model.image_sizes\[0\]=\[16\] is no \[height, width\]"),
-        ({"model__image_sizes": [[16, 0]]}, r"model.image_sizes\[0\]\[1\]=0 is out of range; give \[height, width\] in"),
+        (
+            {"model__image_sizes": [[16, 0]]},
+            r"model.image_sizes\[0\]\[1\]=0 is out of range; give \[height, width\] in",
+        ),
         ({"model__image_sizes": [[16, 16], [16, 16]]}, r"model.image_sizes\[1\]=\[16, 16\] is there twice"),
         ({"model__image_sizes": [[8 * n, 8] for n in range(1, 8)]}, r"are 7 sizes; give at most 6"),
         ({"model__image_size": 16}, r"model.image_size=16 beside model.image_sizes=\[\[24, 16\], \[16, 16\]\]"),

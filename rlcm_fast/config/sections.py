@@ -71,7 +71,9 @@ class ModelConfig:
     """Layers that the text encoders leave out for prompts, as diffusers counts: A1111's "Clip skip" 2 is 1 here."""
     image_size: Annotated[int | list[int], at_least(0, bounds.PIXELS, _SIDES)] = 0
     """Pixels of an image, as 512 or [1216, 832]; 0 takes the size in the UNet's config. An export draws it too."""
-    image_sizes: Annotated[list[list[int]], at_least(1, bounds.PIXELS, "[height, width] in pixels")] = field(default_factory=list)
+    image_sizes: Annotated[list[list[int]], at_least(1, bounds.PIXELS, "[height, width] in pixels")] = field(
+        default_factory=list
+    )
     """Several sizes, as [[1024, 1024], [1216, 832]]: each prompt draws one; replaces image_size, at most 6."""
     hash_files: bool = False
     """Note the SHA-256 of the model's files in checkpoints, not only sizes, times and headers; reads them all once."""
