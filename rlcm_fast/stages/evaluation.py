@@ -234,9 +234,11 @@ class Evaluation:
                 tracker.grid(iteration, pictures, [prompt.text for prompt in prompts])
             album = Album(self.num_kept) if self.num_kept and is_scored else None
             evaluators = self.evaluators if is_scored else self.guarding if is_guarded else ()
-            describe = self.guard.describe if self.guard and is_guarded else None
             for evaluator in evaluators:
-                found, seen_here = evaluator.looked(self.images, iteration, describe, album)
+                if self.guard is None or not is_guarded:
+                    metrics |= evaluator(self.images, iteration, album)
+                    continue
+                found, seen_here = evaluator.looked(self.images, iteration, self.guard.describe, album)
                 metrics |= found
                 seen += [] if seen_here is None else [seen_here]
         if album and album.scores:
