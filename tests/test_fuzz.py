@@ -218,7 +218,6 @@ def test_a_parser_ends_so_on_thousands_of_inputs(name: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the strict YAML loader is being written", strict=False)
 @pytest.mark.parametrize("name", OF_CONFIGS)
 def test_a_config_ends_in_a_result_or_in_one_line(name: str, tmp_path: Path):
     tries(name, tmp_path, settings(FEW, max_examples=200))

@@ -86,8 +86,11 @@ def wait(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def press(browser: Any, *keys: str) -> None:
+    """Types keys one by one, wherever the focus is, as a keyboard does: under an open dialog the page takes none."""
+    from selenium.webdriver import ActionChains
+
     for key in keys:
-        browser.switch_to.active_element.send_keys(key)
+        ActionChains(browser).send_keys(key).perform()
 
 
 def labels(browser: Any) -> list[str]:
