@@ -191,7 +191,7 @@ PARSERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, Path], object]]]
 }
 
 
-# Deep nesting and duplicate keys of YAML are not yet refused in one line everywhere, and take long.
+# These take longest.
 OF_CONFIGS = ("options", "a config")
 
 

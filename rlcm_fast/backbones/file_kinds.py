@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlcm_fast.config.files import local_path
+
 LAYOUTS = Path(__file__).resolve().parent / "layouts"  # families, as diffusers folders without weights
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
@@ -42,7 +44,7 @@ class FileKind:
 
 def is_checkpoint(path: str) -> bool:
     """Tells whether a path means a checkpoint in one file, on this machine."""
-    place = Path(path).expanduser()
+    place = local_path(path)
     return place.is_file() or place.suffix.lower() in (SAFE, *PICKLES)
 
 

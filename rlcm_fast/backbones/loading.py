@@ -21,6 +21,7 @@ from rlcm_fast.backbones.file_kinds import (
     refuse_pickle,
 )
 from rlcm_fast.config import ModelConfig
+from rlcm_fast.config.files import local_path
 
 SHIPPED = {
     name: Path(__file__).resolve().parent.parent / "shapes" / "models" / name.partition("/")[2]
@@ -89,7 +90,7 @@ def _resolve_checkpoint(model: ModelConfig) -> tuple[FileKind, str]:
     """Find what a checkpoint in one file holds, and the pipeline whose configs it takes."""
     # With a base, that says how the model is built.
     field = f"model.path={model.path}"
-    kind = kind_of(Path(model.path).expanduser(), field)
+    kind = kind_of(local_path(model.path), field)
     if model.base is not None:
         return kind, resolve_model_path(model.base, "model.base")
 
@@ -116,7 +117,7 @@ def _resolve_checkpoint(model: ModelConfig) -> tuple[FileKind, str]:
 
 def _resolve_vae_path(path: str) -> str:
     """Find the VAE in a file or folder, or keep a hub id; raises ValueError if `path` can be neither."""
-    place = Path(path).expanduser()
+    place = local_path(path)
     if is_checkpoint(path):
         read_header(place, f"model.vae={path}")
         return str(place)
@@ -135,7 +136,7 @@ def resolve_model_path(path: str, field: str = "model.path") -> str:
 
     Raises ValueError, which names `field`, if `path` can be none of these. Only loading shows whether a hub id exists.
     """
-    folder = SHIPPED.get(path, Path(path).expanduser())
+    folder = SHIPPED.get(path, local_path(path))
     if (folder / _INDEX).is_file():
         return str(folder)
     if path in SHIPPED:
@@ -152,7 +153,7 @@ def resolve_model_path(path: str, field: str = "model.path") -> str:
 
 def resolve_lora_path(path: str, field: str = "model.lora") -> str:
     """Find the safetensors file of a LoRA, or keep a hub id; raises ValueError if `path` can be neither."""
-    place = Path(path).expanduser()
+    place = local_path(path)
     if place.is_dir():
         files = [place / LORA_FILE] if (place / LORA_FILE).is_file() else files_of_kind(place, (SAFE,))
         pickles = [] if files else files_of_kind(place, PICKLES)
@@ -189,7 +190,7 @@ def files_of_kind(folder: Path, endings: tuple[str, ...]) -> list[Path]:
 
 
 def _refuse_unet_alone(path: str) -> None:
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     if (folder / _UNET_CONFIG).is_file() and not (folder / _INDEX).is_file():
         raise ValueError(
             f"model.path={path} holds a network alone (no {_INDEX}); give the pipeline that it goes into as model.base,"
@@ -198,7 +199,7 @@ def _refuse_unet_alone(path: str) -> None:
 
 
 def _resolve_unet_path(model: ModelConfig) -> str:
-    folder = SHIPPED.get(model.path, Path(model.path).expanduser())
+    folder = SHIPPED.get(model.path, local_path(model.path))
     if (folder / _INDEX).is_file():
         raise ValueError(f"model.base={model.base} has no use: model.path={model.path} is a whole pipeline; remove it")
     if folder.is_dir() and not (folder / _UNET_CONFIG).is_file():

@@ -124,7 +124,7 @@ def _shards(index: Path, named: str) -> set[str]:
     if not isinstance(weight_map, Mapping):
         raise refusal(named, f"{index.parent.name}/{index.name} has no weight_map", COPY_ANEW)
     names = {str(name) for name in weight_map.values()}
-    strange = next((name for name in sorted(names) if Path(name).name != name or len(name) > 255), None)
+    strange = next((name for name in sorted(names) if Path(name).name != name or len(name.encode()) > 255), None)
     if strange is not None:
         raise refusal(named, f"{index.name} names {strange[:60]!r}, which is no file of its folder", COPY_ANEW)
     return names

@@ -12,6 +12,7 @@ from rlcm_fast.cli.arguments import whole
 from rlcm_fast.cli.evaluate import reward_config
 from rlcm_fast.cli.output import check_device
 from rlcm_fast.config import bounds
+from rlcm_fast.config.files import local_path
 from rlcm_fast.finite_json import finite_json
 
 if TYPE_CHECKING:
@@ -87,11 +88,10 @@ def _pictures(arguments: argparse.Namespace, device: Any) -> tuple[Tensor, list[
 
 
 def _read(path: str) -> Tensor:
-    from pathlib import Path
 
     from rlcm_fast.cli.pictures import open_picture, read_picture
 
-    return read_picture(open_picture(Path(path).expanduser(), "image"), "image")
+    return read_picture(open_picture(local_path(path), "image"), "image")
 
 
 def _prompt(text: str) -> Prompt:

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from rlcm_fast.bombs import bombs_are_errors
+from rlcm_fast.config.files import local_path
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken files
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -32,7 +33,7 @@ def find_pictures(folder: str, field: str = "images") -> list[Picture]:
 
     Raises ValueError if there is no such folder, if it has no picture, or if the header of one cannot be read.
     """
-    place = Path(folder).expanduser()
+    place = local_path(folder)
     if not place.is_dir():
         raise ValueError(f"{field}={folder} is no folder; give a folder of {', '.join(SUFFIXES)} files")
     files = [path for path in place.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()]

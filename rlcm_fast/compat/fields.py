@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlcm_fast.compat.config import DDPOConfig
 from rlcm_fast.config import Config, config_of
 from rlcm_fast.config.checks import validate
+from rlcm_fast.config.files import local_path
 
 PROMPTS, REWARD = "python:prompt_function", "python:reward_function"
 LORA_RANK = 4  # TRL's, and its alpha
@@ -93,7 +93,7 @@ def _of_run(config: DDPOConfig, notes: list[str]) -> dict[str, Any]:
     # A folder goes on with its newest checkpoint, a checkpoint with itself.
     resume: dict[str, Any] = {}
     if config.resume_from:
-        folder = Path(config.resume_from).expanduser()
+        folder = local_path(config.resume_from)
         is_checkpoint = folder.parent.name == "checkpoints"
         run_dir = str(folder.parent.parent if is_checkpoint else folder)
         resume = {"resume": str(folder) if is_checkpoint else "latest"}

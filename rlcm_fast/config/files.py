@@ -115,3 +115,8 @@ def _closest(name: str, shipped: list[str]) -> list[str]:
     """Returns up to two similar names: the name itself, names with the same last part, or names that look alike."""
     same = [other for other in shipped if other.rpartition("/")[2] == name.rpartition("/")[2]]
     return [name] if name in shipped else same[:2] or difflib.get_close_matches(name, shipped, n=2)
+
+
+def local_path(text: str) -> Path:
+    """Returns the path with a leading ~ as the home folder; `~NAME` of an unknown user stays as it is written."""
+    return Path(os.path.expanduser(text))

@@ -7,6 +7,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
+from rlcm_fast.config.files import local_path
 from rlcm_fast.pairs.faults import check_archives, check_lines
 from rlcm_fast.pairs.reading import check_columns, first_rows
 from rlcm_fast.pairs.sources import BUILT_IN, FIELD, Source, captioned_files, is_local, parse_source
@@ -54,7 +55,7 @@ def _check_files(source: Source) -> None:
         check_lines(source, _NUM_CHECKED)
     elif source.kind == "jsonl":
         _check_jsonl(source)
-    elif is_local(source.path) and not Path(source.path).expanduser().exists():
+    elif is_local(source.path) and not local_path(source.path).exists():
         raise ValueError(
             f"{FIELD}={source.text}: there is no folder {source.path}; give one, or a hub id as owner/name"
         )

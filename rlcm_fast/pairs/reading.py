@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from rlcm_fast.config.files import local_path
 from rlcm_fast.pairs.faults import reading_errors, unreadable
 from rlcm_fast.pairs.sources import FIELD, IMAGE_ENDINGS, Source, captioned_files, metadata_files, shards
 
@@ -185,7 +186,7 @@ def _load(source: Source, files: list[str] | None) -> Any:
     # Open it for streaming.
     arguments: dict[str, Any]
     if source.kind == "hub":
-        local = str(Path(source.path).expanduser()) if source.path.startswith("~") else source.path
+        local = str(local_path(source.path)) if source.path.startswith("~") else source.path
         arguments = {"path": local, "name": source.name}
     elif files is None:
         # All files, because datasets would take train/ and test/, and names with these words, for different splits.

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl
 
+from rlcm_fast.config.files import local_path
+
 FIELD = "pretraining.data"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # datasets' imagefolder reads all three
@@ -54,7 +56,7 @@ def parse_source(data: str) -> Source:
     """The source that `data` names; raises ValueError with the way out if it names none."""
     if data.startswith("hf:"):
         return _parse_hub(data)
-    path = Path(data).expanduser()
+    path = local_path(data)
     if data.lower().endswith(".tar"):
         return Source(data, "webdataset", str(path))
     if data.lower().endswith(".jsonl"):

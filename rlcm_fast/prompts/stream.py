@@ -28,6 +28,7 @@ from urllib.parse import parse_qsl
 import torch
 
 from rlcm_fast import parallel
+from rlcm_fast.config.files import local_path
 from rlcm_fast.prompts.sampler import Share
 from rlcm_fast.trajectory import Prompt
 
@@ -226,12 +227,12 @@ def _parse(source: str, where: str) -> _Options:
     window = given.pop("window", str(_Options.window))
     if not (window.isascii() and window.isdigit() and int(window)):
         raise ValueError(f"{where}: window={window} is no number of examples from 1 on; write it as window=10000")
-    if (path[0] in "/.~" or path.count("/") > 1) and not Path(path).expanduser().is_dir():
+    if (path[0] in "/.~" or path.count("/") > 1) and not local_path(path).is_dir():
         raise ValueError(
             f"{where}: there is no such folder under {Path.cwd()}; give a folder of jsonl, parquet or csv files, or"
             " the id of a dataset of the hub"
         )
-    return _Options(str(Path(path).expanduser()), window=int(window), **given)
+    return _Options(str(local_path(path)), window=int(window), **given)
 
 
 def _open(options: _Options, where: str) -> Any:

@@ -24,6 +24,7 @@ import torch
 from huggingface_hub import constants, model_info, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 
+from rlcm_fast.config.files import local_path
 from rlcm_fast.rewards.facts import EITHER, OPTIONAL, Facts, Weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -158,7 +159,7 @@ class ModelFiles:
         # A folder or a file on this machine.
         if not self.source:
             raise ValueError(f"{self.field}= is empty; give the file: {self._what()}")
-        place = Path(self.source).expanduser()
+        place = local_path(self.source)
         if place.is_file():
             if any(name.endswith(".json") for name in self.names()):  # a model of several files
                 raise ValueError(f"{self.field}={self.source} is a file; give the folder; {self._what()}")
@@ -225,7 +226,7 @@ class ModelFiles:
         place = self.folder()
         if place.is_file():
             return {"model": self.source, "revision": None, "files": {place.name: _fingerprint(place)}}
-        is_hub = not Path(self.source).expanduser().is_dir()
+        is_hub = not local_path(self.source).is_dir()
         files = [place / name for needed in self.weights.files for name in _names(needed) if (place / name).is_file()]
         files += [place / name for file in files for name in _listed(file)]
         return {

@@ -15,6 +15,7 @@ import yaml
 
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import Config, RewardConfig
+from rlcm_fast.config.files import local_path
 from rlcm_fast.config.resolved import resolve
 from rlcm_fast.policies import resolve_kind
 
@@ -154,7 +155,7 @@ def lora_usage(config: Config) -> str:
 
 def shown(path: str) -> str:
     """Returns what a card calls a file or folder; where it lies on this machine is nobody's business."""
-    return Path(path).name if Path(path).expanduser().is_absolute() else path
+    return Path(path).name if local_path(path).is_absolute() else path
 
 
 def sampler(config: Config) -> str:

@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 
 from rlcm_fast.backbones.file_kinds import is_checkpoint, read_header
 from rlcm_fast.config import PolicyConfig, parse_config
+from rlcm_fast.config.files import local_path
 
 SAMPLER_FILE = "sampler.json"
 RECIPE = "rlcm_fast.recipe"  # in the header of our files: a run's config
@@ -34,7 +35,7 @@ def read_sampler(model: str, revision: str | None = None) -> PolicyConfig | None
     Raises:
         ValueError: the file is damaged.
     """
-    place = Path(model).expanduser()
+    place = local_path(model)
     if is_checkpoint(model):
         recipe = read_header(place, f"model={model}")[1].get(RECIPE)
         if recipe is not None:

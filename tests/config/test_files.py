@@ -12,7 +12,7 @@ import yaml
 
 from rlcm_fast.config import Config, parse_config, to_yaml
 from rlcm_fast.config.checks import validate
-from rlcm_fast.config.files import MayBeFile, find_config, shipped_configs, summary_of
+from rlcm_fast.config.files import MayBeFile, find_config, local_path, shipped_configs, summary_of
 from rlcm_fast.config.marks import marks_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -237,3 +237,8 @@ def test_a_config_that_an_older_version_wrote_is_read_as_it_was(elsewhere: Path,
     monkeypatch.chdir(ROOT)
     assert parse_config(["--config", str(file)]).prompts.source == "configs/rlcm/animals.txt"
     assert parse_config(["--config", "configs/rlcm/aesthetic.yaml"]).prompts.source == "configs/rlcm/animals.txt"
+
+
+def test_the_home_of_an_unknown_user_is_no_error():
+    assert local_path("~no_such_user_0/a") == Path("~no_such_user_0/a")
+    assert local_path("~/a") == Path.home() / "a"
