@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,19 @@ def _of_process() -> dict[str, Any]:
         "warnings": list(warnings.filters),
         "group": torch.distributed.is_initialized(),
         "exceptions": sys.excepthook,
-        "threads": [thread.name for thread in threading.enumerate() if thread.name != "tqdm_monitor"],
         "random": torch.random.get_rng_state().tolist(),
     }
+
+
+def _threads_since(before: set[threading.Thread]) -> list[str]:
+    """The threads that have begun since and go on; one that is ending, as a reward's worker, gets 5 s for it."""
+    deadline = time.monotonic() + 5
+    while True:
+        new = [thread.name for thread in threading.enumerate() if thread not in before]
+        new = [name for name in new if name != "tqdm_monitor"]
+        if not new or time.monotonic() > deadline:
+            return new
+        time.sleep(0.05)
 
 
 def _metrics(run: rlcm_fast.Run) -> list[dict[str, Any]]:
@@ -64,7 +75,7 @@ def test_the_command_line_and_python_train_alike_and_python_leaves_no_trace(tiny
     )
     source = Path(tiny_lcm_folder) / "prompts.txt"
     seen = []
-    before = _of_process()
+    before, threads = _of_process(), set(threading.enumerate())
     run = tuned(
         tiny_lcm_folder,
         tmp_path / "python",
@@ -74,6 +85,7 @@ def test_the_command_line_and_python_train_alike_and_python_leaves_no_trace(tiny
     )
     after = _of_process()
     assert {name for name in before if before[name] != after[name]} == set()
+    assert _threads_since(threads) == []
     assert run.is_finished and [iteration for iteration, _ in seen] == [0, 1]
     assert [mean for _, mean in seen] == [metrics["reward/total/mean"] for metrics in run.metrics]
     with pytest.MonkeyPatch.context() as patch:
