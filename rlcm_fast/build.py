@@ -141,8 +141,6 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     describe = build_describe(config.guard)
 
     # Load the pipeline, and copy its network before anything is trained.
-    torch.manual_seed(config.seed)
-    say(f"loading {config.model.path}")
     backbone = _load_backbone(config, device)
     start_network = _start_network(backbone, config)
     _set_backends(backbone, config)
@@ -177,10 +175,7 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
         CompileCheck(policy_around(backbone.unet))(texts, config.seed, _copies(start_network, backbone))
     algorithm = build_algorithm(config.algorithm, config.update)
     graphed = use_graphs(config, images, engine, algorithm)
-    # With torch.compile or CUDA graphs, another batch size would be another graph.
-    is_by_size = config.engine.compile != "off" or images.graphs is not None
-    num_checked = config.rollout.micro_batch_size if is_by_size else 1
-    check_weights = WeightCheck(images, engine, evaluation.grid.prompts[:1] * num_checked, config.evaluation.seed)
+    may_lower = choice.lowers_updates
     real_images = RealImages(config.pretraining, images, config.seed) if config.pretraining.weight > 0 else None
     return Parts(
         config=config,
@@ -189,23 +184,22 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
         engine=engine,
         collector=_collector(choice, images, tasks, run),
         updater=Updater(
-            images.policy,
-            algorithm,
-            engine,
-            config.update,
-            start_model,
-            real_images,
-            graphed,
-            kl_weight,
-            choice.lowers_updates,
+            images.policy, algorithm, engine, config.update, start_model, real_images, graphed, kl_weight, may_lower
         ),
         real_images=real_images,
         task_gradients=_task_gradients(policy_around(backbone.unet), algorithm, run, tasks),
         evaluation=evaluation,
         memory=memory,
-        progress=Progress(folder, engine, check_weights, config.checkpoint.best),
+        progress=Progress(folder, engine, _weight_check(config, images, evaluation), config.checkpoint.best),
         export=Exporter(backbone, engine, config),
     )
+
+
+def _weight_check(config: Config, images: TextToImage, evaluation: Evaluation) -> WeightCheck:
+    # With torch.compile or CUDA graphs, another batch size would be another graph.
+    is_by_size = config.engine.compile != "off" or images.graphs is not None
+    num_checked = config.rollout.micro_batch_size if is_by_size else 1
+    return WeightCheck(images, evaluation.engine, evaluation.grid.prompts[:1] * num_checked, config.evaluation.seed)
 
 
 def _try_rewards(tasks: Tasks, size: tuple[int, int], device: torch.device, on_models: bool) -> None:
@@ -244,6 +238,8 @@ def _collector(choice: Choice, images: TextToImage, tasks: Tasks, run: ResolvedR
 
 
 def _load_backbone(config: Config, device: torch.device) -> Backbone:
+    torch.manual_seed(config.seed)
+    say(f"loading {config.model.path}")
     backbone = Backbone.load(
         config.model,
         device,

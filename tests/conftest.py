@@ -12,8 +12,10 @@ also `telling` run in CI, `python -m pytest -m "slow and telling"`: what no quic
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -122,3 +124,22 @@ def tiny_unet_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     from benchmarks.shared import tiny_pipelines
 
     return tiny_pipelines.save_unet_alone(tmp_path_factory.mktemp("tiny_unet"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium; skips where there is none."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'rlcm_fast[test]'")
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs chromium and chromedriver on the PATH")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=Service(driver))
+    yield found
+    found.quit()

@@ -68,7 +68,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Band:
-    """Where a measure may lie."""
+    """The interval that a measure may lie in."""
 
     start: float
     half_width: float

@@ -28,7 +28,7 @@ _SAID_ON_THE_WAY = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case may write, and what is there already."""
+    """The folder that a case may write into, and what is there already."""
 
     folder: Path  # empty, and the working folder
     model: str  # a tiny model
