@@ -170,9 +170,7 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     kl_weight = KlWeight(config.update.kl_weight, is_measured=config.has_start_model and config.guard.is_on)
     evaluation = with_guard(build_evaluation(run, tasks, images, engine), run, tasks, describe, kl_weight)
     backbone.texts.survey([*tasks.texts(_SURVEYED), *evaluation.texts])
-    if config.engine.compile == "whole":
-        texts = images.encode(evaluation.grid.prompts[:1] * config.update.micro_batch_size)
-        CompileCheck(policy_around(backbone.unet))(texts, config.seed, _copies(start_network, backbone))
+    _check_compiled(config, policy_around(backbone.unet), images, evaluation, _copies(start_network, backbone))
     algorithm = build_algorithm(config.algorithm, config.update)
     graphed = use_graphs(config, images, engine, algorithm)
     may_lower = choice.lowers_updates
@@ -193,6 +191,15 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
         progress=Progress(folder, engine, _weight_check(config, images, evaluation), config.checkpoint.best),
         export=Exporter(backbone, engine, config),
     )
+
+
+def _check_compiled(
+    config: Config, policy: GaussianPolicy, images: TextToImage, evaluation: Evaluation, copies: list[Any]
+) -> None:
+    """Compares a network that is compiled whole with its uncompiled self; the copies follow what is decided."""
+    if config.engine.compile == "whole":
+        texts = images.encode(evaluation.grid.prompts[:1] * config.update.micro_batch_size)
+        CompileCheck(policy)(texts, config.seed, copies)
 
 
 def _weight_check(config: Config, images: TextToImage, evaluation: Evaluation) -> WeightCheck:

@@ -18,11 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rlcm_fast.plugins import build, load_class
 from rlcm_fast.rating.preference import Head, Ranking, fit
 from rlcm_fast.rating.records import Rating, read_ratings
-from rlcm_fast.rewards.diversity import EMBEDDINGS
-from rlcm_fast.rewards.models import ModelFiles, OnModels, files_of
+from rlcm_fast.rewards.diversity import OnEmbedding
 from rlcm_fast.terminal import write_line
 from rlcm_fast.trajectory import Prompt
 
@@ -30,7 +28,7 @@ _CHANCE = 0.55  # a share of right pairs below this is little better than a coin
 _FEWEST = 10  # prompts
 
 
-class Ratings(OnModels):
+class Ratings(OnEmbedding):
     """A linear score in an embedding, fitted to recorded ratings."""
 
     scope = "image"
@@ -48,7 +46,7 @@ class Ratings(OnModels):
         ratings = [rating for rating in read_ratings(path) if rating.ranks is not None]
         if len(ratings) < _FEWEST:
             raise ValueError(f"file={file} has {len(ratings)} rated prompts; rate {_FEWEST} or more, better 200")
-        self._embedding = build(embedding, embedding_arguments or {}, EMBEDDINGS, "embedding")
+        super().__init__(embedding, embedding_arguments)
         self._head = self._fitted(path.parent, ratings)
 
         # Say what it is worth.
@@ -56,22 +54,6 @@ class Ratings(OnModels):
         line = f"{file}: {len(ratings)} prompts, {pairs} pairs; predicts {share:.0%} of held-out pairs ({embedding})"
         little = "; that is little better than chance: rate more, or give another embedding"
         write_line(line + (little if share < _CHANCE else ""))
-
-    @classmethod
-    def files(cls, arguments: Mapping[str, Any]) -> list[ModelFiles]:
-        """The files of the embedding; see OnModels."""
-        return files_of(load_class(arguments["embedding"], EMBEDDINGS, "embedding"), arguments["embedding_arguments"])
-
-    @classmethod
-    def part(cls, arguments: Mapping[str, Any]) -> tuple[str, Any]:
-        """The embedding; see OnModels."""
-        embedding = arguments.get("embedding", "thumbnails")
-        return "embedding_arguments", load_class(embedding, EMBEDDINGS, "embedding")
-
-    @property
-    def used(self) -> dict[str, Any]:
-        """What the embedding computes on; see OnModels."""
-        return self._embedding.used if isinstance(self._embedding, OnModels) else {}
 
     @property
     def head(self) -> Head:

@@ -40,10 +40,8 @@ class Thumbnails:
         return thumbnails / thumbnails.shape[1] ** 0.5
 
 
-class Diversity(OnModels):
-    """The mean distance between two images of a group, in an embedding."""
-
-    scope = "set"
+class OnEmbedding(OnModels):
+    """A reward that computes on an embedding of images."""
 
     def __init__(self, embedding: str = "thumbnails", embedding_arguments: Mapping[str, Any] | None = None) -> None:
         """Make the embedding, a key of EMBEDDINGS or "package.module:Class", with `embedding_arguments`.
@@ -67,6 +65,12 @@ class Diversity(OnModels):
     def used(self) -> dict[str, Any]:
         """What the embedding computes on; see OnModels."""
         return self._embedding.used if isinstance(self._embedding, OnModels) else {}
+
+
+class Diversity(OnEmbedding):
+    """The mean distance between two images of a group, in an embedding."""
+
+    scope = "set"
 
     def describe(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The embedding (B, F) float32 of images (B, 3, H, W) float32 in [0, 1]."""
