@@ -141,7 +141,7 @@ class Interruption:
         """Returns what a first signal leads to, in a line."""
         moved = "after this micro-batch, or after this iteration if its weights have moved"
         when = moved if parallel.world_size() == 1 else "after this iteration"
-        again = "ends the process at once, without" if self._may_exit else "raises KeyboardInterrupt"
+        again = "ends the process at once, without a checkpoint" if self._may_exit else "raises KeyboardInterrupt"
         return f"{signal.Signals(number).name}: stopping {when}; a checkpoint is saved; a second Ctrl-C {again}"
 
     def _end_at_once(self) -> None:
