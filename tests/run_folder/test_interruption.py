@@ -41,7 +41,7 @@ def test_the_first_signal_is_answered_by_what_happens_next(tmp_path: Path, capsy
         assert stop.agreed()
     assert capsys.readouterr().err == (
         "SIGINT: stopping after this micro-batch, or after this iteration if its weights have moved; a checkpoint is "
-        "saved; a second Ctrl-C ends the process at once, without\n"
+        "saved; a second Ctrl-C ends the process at once, without a checkpoint\n"
     )
 
 
