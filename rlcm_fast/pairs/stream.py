@@ -12,6 +12,8 @@ and the cursor do not depend on it. `count` counts them.
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,7 +133,7 @@ class PairStream:
         keywords: dict[str, Any] = {}
         if self._num_workers > 0:
             # Spawn them, because a fork would copy the locks of gloo's, CUDA's and Arrow's threads.
-            keywords = {"multiprocessing_context": "spawn", "worker_init_fn": _leave_interrupts_to_the_trainer}
+            keywords = {"multiprocessing_context": "spawn", "worker_init_fn": prepare_worker}
         return DataLoader(
             self._decoder,  # pyright: ignore[reportArgumentType]  # the index is the row itself
             batch_sampler=self._rows(),  # pyright: ignore[reportArgumentType]
@@ -147,9 +149,14 @@ class PairStream:
             yield rows
 
 
-def _leave_interrupts_to_the_trainer(_: int) -> None:
-    """Make a worker ignore Ctrl-C, which reaches every process of a terminal: the trainer still saves a checkpoint.
+def prepare_worker(_: int) -> None:
+    """Lets the trainer alone answer Ctrl-C, and ends a worker without Python's own farewell, as a fork would end.
 
-    SIGTERM must still end a worker. A main process that exits without closing its workers would otherwise wait forever.
+    Ctrl-C reaches every process of a terminal, and the trainer still saves a checkpoint. SIGTERM must still end a
+    worker: a main process that exits without closing its workers would otherwise wait forever.
+
+    When a worker is closed, its thread may still hand batches over. Python's farewell takes that thread down inside of
+    torch, which aborts with "terminate called without an active exception"; the trainer would raise that abort.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    atexit.register(os._exit, 0)

@@ -8,7 +8,10 @@ import os
 import re
 import signal
 import tarfile
+import threading
+import time
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.pairs import PairsFault, PairStream, reading
+from rlcm_fast.pairs.stream import prepare_worker
 
 NUM_PAIRS = 24
 
@@ -184,6 +188,26 @@ def test_workers_change_neither_pairs_nor_cursor(tmp_path: Path):
         assert torch.equal(images, other_images)
         assert decoded_ahead.state_dict() == stream.state_dict()
     decoded_ahead.close()
+
+
+def _end_while_a_thread_hands_over() -> None:
+    """What a worker is when it is closed; without `prepare_worker` it aborts each time."""
+
+    def hand_over() -> None:
+        while True:
+            ForkingPickler.dumps(torch.zeros(8, 3, 64, 64))
+
+    prepare_worker(0)
+    for _ in range(3):
+        threading.Thread(target=hand_over, daemon=True).start()
+    time.sleep(0.2)
+
+
+def test_a_worker_ends_well_while_it_hands_a_batch_over():
+    worker = torch.multiprocessing.get_context("spawn").Process(target=_end_while_a_thread_hands_over)
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 def test_on_another_number_of_processes_the_next_pass_begins(tmp_path: Path, as_process: Any):
