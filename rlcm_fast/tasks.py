@@ -109,14 +109,17 @@ class Tasks:
             if trial.is_on_models == on_models:
                 trial.run(size, device, self._timeout)
 
-    def advantage_metrics(self, names: Sequence[str]) -> dict[str, float]:
-        """Returns `advantage/...` of the last batch; `advantage/TASK/...` if there are several tasks."""
+    def metrics(self, names: Sequence[str]) -> dict[str, float]:
+        """Returns what the last batch says of the advantages, and a person of the model.
+
+        Keys are `advantage/...`, with several tasks `advantage/TASK/...`, and `rating/...`.
+        """
         metrics: Any = self.advantages.metrics()
         by_task = {f"{name}/": metrics[name] for name in names} if self.are_several else {"": metrics}
         named = {}
         for prefix, of_task in by_task.items():
             named |= {f"advantage/{prefix}{key}": value for key, value in of_task.items()}
-        return named
+        return named | self.rewards.person_metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as JSON, the same on every rank."""
@@ -268,6 +271,10 @@ class TaskRewards:
             )
         for person in self._persons.values():
             person.begin(place)
+
+    def person_metrics(self) -> dict[str, float]:
+        """Returns `rating/...`, if a person gives a reward and has compared the model with the start."""
+        return {key: value for person in self._persons.values() for key, value in person.metrics().items()}
 
     def detach(self, iteration: int) -> Submitted:
         """Returns what was submitted since the last call, and shows it to the person who rates it, if one does."""

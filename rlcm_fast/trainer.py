@@ -118,7 +118,7 @@ class Trainer:
         # Make good actions likelier: log-probs, loss, backward pass, optimizer steps.
         updated = self.updater.update(batch.trajectory, sample_weights, turn, may_stop)
 
-        scores = {**batch.metrics(self.tasks.are_several), **self.tasks.advantage_metrics(names)}
+        scores = {**batch.metrics(self.tasks.are_several), **self.tasks.metrics(names)}
         seconds = {**batch.timings(), **updated.timings()}
         return {**scores, **updated.metrics(advantages), **noise, **gradients, **seconds}
 

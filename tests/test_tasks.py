@@ -93,7 +93,7 @@ def test_advantages_are_of_a_tasks_own_statistics_and_survive_a_checkpoint(tiny_
     advantages = tasks.advantages(rewards, prompts)
     assert torch.equal(advantages[:4], apart.advantages(rewards[:4], prompts[:4]))
     assert torch.equal(advantages[4:], apart.advantages(rewards[4:], prompts[4:]))
-    assert tasks.advantage_metrics(["bright", "small"]) == {"advantage/bright/zero_variance_groups": 0.5}
+    assert tasks.metrics(["bright", "small"]) == {"advantage/bright/zero_variance_groups": 0.5}
     state = json.loads(json.dumps(tasks.state_dict()))
     resumed = Tasks(resolve(config, 1))
     resumed.load_state_dict(state)

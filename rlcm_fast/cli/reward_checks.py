@@ -22,7 +22,7 @@ from torch import Tensor
 from rlcm_fast.cli.scoring import raw_scores, raw_scores_at_once
 from rlcm_fast.config import RewardConfig
 from rlcm_fast.faults import Fault
-from rlcm_fast.rewards import GroupReward, Reward, grouped, make_placed
+from rlcm_fast.rewards import GroupReward, PersonReward, Reward, grouped, make_placed
 from rlcm_fast.trajectory import Prompt
 
 _GIB = 2**30
@@ -62,10 +62,12 @@ class Pictures:
 def findings_of(config: RewardConfig, pictures: Pictures) -> list[Finding]:
     """Builds the reward and checks it; the checks stop at a first score that fails, since the rest would too.
 
-    Raises ValueError if the reward cannot be built.
+    Nobody is asked for a reward that a person gives. Raises ValueError if the reward cannot be built, or could not ask.
     """
     # Build it.
     reward, built = _build(config, pictures.images.device)
+    if isinstance(reward, PersonReward):
+        return [built, Finding("asks a person", Verdict.OK, f"{reward.asking.readiness()}; nobody was asked")]
 
     # Score once; everything else compares with this.
     before = pictures.images.clone()

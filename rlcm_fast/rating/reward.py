@@ -102,6 +102,15 @@ class HumanRating:
             raise Fault("reward human rates the rounds of a run: rlcm-fast rate --config FILE, or train.py")
         return self._run
 
+    def readiness(self) -> str:
+        """Tells where the page would be; raises ValueError if its port is taken. See AskingReward."""
+        from rlcm_fast.rating import server
+
+        with server.listen(self._port, self._shares) as listener:
+            port = listener.getsockname()[1]
+        where = f"http://127.0.0.1:{port}" if self._port else "http://127.0.0.1, any free port"
+        return f"asks a person on {where}" + (", and in the network" if self._shares else "")
+
     def begin(self, place: RunPlace) -> None:
         """Opens the file and the page; see AskingReward."""
         from rlcm_fast.rating import server
@@ -205,6 +214,15 @@ class HumanRating:
             questions.append(Question(id_, iteration, "comparison", text, prompts[0].task, pair, (width, height)))
         self.session.open_comparisons(questions)
         self._is_last = iteration == self._of_run.num_iterations
+
+    def metrics(self) -> dict[str, float]:
+        """Returns how often the tuned model won at the last evaluation that has answers; see AskingReward."""
+        rates = self.session.win_rates()
+        if not rates:
+            return {}
+        last = rates[-1]
+        compared = last["wins"] + last["ties"] + last["losses"]
+        return {"rating/win_rate": last["rate"], "rating/compared": compared, "rating/of_iteration": last["round"]}
 
     def close(self) -> None:
         """Ends the page; after the last iteration, waits for open comparisons while a page is open."""

@@ -14,7 +14,7 @@ Nobody can be asked in an evaluation at once, so it only hands over its images (
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -44,6 +44,10 @@ class AskingReward(SetReward, Protocol):
     Its `describe` keeps images (B, 3, H, W) and returns their numbers (B, 1) float32; nobody calls its `value`.
     """
 
+    def readiness(self) -> str:
+        """Tells in a few words where it would ask; raises ValueError for what stands in the way. Asks nobody."""
+        ...
+
     def begin(self, place: RunPlace) -> None:
         """Gets ready to ask; is called once, before the model loads. Raises ValueError for a wrong setting."""
         ...
@@ -62,6 +66,10 @@ class AskingReward(SetReward, Protocol):
 
     def compare(self, numbers: Tensor, prompts: Sequence[Prompt], iteration: int) -> None:
         """Receives the held-out images of an evaluation; is not waited for."""
+        ...
+
+    def metrics(self) -> Mapping[str, float]:
+        """Returns what the answers so far say beyond scores; the keys begin with `rating/`."""
         ...
 
     def close(self) -> None:

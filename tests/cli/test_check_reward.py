@@ -48,6 +48,13 @@ def test_a_set_reward_is_valued_as_one_group_and_alone(capsys: pytest.CaptureFix
     assert found["values_alone"] == [0, 0, 0]
 
 
+def test_a_person_is_not_asked_but_told_where(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("uvicorn")
+    checks = report(capsys, "human", "--arguments", "{port: 0}")["checks"]
+    assert list(checks) == ["builds", "asks a person"]
+    assert checks["asks a person"]["words"] == "asks a person on http://127.0.0.1, any free port; nobody was asked"
+
+
 def test_arguments_and_pictures_are_those_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     Image.new("RGB", (8, 8), (51, 51, 51)).save(tmp_path / "dark.png")
     given = ["--image", str(tmp_path / "dark.png"), "--prompt", '{"text": "dark", "objects": ["a lamp"]}']

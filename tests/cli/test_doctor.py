@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import socket
 import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,17 @@ def row_of(report: dict, what: str) -> dict:
 
 def with_rewards(*rewards: str) -> list[str]:
     return [*CONFIG, "--rewards", f"[{', '.join(rewards)}]", "--evaluation.rewards", "[]"]
+
+
+def test_a_person_is_not_asked_but_the_page_needs_its_port(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = with_rewards(f"{{name: human, arguments: {{port: {port}}}}}")
+        row = row_of(examined(capsys, *config, code=1), "reward human")
+        assert (row["state"], f"port={port}" in row["words"]) == ("WRONG", True)
+    row = row_of(examined(capsys, *config), "reward human")
+    assert row["words"] == f"asks a person on http://127.0.0.1:{port}; nobody was asked"
 
 
 def test_the_machine_alone_is_ready(capsys: pytest.CaptureFixture[str]):

@@ -59,6 +59,7 @@ def first_is_best(session: Session, question: dict[str, Any]) -> None:
 def test_a_run_learns_from_ranks_and_leaves_the_ratings(tiny_lcm_folder: str, tmp_path: Path):
     is_finished, metrics = rated(tiny_lcm_folder, tmp_path / "run", first_is_best)
     assert is_finished
+    assert not any("rating/win_rate" in line for line in metrics)
     assert [line["reward/human/std"] for line in metrics] == [1, 1]
     assert [line["reward/human/mean"] for line in metrics] == [0, 0]
     assert all(line["advantage/abs_mean"] == pytest.approx(1, abs=1e-5) for line in metrics)
@@ -66,6 +67,16 @@ def test_a_run_learns_from_ranks_and_leaves_the_ratings(tiny_lcm_folder: str, tm
     ratings = read_ratings(tmp_path / "run/ratings.jsonl")
     assert [(rating.round, rating.ranks) for rating in ratings] == [(0, (1, 2))] * 2 + [(1, (1, 2))] * 2
     assert all((tmp_path / "run" / file).is_file() for rating in ratings for file in rating.images)
+
+
+def test_the_win_rate_is_a_metric_once_somebody_compared(tiny_lcm_folder: str, tmp_path: Path):
+    def ties_if_both_are_there(session: Session, question: dict[str, Any]) -> None:
+        session.answer(question["id"], [[0, 1]] if question["kind"] == "comparison" else [[0]])
+
+    settings = {"evaluation__every": 1, "evaluation__num_images": 2, "num_iterations": 3}
+    _, metrics = rated(tiny_lcm_folder, tmp_path / "run", ties_if_both_are_there, **settings)
+    rates = [(line["rating/of_iteration"], line["rating/win_rate"]) for line in metrics if "rating/win_rate" in line]
+    assert rates[-1] == (2, 0.5)
 
 
 def test_a_skipped_prompt_is_left_out_and_a_skipped_round_moves_nothing(tiny_lcm_folder: str, tmp_path: Path):

@@ -137,6 +137,21 @@ def test_an_evaluation_on_other_prompts_has_nothing_to_compare_with(tmp_path: Pa
     found.reward.close()
 
 
+def test_the_metrics_have_the_win_rate_of_the_last_evaluation_with_answers(tmp_path: Path):
+    found = Asked(tmp_path)
+    for iteration in (0, 10, 20):
+        numbers = found.reward.describe(images(iteration, 4), [FOX] * 4)[:, 0]
+        found.reward.compare(numbers, [FOX] * 4, iteration)
+        assert found.reward.metrics().get("rating/of_iteration") == (10 if iteration == 20 else None)
+        if iteration == 10:
+            for tiers in ([[0], [1]], [[0, 1]], [[0, 1]]):
+                found.answer(tiers)
+    won = found.reward.session.win_rates()[0]["wins"]  # the page hides which image is which
+    metrics = {"rating/win_rate": (won + 1) / 3, "rating/compared": 3, "rating/of_iteration": 10}
+    assert found.reward.metrics() == metrics
+    found.reward.close()
+
+
 def test_a_full_disk_is_one_line(asked: Asked, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

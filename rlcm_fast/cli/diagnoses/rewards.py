@@ -17,7 +17,7 @@ from rlcm_fast.config.resolved import ResolvedRun
 from rlcm_fast.faults import Fault
 from rlcm_fast.plugins import load_class
 from rlcm_fast.prompts import PREFIX, load_prompts
-from rlcm_fast.rewards import BUILT_IN, GroupReward, check_name, grouped, inner, make_placed, place
+from rlcm_fast.rewards import BUILT_IN, GroupReward, PersonReward, check_name, grouped, inner, make_placed, place
 from rlcm_fast.rewards.models import ModelFiles, files_of
 from rlcm_fast.rewards.self_tests import TestsItself
 from rlcm_fast.trajectory import Prompt
@@ -103,13 +103,17 @@ def _of_files(what: str, files: ModelFiles) -> Diagnosis:
 
 
 def _answers(what: str, asked: Asked, size: tuple[int, int]) -> Iterator[Diagnosis]:
-    """Yields what the reward answers to one picture, and its test of itself."""
+    """Yields what the reward answers to one picture, and its test of itself; a person is asked nothing."""
     # Build it and show it the picture.
     config, prompt = asked.config, asked.prompt
     try:
         reward = grouped(config.name, make_placed(config, asked.field), config.group_size, config.credit)
+        readiness = reward.asking.readiness() if isinstance(reward, PersonReward) else ""
     except ValueError as error:
         yield Diagnosis(what, State.WRONG, str(error))
+        return
+    if readiness:
+        yield Diagnosis(what, State.OK, f"{readiness}; nobody was asked")
         return
     start = time.perf_counter()
     try:
