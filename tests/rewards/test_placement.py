@@ -272,7 +272,7 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, nn.Module]]:
             moved.append(("cpu", self.network))
             super().to_cpu()
 
-    monkeypatch.setattr("rlcm_fast.rewards.FrozenNetwork", Noted)
+    monkeypatch.setattr("rlcm_fast.rewards.building.FrozenNetwork", Noted)
     return moved
 
 
