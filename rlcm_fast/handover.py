@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlcm_fast.file_modes import share
 from rlcm_fast.given import PREFIX
 from rlcm_fast.plugins import load_class
 from rlcm_fast.run_folder.tracking import say
@@ -135,6 +136,7 @@ class Handover:
             )
         say(f"the pipeline is saved as {folder}, which the run starts from and resumes with")
         self._write(folder, lambda unfinished: _without_checker(pipeline).save_pretrained(unfinished))
+        share(folder)
         return str(folder)
 
 

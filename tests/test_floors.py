@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "kernels": 0,
     "faults": 0,
-    **dict.fromkeys(("patience", "permission", "bombs"), 0),
+    **dict.fromkeys(("patience", "permission", "bombs", "file_modes"), 0),
     **dict.fromkeys(("config", "trajectory", "parallel", "plugins", "grids", "quiet", "finite_json", "hub"), 1),
     **dict.fromkeys(("terminal", "leaving", "frozen", "given", "graphs"), 1),
     **dict.fromkeys(

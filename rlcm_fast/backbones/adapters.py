@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rlcm_fast.backbones.lora_layouts import KOHYA_FILE, LoraLayer, write_kohya
 from rlcm_fast.config import LoraConfig
+from rlcm_fast.file_modes import share
 
 _NAME = "default"  # peft's name for the only adapter
 
@@ -67,6 +68,7 @@ def save_adapters(unet: UNet2DConditionModel, weights: Mapping[str, Tensor], pip
     tensors = get_peft_model_state_dict(unet, state_dict=dict(weights), adapter_name=_NAME)
     pipeline.save_lora_weights(folder, unet_lora_layers=tensors, unet_lora_adapter_metadata=config.to_dict())
     write_kohya(folder / KOHYA_FILE, _layers_of(tensors, float(config.lora_alpha)), unet.config)
+    share(folder)
 
 
 def _layers_of(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:

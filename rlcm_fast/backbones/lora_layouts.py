@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlcm_fast.backbones.original_names import UNetNames
+from rlcm_fast.file_modes import share
 
 KOHYA_FILE = "kohya.safetensors"
 
@@ -155,6 +156,7 @@ def write_kohya(file: Path, layers: Mapping[str, LoraLayer], unet_config: Mappin
         tensors[f"{key}.lora_up.weight"] = layer.up.contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(layer.alpha, dtype=layer.down.dtype)
     save_file(tensors, file, {"format": "pt", **_kohya_metadata(layers, unet_config), **metadata})
+    share(file)
 
 
 def kohya_name(name: str, unet_config: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from rlcm_fast.backbones.model_checks import check_image_sizes
 from rlcm_fast.backbones.text_checks import check_configs, check_pipeline
 from rlcm_fast.backbones.texts import Encoding, TextEncoder, TextSettings
 from rlcm_fast.config import LoraConfig, ModelConfig, PromptsConfig
+from rlcm_fast.file_modes import share
 from rlcm_fast.frozen import FrozenNetwork
 from rlcm_fast.graphs import Graphs
 from rlcm_fast.trajectory import Conditioning, Prompt
@@ -259,6 +260,7 @@ class Backbone:
         """Write a diffusers folder with these UNet weights, which stock diffusers loads; adapters are merged in."""
         with self._coder.original():
             self.with_weights(unet_weights).save_pretrained(folder)
+        share(folder)
 
     def with_weights(self, unet_weights: Mapping[str, Tensor]) -> Any:
         """The pipeline with a UNet of these weights, adapters merged in, in the place of its own."""

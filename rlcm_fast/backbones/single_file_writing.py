@@ -28,6 +28,7 @@ from rlcm_fast.backbones.file_kinds import CLIP_PREFIXES, OPENCLIP_PREFIXES, SCH
 from rlcm_fast.backbones.lora_layouts import is_sdxl
 from rlcm_fast.backbones.original_names import UNetNames, is_vae_matrix, openclip_name, original_vae_name
 from rlcm_fast.backbones.single_file import GUIDANCE, OWN, whole_name
+from rlcm_fast.file_modes import share
 
 _BIAS = "time_embedding.linear_1.bias"
 _HASH = "modelspec.hash_sha256"
@@ -74,6 +75,7 @@ def _write(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype, metada
     ready = {name: weight.detach().to("cpu", dtype).contiguous().clone() for name, weight in tensors.items()}
     save_file(ready, file, {**metadata, _HASH: _BLANK_HASH, "format": "pt"})
     _put_hash(file)
+    share(file)
 
 
 def unet_tensors(unet: Any, guidance_scale: float) -> dict[str, Tensor]:

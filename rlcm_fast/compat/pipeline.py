@@ -18,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from rlcm_fast.api import Run
 from rlcm_fast.backbones.loading import LORA_FILE, SHIPPED
 from rlcm_fast.config import ModelConfig
+from rlcm_fast.file_modes import share
 
 
 class DefaultDDPOStableDiffusionPipeline:
@@ -102,6 +103,7 @@ class DefaultDDPOStableDiffusionPipeline:
         if has_adapters:
             pipeline.unload_lora_weights()
         pipeline.save_pretrained(output_dir)
+        share(output_dir)
         if has_adapters:
             assert self._run is not None and self._run.lora is not None
             for file in self._run.lora.iterdir():

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlcm_fast.file_modes import share
 from rlcm_fast.rewards import clip
 from rlcm_fast.rewards.clip_score import cosine
 from rlcm_fast.rewards.facts import CLIP_WORDS, Facts, Weights
@@ -146,6 +147,7 @@ def convert(file: Path, folder: Path) -> None:
     tensors, config = _read(file)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _CONVERTED, {"format": "pt"})
+    share(folder)
     config.save_pretrained(folder)
 
 

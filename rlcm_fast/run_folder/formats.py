@@ -26,6 +26,7 @@ from rlcm_fast.backbones.lora_layouts import KOHYA_FILE, write_kohya
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.backbones.single_file_writing import modelspec, save_single_file, save_unet_file, textual_inversions
 from rlcm_fast.config import Config, parse_config, to_dict
+from rlcm_fast.file_modes import share
 from rlcm_fast.run_folder import checkpoint as checkpoints
 from rlcm_fast.run_folder.best import Best
 from rlcm_fast.run_folder.model_card import Card, diffusers_usage, lora_usage, sampler, shown, with_kind
@@ -128,6 +129,7 @@ class Export:
         backbone, weights = self.run.load()
         pipeline = backbone.with_weights(weights)
         pipeline.to(DTYPES[self.dtype]).save_pretrained(self.folder)
+        share(self.folder)
         config, scheduler = with_kind(self.run.config, backbone), backbone.scheduler_config["_class_name"]
         place = self.repository or f"{self.name}/{self.folder.name}"
         self._card(config, diffusers_usage(config, place, scheduler), [])

@@ -90,6 +90,17 @@ def test_what_is_exported_says_how_it_was_sampled(run: Path, lora_run: Path, tmp
     assert rlcm_fast(["sample", "--model", str(run / "export"), *given]) == 0
 
 
+@pytest.mark.parametrize("format_", ["diffusers", "single-file", "safetensors-unet", "lora"])
+def test_others_may_read_what_the_umask_lets_them_read(format_: str, run: Path, lora_run: Path, tmp_path: Path):
+    assert export(lora_run if format_ == "lora" else run, "--format", format_, "--out", str(tmp_path / "out")) == 0
+    plain = tmp_path / "plain"
+    plain.touch()
+    files = [*run.glob("export/**/*.safetensors"), *lora_run.glob("*/**/*.safetensors"), *tmp_path.glob("out/**/*")]
+    modes = {file.name: oct(file.stat().st_mode) for file in files if file.is_file()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {oct(plain.stat().st_mode)}, modes
+
+
 def test_the_unet_alone_goes_into_its_pipeline_again(run: Path, tiny_lcm_folder: str, tmp_path: Path):
     assert export(run, "--format", "safetensors-unet", "--out", str(tmp_path)) == 0
     read = assemble(
