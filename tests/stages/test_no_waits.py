@@ -22,8 +22,9 @@ from benchmarks.shared import tiny_pipelines
 from rlcm_fast.algorithms import build_algorithm
 from rlcm_fast.config import AlgorithmConfig, PolicyConfig, UpdateConfig
 from rlcm_fast.policies import GaussianPolicy, Network, SeededNoise, build_policy
+from rlcm_fast.stages.rollout_updates import RolloutUpdates
 from rlcm_fast.stages.start_model import StartOutputs
-from rlcm_fast.stages.update import Updater, _RolloutUpdates
+from rlcm_fast.stages.update import Updater
 from rlcm_fast.trajectory import Batch, Conditioning, Trajectory
 
 NUM_SAMPLES, NUM_STEPS = 4, 3
@@ -98,7 +99,7 @@ def conditioning(kind: str, device: torch.device = META) -> Conditioning:
     return replace(made, **tensors)
 
 
-def updates_of(kind: str, update: UpdateConfig, device: torch.device = META) -> tuple[_RolloutUpdates, Trajectory]:
+def updates_of(kind: str, update: UpdateConfig, device: torch.device = META) -> tuple[RolloutUpdates, Trajectory]:
     """What trains on a rollout of random states."""
     policy = policy_of(kind, device)
     torch.manual_seed(1)
@@ -108,7 +109,7 @@ def updates_of(kind: str, update: UpdateConfig, device: torch.device = META) -> 
     engine: Any = policy.unet
     updater = Updater(policy, build_algorithm(AlgorithmConfig(), update), engine, update, say=lambda line: None)
     rows = torch.arange(trajectory.num_transitions)
-    updates = _RolloutUpdates(updater, trajectory, torch.ones(NUM_SAMPLES, device=device), rows, lambda: None)
+    updates = RolloutUpdates(updater, trajectory, torch.ones(NUM_SAMPLES, device=device), rows, lambda: None)
     if update.kl_weight:
         m = torch.zeros_like(trajectory.latents[:, 1:]).flatten(0, 1)
         updates._start_outputs = {0: StartOutputs(m, rows.to(device))}

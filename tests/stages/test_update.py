@@ -20,7 +20,7 @@ from rlcm_fast.config import UpdateConfig
 from rlcm_fast.parallel import Turn
 from rlcm_fast.policies import GaussianPolicy
 from rlcm_fast.run_folder.interruption import Interrupted
-from rlcm_fast.stages import update as update_module
+from rlcm_fast.stages.rollout_updates import RolloutUpdates
 from rlcm_fast.stages.start_model import StartModel
 from rlcm_fast.stages.update import Updater
 from rlcm_fast.stages.update_metrics import UpdateMetrics
@@ -218,7 +218,7 @@ def test_transitions_without_a_signal_are_skipped_and_the_gradient_stays_the_sam
         with pytest.MonkeyPatch.context() as patch:
             if not is_skipping:
                 whole = "_micro_batches", lambda _, rows, signals: torch.arange(len(rows)).split(4)
-                patch.setattr(update_module._RolloutUpdates, *whole)
+                patch.setattr(RolloutUpdates, *whole)
             metrics.append(setting.update(quiet))
         forward.remove()
         changes.append(difference(setting.engine.full_weights(), before).double())
@@ -239,7 +239,7 @@ def test_rebel_in_two_passes_has_the_gradient_of_its_loss():
     setting = Setting(micro_batch_size=4, num_updates=2, eps=1.0, lr=1.0)
     rebel = Rebel(eta=0.5)
     seen: list[tuple[Tensor, dict[str, Tensor]]] = []
-    train_on = update_module._RolloutUpdates.train_on
+    train_on = RolloutUpdates.train_on
 
     def watched(work: Any, rows: Tensor, signals: Tensor) -> None:
         before = setting.engine.full_weights()
@@ -247,7 +247,7 @@ def test_rebel_in_two_passes_has_the_gradient_of_its_loss():
         seen.append((rows, before))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update_module._RolloutUpdates, "train_on", watched)
+        patch.setattr(RolloutUpdates, "train_on", watched)
         metrics = setting.update(algorithm=rebel)
     rows, before = seen[1]
     network = TinyNetwork()
