@@ -121,10 +121,11 @@ def test_fairness_is_evaluated_as_it_is_trained_on_groups_of_one_prompt_and_on_o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *FEW_STEP])
 @pytest.mark.usefixtures("no_network")
 def test_a_recipe_fits_on_the_gpus_it_is_for(recipe: str, capsys: pytest.CaptureFixture[str]):
-    gpus = ["--gpu", "rtx4090"] if recipe.startswith("rlcm/") else ["--gpu", "a100-80gb", "--processes", "128"]
+    is_large = recipe.startswith("large_scale/")
+    gpus = ["--gpu", "a100-80gb", "--processes", "128"] if is_large else ["--gpu", "rtx4090"]
     files = [with_adapters(recipe.removeprefix("rlcm/"))] if recipe.startswith("rlcm/") else []
     for config in (["--config", f"configs/{recipe}.yaml"], *files):
         assert command(["plan", *config, *gpus]) == 0
