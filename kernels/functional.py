@@ -264,13 +264,17 @@ def _step_kind(params, grads, moments, indices, scalars, *step_and_rest) -> None
 
 
 @torch.no_grad()
-def add_rounded_(total: Tensor, addend: Tensor, *, seed: int, step: int, index: int, number: int) -> None:
+def add_rounded_(total: Tensor, addend: Tensor, *, seed: int, addition: Tensor, index: int) -> None:
     """Add the bfloat16 tensor `addend` to `total` in place, so that the expected result equals the exact sum.
 
     The sum is rounded stochastically, as weights are in adamw_8bit_. Rounding to nearest loses what is added to a sum
-    256 times as large; this keeps it on average, without memory for more digits. number: which addition of this step
-    it is, from 1; the random numbers have key `seed` and counter (place, step, index, number), and those of adamw_8bit_
-    have number 0. Raises ValueError for other dtypes and for tensors with gaps in memory.
+    256 times as large; this keeps it on average, without memory for more digits.
+
+    addition: (2,) int64 on the same device, (step, number). The number counts the additions of a step from 1; the
+    random numbers have key `seed` and counter (place, step, index, number). With number 0 the sum is rounded to
+    nearest. Both are read on the device, so a CUDA graph that is replayed rounds anew once they have changed.
+
+    Raises ValueError for other dtypes and for tensors with gaps in memory.
     """
     for name, tensor in (("total", total), ("addend", addend)):
         if tensor.dtype != torch.bfloat16:
@@ -279,8 +283,8 @@ def add_rounded_(total: Tensor, addend: Tensor, *, seed: int, step: int, index: 
     if dispatch.is_triton(total, addend):
         from rlcm_fast.kernels.triton_ops import accumulation
 
-        return accumulation.add_rounded_(total, addend, seed, step, index, number)
-    return reference_adamw.add_rounded_(total, addend, seed, step, index, number)
+        return accumulation.add_rounded_(total, addend, seed, addition, index)
+    return reference_adamw.add_rounded_(total, addend, seed, addition, index)
 
 
 def _check_dtypes(param: Tensor, grad: Tensor) -> None:

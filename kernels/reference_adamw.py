@@ -52,32 +52,41 @@ def adamw_step(
     return scalars.decay * param.float() - scalars.step_size * change, m, v
 
 
-def round_stochastically(values: Tensor, seed: int, step: int, index: int, number: int = 0) -> Tensor:
+def round_stochastically(values: Tensor, seed: int, step: int | Tensor, index: int, number: int | Tensor = 0) -> Tensor:
     """Round float32 values (n,) to bfloat16, so that the expected result equals the value.
 
     A value rounds up with probability (distance to the lower neighbour) / (distance between both neighbours). To do so,
     16 random bits are added to the 16 bits that bfloat16 drops. They come from Philox with key `seed` and counter
     (place // 8, step, index, number); one counter serves 8 places. Values that are not finite stay as they are.
+    step and number: integers, or tensors () on the device of the values, where they are not read by the host.
     """
-    noise = philox_halves(seed, step, index, values.numel(), values.device, number)
+    noise = philox_halves(seed, (step, index, number), values.numel(), values.device)
     bits = values.view(torch.int32)
     rounded = ((bits + noise) & ~0xFFFF).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).bfloat16()
 
 
-def philox_halves(seed: int, step: int, index: int, size: int, device: torch.device, number: int = 0) -> Tensor:
-    """Random numbers (size,) int32 in [0, 2^16); each of the four words of Philox makes two of them."""
+def philox_halves(seed: int, counts: Sequence[int | Tensor], size: int, device: torch.device) -> Tensor:
+    """Random numbers (size,) int32 in [0, 2^16); each of the four words of Philox makes two of them.
+
+    counts: the counter's three words after the place.
+    """
     place = torch.arange(-(-size // 8), device=device)
-    counter = [place, *(torch.full_like(place, value) for value in (step, index, number))]
-    word_0, word_1, word_2, word_3 = philox_words(counter, torch.tensor(seed, device=device))
+    counter = [place, *(torch.zeros_like(place) + count for count in counts)]  # full_like would read a tensor
+    word_0, word_1, word_2, word_3 = philox_words(counter, torch.full((), seed, dtype=torch.int64, device=device))
     words = torch.stack([word_0, word_2, word_1, word_3], dim=1)  # the order in which the kernel joins the words
     return torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten()[:size].int()
 
 
-def add_rounded_(total: Tensor, addend: Tensor, seed: int, step: int, index: int, number: int) -> None:
-    """Add bfloat16 tensors of the same dense strides in place, in float32, and round the sum stochastically."""
-    exact = total.float() + addend.float()
-    rounded = round_stochastically(in_memory_order(exact), seed, step, index, number)
+def add_rounded_(total: Tensor, addend: Tensor, seed: int, addition: Tensor, index: int) -> None:
+    """Add bfloat16 tensors of the same dense strides in place, in float32; functional.add_rounded_ says how to round.
+
+    addition: (2,) int64, the step and the number of the addition.
+    """
+    exact, (step, number) = total.float() + addend.float(), addition.unbind()
+    values = in_memory_order(exact)
+    at_random = round_stochastically(values, seed, step, index, number)
+    rounded = torch.where(number == 0, values.bfloat16(), at_random)
     total.copy_(rounded.as_strided(exact.shape, exact.stride()))
 
 

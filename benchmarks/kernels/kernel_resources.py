@@ -66,7 +66,7 @@ def operations(dtype: Any, memory_format: Any) -> dict[str, Callable[[], Any]]:
     """Every operation with its backward pass, all tensors of rows in one dtype and format."""
     import torch
 
-    from rlcm_fast.kernels.triton_ops import adamw, gaussian, group_norm, loss, rebel
+    from rlcm_fast.kernels.triton_ops import accumulation, adamw, gaussian, group_norm, loss, rebel
 
     def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
         return torch.zeros(shape, dtype=dtype).to(memory_format=memory_format)
@@ -80,7 +80,7 @@ def operations(dtype: Any, memory_format: Any) -> dict[str, Callable[[], Any]]:
     trained = m.detach().requires_grad_()
     clip = (rows, rows, 1e-4, 10.0)
 
-    # A weight's 8-bit moments.
+    # A weight's 8-bit moments, and the sum of its gradients.
     states = ([zeros(_SHAPE, torch.uint8)], [zeros(_SHAPE, torch.uint8)])
     absmax = ([torch.zeros(x.numel() // 256)], [torch.zeros(x.numel() // 256)])
     rounds = dtype == torch.bfloat16
@@ -90,12 +90,16 @@ def operations(dtype: Any, memory_format: Any) -> dict[str, Callable[[], Any]]:
         )
     }
 
+    addition = torch.ones(2, dtype=torch.int64)
+    of_sums = {"add_rounded": lambda: accumulation.add_rounded_(x, m, 0, addition, 0)}
+
     # Hidden states of a UNet and their norms.
     hidden, dy = zeros(_UNET_SHAPE, dtype), zeros(_UNET_SHAPE, dtype)
     weight, group = torch.ones(_UNET_SHAPE[1], dtype=dtype), torch.ones(_UNET_SHAPE[0], 32)
     norm = (hidden, dy, group, group, weight, weight)
     return {
         **({} if dtype == torch.float16 else of_weights),
+        **(of_sums if rounds else {}),
         "log_prob": lambda: gaussian.gaussian_log_prob(x, m, None, x_next, coef, 1.0),
         "log_prob, guided": lambda: gaussian.gaussian_log_prob(x, m, m_uncond, x_next, coef, 2.0),
         "gradient": lambda: gaussian.input_gradient(inputs, 1, rows, above),

@@ -9,7 +9,7 @@ weights; sampling and training never do. Every process holds the whole average.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ class AveragingEngine(Engine):
     def graph_problem(self) -> str:
         return self.engine.graph_problem
 
-    def hold_gradients(self) -> None:
-        self.engine.hold_gradients()
+    def hold_gradients(self) -> Mapping[Tensor, Tensor]:
+        return self.engine.hold_gradients()
 
     def differentiate(self, loss: Tensor) -> None:
         self.engine.differentiate(loss)

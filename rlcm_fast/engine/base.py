@@ -18,7 +18,7 @@ bfloat16 weights without a master copy and for an optimizer that steps within th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,8 @@ class Engine(ABC):
         """Why backward passes cannot be replayed as a graph; empty if they can, by the three methods below."""
         return "its engine does not keep gradients in one place"
 
-    def hold_gradients(self) -> None:
-        """Keeps each gradient at one address from now on, zero between updates."""
+    def hold_gradients(self) -> Mapping[Tensor, Tensor]:
+        """Keeps each gradient at one address from now on, zero between updates; returns them by their weights."""
         raise NotImplementedError
 
     def differentiate(self, loss: Tensor) -> None:

@@ -10,7 +10,8 @@ made with a probability in proportion to its size. Every process holds all weigh
 Micro-batches add up in bfloat16. Up to 64 of them are rounded to nearest: equal gradients, the hardest case, are 3.2 %
 off in each element and 0.3 % along the sum. 224 would be 9.4 % off, and 1,024 would lose 68 %, because a sum of 256 no
 longer changes by 1. So more than 64 are rounded stochastically, which needs no memory: 1,024 equal ones are 4.4 % off
-in each element, at random, and 0.04 % along the sum (20,000 numbers, seed 0; docs/memory.md).
+in each element, at random, and 0.04 % along the sum (20,000 numbers, seed 0; docs/memory.md). Which it is, and which
+random numbers an addition has, the kernel reads on the device: a CUDA graph replays additions as they are launched.
 
 Within the backward pass the first weight steps before the norm over all gradients exists, so each tensor is clipped
 alone: its gradient's norm is brought to at most max_grad_norm. A tensor's norm never exceeds the global norm, so
@@ -25,6 +26,7 @@ checkpoint, because the other tensors have moved.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +83,18 @@ class DirectEngine(Engine):
 
         # Or add up the gradients of many micro-batches here, not by autograd.
         self._seed = seed
-        self._sums: dict[nn.Parameter, Tensor] = {}  # of the present update
-        self._indices = {parameter: index for index, parameter in enumerate(self._parameters())}
-        self._holds_gradients = False  # in one place, zero between updates
-        summed = [p for p in self._parameters() if p.dtype == torch.bfloat16]
-        self._adds_rounded = plan.num_micro_batches > MOST_TO_NEAREST and bool(summed)
-        if self._adds_rounded:
-            for parameter in summed:
-                parameter.register_post_accumulate_grad_hook(self._add_gradient)
+        self._sums: dict[Tensor, Tensor] = {}  # of the present update
+        self._held: dict[Tensor, Tensor] = {}  # gradients that stay in one place, zero between updates
+        self._addition = torch.zeros(2, dtype=torch.int64, device=self._square_norm.device)  # update, number
+        self._indices: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(self._parameters())}
+        has_many = plan.num_micro_batches > MOST_TO_NEAREST
+        self._summed = {p for p in self._parameters() if has_many and p.dtype == torch.bfloat16}
+        for parameter in self._summed:
+            parameter.register_post_accumulate_grad_hook(self._add_gradient)
 
     def begin_update(self, num_micro_batches: int) -> None:
         self._num_micro_batches = num_micro_batches
+        self._note_addition()
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._network(*arguments, **keywords)
@@ -105,27 +108,46 @@ class DirectEngine(Engine):
 
     def note_backward(self) -> None:
         self._num_backwards += 1
+        self._note_addition()
+
+    def _note_addition(self) -> None:
+        """Tells the device which addition comes next; filling waits for nothing and copies nothing."""
+        if self._summed:
+            is_random = self._num_micro_batches > MOST_TO_NEAREST
+            self._addition[0].fill_(self._num_updates)
+            self._addition[1].fill_(self._num_backwards if is_random else 0)
 
     @property
     def graph_problem(self) -> str:
         if self._steps_in_backward:
             return "engine.optimizer_in_backward=true steps weights in the backward pass, with numbers of the host"
-        if self._adds_rounded:
-            return f"sums of more than {MOST_TO_NEAREST} micro-batches are rounded with random numbers of the host"
         return ""
 
-    def hold_gradients(self) -> None:
-        self._holds_gradients = True
-        for parameter in self._parameters():
-            parameter.grad = torch.zeros_like(parameter)  # in the weight's memory format, as autograd would make it
+    def hold_gradients(self) -> Mapping[Tensor, Tensor]:
+        # In the weights' memory formats, as autograd would make them.
+        self._held = {parameter: torch.zeros_like(parameter) for parameter in self._parameters()}
+        self._clear()
+        return self._held
 
     def may_begin_again(self, num_micro_batches: int) -> bool:
-        is_rounded_well = self._adds_rounded or num_micro_batches <= MOST_TO_NEAREST
+        is_rounded_well = bool(self._summed) or num_micro_batches <= MOST_TO_NEAREST
         return not self._steps_in_backward and is_rounded_well
 
     def drop_gradients(self) -> None:
-        self._sums, self._num_backwards = {}, 0
-        self._optimizer.zero_grad(set_to_none=not self._holds_gradients)
+        self._num_backwards = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        """Drops all gradients; those that stay in one place become zero there."""
+        self._sums = {}
+        self._optimizer.zero_grad()
+        if self._held:
+            torch._foreach_zero_(list(self._held.values()))
+        for parameter, gradient in self._held.items():
+            if parameter in self._summed:
+                self._sums[parameter] = gradient
+            else:
+                parameter.grad = gradient
 
     def step(self) -> float | None:
         if self._num_backwards < self._num_micro_batches:
@@ -139,14 +161,13 @@ class DirectEngine(Engine):
         """Steps all weights if the norm over all gradients is finite, and returns it."""
         for parameter, total in self._sums.items():
             parameter.grad = total
-        self._sums = {}
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
         _average(gradients)
         total = torch.nn.utils.get_total_norm(gradients).float()
         norm = total.item()
         if math.isfinite(norm):
             self._optimizer.step(grad_scale=self._scale(total))
-        self._optimizer.zero_grad(set_to_none=not self._holds_gradients)
+        self._clear()
         return norm
 
     def _end_backward(self) -> float:
@@ -155,13 +176,12 @@ class DirectEngine(Engine):
         self._square_norm = torch.zeros_like(norm)
         return norm.item()
 
-    def _add_gradient(self, parameter: nn.Parameter) -> None:
-        """Takes the gradient of a micro-batch away from autograd and adds it to the sum, if the update has many."""
+    def _add_gradient(self, parameter: Tensor) -> None:
+        """Takes the gradient of a micro-batch away from autograd and adds it to the sum."""
         gradient = parameter.grad
-        if gradient is None or self._num_micro_batches <= MOST_TO_NEAREST:
-            return
+        assert gradient is not None
         if parameter in self._sums:
-            place = {"step": self._num_updates, "index": self._indices[parameter], "number": self._num_backwards}
+            place = {"addition": self._addition, "index": self._indices[parameter]}
             functional.add_rounded_(self._sums[parameter], gradient, seed=self._seed, **place)
         else:
             self._sums[parameter] = gradient

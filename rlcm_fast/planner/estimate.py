@@ -180,7 +180,7 @@ def estimate_memory(
     trajectory = _trajectory_states(strategy, workload) * profiles.latent_bytes
     sizes = workload.samples_at_once, sampled, images, workload.num_actions
     copied = Copied(*sizes, profiles.latent_bytes, profiles.text_bytes, trajectory)
-    graphed = Graphed.of(strategy, _num_micro_batches(strategy, workload), workload.num_image_sizes)
+    graphed = Graphed.of(strategy, workload.num_image_sizes)
     return Memory(
         weights=_weight_bytes(strategy, trained, unet.frozen, processes),
         gradients=gradients,

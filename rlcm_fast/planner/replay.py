@@ -14,8 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlcm_fast.engine.direct import MOST_TO_NEAREST
-
 if TYPE_CHECKING:
     from rlcm_fast.planner.estimate import Strategy
 
@@ -29,16 +27,15 @@ class Graphed:
     updates: bool = False
 
     @classmethod
-    def of(cls, strategy: Strategy, num_micro_batches: int, num_image_sizes: int) -> Graphed:
-        """Reads it off a strategy; num_micro_batches: of an update on each process."""
+    def of(cls, strategy: Strategy, num_image_sizes: int) -> Graphed:
+        """Reads it off a strategy."""
         if strategy.graphs == "off":
             return cls()
         holds_gradients = strategy.dtype == "pure_bf16" and strategy.lora_rank == 0
-        is_rounded = num_micro_batches > MOST_TO_NEAREST  # stochastically, with the host's random numbers
         return cls(
             sampling=strategy.zero_stage < 3,
             decoding=not strategy.moves_idle,
-            updates=holds_gradients and not is_rounded and not strategy.optimizer_in_backward and num_image_sizes == 1,
+            updates=holds_gradients and not strategy.optimizer_in_backward and num_image_sizes == 1,
         )
 
     def copies(self, passes: Copied) -> int:

@@ -10,6 +10,7 @@ the ratio are over its own transitions, some of them counted twice.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,12 +76,12 @@ class GraphedUpdate:
     algorithm: Algorithm
     engine: Engine
     config: UpdateConfig
-    trained: tuple[Tensor, ...]  # the weights, whose gradients the engine holds
+    gradients: Mapping[Tensor, Tensor]  # by their weights; the engine holds them
 
     def __call__(self, rollout: RolloutTensors, batch: MicroBatch) -> tuple[Tensor, Tensor, RatioStats]:
         """Adds `share` of a micro-batch's mean loss; returns the loss (), the KL divergence () and the statistics."""
         # The first recording of a shape needs gradients of zero: an update's micro-batches all have the same shape.
-        work = Work("update", self._backward, fixed=self._fixed, reset=self._zero, effects=self._gradients)
+        work = Work("update", self._backward, fixed=self._fixed, reset=self._zero, effects=self._sums)
         found = self.graphs(work, rollout, batch)
         self.engine.note_backward()
         return found
@@ -105,11 +106,11 @@ class GraphedUpdate:
         self.engine.differentiate(batch.share * (loss + batch.kl_weight * kl))
         return loss.detach(), kl.detach(), stats
 
-    def _gradients(self) -> list[Tensor]:
-        return [weight.grad for weight in self.trained if weight.grad is not None]
+    def _sums(self) -> list[Tensor]:
+        return list(self.gradients.values())
 
     def _fixed(self) -> list[Tensor]:
-        return [*self.trained, *self._gradients()]
+        return [*self.gradients, *self._sums()]
 
     def _zero(self) -> None:
-        torch._foreach_zero_(self._gradients())
+        torch._foreach_zero_(self._sums())

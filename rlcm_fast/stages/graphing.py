@@ -70,6 +70,4 @@ def use_graphs(
         images.backbone.use_graphs(graphs)
     if "updates" not in can:
         return None
-    engine.hold_gradients()
-    trained = tuple(weight for weight in images.backbone.unet.parameters() if weight.requires_grad)
-    return GraphedUpdate(graphs, images.policy, algorithm, engine, config.update, trained)
+    return GraphedUpdate(graphs, images.policy, algorithm, engine, config.update, engine.hold_gradients())

@@ -15,6 +15,7 @@ from tiny_policies import engine_of
 from torch import Tensor, nn
 
 from rlcm_fast.engine import direct
+from rlcm_fast.kernels import functional
 
 pytestmark = pytest.mark.usefixtures("one_process")
 SIDE = 64
@@ -105,3 +106,12 @@ def test_many_micro_batches_are_added_alike_in_every_run_and_anew_in_every_updat
     first, again, two = (gradient_of(PURE, 128, num_updates) for num_updates in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, two)
+
+
+def test_random_numbers_are_those_of_the_update_and_of_the_addition_in_it(monkeypatch: pytest.MonkeyPatch):
+    """So they always were: resumed runs go on with the same bits."""
+    additions: list[list[int]] = []
+    monkeypatch.setattr(direct, "MOST_TO_NEAREST", 2)
+    monkeypatch.setattr(functional, "add_rounded_", lambda *_, addition, **__: additions.append(addition.tolist()))
+    gradient_of(PURE, 4, num_updates=2)
+    assert additions == [[0, 1], [0, 2], [0, 3], [1, 1], [1, 2], [1, 3]]

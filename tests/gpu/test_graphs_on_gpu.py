@@ -17,6 +17,7 @@ from tiny_policies import SCHEDULER  # noqa: E402
 from benchmarks.shared import tiny_pipelines  # noqa: E402
 from rlcm_fast.algorithms import PPO  # noqa: E402
 from rlcm_fast.config import EngineConfig, OptimizerConfig, UpdateConfig  # noqa: E402
+from rlcm_fast.engine import direct  # noqa: E402
 from rlcm_fast.engine.base import UpdatePlan  # noqa: E402
 from rlcm_fast.engine.direct import DirectEngine  # noqa: E402
 from rlcm_fast.graphs import CudaRecorder, Graphs, Work  # noqa: E402
@@ -43,15 +44,14 @@ class Setting:
         self.unet = copy.deepcopy(unet).to(device, torch.bfloat16)
         settings = EngineConfig(dtype="pure_bf16")
         optimizer = OptimizerConfig(name="adamw_8bit", lr=1e-3)
-        self.engine = DirectEngine(self.unet, settings, optimizer, UpdatePlan(4, 10, 1.0), 0)
+        self.engine = DirectEngine(self.unet, settings, optimizer, UpdatePlan(3, 10, 1.0), 0)
         network = Network(self.engine, unet.config, torch.bfloat16, device)  # type: ignore[arg-type]
         self.policy = ConsistencyPolicy(network, consistency_schedule(SCHEDULER, 3), 4.0)
         algorithm, config = PPO(clip_range=1e-2), UpdateConfig(clip_range=1e-2, micro_batch_size=6)
         graphed = None
         if is_graphed:
-            self.engine.hold_gradients()
-            trained = tuple(self.unet.parameters())
-            graphed = GraphedUpdate(self.graphs, self.policy, algorithm, self.engine, config, trained)
+            gradients = self.engine.hold_gradients()
+            graphed = GraphedUpdate(self.graphs, self.policy, algorithm, self.engine, config, gradients)
         self.updater = Updater(self.policy, algorithm, self.engine, config, graphed=graphed)
 
     def conditioning(self, num_samples: int) -> Conditioning:
@@ -83,7 +83,12 @@ def test_sampling_by_a_graph_is_sampling_without(unet: torch.nn.Module):
     assert setting.said == ["graphs: recorded the sampling"]
 
 
-def test_updates_by_a_graph_are_updates_without(unet: torch.nn.Module):
+@pytest.mark.parametrize("most_to_nearest", [64, 1])
+def test_updates_by_a_graph_are_updates_without(
+    unet: torch.nn.Module, most_to_nearest: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Three micro-batches; sums of more than `most_to_nearest` are rounded stochastically."""
+    monkeypatch.setattr(direct, "MOST_TO_NEAREST", most_to_nearest)
     settings = [Setting(unet, is_graphed) for is_graphed in (True, False)]
     advantages = torch.linspace(-2, 2, 8)
     for seed in (0, 1):

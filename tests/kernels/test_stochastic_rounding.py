@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import pytest
@@ -72,7 +73,7 @@ def test_sums_keep_on_average_what_rounding_to_nearest_loses(memory_format: torc
         sums[choice] = torch.ones(shape, dtype=torch.bfloat16).to(memory_format=memory_format)
         for number in range(1, 1001 if choice == "torch" else 6):
             with dispatch.use(choice):
-                functional.add_rounded_(sums[choice], addend, seed=3, step=2, index=5, number=number)
+                functional.add_rounded_(sums[choice], addend, seed=3, addition=torch.tensor([2, number]), index=5)
             if number == 5:
                 sums[f"{choice} 5"] = sums[choice].clone()
         assert sums[choice].is_contiguous(memory_format=memory_format)
@@ -81,6 +82,45 @@ def test_sums_keep_on_average_what_rounding_to_nearest_loses(memory_format: torc
     assert sums["torch"].double().mean().item() == pytest.approx(1 + 1000 * 2.0**-10, abs=6e-3)
 
 
+# SHA-256 of the sums below when step and number were arguments of the launch: runs that are resumed go on with them.
+BITS = "1848bcb37d565463805da2be95e0260e6e961c6d996194326ccc3bd119d1161f"
+
+
+def sums_of(choice: str, additions: list[tuple[int, int]], seed: int) -> list[Tensor]:
+    """The sums after each addition, whose step and number lie at one address."""
+    generator, addition = torch.Generator().manual_seed(1), torch.zeros(2, dtype=torch.int64)
+    total, addend = (torch.randn(7, 5, 9, 11, generator=generator) * scale for scale in (1, 0.01))
+    total, found = total.bfloat16(), []
+    for numbers in additions:
+        addition.copy_(torch.tensor(numbers))
+        with dispatch.use(choice):
+            functional.add_rounded_(total, addend.bfloat16(), seed=seed, addition=addition, index=4)
+        found.append(total.clone())
+    return found
+
+
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+def test_sums_have_the_bits_that_they_always_had(choice: str):
+    digest = hashlib.sha256()
+    for seed in (0, 3, 2**40 + 7):
+        for total in sums_of(choice, [(step, number) for step in (0, 5) for number in (1, 2, 700)], seed):
+            digest.update(total.view(torch.int16).numpy().tobytes())
+    assert digest.hexdigest() == BITS
+
+
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+def test_number_0_rounds_a_sum_to_nearest_as_torch_does(choice: str):
+    nearest = sums_of(choice, [(2, 0), (3, 0)], 3)
+    generator = torch.Generator().manual_seed(1)
+    total, addend = (torch.randn(7, 5, 9, 11, generator=generator) * scale for scale in (1, 0.01))
+    total = total.bfloat16()
+    for found in nearest:
+        total += addend.bfloat16()
+        assert torch.equal(found, total)
+    assert not torch.equal(sums_of(choice, [(2, 1)], 3)[0], nearest[0])
+
+
 def test_sums_of_float32_are_refused():
+    addition = torch.tensor([0, 1])
     with pytest.raises(ValueError, match="add_rounded_ needs a bfloat16 total, not torch.float32; float32 sums"):
-        functional.add_rounded_(torch.ones(3), torch.ones(3).bfloat16(), seed=0, step=0, index=0, number=1)
+        functional.add_rounded_(torch.ones(3), torch.ones(3).bfloat16(), seed=0, addition=addition, index=0)

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from recorded_work import CpuRecorder
+from recorded_work import ArgumentRecorder, CpuRecorder
 from tiny_policies import TinyNetwork, engine_of, policy_of, trajectory_of
 from torch import Tensor
 
 from rlcm_fast.algorithms import PPO
 from rlcm_fast.config import UpdateConfig, parse_config
+from rlcm_fast.engine import direct
 from rlcm_fast.engine.base import Engine
 from rlcm_fast.graphs import Graphs
 from rlcm_fast.kernels import dispatch, functional
@@ -34,20 +35,21 @@ ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, -2.0, 0.1, -0.4])
 class Setting:
     """A bfloat16 network under the engine without DeepSpeed, updated by graphs or without."""
 
-    def __init__(self, is_graphed: bool, kl_weight: float = 0.0, **update: Any) -> None:
+    def __init__(self, is_graphed: bool, kl_weight: float = 0.0, recorder: Any = None, **update: Any) -> None:
+        """recorder: a CpuRecorder if there is none."""
+        recorder = recorder or CpuRecorder()
         self.network = TinyNetwork().bfloat16()
         self.config = UpdateConfig(clip_range=1e-2, kl_weight=kl_weight, **update)
         size = self.config.micro_batch_size
         self.engine = engine_of(self.network, -(-16 // size), 0, "pure_bf16", name="adamw_8bit", lr=1e-3)
         self.policy = policy_of(self.engine, dtype=torch.bfloat16)
-        self.recorder, self.said = CpuRecorder(), []
+        self.recorder, self.said = recorder, list[str]()
         algorithm = PPO(clip_range=1e-2)
         graphed = None
         if is_graphed:
             assert self.engine.graph_problem == ""
-            self.engine.hold_gradients()
-            graphs, trained = Graphs(self.recorder, self.said.append, must_work=True), tuple(self.network.parameters())
-            graphed = GraphedUpdate(graphs, self.policy, algorithm, self.engine, self.config, trained)
+            graphs, gradients = Graphs(recorder, self.said.append, must_work=True), self.engine.hold_gradients()
+            graphed = GraphedUpdate(graphs, self.policy, algorithm, self.engine, self.config, gradients)
         start = TinyNetwork(1).bfloat16()
         start_model = StartModel(policy_of(start, dtype=torch.bfloat16)) if kl_weight else None
         self.updater = Updater(self.policy, algorithm, self.engine, self.config, start_model, graphed=graphed)
@@ -77,6 +79,65 @@ def test_three_rollouts_give_the_same_weights_and_metrics_bit_for_bit(update: di
         assert same_weights(with_graphs.engine, without.engine)
     assert with_graphs.recorder.num_recorded == 1 and with_graphs.recorder.num_replayed > 12
     assert with_graphs.said == ["graphs: recorded the update"]
+
+
+FEW = ADVANTAGES * torch.tensor([1, 0, 0, 1, 0, 0, 1, 0])  # 6 of 16 transitions have a signal: 2 micro-batches of 4
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_sums_of_many_micro_batches_are_rounded_anew_in_each_replay_bit_for_bit_as_without_graphs(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Updates of few, which are rounded to nearest, replay the graph of many."""
+    monkeypatch.setattr(direct, "MOST_TO_NEAREST", 2)
+    with_graphs, without = (Setting(is_graphed, micro_batch_size=4) for is_graphed in (True, False))
+    with dispatch.use(kernels):
+        for seed, advantages in ((4, ADVANTAGES), (5, FEW), (6, ADVANTAGES)):
+            one, other = with_graphs.update(seed, advantages), without.update(seed, advantages)
+            assert replace(one, seconds=0) == replace(other, seconds=0)
+            assert same_weights(with_graphs.engine, without.engine)
+    assert with_graphs.said == ["graphs: recorded the update"] and with_graphs.recorder.num_replayed == 1 + 4 + 2 + 4
+
+
+def test_an_update_of_few_micro_batches_may_be_the_one_that_records_the_graph(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(direct, "MOST_TO_NEAREST", 2)
+    settings = [Setting(is_graphed, micro_batch_size=4) for is_graphed in (True, False)]
+    for setting in settings:
+        for seed, advantages in ((5, FEW), (6, ADVANTAGES), (7, ADVANTAGES * torch.nan), (8, ADVANTAGES)):
+            setting.update(seed, advantages)
+    assert same_weights(*(setting.engine for setting in settings))
+    assert settings[0].recorder.num_recorded == 1
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("most_to_nearest", [64, 2])
+def test_what_changes_between_updates_is_a_tensor_at_an_address_that_stays(
+    most_to_nearest: int, kernels: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A CUDA graph repeats the numbers of its launches, so the region that is recorded must not have others."""
+    monkeypatch.setattr(direct, "MOST_TO_NEAREST", most_to_nearest)
+    recorder = ArgumentRecorder()
+    setting = Setting(True, 0.1, recorder, micro_batch_size=4)
+    with dispatch.use(kernels):
+        for seed in (4, 5):
+            setting.update(seed)
+    first, *others = recorder.replays
+    assert len(others) == 2 * 4 and all(replayed == first for replayed in others)
+    added = [arguments for name, arguments in first if "add_rounded" in name]
+    assert bool(added) == (kernels == "triton" and most_to_nearest == 2)  # in torch it is made of other operations
+
+
+def test_a_run_of_many_micro_batches_goes_on_after_a_resume_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(direct, "MOST_TO_NEAREST", 4)
+    through, resumed = Setting(False, micro_batch_size=2), Setting(True, micro_batch_size=2)
+    through.update(4)
+    through.engine.save(tmp_path)
+    through.update(5)
+    resumed.engine.load(tmp_path)
+    resumed.update(5)
+    assert same_weights(through.engine, resumed.engine)
 
 
 def test_a_last_micro_batch_filled_up_with_rows_of_signal_0_gives_the_same_gradient():
@@ -208,7 +269,7 @@ def test_engines_say_why_they_have_no_graphs():
     in_backward = engine_of(network, 1, 0, "pure_bf16", in_backward=True, name="adamw_8bit")
     assert "steps weights in the backward pass" in in_backward.graph_problem
     many = engine_of(TinyNetwork().bfloat16(), 65, 0, "pure_bf16", name="adamw_8bit")
-    assert "sums of more than 64 micro-batches are rounded" in many.graph_problem
+    assert many.graph_problem == ""
 
 
 RUN: dict[str, object] = {

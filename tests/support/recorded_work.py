@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rlcm_fast.graphs import leaves
+
 
 class CpuRecorder:
     """Counts recordings and replays, too."""
@@ -55,6 +57,52 @@ class _Recording(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         self._operations.append((func, args, kwargs or {}, results))
         return results
+
+
+class ArgumentRecorder:
+    """Runs the function anew instead of replaying it, and notes what a graph would freeze.
+
+    replays: of each, the operations with their host arguments and the addresses of tensors that none of them made.
+    """
+
+    def __init__(self) -> None:
+        self.replays: list[list[tuple[str, list[Any]]]] = []
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        outputs = run()
+
+        def replay() -> None:
+            with _Noting() as noted:
+                again = run()
+            for kept, found in zip(leaves(outputs), leaves(again), strict=True):
+                kept.copy_(found)
+            self.replays.append(noted.operations)
+
+        return outputs, replay
+
+    def forget(self) -> None:
+        raise AssertionError("a graph was recorded anew")
+
+
+class _Noting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[str, list[Any]]] = []
+        self._made: dict[int, Tensor] = {}  # by storage; held, so that no address is used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tree_leaves((args, kwargs or {}))
+        storages = {_storage(argument) for argument in given if isinstance(argument, Tensor)}
+        self.operations.append((str(func), [self._described(argument) for argument in given]))
+        results = func(*args, **(kwargs or {}))
+        made = [result for result in tree_leaves(results) if isinstance(result, Tensor)]
+        self._made |= {_storage(result): result for result in made if _storage(result) not in storages}
+        return results
+
+    def _described(self, argument: Any) -> Any:
+        if not isinstance(argument, Tensor):
+            return repr(argument)  # NaN is NaN
+        return "made here" if _storage(argument) in self._made else (_storage(argument), argument.storage_offset())
 
 
 def _write(new: Any, old: Any, arguments: list[Any]) -> None:

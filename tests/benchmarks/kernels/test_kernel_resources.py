@@ -75,6 +75,13 @@ def test_weights_and_gradients_come_in_by_vector_loads_and_moments_by_half_as_wi
     assert max(int(row["registers"]) for row in rows) <= 96  # 64 with triton 3.7, 96 with 3.6: five programs or more
 
 
+def test_sums_of_gradients_come_in_by_vector_loads_and_the_step_and_the_number_by_two(compiled: list[dict[str, str]]):
+    rows = [row for row in compiled if row["operation"] == "add_rounded"]
+    loads = {(row["dtype"], row["vector_loads"], row["narrow_loads"]) for row in rows}
+    assert loads == {("bfloat16", "2", "2")}
+    assert max(int(row["registers"]) for row in rows) <= 40
+
+
 def test_hidden_states_of_a_unet_come_in_by_vector_loads_in_either_format(compiled: list[dict[str, str]]):
     for row in compiled:
         if row["kernel"] in NORM:
