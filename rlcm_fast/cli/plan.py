@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     # Check the arguments before torch is imported.
     from rlcm_fast.config import parse_config
-    from rlcm_fast.config.batches import has_auto
+    from rlcm_fast.config.batches import has_auto, is_open
     from rlcm_fast.config.checks import validate
     from rlcm_fast.planner.gpus import GPUS, find_gpu
 
@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     resolved = validate(config, arguments.processes)
     gpus = [find_gpu(arguments.gpu)] if arguments.gpu is not None else list(GPUS.values())
     is_one = len(gpus) == 1
-    if arguments.json and has_auto(config) and not is_one:
-        raise ValueError("gpu=null leaves the micro-batches of auto open, which the bytes depend on; give --gpu NAME")
+    if arguments.json and is_open(config) and not is_one:
+        raise ValueError("gpu=null leaves open what is auto in the config, which the bytes depend on; give --gpu NAME")
 
     # Read the model's configs, build the planner, and choose what the config leaves to it.
     from rlcm_fast.planner.of_config import planner_of
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(finite_json(_report(planner, plans), indent=2))
         return
     lines = _head(planner, plans[0].strategy, config.model.path, is_one or not has_auto(config))
-    if is_one or not has_auto(config):
+    if is_one or not is_open(config):
         lines += _memory_table(planner.memory(plans[0].strategy))
     print("\n".join(lines))
     print("\n".join(_one_gpu(planner, plans[0]) if is_one else _all_gpus(planner, plans)))
@@ -76,18 +76,20 @@ class _OnGpu:
     gpu: Gpu
     config: Config
     strategy: Strategy
+    without_graphs: str = ""  # why engine.graphs=auto uses none
 
 
 def _on(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> _OnGpu:
-    """Chooses the sizes that the config leaves to the planner, for engine.memory_gib or all that the GPU has."""
-    from rlcm_fast.config.batches import Candidates, has_auto, with_batches
-    from rlcm_fast.planner.batches import choose, with_sizes
+    """Chooses what the config leaves to the planner, for engine.memory_gib or all that the GPU has."""
+    from rlcm_fast.config.batches import Candidates, is_open
+    from rlcm_fast.planner.batches import choose, chosen_config, without_graphs
 
-    if not has_auto(config):
+    if not is_open(config):
         return _OnGpu(gpu, config, strategy)
     candidates = Candidates.of(config, planner.workload.num_processes)
-    batches, _ = choose(planner, strategy, candidates, config.engine.memory_gib or gpu.memory_gib)
-    return _OnGpu(gpu, with_batches(config, batches), with_sizes(strategy, batches))
+    chosen, _ = choose(planner, strategy, candidates, config.engine.memory_gib or gpu.memory_gib)
+    left_out = "" if chosen.graphs == strategy.graphs else without_graphs(planner, chosen)
+    return _OnGpu(gpu, chosen_config(config, chosen), chosen, left_out)
 
 
 def _head(planner: Planner, strategy: Strategy, name: str, has_batches: bool) -> list[str]:
@@ -156,6 +158,7 @@ def _one_gpu(planner: Planner, plan: _OnGpu) -> list[str]:
         "evaluations and checkpoints)",
         *_rewards(planner, gpu),
         *_not_known(planner, strategy),
+        *([f"  {plan.without_graphs}"] if plan.without_graphs else []),
         *(f"  {line}" for line in _verdict(planner, plan)),
     ]
 

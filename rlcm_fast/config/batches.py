@@ -1,4 +1,4 @@
-"""Says which numbers `auto` may become: the micro-batches of rollout, decoding and update.
+"""Says which numbers `auto` may become: the micro-batches of rollout, decoding and update. Graphs are auto, too.
 
     config with `auto` -> candidates -> planner/batches.py chooses on a GPU, `with_numbers` takes the largest on a CPU
     -> a config of numbers, which all else gets
@@ -62,6 +62,11 @@ def has_auto(config: Config) -> bool:
     """Tells whether a size is left to the planner."""
     sizes = batches_of(config)
     return AUTO in (sizes.update, sizes.rollout, sizes.decode)
+
+
+def is_open(config: Config) -> bool:
+    """Tells whether the planner has something to choose on a GPU: a size, or whether graphs replay."""
+    return has_auto(config) or config.engine.graphs == AUTO
 
 
 def batches_of(config: Config) -> Batches:

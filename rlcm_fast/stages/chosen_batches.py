@@ -1,25 +1,35 @@
-"""Replaces `auto` by numbers when a run starts: those that its folder has noted, or those that fit now.
+"""Replaces `auto` by numbers when a run starts, those that its folder has noted or those that fit now; and graphs.
 
     start of the processes -> choose_batches -> a config of numbers -> [size_trial.py lowers them] -> config.yaml,
     fingerprint, all parts
 
 On a GPU the main process plans, which takes 10 to 30 seconds, for the GPU with the least memory of all. On a CPU the
 numbers are fixed (config/batches.py). A run that resumes keeps its numbers, so its fingerprint does not change.
+Whether engine.graphs=auto uses graphs is planned at every start on a GPU, beside the numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from rlcm_fast import parallel
 from rlcm_fast.config import Config
-from rlcm_fast.config.batches import AUTO, Batches, Candidates, batches_of, has_auto, with_batches, with_numbers
+from rlcm_fast.config.batches import (
+    AUTO,
+    Batches,
+    Candidates,
+    batches_of,
+    has_auto,
+    is_open,
+    with_batches,
+    with_numbers,
+)
 from rlcm_fast.config.checks import validate
-from rlcm_fast.planner.batches import choose, with_sizes
+from rlcm_fast.planner.batches import choose, sizes_of, with_sizes, without_graphs
 from rlcm_fast.planner.estimate import Strategy
 from rlcm_fast.planner.memory import Memory
 from rlcm_fast.planner.of_config import planner_of
@@ -63,63 +73,86 @@ class Choice:
 def choose_batches(config: Config, device: torch.device, tell: Callable[[str], None] = say) -> Choice:
     """Puts numbers in place of `auto`, the same on all processes; every rank must call.
 
+    On a GPU engine.graphs=auto becomes off, too, where graphs have no room beside the numbers.
+
     Raises:
         SharedMistake: the planner does not know the model, or the run's folder is another run's.
     """
-    if not parallel.any_rank(has_auto(config)):
+    # Leave a config as it is in which nothing is auto.
+    is_gpu = device.type == "cuda"
+    if not parallel.any_rank(is_open(config) if is_gpu else has_auto(config)):
         return Choice(config)
+
+    # Choose on the main process.
     memory = min(parallel.all_gather_list([_memory_gib(config, device)]))
     found, of_main = None, None
     with together():
         if parallel.is_main():
             check_run_dir(config)  # a mistake is told before the planning
-            found, of_main = _numbers(config, memory if device.type == "cuda" else None, tell)
-    # A rank whose config has no auto keeps its own; begin() then tells how the configs differ.
-    batches: Batches = from_main(found)  # pyright: ignore[reportAssignmentType]
-    if not has_auto(config):
-        return Choice(config)
+            found, of_main = _chosen(config, memory if is_gpu else None, tell)
+
+    # Tell all. A rank whose config has no auto keeps its own; begin() then tells how the configs differ.
+    batches, graphs = from_main(found)  # pyright: ignore[reportGeneralTypeIssues]
     is_planned = from_main(of_main is not None)
-    plan = Plan(Candidates.of(config, parallel.world_size()), of_main) if is_planned else None
+    plan = Plan(Candidates.of(config, parallel.world_size()), of_main) if is_planned and has_auto(config) else None
     asked, is_alone = batches_of(config), parallel.world_size() == 1
     may_lower = [is_alone and size == AUTO for size in (asked.rollout, asked.update)]
-    return Choice(with_batches(config, batches), plan, *may_lower)
+    chosen = with_batches(config, batches) if has_auto(config) else config
+    if config.engine.graphs == AUTO:
+        chosen = replace(chosen, engine=replace(chosen.engine, graphs=graphs))
+    return Choice(chosen, plan, *may_lower)
 
 
-def _numbers(
+def _chosen(
     config: Config, memory_gib: float | None, tell: Callable[[str], None]
-) -> tuple[Batches, tuple[Planner, Strategy] | None]:
-    """Finds the numbers and says so in one line; the planner comes with those that it chose.
+) -> tuple[tuple[Batches, str], tuple[Planner, Strategy] | None]:
+    """Finds the numbers and engine.graphs, and says so; the planner comes with numbers that it chose.
 
     memory_gib: of the smallest GPU; None on a CPU.
     """
+    # Numbers of the config, of the run that resumes, or of a CPU stay.
+    fixed = _fixed(config, memory_gib is None, tell)
+    graphs = config.engine.graphs
+    if memory_gib is None or (fixed is not None and graphs != AUTO):
+        assert fixed is not None
+        return (fixed, graphs), None
+
+    # Choose the rest beside them.
+    run = validate(config, parallel.world_size())
+    try:
+        planner, strategy = planner_of(run)
+    except ValueError as error:
+        if fixed is None:
+            raise ValueError(f"a micro-batch of auto needs a plan, and {error}; or give numbers") from error
+        tell(f"engine.graphs=auto: no graphs, because nothing can be planned: {error}")
+        return (fixed, "off"), None
+    numbered = config if fixed is None else with_batches(config, fixed)
+    chosen, fits = choose(planner, strategy, Candidates.of(numbered, parallel.world_size()), memory_gib)
+    if fixed is None:
+        words = "the largest planned to fit" if fits else "the smallest, and the plan is that they do not fit"
+        tell(f"auto: {sizes_of(chosen)}, {words} {memory_gib:.1f} GiB")
+    if chosen.graphs != graphs:
+        tell(without_graphs(planner, chosen))
+    return (sizes_of(chosen), chosen.graphs), (planner, chosen) if fixed is None else None
+
+
+def _fixed(config: Config, is_cpu: bool, tell: Callable[[str], None]) -> Batches | None:
+    """Returns the numbers that need no plan; None if there are none."""
     # A run that resumes keeps its own, if they still divide.
+    if not has_auto(config):
+        return batches_of(config)
     if config.resume is not None:
         checkpoint = Path(config.resume)
         folder = Path(config.run_dir) if config.resume == "latest" else checkpoint.resolve().parent.parent
         kept = noted_batches(config, folder)
         if kept is not None and _is_valid(with_batches(config, kept)):
             tell(f"auto: as before, {kept}")
-            return kept, None
-
-    # Else they are chosen.
-    world_size = parallel.world_size()
-    if memory_gib is None:
-        found = batches_of(with_numbers(config, world_size))
-        tell(f"auto: {found} (fixed numbers on a CPU)")
-        return found, None
-    of_run = _planned(config)
-    found, fits = choose(*of_run, Candidates.of(config, world_size), memory_gib)
-    words = "the largest planned to fit" if fits else "the smallest, and the plan is that they do not fit"
-    tell(f"auto: {found}, {words} {memory_gib:.1f} GiB")
-    return found, of_run
-
-
-def _planned(config: Config) -> tuple[Planner, Strategy]:
-    run = validate(config, parallel.world_size())
-    try:
-        return planner_of(run)
-    except ValueError as error:
-        raise ValueError(f"a micro-batch of auto needs a plan, and {error}; or give numbers") from error
+            return kept
+    if not is_cpu:
+        return None
+    found = batches_of(with_numbers(config, parallel.world_size()))
+    tell(f"auto: {found} (fixed numbers on a CPU)")
+    return found
 
 
 def _is_valid(config: Config) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from planners import planner_of
@@ -48,6 +50,35 @@ def test_the_plan_of_one_gpu_has_a_verdict(capsys: pytest.CaptureFixture[str]):
     printed = capsys.readouterr().out
     assert "it does not fit: " in printed
     assert "it would fit with --" in printed
+
+
+GRAPHS = ["--engine.graphs=auto", "--engine.dtype=pure_bf16", "--optimizer.name=adamw_8bit"]
+
+
+def test_a_plan_uses_graphs_where_they_have_room_and_says_where_they_have_not(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", *CONFIG, *GRAPHS, "--gpu", "4090"]) == 0
+    printed = capsys.readouterr().out
+    assert "kept by graphs" in printed and "engine.graphs=auto" not in printed
+    assert main(["plan", *CONFIG, *GRAPHS, "--gpu", "4090", "--engine.memory_gib=1.25"]) == 0
+    printed = capsys.readouterr().out
+    assert "kept by graphs" not in printed
+    assert "engine.graphs=auto: no graphs, with which these micro-batches would take 1." in printed
+    assert main(["plan", *CONFIG, *GRAPHS]) == 0
+    assert "GiB on each GPU" not in capsys.readouterr().out  # they differ by graphs
+
+
+@pytest.mark.slow
+def test_the_plans_of_the_page_are_the_planners(capsys: pytest.CaptureFixture[str]):
+    page = Path("docs/planner.md").read_text(encoding="utf-8").replace("\\\n", "")
+    block = re.search(r"^    rlcm-fast (plan .*)", page, re.MULTILINE)
+    assert block is not None
+    arguments = block[1].split()
+    assert main(arguments) == 0
+    assert main([*arguments[: arguments.index("--gpu")], "--update.micro_batch_size=8"]) == 0
+    one, table = capsys.readouterr().out.split("largest micro-batches that fit")
+    words = " ".join(page.split())
+    assert " ".join(one.split()) in words
+    assert " ".join(table[table.index("GPU  ") :].split()) in words
 
 
 AUTO = ["--update.micro_batch_size", "auto", "--rollout.micro_batch_size", "auto", "--rollout.decode_batch_size=auto"]

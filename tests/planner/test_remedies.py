@@ -12,6 +12,7 @@ import pytest
 from planners import SHAPES, planner_of
 
 from rlcm_fast.config import Config, parse_config
+from rlcm_fast.config.batches import batches_of, with_numbers
 from rlcm_fast.config.checks import validate
 from rlcm_fast.planner.estimate import GIB, SETTINGS, strategy_of
 from rlcm_fast.planner.gpus import GPUS, Gpu
@@ -90,11 +91,11 @@ def test_so_it_is_for_the_configs_of_the_shipped_model(file: Path):
 @pytest.mark.parametrize("file", FULL_SIZE, ids=str)
 def test_so_it_is_for_full_size_models(file: Path):
     """On GPUs of the table's sizes, and smaller and in-between ones; some of them are too small for anything."""
-    arguments = [f"--config={file}"]
-    config = parse_config(arguments)
-    numbers = [n for n in (1, 8) if is_valid(config, n)]  # of processes
-    gibs = (8, 12, 16, 20, 24, 32, 40)
-    found = [assert_is_a_remedy(arguments, config.model.path, gib, n) for n in numbers for gib in gibs]
+    config, gibs, found = parse_config([f"--config={file}"]), (8, 12, 16, 20, 24, 32, 40), []
+    for processes in (n for n in (1, 8) if is_valid(config, n)):
+        sizes = str(batches_of(with_numbers(config, processes))).split(", ")  # where the config says auto, too
+        arguments = [f"--config={file}", *(f"--{size}" for size in sizes)]
+        found += [assert_is_a_remedy(arguments, config.model.path, gib, processes) for gib in gibs]
     assert sum(found) > len(found) / 2
 
 

@@ -72,7 +72,8 @@ def test_sdxl_is_planned_within_a_minute_and_its_figures_are_the_known_ones():
     assert sum(unet.trainable) / 1e6 == pytest.approx(2567, abs=1)
     assert unet.forward_flops.total / 1e9 == pytest.approx(6761, abs=1)
     assert unet.training_peak(1) / GIB == pytest.approx(6.45, abs=0.01)
-    assert (memory.weights + memory.gradients + memory.master + memory.moments) / GIB == pytest.approx(38.3, abs=0.1)
+    # Bytes a weight: 2, its gradients' sum 4, its master copy 4, two moments 8.
+    assert (memory.weights + memory.gradients + memory.master + memory.moments) / GIB == pytest.approx(43.04, abs=0.1)
     assert planner.profiles(strategy).vae.decoder.flops.total / 1e9 == pytest.approx(10470, abs=1)
 
 

@@ -54,7 +54,7 @@ def test_a_config_of_numbers_stays_as_it_is():
 
 
 def test_a_cpu_has_fixed_numbers_and_plans_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(chosen_batches, "_planned", None)
+    monkeypatch.setattr(chosen_batches, "planner_of", None)
     config, said = chosen(CPU, f"--run_dir={tmp_path / 'run'}")
     assert numbers(config) == Batches(64, 64, 0)
     sizes = "update.micro_batch_size=64, rollout.micro_batch_size=64, rollout.decode_batch_size=0"
@@ -74,6 +74,42 @@ def test_a_gpu_gets_the_largest_that_are_planned_to_fit(gpu: SimpleNamespace, tm
     assert numbers(capped) == small
     given, _ = chosen(GPU, run_dir, "--update.micro_batch_size=3")
     assert numbers(given) == Batches(3, 64, 16)
+
+
+GRAPHS = ("--engine.graphs=auto", "--engine.dtype=pure_bf16", "--optimizer.name=adamw_8bit")
+
+
+def test_a_gpu_with_room_gets_graphs_and_the_others_keep_their_larger_micro_batches(
+    gpu: SimpleNamespace, tmp_path: Path
+):
+    run_dir = f"--run_dir={tmp_path / 'run'}"
+    gpu.total_memory = 24 * GIB
+    roomy, said = chosen(GPU, run_dir, *GRAPHS)
+    assert numbers(roomy) == Batches(64, 64, 16) and roomy.engine.graphs == "auto" and len(said) == 1
+    gpu.total_memory = round(1.3 * GIB)
+    small, said = chosen(GPU, run_dir, *GRAPHS)
+    assert small.engine.graphs == "off"
+    assert numbers(small) == numbers(chosen(GPU, run_dir, *GRAPHS[1:])[0])
+    assert said[1].startswith("engine.graphs=auto: no graphs, with which these micro-batches would take ")
+    assert chosen(GPU, run_dir, "--engine.graphs=off", *GRAPHS[1:])[0].engine.graphs == "off"
+
+
+def test_graphs_are_left_out_beside_given_numbers_too_and_no_number_is_tried(gpu: SimpleNamespace, tmp_path: Path):
+    given = ["--update.micro_batch_size=64", "--rollout.micro_batch_size=64", f"--run_dir={tmp_path / 'run'}", *GRAPHS]
+    found = {}
+    for gib in (1.4, 24.0):
+        said: list[str] = []
+        choice = choose_batches(parse_config([*given, f"--engine.memory_gib={gib}"]), GPU, said.append)
+        found[choice.config.engine.graphs] = said
+        assert choice.plan is None and batches_of(choice.config) == Batches(64, 64, 0)
+    assert found["auto"] == [] and len(found["off"]) == 1
+
+
+def test_without_a_plan_auto_means_no_graphs(gpu: SimpleNamespace, tmp_path: Path):
+    said: list[str] = []
+    config = parse_config([*GRAPHS, f"--run_dir={tmp_path / 'run'}", "--model.path=some/one"])
+    assert choose_batches(config, GPU, said.append).config.engine.graphs == "off"
+    assert said[0].startswith("engine.graphs=auto: no graphs, because nothing can be planned: model.path=some/one is")
 
 
 def test_where_nothing_fits_the_smallest_are_taken_and_it_is_said(gpu: SimpleNamespace, tmp_path: Path):
@@ -119,6 +155,21 @@ def test_a_run_notes_its_numbers_and_keeps_them_when_it_resumes(
         tiny_runs.arguments(tiny_lcm_folder, run_dir, {**options, "resume": "latest", "prompts.num_prompts": 7})
     )
     assert numbers(choose_batches(more, CPU, said.append).config).update % 7 == 0
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_run_that_resumes_on_a_gpu_keeps_its_numbers_and_plans_graphs_beside_them(
+    gpu: SimpleNamespace, tmp_path: Path
+):
+    (tmp_path / "config.yaml").write_text(to_yaml(parse_config(["--update.micro_batch_size=32", *GRAPHS])))
+    (tmp_path / "checkpoints" / "iteration_000001").mkdir(parents=True)
+    said: list[str] = []
+    for gib, graphs in ((24.0, "auto"), (1.2, "off")):
+        options = ["--update.micro_batch_size=auto", *GRAPHS, f"--run_dir={tmp_path}", f"--engine.memory_gib={gib}"]
+        again = parse_config([*options, f"--resume={tmp_path / 'checkpoints' / 'iteration_000001'}"])
+        choice = choose_batches(again, GPU, said.append)
+        assert numbers(choice.config).update == 32 and choice.config.engine.graphs == graphs
+        assert choice.plan is None and said[0].startswith("auto: as before, update.micro_batch_size=32")
 
 
 def test_out_of_memory_names_the_next_sizes_of_the_run(tmp_path: Path):
