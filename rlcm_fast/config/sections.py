@@ -321,7 +321,7 @@ class EngineConfig:
     compile: Literal["off", "regional", "whole"] = "off"
     """torch.compile of each transformer block (compiles soon), or of the whole network, whose gradients are checked."""
     graphs: Literal["auto", "off", "on"] = "off"
-    """Replay sampling, decoding and updates as CUDA graphs; auto: what can, if the plan has room; on: all or an error."""
+    """Replay sampling, decoding and updates as CUDA graphs; auto: what can and has room; on: all, or an error."""
     deterministic: bool = False
     """Use only deterministic algorithms of torch, which are slower: on a GPU, nothing else is promised to repeat."""
     offload_idle: bool = False
