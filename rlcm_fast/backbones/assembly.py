@@ -45,7 +45,7 @@ from rlcm_fast.backbones.loading import LORA_FILE, ModelPaths, resolve_model, sp
 from rlcm_fast.backbones.lora_layouts import add_lora, read_lora
 from rlcm_fast.backbones.model_checks import check_loaded, check_model, check_tokens
 from rlcm_fast.backbones.model_files import COPY_ANEW, NETWORKS
-from rlcm_fast.backbones.networks import BrokenWeights, Where, check_finite, class_of, is_hub_away
+from rlcm_fast.backbones.networks import BrokenWeights, Where, check_finite, class_of
 from rlcm_fast.backbones.single_file import load_parts, load_vae, scheduler_of
 from rlcm_fast.config import ModelConfig
 
@@ -193,15 +193,17 @@ def load_small_part(path: str, revision: str | None, name: str, class_name: str)
 
 
 def folder_configs(model: ModelConfig) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-    """Returns the configs of UNet and scheduler of a folder, before weights load; None where loading decides them.
+    """Returns the configs of UNet and scheduler, before weights load; None where loading decides them.
+
+    They come from a folder, or from the hub's cache.
 
     Raises:
         ValueError: the scheduler does not load.
     """
     paths = resolve_model(model)
-    folder = Path(paths.pipeline)
     is_plain = paths.unet is None and paths.lora is None and not paths.loras
-    if not is_plain or not folder.is_dir():
+    folder = hub.cached_folder(paths.pipeline, model_files.INDEX, model.revision) if is_plain else None
+    if folder is None:
         return None
     named = _field(model)
     class_name = model_files.parts_of(folder, named).get("scheduler", ("", ""))[1]
@@ -307,7 +309,7 @@ def _one_line(named: str, remedy: str, *kinds: type[Exception]) -> Iterator[None
         if not isinstance(error, OSError | ValueError | SafetensorError):
             reason = f"{type(error).__name__}: {reason}"
         way_out = COPY_ANEW if isinstance(error, BrokenWeights) else remedy
-        if is_hub_away(error):
+        if hub.is_away(error):
             reason, way_out = hub.AWAY
         raise ValueError(f"{named} could not be loaded: {reason}; {way_out}") from error
 

@@ -152,6 +152,8 @@ def check_tokenizer(part: PartConfig, encoder: PartConfig) -> None:
         raise part.refuse("model_max_length", f"the text encoder takes 3 to {longest} tokens", f"write {longest} there")
     if part["padding_side"] not in (None, "right"):
         raise part.refuse("padding_side", "texts here are padded behind their end", "write right there")
+    if part["truncation_side"] not in (None, "right"):
+        raise part.refuse("truncation_side", "texts here keep their beginning if they are cut", "write right there")
 
 
 def _is_finite(value: Any) -> bool:

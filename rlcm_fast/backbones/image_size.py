@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 from rlcm_fast.backbones.loading import resolve_model
 from rlcm_fast.backbones.model_files import read_json
 from rlcm_fast.config import ModelConfig
+from rlcm_fast.hub import cached_folder
 
 
 def pixels_before_loading(model: ModelConfig) -> tuple[int, int] | None:
@@ -33,8 +32,5 @@ def pixels_before_loading(model: ModelConfig) -> tuple[int, int] | None:
 
 def _config(place: str, name: str, revision: str | None) -> Path | None:
     """Returns the file of a folder, or that of a hub id in the cache; None if it is not on this machine."""
-    if Path(place).is_dir():
-        file = Path(place) / name
-        return file if file.is_file() else None
-    cached = try_to_load_from_cache(place, name, revision=revision)
-    return Path(cached) if isinstance(cached, str) else None
+    folder = cached_folder(place, name, revision)
+    return None if folder is None else folder / name

@@ -1,6 +1,7 @@
 """Refuses a model's folder before its weights load: parts that are missing, damaged, or do not fit each other.
 
-Reads the configs and the headers of the weights; imports no torch. What a hub holds is looked at once it is here.
+Reads the configs and the headers of the weights; imports no torch. Of a model on a hub, it fetches the configs first;
+what only its weights show is looked at once they are here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from rlcm_fast.backbones.file_kinds import LAYOUTS
 from rlcm_fast.backbones.loading import ModelPaths, resolve_model, variant_of
 from rlcm_fast.backbones.model_files import COPY_ANEW, INDEX, NETWORKS, refusal
 from rlcm_fast.config import ModelConfig
-from rlcm_fast.hub import check_there
+from rlcm_fast.hub import check_there, fetch_configs
 
 _ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
@@ -34,7 +35,12 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_hub(model: ModelConfig) -> None:
-    """Asks whether a hub can be reached that has what this machine lacks of a model; raises ValueError if not."""
+    """Checks what a hub has of a model: that it can be reached, and the configs, before weights are downloaded.
+
+    Raises:
+        ValueError: as `check_model`, or the hub gives no answer or has no such model.
+    """
+    # Ask for what is not on this machine, each with the field that names it.
     paths = resolve_model(model)
     found = {
         "base" if model.base else "path": paths.pipeline,
@@ -43,9 +49,20 @@ def check_hub(model: ModelConfig) -> None:
         "vae": paths.vae,
     }
     found |= {f"loras[{number}].path": path for number, (path, _) in enumerate(paths.loras)}
-    for field, path in found.items():
-        if path is not None and not Path(path).exists():
-            check_there(path, f"model.{field}={path}")
+    away = {field: path for field, path in found.items() if path is not None and not Path(path).exists()}
+    for field, path in away.items():
+        check_there(path, f"model.{field}={path}")
+
+    # Fetch the configs of its networks, and check them as those of a folder.
+    revised = paths.unet or paths.pipeline
+    folders = {
+        path: str(fetch_configs(path, model.revision if path == revised else None, f"model.{field}={path}"))
+        for field, path in away.items()
+        if "lora" not in field
+    }
+    if folders:
+        here = {name: folders.get(path, path) for name, path in paths._asdict().items() if isinstance(path, str)}
+        _check_parts(Path(here["pipeline"]), model, paths._replace(**here))
 
 
 def is_of_this_kind(folder: Path, named: str) -> bool:
@@ -71,15 +88,45 @@ def check_tokens(named: str, tokenizer: Any, encoder: Any) -> None:
 
 def check_folder(folder: Path, model: ModelConfig, paths: ModelPaths) -> None:
     """Checks the folder of a pipeline, its parts from elsewhere included; raises ValueError as `check_model` does."""
+    # Check what the configs say, then the files beside them.
+    here = _check_parts(folder, model, paths)
+    named = _named(model)
+    for name in model_files.TOKENIZERS:
+        if name in here:
+            model_files.check_tokenizer_files(folder / name, named)
+
+    # Look at the headers of the weights.
+    for path, field, wanted in ((paths.unet, "path", model.variant), (paths.vae, "vae", None)):
+        if path is not None and Path(path).is_dir():
+            shown = f"model.{field}={getattr(model, field)}"
+            model_files.check_weights(Path(path), shown, variant_of(path, wanted))
+    variant = variant_of(str(folder), None if paths.unet else model.variant)
+    if variant is not None and "unet" in here and not model_files.has_variant(folder / "unet", variant):
+        raise ValueError(f"model.variant={variant} is no variant of the files in {folder / 'unet'}; leave it out")
+    for name in NETWORKS:
+        if name in here:
+            model_files.check_weights(folder / name, named, variant)
+
+
+def _named(model: ModelConfig) -> str:
+    return f"model.path={model.path}" if model.base is None else f"model.base={model.base}"
+
+
+def _check_parts(folder: Path, model: ModelConfig, paths: ModelPaths) -> set[str]:
+    """Checks the configs of a pipeline's parts, and returns the networks and tokenizers that come from its folder.
+
+    Raises:
+        ValueError: as `check_model`, but for what only the files of weights and of tokenizers show.
+    """
     # Find the parts that come from the folder, and check that they are there.
-    named = f"model.path={model.path}" if model.base is None else f"model.base={model.base}"
+    named = _named(model)
     parts = model_files.parts_of(folder, named)
     _check_classes(named, parts, is_whole=paths.unet is None)
     others = set() if paths.kind is None else set(paths.kind.parts)
     others |= ({"unet"} if paths.unet else set()) | ({"vae"} if paths.vae else set())
     here = [name for name in NETWORKS if name in parts and name not in others]
 
-    # Read the configs, then the headers of the weights.
+    # Read their configs, and those of parts from elsewhere.
     configs = {name: _config(folder / name, named) for name in here}
     for other, path, field in (
         ("unet", paths.unet, f"model.path={model.path}"),
@@ -87,15 +134,18 @@ def check_folder(folder: Path, model: ModelConfig, paths: ModelPaths) -> None:
     ):
         if path is not None and Path(path).is_dir():
             configs[other] = _config(Path(path), field)
-            model_files.check_weights(Path(path), field, variant_of(path, model.variant if other == "unet" else None))
-    _check_configs(named, configs, model, [name for name in _ENCODERS if name in parts])
-    _check_tokenizers(folder, named, parts, configs)
+
+    # Compare them.
+    encoders = [name for name in _ENCODERS if name in parts]
+    _check_configs(named, configs, model, encoders)
+    tokenizers = [name for encoder, name in _ENCODERS.items() if name in parts and encoder in configs]
+    for encoder, name in _ENCODERS.items():
+        file = folder / name / "tokenizer_config.json"
+        if name in tokenizers and file.is_file():
+            part = PartConfig(named, f"{name}/{file.name}", model_files.read_json(file, named))
+            config_checks.check_tokenizer(part, configs[encoder])
     model_files.read_json(folder / "scheduler" / "scheduler_config.json", named)
-    variant = variant_of(str(folder), None if paths.unet else model.variant)
-    if variant is not None and "unet" in here and not model_files.has_variant(folder / "unet", variant):
-        raise ValueError(f"model.variant={variant} is no variant of the files in {folder / 'unet'}; leave it out")
-    for name in here:
-        model_files.check_weights(folder / name, named, variant)
+    return {*here, *tokenizers}
 
 
 def _config(folder: Path, named: str) -> PartConfig:
@@ -175,14 +225,3 @@ def _check_texts(named: str, model: ModelConfig, configs: Mapping[str, PartConfi
         if unet["projection_class_embeddings_input_dim"] != 6 * time + pooled:
             reason = f"six sizes of {time} and a pooled encoding of {pooled} make {6 * time + pooled}"
             raise unet.refuse("projection_class_embeddings_input_dim", reason, "give a UNet and encoders of one model")
-
-
-def _check_tokenizers(folder: Path, named: str, parts: dict[str, Any], configs: dict[str, PartConfig]) -> None:
-    for encoder, name in _ENCODERS.items():
-        if name not in parts or encoder not in configs:
-            continue
-        model_files.check_tokenizer_files(folder / name, named)
-        file = folder / name / "tokenizer_config.json"
-        if file.is_file():
-            part = PartConfig(named, f"{name}/{file.name}", model_files.read_json(file, named))
-            config_checks.check_tokenizer(part, configs[encoder])

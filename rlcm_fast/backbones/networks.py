@@ -12,13 +12,6 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from huggingface_hub.errors import (
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import httpx
 from torch import nn
 
 from rlcm_fast.backbones.model_files import has_variant
@@ -103,14 +96,3 @@ def _is_finite(weight: torch.Tensor) -> bool:
         return True
     least, most = weight.aminmax()  # NaN if there is one
     return bool(torch.isfinite(least) & torch.isfinite(most))
-
-
-def is_hub_away(error: BaseException | None) -> bool:
-    """Tells whether an error, or what it came from, is that a hub gave no answer; a wrong name is an answer."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    answered = any(isinstance(one, RepositoryNotFoundError | RevisionNotFoundError) for one in seen)
-    kinds = (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx.TransportError)
-    return not answered and any(isinstance(one, kinds) for one in seen)

@@ -20,12 +20,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from rlcm_fast.backbones import assembly
 from rlcm_fast.backbones.file_kinds import is_checkpoint
 from rlcm_fast.backbones.loading import SHIPPED, resolve_lora_path, resolve_model_path, variant_of
-from rlcm_fast.backbones.model_checks import check_model, is_of_this_kind
+from rlcm_fast.backbones.model_checks import check_hub, check_model, is_of_this_kind
 from rlcm_fast.backbones.text_checks import check_configs, check_pipeline
 from rlcm_fast.backbones.texts import TextEncoder, TextSettings
 from rlcm_fast.config import ModelConfig, PromptsConfig
 from rlcm_fast.config.files import check_name
-from rlcm_fast.hub import check_there
+from rlcm_fast.hub import check_there, fetch_configs
 
 
 def load_pipeline(
@@ -39,12 +39,15 @@ def load_pipeline(
     check_name("lora", lora or "")
     checkpoint = model not in SHIPPED and is_checkpoint(model)
     path = model if checkpoint else resolve_model_path(model, "model")
-    if Path(path).is_dir() and is_of_this_kind(Path(path), f"model={model}"):
-        check_model(ModelConfig(model))
     lora_path = None if lora is None else resolve_lora_path(lora, "lora")
     for field, place in (("model", path), ("lora", lora_path)):
         if place is not None and not Path(place).exists():
             check_there(place, f"{field}={place}")
+    if not checkpoint:
+        folder = Path(path) if Path(path).is_dir() else fetch_configs(path, revision, f"model={model}")
+        if is_of_this_kind(folder, f"model={model}"):
+            check_model(ModelConfig(model))
+            check_hub(ModelConfig(model, revision=revision))
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float16 if target.type == "cuda" else torch.float32
     if checkpoint:

@@ -24,7 +24,7 @@ from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.trajectory import Prompt
 
 CPU = torch.device("cpu")
-TEXTS = ["a red circle", "two stars"]
+TEXTS = ["a red circle", "two stars " * 12]  # the second one is cut at 20 or 32 tokens
 MAX_IMAGE_DIFFERENCE = 2e-5  # on [0, 1]
 Fields = dict[str, Any]
 
@@ -51,6 +51,14 @@ CHOICES: dict[str, dict[str, list[Any]]] = {  # usual values come first
         "original_inference_steps": [50, 20],
         "timestep_scaling": [10.0, 3.0],
         "use_karras_sigmas": [False, True],
+        "use_exponential_sigmas": [False, True],
+        "use_beta_sigmas": [False, True],
+        "final_sigmas_type": ["zero", "sigma_min"],
+        "sigma_max": [None, 9.0],
+        "trained_betas": [None, [0.01] * 1000],
+        "variance_type": [None, "fixed_large"],
+        "dynamic_thresholding_ratio": [0.995, 0.5],
+        "clip_sample_range": [1.0, 2.0],
     },
     "vae/config.json": {
         "scaling_factor": [0.18215, 0.13025, 0.5],
@@ -78,15 +86,20 @@ CHOICES: dict[str, dict[str, list[Any]]] = {  # usual values come first
         "layer_norm_eps": [1e-5, 1e-3],
         "eos_token_id": [73, 2],
         "attention_dropout": [0.0, 0.5],
+        "pad_token_id": [73, 1],
+        "bos_token_id": [72, 0],
     },
     "text_encoder_2/config.json": {"hidden_act": ["quick_gelu", "gelu"], "eos_token_id": [73, 2]},
     "tokenizer/tokenizer_config.json": {
         "model_max_length": [32, 20],
         "padding_side": ["right", "left"],
+        "truncation_side": ["right", "left"],
+        "do_lower_case": [True, False],
+        "add_prefix_space": [False, True],
         "pad_token": ["<|endoftext|>", "a"],
         "unk_token": ["<|endoftext|>", "b"],
     },
-    "model_index.json": {"force_zeros_for_empty_prompt": [True, False]},
+    "model_index.json": {"force_zeros_for_empty_prompt": [True, False], "add_watermarker": [None, True]},
 }
 
 

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi
 from huggingface_hub.utils import OfflineModeIsEnabled, httpx
 
 from rlcm_fast.backbones.loading import resolve_model
 from rlcm_fast.cli.diagnoses import GB, Diagnosis, State
 from rlcm_fast.config import ModelConfig
+from rlcm_fast.hub import cached_folder
 
 _WEIGHTS = (".safetensors", ".bin")
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -44,7 +45,7 @@ def model_files(model: ModelConfig) -> list[Diagnosis]:
 def _pipeline(path: str, revision: str | None, without_unet: bool) -> Diagnosis:
     """The row of a pipeline's folder or hub id."""
     networks = [name for name in _NETWORKS if not (without_unet and name == "unet")]
-    folder = Path(path) if Path(path).is_dir() else _cached(path, revision, "model_index.json")
+    folder = cached_folder(path, "model_index.json", revision)
     if folder is not None:
         missing = _missing_networks(folder, networks)
         if not missing:
@@ -59,7 +60,7 @@ def _single(what: str, path: str, revision: str | None, name: str) -> Diagnosis:
     place = Path(path)
     if place.is_file():
         return Diagnosis(what, State.OK, f"{path}, {place.stat().st_size / GB:.2g} GB")
-    folder = place if place.is_dir() else _cached(path, revision, name)
+    folder = place if place.is_dir() else cached_folder(path, name, revision)
     if folder is not None and _weights_in(folder):
         return _there(what, path, folder, [""])
     return _on_hub(what, path, revision, [""])
@@ -85,12 +86,6 @@ def _weights_in(folder: Path) -> list[Path]:
         if files:
             return files
     return []
-
-
-def _cached(repository: str, revision: str | None, name: str) -> Path | None:
-    """The folder of a repository in the hub's cache, if it holds `name`."""
-    path = try_to_load_from_cache(repository, name, revision=revision)
-    return Path(path).parent if isinstance(path, str) else None
 
 
 def _on_hub(what: str, repository: str, revision: str | None, networks: list[str]) -> Diagnosis:
