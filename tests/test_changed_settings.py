@@ -242,11 +242,35 @@ def test_gone_checkpoints_with_metrics_are_refused_and_without_them_it_starts_at
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "checkpoints" / "iteration_x").mkdir(parents=True)
     lines = (run_dir / "metrics.jsonl").read_text()
-    assert refusal(config).startswith(f"resume=latest finds no whole checkpoint in {run_dir}/checkpoints, and a start")
+    assert refusal(config).startswith(
+        f"resume=latest finds no whole checkpoint in {run_dir}/checkpoints, and its 2 lines"
+    )
     assert (run_dir / "metrics.jsonl").read_text() == lines
     (run_dir / "metrics.jsonl").unlink()
     begin(config).close()
     assert said == [f"run_dir={run_dir} has no checkpoint and no metrics: starting at 0"]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew_and_keeps_its_lines(
+    tiny_lcm_folder: str, run_dir: Path, said: list[str]
+):
+    # The run says itself when its first checkpoint was due; the new start may want another number.
+    config = make_config(tiny_lcm_folder, run_dir, resume="latest", num_iterations=3)
+    shutil.rmtree(run_dir / "checkpoints")
+    own, lines = run_dir / "config.yaml", (run_dir / "metrics.jsonl").read_text() + '{"iteration": 1, "rew'
+    assert "\n  every: 1\n" in own.read_text()
+    own.write_text(own.read_text().replace("\n  every: 1\n", "\n  every: 50\n"))
+    for number in (1, 2):
+        (run_dir / "metrics.jsonl").write_text(lines)
+        begin(config).close()
+        assert (run_dir / f"metrics.jsonl.{number}").read_text() == lines
+        assert not (run_dir / "metrics.jsonl").exists()
+        assert said[-1] == (
+            f"run_dir={run_dir} ended before its first checkpoint: starting at 0; its metrics are in"
+            f" metrics.jsonl.{number}"
+        )
+    (run_dir / "metrics.jsonl").write_text('{"iteration": 50}\n')
+    assert "of a run that had some; put the checkpoints back" in refusal(config)
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny_lcm_folder: str, run_dir: Path, said: list[str]):

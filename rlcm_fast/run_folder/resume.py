@@ -9,6 +9,7 @@ Every mistake ends all processes with one line. rules.py says what a changed set
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from rlcm_fast import parallel
 from rlcm_fast.config import Config
 from rlcm_fast.engine.base import Engine
+from rlcm_fast.report import read_run
 from rlcm_fast.run_folder import checkpoint as checkpoints
 from rlcm_fast.run_folder import lock as locks
 from rlcm_fast.run_folder.agreement import check_configs, check_folder, check_visible, from_main, together
@@ -145,15 +147,34 @@ def _found(config: Config, run_dir: Path) -> Path | None:
     if resume != "latest":
         return _named_checkpoint(resume, run_dir, num_lines)
     found = checkpoints.newest_whole(run_dir, say)
-    if found is None and (num_lines > 0 or checkpoints.complete(run_dir)):
-        raise ValueError(
-            f"resume=latest finds no whole checkpoint in {run_dir}/checkpoints, and a start at 0 would delete the "
-            f"{num_lines} lines of metrics.jsonl; put the checkpoints back, start a new run with another --run_dir "
-            "(from other weights with --resume_weights_only PATH), or delete run_dir if the run made no checkpoint"
-        )
-    if found is None:
+    if found is None and num_lines == 0 and not checkpoints.complete(run_dir):
         say(f"run_dir={run_dir} has no checkpoint and no metrics: starting at 0")
+    elif found is None and _ended_before_a_checkpoint(run_dir):
+        aside = _set_lines_aside(run_dir)
+        say(f"run_dir={run_dir} ended before its first checkpoint: starting at 0; its metrics are in {aside.name}")
+    elif found is None:
+        raise ValueError(
+            f"resume=latest finds no whole checkpoint in {run_dir}/checkpoints, and its {num_lines} lines of "
+            "metrics.jsonl are of a run that had some; put the checkpoints back, or start a new run with another "
+            "--run_dir (from other weights with --resume_weights_only PATH)"
+        )
     return found
+
+
+def _ended_before_a_checkpoint(run_dir: Path) -> bool:
+    """Tells whether a run ended before its first checkpoint was due, by its own config and metrics."""
+    if checkpoints.complete(run_dir):
+        return False
+    run = read_run(run_dir)
+    due = run.config.get("checkpoint.every") or run.num_planned
+    return isinstance(due, int) and all(line["iteration"] < due for line in run.lines)
+
+
+def _set_lines_aside(run_dir: Path) -> Path:
+    """Gives metrics.jsonl the first free name of metrics.jsonl.1, .2, ..., and returns that file."""
+    lines = run_dir / "metrics.jsonl"
+    aside = next(file for number in itertools.count(1) if not (file := Path(f"{lines}.{number}")).exists())
+    return lines.rename(aside)
 
 
 def _named_checkpoint(resume: str, run_dir: Path, num_lines: int) -> Path:
