@@ -6,11 +6,11 @@ alike, and what they would ignore or fail on is refused. Imports no torch; every
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from rlcm_fast.backbones.model_files import refusal
+from rlcm_fast.finite_json import is_number
 
 UNET, VAES = "UNet2DConditionModel", ("AutoencoderKL", "AutoencoderTiny")
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -110,7 +110,7 @@ def check_vae(part: PartConfig, unet_channels: int | None, is_sdxl: bool) -> Non
 
     # Check the scaling of latents.
     factor = part.config.get("scaling_factor", 0.18215)
-    if not _is_finite(factor) or factor <= 0.0:
+    if not is_number(factor) or factor <= 0.0:
         raise part.refuse("scaling_factor", "latents cannot be divided by it", "write 0.18215 (SDXL: 0.13025) there")
     if part["shift_factor"] not in (None, 0, 0.0):
         raise part.refuse("shift_factor", "the pipelines of Stable Diffusion and SDXL ignore it", "set it to null")
@@ -127,7 +127,7 @@ def _check_statistics(part: PartConfig, latent_channels: int, is_sdxl: bool) -> 
         if len(given) == 1:
             raise part.refuse(key, "it needs the other one of latents_mean and latents_std", "give both, or neither")
         is_list = isinstance(numbers, list) and len(numbers) == latent_channels
-        if not is_list or not all(_is_finite(one) for one in numbers):
+        if not is_list or not all(is_number(one) for one in numbers):
             raise part.refuse(key, f"no list of {latent_channels} numbers", "correct it, or set both to null")
         if key == "latents_std" and min(numbers) <= 0.0:
             raise part.refuse(key, "a standard deviation is above 0", "correct it, or set both to null")
@@ -148,13 +148,9 @@ def check_text_encoder(part: PartConfig) -> int:
 def check_tokenizer(part: PartConfig, encoder: PartConfig) -> None:
     """Raises ValueError if a tokenizer makes longer texts than its encoder takes, or puts padding before a text."""
     longest, length = encoder.count("max_position_embeddings", 77), part["model_max_length"]
-    if not _is_finite(length) or not 3 <= length <= longest:
+    if not is_number(length) or not 3 <= length <= longest:
         raise part.refuse("model_max_length", f"the text encoder takes 3 to {longest} tokens", f"write {longest} there")
     if part["padding_side"] not in (None, "right"):
         raise part.refuse("padding_side", "texts here are padded behind their end", "write right there")
     if part["truncation_side"] not in (None, "right"):
         raise part.refuse("truncation_side", "texts here keep their beginning if they are cut", "write right there")
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,7 +12,6 @@ names of all layers of the model are spelt in every layout first, and the names 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from rlcm_fast.backbones.original_names import UNetNames
 from rlcm_fast.file_modes import share
+from rlcm_fast.finite_json import is_number, load_json
 
 KOHYA_FILE = "kohya.safetensors"
 
@@ -45,6 +45,8 @@ _OTHER_KINDS = {
     "w_norm": "a LoRA of norms",
 }
 _METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's config
+_REPEATS = re.compile(r"[+?{]|\)\*")  # .* is no repetition of parts
+_MOST_STARS = 3
 _OLD_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
@@ -116,13 +118,22 @@ def read_lora(file: Path, networks: Mapping[str, nn.Module]) -> Lora:
         if layer is None or not {"down", "up"} <= parts.keys():
             rest.append(spelling)
             continue
-        rank = parts["down"].shape[0]
+        rank = _rank(parts, spelling)
         alpha = parts["alpha"].item() if "alpha" in parts else alphas.of(*layer, rank)
         layers[layer] = LoraLayer(parts["down"], parts["up"], alpha)
     if not any(part == "unet" for part, _ in layers):
         example = f", whose first name is {rest[0]}" if rest else ""
         raise ValueError(f"none of its layers is one of this model's UNet{example}")
     return Lora(layers, tuple(rest))
+
+
+def _rank(parts: Mapping[str, Tensor], named: str) -> int:
+    """Returns the rank of a layer; raises ValueError if its tensors are no matrices, or its alpha no number."""
+    if parts["down"].ndim < 2 or parts["up"].ndim < 2 or not len(parts["down"]):
+        raise ValueError(f"{named} has tensors of shapes {[list(tensor.shape) for tensor in parts.values()]}")
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        raise ValueError(f"{named} has {parts['alpha'].numel()} alphas")
+    return len(parts["down"])
 
 
 @torch.no_grad()
@@ -174,19 +185,44 @@ class _Alphas:
 
     def __init__(self, file: Path, metadata: Mapping[str, str]) -> None:
         beside = file.parent / "adapter_config.json"
-        self._config: dict[str, Any] = json.loads(metadata.get(_METADATA, "{}"))
+        self._config = _object(metadata.get(_METADATA, "{}"), _METADATA)
         if not self._config and beside.is_file():
-            own = json.loads(beside.read_text(encoding="utf-8"))
+            own = _object(beside.read_bytes(), beside.name)
             self._config = {f"unet.{name}": value for name, value in own.items()}
 
     def of(self, part: str, layer: str, rank: int) -> float:
+        """Returns the alpha of a layer; raises ValueError if the config says what no LoRA has."""
         config = self._config
-        alpha = config.get(f"{part}.lora_alpha", rank)
-        for pattern, value in (config.get(f"{part}.alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?{pattern}", layer):
+        alpha, patterns = config.get(f"{part}.lora_alpha", rank), config.get(f"{part}.alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"its alpha_pattern is {patterns}, and no object of alphas by layer")
+        for pattern, value in patterns.items():
+            if _compiled(pattern).fullmatch(layer):
                 alpha = value
+        if not is_number(alpha):
+            raise ValueError(f"its alpha of {part}.{layer} is {alpha}, and no number")
         # PEFT's rank-stabilised LoRA divides by the root of the rank.
         return float(alpha) * (math.sqrt(rank) if config.get(f"{part}.use_rslora") else 1)
+
+
+def _object(text: str | bytes, named: str) -> dict[str, Any]:
+    try:
+        found = load_json(text)
+    except ValueError as error:
+        raise ValueError(f"its {named} {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"its {named} holds no JSON object")
+    return found
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Returns a pattern of layers; raises ValueError for one with repetitions, whose search may take years."""
+    if _REPEATS.search(pattern) or pattern.count("*") > _MOST_STARS:
+        raise ValueError(f"its alpha_pattern {pattern[:60]} repeats parts, which is not read; name the layers in full")
+    try:
+        return re.compile(rf"(.*\.)?{pattern}")
+    except re.error as error:
+        raise ValueError(f"its alpha_pattern {pattern[:60]} is no pattern ({error})") from error
 
 
 def _refuse_other_kinds(tensors: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,6 @@ model has beyond the layout lies where single_file_writing.py puts it.
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +35,7 @@ from rlcm_fast.backbones.file_kinds import (
 )
 from rlcm_fast.backbones.networks import check_finite
 from rlcm_fast.backbones.original_names import UNetNames, is_vae_matrix, openclip_name, original_vae_name
+from rlcm_fast.finite_json import load_json
 
 OWN = "rlcm_fast.unet."  # what the original layout has no place for
 GUIDANCE = "time_embedding.cond_proj.weight"
@@ -96,10 +96,14 @@ def scheduler_of(kind: FileKind) -> Any:
         return None
     import diffusers
 
-    config = json.loads(text)
-    known: Any = getattr(diffusers, config["_class_name"], None)
+    try:
+        config = load_json(text)
+    except ValueError as error:
+        raise ValueError(f"{kind.path} names a scheduler that {error}; download it again") from error
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    known: Any = getattr(diffusers, str(name), None)
     if not (isinstance(known, type) and issubclass(known, SchedulerMixin)):
-        raise ValueError(f"{kind.path} names the scheduler {config['_class_name']}, which diffusers does not have")
+        raise ValueError(f"{kind.path} names the scheduler {name}, which diffusers does not have; give another model")
     kind_of_scheduler: Any = known
     return kind_of_scheduler.from_config(config)
 

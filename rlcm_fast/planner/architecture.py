@@ -15,6 +15,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from rlcm_fast.backbones.model_files import read_json
+
 _SHIPPED = Path(__file__).resolve().parent / "architectures"
 _VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 _TEXT_ENCODERS = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
@@ -110,7 +112,7 @@ def _part(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name / "config.json"
     if not file.is_file():
         raise ValueError(f"model.path={folder} has no {name}/config.json; give a folder that diffusers saved whole")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file, f"model.path={folder}")
 
 
 def _shipped(name: str) -> dict[str, Any]:

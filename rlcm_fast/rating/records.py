@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from rlcm_fast.finite_json import load_json
 from rlcm_fast.rating.ranks import check_ranks
 
 Kind = Literal["ranking", "comparison"]
@@ -107,7 +108,7 @@ def read_ratings(file: Path) -> list[Rating]:
             continue
         try:
             rating = _rating(entry)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             missing = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"file={file} line {number} {missing}; delete the line, or give another file") from error
         found.pop(rating.id, None)
@@ -122,7 +123,7 @@ def _is_torn(line: str) -> bool:
 
 def _entry(line: str) -> dict[str, Any] | None:
     try:
-        entry = json.loads(line)
+        entry = load_json(line)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None

@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from rlcm_fast.faults import Fault
+from rlcm_fast.finite_json import load_json
 from rlcm_fast.rating.ranks import scores_of
 from rlcm_fast.rating.records import Journal
 from rlcm_fast.rating.session import Plan, Question, Session
@@ -336,8 +337,10 @@ def _write(file: Path, content: bytes) -> None:
 def _start(file: Path, texts: Sequence[str]) -> str | None:
     """Returns the folder of the start model's images if they show the same prompts."""
     try:
-        start = json.loads(file.read_text(encoding="utf-8"))
+        start = load_json(file.read_bytes())
     except (OSError, ValueError):
+        return None
+    if not isinstance(start, dict) or "folder" not in start:
         return None
     return str(start["folder"]) if start.get("prompts") == list(texts) else None
 

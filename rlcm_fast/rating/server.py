@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import os
 import secrets
 import signal
@@ -32,6 +31,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from rlcm_fast.finite_json import load_json
 from rlcm_fast.rating.session import Session, Unknown
 
 _PAGE = Path(__file__).with_name("page")
@@ -163,7 +163,7 @@ async def _json_of(request: Request) -> dict[str, Any]:
         body += chunk
         if len(body) > _MOST_BYTES:
             raise ValueError(f"the body is larger than {_MOST_BYTES} bytes")
-    posted = json.loads(bytes(body) or b"{}")
+    posted = load_json(bytes(body) or b"{}")
     if not isinstance(posted, dict):
         raise ValueError("the body must be a JSON object")
     return posted

@@ -6,8 +6,6 @@ empty, and `RunData.problems` says so. Nothing here needs torch.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
+from rlcm_fast.config import documents
+from rlcm_fast.finite_json import is_number, load_json
 
 Line = Mapping[str, float]  # a line of metrics.jsonl: its finite numbers
 
@@ -99,7 +98,7 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
         name=name or folder.resolve().name,
         config=flat(_yaml(folder / "config.yaml", problems)),
         environment=_json(folder / "environment.json", problems),
-        lines=_lines(folder / "metrics.jsonl", problems),
+        lines=lines_of(folder / "metrics.jsonl", problems),
         grids=_grids(folder / "grids"),
         evaluations=_evaluations(folder / "evaluation", problems),
         problems=problems,
@@ -130,8 +129,8 @@ def _text(path: Path, problems: list[str]) -> str | None:
 def _yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     text = _text(path, problems)
     try:
-        found = yaml.safe_load(text) if text else {}
-    except (yaml.YAMLError, ValueError, RecursionError):
+        found = documents.load(text) if text else {}
+    except documents.Unreadable:
         found = None
     return _mapping(found, path, problems)
 
@@ -139,8 +138,8 @@ def _yaml(path: Path, problems: list[str]) -> dict[str, Any]:
 def _json(path: Path, problems: list[str]) -> dict[str, Any]:
     text = _text(path, problems)
     try:
-        found = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
+        found = load_json(text) if text else {}
+    except ValueError:
         found = None
     return _mapping(found, path, problems)
 
@@ -152,11 +151,11 @@ def _mapping(found: Any, path: Path, problems: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _lines(path: Path, problems: list[str]) -> list[Line]:
+def lines_of(path: Path, problems: list[str]) -> list[Line]:
     """Returns the numbers of each iteration; where two lines have one iteration, those of the last."""
     by_iteration: dict[int, Line] = {}
     for found in _objects(path, problems):
-        numbers = {str(key): float(value) for key, value in found.items() if _is_number(value)}
+        numbers = {str(key): float(value) for key, value in found.items() if is_number(value)}
         if "iteration" in numbers:
             by_iteration[int(numbers["iteration"])] = numbers
     return [by_iteration[number] for number in sorted(by_iteration)]
@@ -167,8 +166,8 @@ def _objects(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     found, num_damaged = [], 0
     for text in (_text(path, problems) or "").splitlines():
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
+            value = load_json(text)
+        except ValueError:
             value = None
         if isinstance(value, dict):
             found.append(value)
@@ -179,18 +178,14 @@ def _objects(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _grids(folder: Path) -> list[tuple[int, Path]]:
-    files = [path for path in _entries(folder) if path.suffix == ".png" and path.stem.isdigit()]
+    files = [path for path in _entries(folder) if path.suffix == ".png" and path.stem.isdecimal()]
     return sorted((int(path.stem), path) for path in files)
 
 
 def _evaluations(folder: Path, problems: list[str]) -> list[EvaluatedImages]:
     found = []
-    for of_one in sorted((path for path in _entries(folder) if path.name.isdigit()), key=lambda path: int(path.name)):
+    for of_one in sorted((path for path in _entries(folder) if path.name.isdecimal()), key=lambda path: int(path.name)):
         images = [_scored(row, of_one) for row in _objects(of_one / "scores.jsonl", problems)]
         images = [image for image in images if image is not None]
         if images:
@@ -204,7 +199,7 @@ def _scored(row: Mapping[str, Any], folder: Path) -> Scored | None:
         return None
     # A name with a slash would be a file outside of the folder.
     is_plain = isinstance(name, str) and "/" not in name and "\\" not in name and (folder / name).is_file()
-    known = {str(key): float(value) for key, value in scores.items() if _is_number(value)}
+    known = {str(key): float(value) for key, value in scores.items() if is_number(value)}
     return Scored(number, str(row.get("prompt", "")), known, folder / str(name) if is_plain else None)
 
 

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from rlcm_fast.finite_json import load_json
 from rlcm_fast.rewards.outcomes import Failed
 from rlcm_fast.rewards.pool import DaemonPool
 
@@ -206,7 +207,7 @@ def _retry_after(response: httpx2.Response) -> float:
 
 def _parsed(answer: bytes) -> Any:
     try:
-        return json.loads(answer)
+        return load_json(answer)
     except ValueError as error:
         beginning = " ".join(answer[:80].decode("utf-8", errors="replace").split())
         raise BadAnswer(f"answered what is no JSON: {beginning!r}") from error

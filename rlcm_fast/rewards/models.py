@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from huggingface_hub import constants, model_info, snapshot_download, try_to_loa
 from huggingface_hub.errors import HTTPError
 
 from rlcm_fast.config.files import local_path
+from rlcm_fast.finite_json import load_json
 from rlcm_fast.rewards.facts import EITHER, OPTIONAL, Facts, Weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -300,7 +300,10 @@ def _listed(file: Path) -> list[str]:
     """The names that a file lists if it is an index of weights; else none."""
     if not _is_index(file.name):
         return []
-    return sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        return sorted({str(name) for name in load_json(file.read_bytes())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no index of weights ({error}); copy or download its folder anew") from error
 
 
 def _may_be_hub_id(source: str) -> bool:

@@ -10,7 +10,6 @@ checkpoint, so the best is of a trained model, even if every one is worse than t
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rlcm_fast.engine.tensor_files import sync_folder, write_json
+from rlcm_fast.finite_json import is_number, load_json
 
 FILE = "best.json"
 _LOWEST = "min:"
@@ -39,10 +39,11 @@ class Best:
         if not file.is_file():
             return None
         try:
-            best = cls(**json.loads(file.read_text()))
+            best = cls(**load_json(file.read_bytes()))
         except (ValueError, TypeError):
             return None
-        return best if best.folder(run_dir).is_dir() else None
+        is_ours = isinstance(best.checkpoint, str) and isinstance(best.iteration, int) and is_number(best.value)
+        return best if is_ours and best.folder(run_dir).is_dir() else None
 
     def folder(self, run_dir: Path) -> Path:
         return run_dir / "checkpoints" / self.checkpoint

@@ -33,6 +33,8 @@ from typing import Any
 
 import psutil
 
+from rlcm_fast.finite_json import is_number, load_json
+
 HEARTBEAT, DEAD_AFTER = 15.0, 120.0  # seconds
 
 _NAME = "lock"
@@ -99,7 +101,7 @@ def _clear(run_dir: Path, say: Callable[[str], None]) -> None:
     holder, silence = _read(path), _silence(path)
     if silence is None:
         return
-    is_here = bool(holder) and all(holder.get(key) == value for key, value in _machine().items())
+    is_here = _has_process(holder) and all(holder.get(key) == value for key, value in _machine().items())
     is_own = is_here and _is_same_process(holder, os.getpid())
     lives = _lives(holder) if is_here else silence < DEAD_AFTER
     if lives and not is_own:
@@ -136,10 +138,16 @@ def _named(holder: dict[str, Any]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     """Returns what the lock says; {} if there is none, or if it is not written yet or damaged."""
     try:
-        content = json.loads(path.read_text())
+        content = load_json(path.read_bytes()) if path.is_file() else {}  # reading a pipe would never end
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _has_process(holder: dict[str, Any]) -> bool:
+    """Tells whether a lock names a process that a machine may have."""
+    pid, start = holder.get("pid"), holder.get("process_start")
+    return isinstance(pid, int) and 0 < pid < 2**31 and is_number(start)
 
 
 def _silence(path: Path) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from rlcm_fast.config import Config, RewardConfig
 from rlcm_fast.config.files import local_path
 from rlcm_fast.config.resolved import resolve
 from rlcm_fast.policies import resolve_kind
+from rlcm_fast.report.reading import lines_of
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHIPPED = ("shapes/lcm", "shapes/teacher")
@@ -205,8 +205,7 @@ def _curves(run_dir: Path, folder: Path, iteration: int) -> list[str]:
     """Draws the rewards over the iterations up to `iteration`."""
     # Read the means of all rewards.
     file = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines() if line] if file.is_file() else []
-    lines = [line for line in lines if line.get("iteration", 0) < iteration]
+    lines = [line for line in lines_of(file, []) if line["iteration"] < iteration]
     names = sorted({key for line in lines for key in line if key.startswith("reward/") and key.endswith("/mean")})
     if not names or len(lines) < _FEWEST_POINTS:
         return []
@@ -216,7 +215,7 @@ def _curves(run_dir: Path, folder: Path, iteration: int) -> list[str]:
 
     figure = Figure(figsize=(6, 2.2 * len(names)), layout="constrained")
     for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
-        points = [(line["iteration"], line[name]) for line in lines if line.get(name) is not None]
+        points = [(line["iteration"], line[name]) for line in lines if name in line]
         axes.plot([x for x, _ in points], [y for _, y in points])
         axes.set_ylabel(name.removeprefix("reward/").removesuffix("/mean"))
     axes.set_xlabel("iteration")

@@ -5,7 +5,6 @@ Only the main process writes. docs/runs.md has a table of all keys.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from rlcm_fast import parallel
 from rlcm_fast.config import Config, to_dict, to_yaml
-from rlcm_fast.finite_json import finite_json, not_finite
+from rlcm_fast.finite_json import finite_json, load_json, not_finite
 from rlcm_fast.grids import captioned_grid
 from rlcm_fast.run_folder.display import Clock, Display, PlainLines, is_live
 from rlcm_fast.run_folder.evaluation_files import write_evaluation
@@ -215,8 +214,8 @@ def _drop_lines_from(path: Path, iteration: int) -> None:
 def _iteration_of(line: str) -> int | None:
     """Returns the iteration that a line of metrics.jsonl is about; None if it is no such line."""
     try:
-        metrics = json.loads(line)
-    except (ValueError, RecursionError):
+        metrics = load_json(line)
+    except ValueError:
         return None
     number = metrics.get("iteration") if isinstance(metrics, dict) else None
     return number if isinstance(number, int) else None

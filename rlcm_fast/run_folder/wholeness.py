@@ -8,7 +8,6 @@ are small, the index has one of all bytes.
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from rlcm_fast import parallel
 from rlcm_fast.engine.old_checkpoints import fault_of_old
 from rlcm_fast.engine.shards import is_of_this_process
 from rlcm_fast.engine.tensor_files import checksum_in, fault_of_tensors, write_json
+from rlcm_fast.finite_json import load_json
 
 STATE, INDEX = "state.json", "index.json"
 _TENSORS = ".safetensors"
@@ -107,8 +107,8 @@ def _read_json(file: Path) -> Mapping[str, Any] | str:
         return f"{file.name} is missing"
     text = file.read_bytes()
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = load_json(text)
+    except ValueError:
         value = None
     if isinstance(value, dict):
         return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import OfflineModeIsEnabled, httpx
 
 from rlcm_fast.backbones.loading import resolve_model
+from rlcm_fast.backbones.model_files import parts_of
 from rlcm_fast.cli.diagnoses import GB, Diagnosis, State
 from rlcm_fast.config import ModelConfig
 from rlcm_fast.hub import cached_folder
@@ -47,7 +47,10 @@ def _pipeline(path: str, revision: str | None, without_unet: bool) -> Diagnosis:
     networks = [name for name in _NETWORKS if not (without_unet and name == "unet")]
     folder = cached_folder(path, "model_index.json", revision)
     if folder is not None:
-        missing = _missing_networks(folder, networks)
+        try:
+            missing = _missing_networks(folder, path, networks)
+        except ValueError as error:
+            return Diagnosis("model", State.WRONG, str(error))
         if not missing:
             return _there("model", path, folder, networks)
         if Path(path).is_dir():
@@ -72,11 +75,10 @@ def _there(what: str, path: str, folder: Path, networks: list[str]) -> Diagnosis
     return Diagnosis(what, State.OK, f"{path}, {size / GB:.2g} GB{where}", {"gb": size / GB})
 
 
-def _missing_networks(folder: Path, networks: list[str]) -> list[str]:
-    """The networks that a pipeline's index lists and that have no weights."""
-    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    listed = [name for name in networks if index.get(name, [None])[0] is not None]
-    return [name for name in listed if not _weights_in(folder / name)]
+def _missing_networks(folder: Path, path: str, networks: list[str]) -> list[str]:
+    """The networks that a pipeline's index lists and that have no weights; raises ValueError if it is damaged."""
+    listed = parts_of(folder, path)
+    return [name for name in networks if name in listed and not _weights_in(folder / name)]
 
 
 def _weights_in(folder: Path) -> list[Path]:
