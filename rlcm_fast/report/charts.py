@@ -1,8 +1,9 @@
 """Which curves a report shows, for one run and for groups of runs that differ only in their seed.
 
     rewards      in training, and on held-out prompts with two standard errors around the mean
-    held out     what nobody optimised, with the band of a guard if there is one
-    guards, diversity, policy (KL, ratio, clip), speed, cost
+    held out     what nobody optimised, with two standard errors, and diversity
+    guards       each measure with the band that the guard allows
+    policy (KL, ratio, clip), speed, cost
 
 One run has iterations below its curves; several have queries, because they may draw other numbers of images.
 """
@@ -148,10 +149,14 @@ def _diversity_charts(run: RunData) -> list[Chart]:
 
 
 def _guard_chart(run: RunData, name: str) -> Chart:
+    """Draws a measure and its band; a band with one end is shaded to the edge of the chart."""
     key = f"guard/{name}"
     low, high = dict(run.column(f"{key}/low")), dict(run.column(f"{key}/high"))
-    points = [replace(point, low=low.get(point.x), high=high.get(point.x)) for point in points_of(run, key)]
-    return Chart(name, [Series("this run", points, 2, has_marks=True)], "shaded: the band that the guard allows")
+    points = points_of(run, key)
+    values = [*(point.y for point in points), *low.values(), *high.values()]
+    lowest, highest = min(values), max(values)
+    banded = [replace(p, low=low.get(p.x, lowest), high=high.get(p.x, highest)) for p in points]
+    return Chart(name, [Series("this run", banded, 2, has_marks=True)], "shaded: the band that the guard allows")
 
 
 def _evaluated(run: RunData, key: str, colour: int) -> Series:

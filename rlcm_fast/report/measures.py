@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,19 +48,18 @@ def diversity_keys(run: RunData) -> list[str]:
 
 
 def guards(run: RunData) -> list[str]:
-    """Returns the names of the guards that have a band in the metrics."""
-    low = [key.removeprefix("guard/").removesuffix("/low") for key in run.keys if _is_low(key)]
-    return [name for name in low if f"guard/{name}/high" in run.keys and f"guard/{name}" in run.keys]
+    """Returns the names of the guards that have a band in the metrics, which may have one end."""
+    names = dict.fromkeys(key.removeprefix("guard/").rpartition("/")[0] for key in run.keys if _is_end(key))
+    return [name for name in names if f"guard/{name}" in run.keys]
 
 
 def guards_outside(run: RunData) -> list[str]:
     """Returns the guards that are outside their band where they were last measured."""
     found = []
     for name in guards(run):
-        keys = (f"guard/{name}", f"guard/{name}/low", f"guard/{name}/high")
-        measured = [line for line in run.lines if all(key in line for key in keys)]
-        value, low, high = (measured[-1][key] for key in keys) if measured else (0.0, 0.0, 0.0)
-        if not low <= value <= high:
+        key = f"guard/{name}"
+        last = next(line for line in reversed(run.lines) if key in line)
+        if not last.get(f"{key}/low", -math.inf) <= last[key] <= last.get(f"{key}/high", math.inf):
             found.append(name)
     return found
 
@@ -89,5 +89,5 @@ def _is_size(key: str) -> bool:
     return height.isdigit() and width.isdigit()
 
 
-def _is_low(key: str) -> bool:
-    return key.startswith("guard/") and key.endswith("/low")
+def _is_end(key: str) -> bool:
+    return key.startswith("guard/") and key.endswith(("/low", "/high"))

@@ -11,7 +11,8 @@ from report_runs import NUM_IMAGES, make_run
 
 from rlcm_fast.report import read_run, verdict
 from rlcm_fast.report.changes import Change, of_held_out, of_training, of_values
-from rlcm_fast.report.measures import constants, guards_outside
+from rlcm_fast.report.charts import sections_of_run
+from rlcm_fast.report.measures import constants, guards, guards_outside
 from rlcm_fast.report.reading import RunData
 
 
@@ -98,6 +99,17 @@ def test_guards_count_where_they_were_last_measured():
     assert guards_outside(run_of([inside, outside, {}])) == ["x"]
     assert guards_outside(run_of([outside, inside])) == []
     assert guards_outside(run_of([{"guard/outside": 1.0, "guard/kl_weight": 0.1}])) == []
+
+
+def test_a_band_with_one_end_counts_and_is_shaded_to_the_edge_of_its_chart():
+    fell = run_of([{"guard/x": 0.8, "guard/x/low": 0.7}, {"guard/x": 0.6, "guard/x/low": 0.7}])
+    grew = run_of([{"guard/x": 0.0, "guard/x/high": 1.5}, {"guard/x": 2.0, "guard/x/high": 1.5}])
+    assert guards(fell) == guards_outside(fell) == guards(grew) == guards_outside(grew) == ["x"]
+    edges = []
+    for run in (fell, grew):
+        (section,) = (section for section in sections_of_run(run) if section.title == "Guards")
+        edges.append([(point.low, point.high) for point in section.charts[0].series[0].points])
+    assert edges == [[(0.7, 0.8)] * 2, [(0.0, 1.5)] * 2]
 
 
 def test_every_number_of_the_verdict_is_in_the_metrics(tmp_path: Path):
