@@ -32,6 +32,8 @@ ADAPTERS = {**FEW, "engine.zero_stage": 3, "lora.rank": 2, "lora.targets": ["to_
 SETS = {"num_iterations": 1, "rewards": [{"name": "diversity", "group_size": 2}], "evaluation.num_images": 4}
 ONE = {"source": "shapes:one", "rewards": [{"name": tiny_runs.REWARD}]}
 TASKS = {"tasks": [{"name": name, **ONE} for name in "ab"], "num_iterations": 1, "engine.zero_stage": 1}
+GUARD = {"guard.action": "raise_kl", "guard.every": 1, "guard.z": 1e-6, "guard.floor": 0.0}  # any change is outside
+HELD_OUT = {"evaluation.rewards": [{"name": "jpeg_incompressibility"}, {"name": "jpeg_compressibility"}]}
 RUNS: dict[str, dict[str, object]] = {
     **{f"stage_{stage}": {**SETTINGS, "engine.zero_stage": stage} for stage in STAGES},
     "again": SETTINGS,
@@ -49,6 +51,7 @@ RUNS: dict[str, dict[str, object]] = {
     "adapters": {**SETTINGS, **ADAPTERS},
     "sets": {**SETTINGS, **SETS},
     **{f"tasks_{every}": {**SETTINGS, **TASKS, "tracking.task_gradients_every": every} for every in (0, 1)},
+    "guarded": {**SETTINGS, **GUARD, **HELD_OUT, "num_iterations": 3},
     "few_images": {**SETTINGS, "evaluation.num_images": 2, "num_iterations": 1, "tracking.grid_every": 1},
 }
 
@@ -123,6 +126,12 @@ def test_all_ranks_have_the_same_weights_and_they_are_those_of_the_export(folder
         first, second = (rank["weights"] for rank in seen(folder, run))
         assert largest_difference(first, second) == 0.0
     assert largest_difference(seen(folder, "stage_3")[0]["weights"], _exported(folder, "stage_3")) == 0.0
+
+
+def test_all_ranks_move_the_weight_of_the_kl_term_alike(folder: Path):
+    first, second = (rank["kl_weight"] for rank in seen(folder, "guarded"))
+    assert first == second
+    assert first["target"] > 0 and first["value"] > 0
 
 
 def test_all_ranks_have_the_same_average_and_it_is_what_is_exported(folder: Path):

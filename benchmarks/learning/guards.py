@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +29,8 @@ from benchmarks.shared.training_runs import Row, add_seed_arguments, train_all
 
 _FLAT_KB = 0.69  # of a blank image of 64 x 64 at quality 95
 _DETECTOR, _KB = "guard/shapes_alignment", "guard/jpeg_kb"
+_REWARDS = ("jpeg_compressibility", "shapes_alignment")
+_OTHER_IMAGES = ("--prompts", "shapes:one:held_out", "--num-images", "2048", "--seed", "1000")
 _OFTEN = ("guard.every", "2", "evaluation.num_images", "128", "evaluation.every", "12", "checkpoint.every", "8")
 _COLLAPSE = Arm("collapse", "compressibility_paper", ("guard.action", "warn", *_OFTEN, "num_iterations", "40"))
 _HEALTHY = (
@@ -37,8 +41,8 @@ _HELD = Arm(
     "raise_kl",
     "compressibility_paper",
     (
-        *("guard.action", "raise_kl", "guard.every", "3", "guard.z", "1"),
-        *("evaluation.every", "12", "evaluation.num_images", "192", "checkpoint.every", "8"),
+        *("guard.action", "raise_kl", "guard.every", "3", "evaluation.num_images", "256"),
+        *("checkpoint.every", "3", "checkpoint.keep", "40"),  # so that the lowest payload can be scored once more
     ),
 )
 _SHORT = ("evaluation.every", "16", "evaluation.num_images", "256", "num_iterations", "32", "checkpoint.every", "8")
@@ -113,23 +117,55 @@ def _banded(row: Row) -> set[str]:
 
 def raise_kl(runs: Mapping[str, list[list[Row]]]) -> dict[str, Any]:
     """The payload and the detector of each seed: at the end, and the lowest payload with the detector at 95 %."""
-    found = {}
-    for arm, seeds in runs.items():
-        found[arm] = [_held(rows) for rows in seeds]
-    return {"seeds": found}
+    return {"seeds": [_held(rows) for rows in runs[_HELD.name]]}
 
 
 def _held(rows: Sequence[Row]) -> dict[str, Any]:
+    # Measure relative to the start.
     measured = [row for row in rows if _DETECTOR in row]
     first = measured[0]
-    points = []
+    points: list[dict[str, float]] = []
     for row in measured:
-        detector, payload = row[_DETECTOR] / first[_DETECTOR], _payload(row, first)
-        weight = row.get("guard/kl_weight", 0.0)
-        points.append({"queries": row["seen"], "payload": payload, "detector": detector, "kl_weight": weight})
+        point = {"iteration": row["iteration"], "queries": row["seen"], "payload": _payload(row, first)}
+        point["detector"] = row[_DETECTOR] / first[_DETECTOR]
+        names = {"kl_weight": "guard/kl_weight", "kl_target": "guard/kl_target", "divergence": "guard/kl_to_start"}
+        points.append({**point, **{name: row[key] for name, key in names.items() if key in row}})
+
+    # A lowest value is the luckiest one, too; a mean over the run's last quarter is not chosen.
     good = [point for point in points if point["detector"] >= 0.95]
     best = min(good, key=lambda point: point["payload"])
-    return {"last": points[-1], "lowest_payload_with_detector_at_95": best, "curve": points}
+    late = points[-(len(points) // 4) :]
+    means = {key: statistics.fmean(point[key] for point in late) for key in ("payload", "detector")}
+    return {"lowest_payload_with_detector_at_95": best, "last": points[-1], "last_quarter": means, "curve": points}
+
+
+def on_other_images(seeds: Sequence[dict[str, Any]], folders: Sequence[Path]) -> None:
+    """Adds to each seed what its weights of the lowest payload, and its last ones, score on prompts drawn anew."""
+    start = _scores("shapes/lcm", folders[0].with_name("start.json"))
+    for found, folder in zip(seeds, folders, strict=True):
+        iteration = found["lowest_payload_with_detector_at_95"]["iteration"]
+        model = folder / "lowest"
+        if iteration and not (model / "model_index.json").exists():
+            _tool("export", str(folder), "--iteration", str(iteration), "--out", str(model), "--dtype", "fp32")
+        models = {"lowest_payload_with_detector_at_95": model if iteration else "shapes/lcm", "last": folder / "export"}
+        for name, weights in models.items():
+            scores = _scores(str(weights), folder / f"{name}.json")
+            kilobytes, detector = (scores[reward] / start[reward] for reward in _REWARDS)
+            flat = _FLAT_KB / abs(start[_REWARDS[0]])
+            found[name]["on_other_images"] = {"payload": (kilobytes - flat) / (1 - flat) - 1, "detector": detector}
+
+
+def _scores(model: str, out: Path) -> dict[str, float]:
+    """Returns the mean rewards of a model on images that no run is evaluated on."""
+    if not out.exists():
+        _tool("evaluate", "--model", model, "--rewards", *_REWARDS, *_OTHER_IMAGES, "--out", str(out))
+    rewards = json.loads(out.read_text())["results"][0]["rewards"]
+    return {name: reward["mean"] for name, reward in rewards.items()}
+
+
+def _tool(*arguments: str) -> None:
+    program = "from rlcm_fast.cli.main import main; raise SystemExit(main())"
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True)
 
 
 def _payload(row: Row, first: Row) -> float:
@@ -214,7 +250,10 @@ def main() -> int:
 
     # Summarise them.
     runs = {arm.name: [rows_of(run_folder(arguments.runs, arm, seed)) for seed in arguments.seeds] for arm in arms}
-    print_summary({"part": arguments.part, **summarise(runs)}, arguments.out / f"{arguments.part}.json")
+    summary = summarise(runs)
+    if arguments.part == "raise_kl":
+        on_other_images(summary["seeds"], [run_folder(arguments.runs, _HELD, seed) for seed in arguments.seeds])
+    print_summary({"part": arguments.part, **summary}, arguments.out / f"{arguments.part}.json")
     return 0
 
 

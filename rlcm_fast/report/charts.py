@@ -26,6 +26,7 @@ _POLICY = {
     "approx_kl": "KL to the rollout's policy",
     "ratio/max_deviation": "Largest abs(ratio - 1)",
     "clip_fraction": "Clipped share of transitions",
+    "guard/kl_target": "KL to the start model that the guard aims at",
     "guard/kl_weight": "KL weight of the guard",
     "advantage/zero_variance_groups": "Share of groups without any difference",
     "loss": "Loss",

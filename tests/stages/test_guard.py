@@ -113,55 +113,125 @@ def test_blank_images_leave_the_bands_of_statistics_diversity_and_distance(run: 
     assert far["guard/diversity_across"] == pytest.approx(metrics["guard/diversity_across/high"] / 1.5, rel=0.1)
 
 
-def test_the_weight_rises_outside_waits_while_it_gets_better_and_falls_well_inside(tmp_path: Path):
-    run = Run(tmp_path, action="raise_kl", z=0.1, floor=0.1)  # the band of taste 0.8 ends at 0.72
-    weights = [run(i, taste)["guard/kl_weight"] for i, taste in enumerate((0.8, 0.7, 0.6, 0.65, 0.73, 0.79))]
-    first, second = FIRST * 2**0.25, FIRST * 2**1.75
-    assert weights == pytest.approx([0, first, second, second, second, 0.8 * second])
-    assert "; update.kl_weight 0 -> 0.0119; see " in run.lines[0]
-    assert "guard: iteration 4: back inside: taste" in run.lines
+def test_the_first_alarm_sets_a_target_and_what_is_uncertain_sets_none(tmp_path: Path):
+    run = Run(tmp_path, action="raise_kl")  # taste 0.8: the band that speaks ends at 0.72, one standard error at 0.77
+    run(0, 0.8)
+    run.kl_weight.hold(0.04)
+    assert run(1, 0.75)["guard/kl_weight"] == 0 and run.kl_weight.target is None and run.lines == []
+    error = 0.1 / math.sqrt(15)
+    metrics = run(2, 0.8 - 5 * math.ceil(0.05 * 0.8 / error) * error)
+    half_width = max(error, 0.05 * 0.8)
+    excess = 5 * math.ceil(0.05 * 0.8 / error) * error / half_width - 1
+    assert metrics["guard/kl_target"] == pytest.approx(0.04 / (1 + excess))
+    assert metrics["guard/kl_weight"] > FIRST
+    assert f"; update.kl_weight {metrics['guard/kl_weight']:.3g} brings the divergence from 0.04 to " in run.lines[0]
 
 
-def test_the_weight_does_not_rise_while_the_divergence_falls():
-    weight = KlWeight(0.0, is_measured=True)
-    found = []
-    for divergence, excess in ((0.04, 1.0), (0.03, 1.2), (0.02, 1.3), (0.019, 1.4)):
-        weight.divergence = divergence
-        weight.follow(excess, -0.5)
-        found.append(weight.value)
-    assert found == pytest.approx([2 * FIRST, 2 * FIRST, 2 * FIRST, 2 * FIRST * 2**1.4])
+def test_at_least_half_of_the_divergence_of_the_alarm_must_go():
+    weight = KlWeight(0.0)
+    weight.hold(0.04)
+    weight.aim(0.1, is_alarm=True)
+    assert weight.target == 0.02
+    assert weight.value == pytest.approx(FIRST * 2**1.1)  # b has drifted once
 
 
-def test_a_weight_that_was_too_low_is_not_tried_again():
-    weight, floors = KlWeight(0.0), []
-    for _ in range(3):
-        weight.follow(0.5, -0.5)
-        for _ in range(40):
-            weight.follow(-1.0, -0.5)
-        floors.append(weight.value)
-    assert floors == [FIRST, 2 * FIRST, 4 * FIRST]
+def held(weight: KlWeight, num_rollouts: int, growth: float = 0.2, balance: float = 0.05) -> float:
+    """Trains on a model whose divergence grows if the weight is below `balance` and falls above it; returns the last.
+
+    As in training, a change of the weight counts only after some updates.
+    """
+    divergence, rate = weight.divergence or 0.0, 0.0
+    for _ in range(num_rollouts):
+        wanted = growth * math.log(balance / max(weight.value, 1e-3))
+        rate += 0.5 * (wanted - rate)
+        divergence *= math.exp(max(-growth, min(growth, rate)))
+        weight.hold(divergence)
+    return divergence
+
+
+@pytest.mark.parametrize("balance", [0.003, 0.05, 0.8])
+def test_the_weight_that_holds_the_divergence_is_found_whatever_it_is(balance: float):
+    weight = KlWeight(0.0)
+    weight.hold(0.04)
+    weight.aim(1.0, is_alarm=True)
+    assert held(weight, 150, balance=balance) == pytest.approx(0.02, rel=0.02)
+    assert weight.value == pytest.approx(balance, rel=0.02)
+
+
+def test_the_target_falls_outside_once_it_is_reached_and_grows_well_inside():
+    weight = KlWeight(0.0)
+    weight.hold(0.04)
+    weight.aim(0.0, is_alarm=True)
+    targets = []
+    # On the way down it waits; then: far outside, a little, noise around 0, well inside twice, below T, at T.
+    for divergence, excess in ((0.03, 3), (0.02, 3), (0.01, 0.6), (0.01, -1), (0.01, -1), (0.01, -1), (0.005, -1)):
+        weight.hold(divergence)
+        weight.aim(excess, is_alarm=False)
+        targets.append(weight.target)
+    after = 0.01 / math.sqrt(1 + 0.6 * 0.5 + 1.5)
+    assert targets == pytest.approx([0.02, 0.01, after, after, 1.1 * after, 1.1**2 * after, 1.1**2 * after])
+
+
+def test_beyond_most_of_what_failed_the_target_grows_slowly():
+    weight = KlWeight(0.0)
+    weight.hold(0.01)
+    weight.aim(0.0, is_alarm=True)
+    targets = []
+    for _ in range(9):
+        weight.hold(weight.target or 0.0)
+        weight.aim(-1.0, is_alarm=False)
+        targets.append(weight.target)
+    fast = [0.005 * 1.1**n for n in range(6)]  # the last is the first above 0.8 of 0.01
+    assert targets == pytest.approx([*fast, *(fast[-1] * 1.03**n for n in range(1, 4))])
 
 
 def test_the_weight_stays_between_update_kl_weight_and_its_most():
     weight = KlWeight(0.05)
-    for _ in range(3):
-        weight.follow(-1.0, -0.5)
+    weight.hold(0.04)
+    weight.aim(-1.0, is_alarm=False)
+    assert weight.value == 0.05 and weight.target is None
+    weight.aim(1.0, is_alarm=True)
+    for _ in range(100):
+        weight.hold(1e-9)
     assert weight.value == 0.05
-    for excess in range(1, 40):
-        weight.follow(float(excess), -0.5)
+    for _ in range(200):
+        weight.hold(1.0)
     assert weight.value == MOST
+    weight.hold(math.nan)  # all updates were skipped
+    assert weight.value == MOST and weight.divergence == 1.0
     idle = KlWeight(0.0)
-    idle.follow(0.0, -0.5)
+    idle.aim(math.inf, is_alarm=True)  # before the first update
     assert idle.value == 0.0 and not idle.is_needed
 
 
-def test_only_what_it_acts_on_moves_the_weight(tmp_path: Path):
-    run = Run(tmp_path, action="raise_kl")
+def test_a_checkpoint_from_before_targets_goes_on_with_its_weight():
+    weight = KlWeight(0.0)
+    weight.load_state_dict({"value": 0.1, "divergence": 0.02, "floor": 0.01, "excess": 0.3, "divergence_before": 0.03})
+    weight.hold(0.02)
+    assert (weight.value, weight.target) == (pytest.approx(0.1), 0.02)
+    idle = KlWeight(0.05)
+    idle.load_state_dict({"value": 0.05, "divergence": 0.02, "floor": 0.05, "excess": 0.0, "divergence_before": None})
+    assert (idle.value, idle.target) == (0.05, None)
+
+
+def test_a_run_that_only_warns_from_here_on_has_the_weight_of_its_config(tmp_path: Path):
+    run, warns = Run(tmp_path, action="raise_kl"), Run(tmp_path, kl_weight=0.01)
     run(0, 0.8)
-    assert run(5, 0.8, pictures(0, contrast=0.02))["guard/kl_weight"] == 0
-    every = Run(tmp_path, action="raise_kl", acts_on=["all"])
-    every(0, 0.8)
-    assert every(5, 0.8, pictures(0, contrast=0.02))["guard/kl_weight"] == 4 * FIRST
+    run.kl_weight.hold(0.04)
+    run(1, 0.1)
+    warns.guard.load_state_dict(run.guard.state_dict())
+    warns.kl_weight.hold(0.04)
+    assert run.kl_weight.value > warns.kl_weight.value == 0.01
+
+
+def test_only_what_it_acts_on_moves_the_weight(tmp_path: Path):
+    weights = []
+    for acts_on in (["held_out"], ["all"]):
+        run = Run(tmp_path, action="raise_kl", acts_on=acts_on)
+        run(0, 0.8)
+        run.kl_weight.hold(0.04)
+        weights.append(run(5, 0.8, pictures(0, contrast=0.02))["guard/kl_weight"])
+    assert weights[0] == 0 < FIRST < weights[1]
 
 
 def test_stop_ends_the_run_for_what_it_acts_on_and_not_at_the_end(tmp_path: Path):
@@ -178,12 +248,15 @@ def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_path: Path)
     settings: dict[str, Any] = {"action": "raise_kl", "max_kl": 0.1}
     run, resumed = Run(tmp_path / "a", **settings), Run(tmp_path / "a", **settings)
     run(0, 0.8)
-    run.kl_weight.divergence = 0.2
+    run.kl_weight.hold(0.2)
     run(4, 0.3, pictures(2))
+    run.kl_weight.hold(0.1)
     resumed.guard.load_state_dict(json.loads(json.dumps(run.guard.state_dict())))
     run.lines.clear()
     for iteration, taste in ((8, 0.3), (12, 0.79)):
         assert run(iteration, taste, pictures(3)) == resumed(iteration, taste, pictures(3))
+        for both in (run, resumed):
+            both.kl_weight.hold(0.01)
     assert run.lines == resumed.lines
     assert run.guard.state_dict() == resumed.guard.state_dict()
 
@@ -209,7 +282,7 @@ def test_it_measures_with_evaluations_or_on_a_schedule_of_its_own(tmp_path: Path
 def test_the_divergence_has_a_band_if_it_is_given_one(tmp_path: Path):
     run = Run(tmp_path, max_kl=0.1)
     assert "guard/kl_to_start" not in run(0, 0.8)
-    run.kl_weight.divergence = 0.2
+    run.kl_weight.hold(0.2)
     assert run(4, 0.8)["guard/kl_to_start/high"] == 0.1
     assert run.lines[0].startswith("guard: iteration 4: kl_to_start 0.2 is above its band (0.1; 0 at the start)")
 

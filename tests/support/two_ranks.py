@@ -39,6 +39,7 @@ def run_watched(model: str, folder: Path, runs: Mapping[str, Mapping[str, object
         seen = _watch(trainer) | {"start": trainer.engine.full_weights()}
         trainer.run()
         seen |= {"weights": trainer.engine.full_weights(), "final_weights": trainer.engine.final_weights()}
+        seen |= {"kl_weight": trainer.updater.kl_weight.state_dict()}
         torch.save(seen, folder / f"{name}_{parallel.rank()}.pt")
     return 0
 
