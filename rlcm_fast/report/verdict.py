@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlcm_fast.report.changes import Change, of_held_out, of_training
-from rlcm_fast.report.measures import Measure, constants, diversity_keys, guards_outside, measures
+from rlcm_fast.report.measures import Measure, constants, diversity_keys, guards, guards_outside, measures
 from rlcm_fast.report.reading import RunData
 
 Kind = Literal["good", "mixed", "bad", "unknown"]
@@ -46,6 +46,8 @@ def verdict(run: RunData) -> Verdict:
     rose = [change for _, change in goals if change and change.word == "rose"]
     fell = [change for change in [*dict(goals).values(), *parts.values()] if change and change.word == "fell"]
     stuck, outside = constants(run), guards_outside(run)
+    held_out = {measure.key for measure in measures(run) if not measure.is_trained}
+    can_tell = held_out.intersection(guards(run)) or set(outside)  # statistics change with any reward
 
     # Put it into sentences.
     sentences = [_state(run)]
@@ -66,7 +68,7 @@ def verdict(run: RunData) -> Verdict:
         return Verdict("unknown", sentences)
     if rose and not (lost or outside or fell):
         return Verdict("good", sentences)
-    return Verdict("bad" if outside or (fell and not rose) else "mixed", sentences)
+    return Verdict("bad" if can_tell.intersection(outside) or (fell and not rose) else "mixed", sentences)
 
 
 def _goals(run: RunData) -> list[Measure]:

@@ -101,6 +101,25 @@ def test_guards_count_where_they_were_last_measured():
     assert guards_outside(run_of([{"guard/outside": 1.0, "guard/kl_weight": 0.1}])) == []
 
 
+def test_a_held_out_reward_outside_its_band_is_worse_than_a_statistic():
+    def kind(**last: float) -> str:
+        rising = [{"reward/a/mean": float(i), "reward/a/std": 1.0} for i in range(9)]
+        bands = {"guard/b/low": 0.5, "guard/x/low": 0.5, "eval/b/mean": 1.0, "eval/b/std": 1.0}
+        start = dict.fromkeys(last, 1.0)
+        return verdict(run_of([{**rising[0], **bands, **start}, *rising[1:-1], {**rising[-1], **bands, **last}])).kind
+
+    assert kind(**{"guard/b": 0.8, "guard/x": 0.8}) == "good"
+    assert kind(**{"guard/b": 0.8, "guard/x": 0.2}) == "mixed"
+    assert kind(**{"guard/b": 0.2, "guard/x": 0.8}) == "bad"
+    assert kind(**{"guard/x": 0.2}) == "bad"  # there is nothing else that could tell
+
+
+def test_what_a_guard_aims_at_is_beside_the_divergence():
+    run = run_of([{"kl_to_start": 0.1}, {"kl_to_start": 0.2, "guard/kl_target": 0.1}])
+    (policy,) = (section for section in sections_of_run(run) if section.title == "Policy")
+    assert [len(line.points) for line in policy.charts[0].series] == [2, 1]
+
+
 def test_a_band_with_one_end_counts_and_is_shaded_to_the_edge_of_its_chart():
     fell = run_of([{"guard/x": 0.8, "guard/x/low": 0.7}, {"guard/x": 0.6, "guard/x/low": 0.7}])
     grew = run_of([{"guard/x": 0.0, "guard/x/high": 1.5}, {"guard/x": 2.0, "guard/x/high": 1.5}])
