@@ -14,6 +14,7 @@ visible, because a process that is killed could not bring it back.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -136,7 +137,7 @@ class LiveView:
         for key in names:
             now, start = self._metrics[f"eval/{key}"], self._start[f"eval/{key}"]
             name, band = key.removesuffix("/mean"), self._band(key)
-            text = Text(f"{_number(band[0])} to {_number(band[1])} ") if band else Text("")
+            text = Text(_ends(*band)) if band else Text("")
             if band:
                 is_inside = band[0] <= now <= band[1]
                 text.append("inside" if is_inside else "outside", style="" if is_inside else "yellow")
@@ -146,9 +147,9 @@ class LiveView:
     def _band(self, key: str) -> tuple[float, float] | None:
         """Returns the band of a guard of this name; else two standard errors around the start; None without either."""
         name = key.removesuffix("/mean")
-        guard = (f"guard/{name}/low", f"guard/{name}/high")
-        if all(edge in self._metrics for edge in guard):
-            return self._metrics[guard[0]], self._metrics[guard[1]]
+        low, high = (self._metrics.get(f"guard/{name}/{end}") for end in ("low", "high"))
+        if low is not None or high is not None:
+            return -math.inf if low is None else low, math.inf if high is None else high
         deviation = self._start.get(f"eval/{name}/std")
         if deviation is None:
             return None
@@ -215,6 +216,13 @@ def _table(rows: Sequence[Sequence[Text]], titles: Sequence[str], width: int, na
     for row in rows:
         table.add_row(*row[:num_columns])
     return table
+
+
+def _ends(low: float, high: float) -> str:
+    """Returns the ends of a band, of which one may be infinite, as text."""
+    if math.isinf(high):
+        return f"at least {_number(low)} "
+    return f"at most {_number(high)} " if math.isinf(low) else f"{_number(low)} to {_number(high)} "
 
 
 def _number(value: float) -> str:

@@ -92,13 +92,22 @@ def test_the_whole_view(now: Seconds, monkeypatch: pytest.MonkeyPatch):
     assert lines[8].startswith("33.4 images/s, 1.93 s an iteration, ") and lines[8].endswith("iteration 7 since 0:03")
 
 
-def test_a_guard_has_its_own_band(now: Seconds, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("ends", "shown"),
+    [
+        ({"low": 0.8, "high": 0.9}, "0.800 to 0.900 inside"),
+        ({"low": 0.86}, "at least 0.860 outside"),
+        ({"high": 0.9}, "at most 0.900 inside"),
+    ],
+)
+def test_a_guard_has_its_own_band(ends: dict[str, float], shown: str, now: Seconds, monkeypatch: pytest.MonkeyPatch):
     screen = Screen()
     view = view_on(screen, now, monkeypatch)
-    view.show({**iteration(0, 1.0), **EVALUATED, "guard/shown": 0.85, "guard/shown/low": 0.8, "guard/shown/high": 0.9})
+    bands = {f"guard/shown/{end}": value for end, value in ends.items()}
+    view.show({**iteration(0, 1.0), **EVALUATED, "guard/shown": 0.85, **bands})
     lines = screen.lines
     view.close()
-    assert any(line.split()[-4:] == ["0.800", "to", "0.900", "inside"] for line in lines)
+    assert any(" ".join(line.split()).endswith(f" {shown}") for line in lines)
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(20, 6), (40, 10), (60, 24), (100, 5), (200, 50)])
