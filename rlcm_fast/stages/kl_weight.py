@@ -3,17 +3,18 @@
 Pictures answer to a weight late, and measures of them are noisy. The divergence D from the start model answers within a
 few updates, almost without noise. So there are two loops: an inner one as PPO's adaptive KL term (arXiv 1909.08593,
 section 2.2), and an outer one that finds its target T. Let w be the weight, and e the excess of the worst measure in
-half-widths of its band: 0 at the band's end, -1 at the start model's value or better.
+half-widths of its band: 0 at the band's end, -1 at the start model's value or better; after the first alarm it
+counts as at most 2.
 
-    at the first alarm      T = D / max(2, 1 + e)           what a measure lost is about proportional to D
-                            b = 0.05
-    after every rollout     b <- b (D / T)^0.1,  w = b D / T              with D / T within 1/2 to 2
-    at every measurement    e > 0, and D has come down to T         T <- T / sqrt(1 + e)
-                            e < -0.5, and D has come up to T        T <- 1.1 T; 1.03 T beyond 0.8 of the T last cut
-                            otherwise                               T stays
+    at the first alarm      T = D / max(2, 1 + e)        what a measure has lost is about proportional to D
+                            b = 0.05, m = 0
+    after every rollout     b <- b (D / T)^0.1,  w = b D / T                       D / T counts as 1/2 to 2
+    at every measurement    m <- (m + e) / 2             because one measurement is noisy
+                            m > 0        T <- T / sqrt(1 + m)
+                            m < -0.25    T <- T 1.2^-m
 
-Before the first alarm there is no target and w is update.kl_weight, which w never falls below. After it e is the mean
-of the last two measurements, because little more than 0 may be noise; an e above 1 counts at once.
+Before the first alarm there is no target and w is update.kl_weight, which w never falls below. An e above 0 does not
+count while D is above 1.2 T, because the pictures are on their way back, and T does not grow while D is below T / 1.2.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from typing import Any
 
 FIRST, LEAST, MOST = 0.05, 1e-4, 100.0  # b at the first alarm, and the limits of b and w
 _DRIFT, _MOST_RATIO = 0.1, 2.0
-_WELL_INSIDE, _MOST_EXCESS = -0.5, 8.0
-_GROWTH, _SLOW_GROWTH, _FAST_UNTIL = 1.1, 1.03, 0.8
+_WELL_INSIDE, _MOST_EXCESS = -0.25, 2.0
+_MOST_ALARM = 8.0  # e of the first alarm
+_GROWTH = 1.2
 _NEAR = 1.2  # D is at T if it is within this factor
-_STATE = ("value", "divergence", "target", "cut_at", "base", "excess")
+_STATE = ("value", "divergence", "target", "base", "margin")
 
 
 @dataclass
@@ -40,9 +42,8 @@ class KlWeight:
     value: float = -1.0  # w; below `least` until it is set
     divergence: float | None = None  # D, mean over all processes; None before the first update
     target: float | None = None  # T; None before the first alarm
-    cut_at: float = 0.0  # the T that was last cut, at first D
     base: float = FIRST  # b
-    excess: float = 0.0  # e of the last measurement alone
+    margin: float = 0.0  # m
 
     def __post_init__(self) -> None:
         self.value = max(self.value, self.least)
@@ -75,18 +76,19 @@ class KlWeight:
         """Moves the target after a measurement with this excess; is_alarm: it is large enough to begin with."""
         if not self.divergence:
             return
-        before, self.excess = self.excess, min(_MOST_EXCESS, max(-1.0, excess))
         if self.target is None:
             if is_alarm:
-                self.cut_at, self.target = self.divergence, self.divergence / max(2.0, 1 + self.excess)
+                self.target = self.divergence / max(2.0, 1 + min(excess, _MOST_ALARM))
                 self.hold(self.divergence)
             return
-        settled = self.excess if self.excess > 1 else (self.excess + before) / 2
         ratio = self.divergence / self.target
-        if settled > 0 and ratio < _NEAR:
-            self.cut_at, self.target = self.target, self.target / math.sqrt(1 + settled)
-        elif settled < _WELL_INSIDE and ratio > 1 / _NEAR:
-            self.target *= _GROWTH if self.target < _FAST_UNTIL * self.cut_at else _SLOW_GROWTH
+        if excess > 0 and ratio > _NEAR:
+            return
+        self.margin = (self.margin + min(_MOST_EXCESS, max(-1.0, excess))) / 2
+        if self.margin > 0:
+            self.target /= math.sqrt(1 + self.margin)
+        elif self.margin < _WELL_INSIDE and ratio > 1 / _NEAR:
+            self.target *= _GROWTH**-self.margin
 
     def let_go(self) -> None:
         """Goes back to update.kl_weight, for a run whose guard no longer moves the weight."""
@@ -104,7 +106,7 @@ class KlWeight:
         if "target" not in state:
             has_risen = state["value"] > self.least and state["divergence"]
             target = state["divergence"] if has_risen else None
-            state = {**state, "target": target, "cut_at": target or 0.0, "base": max(LEAST, state["value"])}
+            state = {**state, "target": target, "base": max(LEAST, state["value"]), "margin": 0.0}
         for name in _STATE:
             setattr(self, name, state[name])
         self.value = max(self.least, self.value)

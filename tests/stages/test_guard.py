@@ -158,31 +158,26 @@ def test_the_weight_that_holds_the_divergence_is_found_whatever_it_is(balance: f
     assert weight.value == pytest.approx(balance, rel=0.02)
 
 
-def test_the_target_falls_outside_once_it_is_reached_and_grows_well_inside():
+def test_the_target_falls_outside_and_grows_well_inside_once_it_is_reached():
     weight = KlWeight(0.0)
     weight.hold(0.04)
     weight.aim(0.0, is_alarm=True)
-    targets = []
-    # On the way down it waits; then: far outside, a little, noise around 0, well inside twice, below T, at T.
-    for divergence, excess in ((0.03, 3), (0.02, 3), (0.01, 0.6), (0.01, -1), (0.01, -1), (0.01, -1), (0.005, -1)):
+    targets = [0.02]
+    # Outside on the way down; outside; noise; far above the start, twice, the second time below T; outside for good.
+    steps = (
+        (0.03, 3, 1),
+        (0.02, 1, 1.5**-0.5),
+        (0.014, -0.9, 1),
+        (0.014, -3, 1.2**0.6),
+        (0.012, -1, 1),
+        (0.016, 9, None),
+    )
+    for divergence, excess, change in steps:
         weight.hold(divergence)
         weight.aim(excess, is_alarm=False)
-        targets.append(weight.target)
-    after = 0.01 / math.sqrt(1 + 0.6 * 0.5 + 1.5)
-    assert targets == pytest.approx([0.02, 0.01, after, after, 1.1 * after, 1.1**2 * after, 1.1**2 * after])
-
-
-def test_beyond_most_of_what_failed_the_target_grows_slowly():
-    weight = KlWeight(0.0)
-    weight.hold(0.01)
-    weight.aim(0.0, is_alarm=True)
-    targets = []
-    for _ in range(9):
-        weight.hold(weight.target or 0.0)
-        weight.aim(-1.0, is_alarm=False)
-        targets.append(weight.target)
-    fast = [0.005 * 1.1**n for n in range(6)]  # the last is the first above 0.8 of 0.01
-    assert targets == pytest.approx([*fast, *(fast[-1] * 1.03**n for n in range(1, 4))])
+        change = change or (1 + (-0.8 + 2) / 2) ** -0.5  # nothing counts as more than 2
+        targets.append(targets[-1] * change)
+        assert weight.target == pytest.approx(targets[-1])
 
 
 def test_the_weight_stays_between_update_kl_weight_and_its_most():
