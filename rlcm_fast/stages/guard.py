@@ -131,9 +131,9 @@ class Guard:
         # Move the target of the KL term, whose mean over measurements needs no certainty in each.
         moved = ""
         steering = self._excesses(self._bands(min(self.config.z, _STEERING_Z)), measures)
-        acting = {name: excess for name, excess in steering.items() if self._acts_on(name)}
+        acting = [excess for name, excess in steering.items() if self._acts_on(name)]
         if self.config.raises_kl and acting:
-            self.kl_weight.aim(max(acting.values()), is_alarm=any(name in outside for name in acting))
+            self.kl_weight.aim(max(acting))
             moved = f"; {self.kl_weight.told}"
 
         # Say what is new.

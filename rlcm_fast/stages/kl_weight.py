@@ -1,20 +1,19 @@
 """The weight of the KL term: fixed by update.kl_weight, or found by a guard (guard.action: raise_kl).
 
-Pictures answer to a weight late, and measures of them are noisy. The divergence D from the start model answers within a
-few updates, almost without noise. So there are two loops: an inner one as PPO's adaptive KL term (arXiv 1909.08593,
-section 2.2), and an outer one that finds its target T. Let w be the weight, and e the excess of the worst measure in
-half-widths of its band: 0 at the band's end, -1 at the start model's value or better; after the first alarm it
-counts as at most 2.
+Pictures answer to a weight late, measures of them are noisy, and what they have lost comes back only near the start
+model. The divergence D from it answers within a few updates, almost without noise. So the weight holds D where the
+measures have been seen to be good, and they let it grow from there: an inner loop as PPO's adaptive KL term (arXiv
+1909.08593, section 2.2), and an outer one that finds its target T. Let w be the weight, and e the excess of the worst
+measure in half-widths of its band: 0 at the band's end, at least -1, the start model's value; it counts as at most 2.
 
-    at the first alarm      T = D / max(2, 1 + e)        what a measure has lost is about proportional to D
-                            b = 0.05, m = 0
+    first measurement       T = D / (1 + max(e, 0))^2,  b = 0.05,  m = 0
     after every rollout     b <- b (D / T)^0.1,  w = b D / T                       D / T counts as 1/2 to 2
-    at every measurement    m <- (m + e) / 2             because one measurement is noisy
+    later measurements      m <- (m + e) / 2             because one measurement is noisy
                             m > 0        T <- T / sqrt(1 + m)
                             m < -0.25    T <- T 1.2^-m
 
-Before the first alarm there is no target and w is update.kl_weight, which w never falls below. An e above 0 does not
-count while D is above 1.2 T, because the pictures are on their way back, and T does not grow while D is below T / 1.2.
+Before the first measurement there is no target and w is update.kl_weight, which w never falls below. An e above 0 does
+not count while D is above 1.2 T, because the pictures are on their way back; T does not grow while D is below T / 1.2.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FIRST, LEAST, MOST = 0.05, 1e-4, 100.0  # b at the first alarm, and the limits of b and w
+FIRST, LEAST, MOST = 0.05, 1e-4, 100.0  # b at first, and the limits of b and w
 _DRIFT, _MOST_RATIO = 0.1, 2.0
 _WELL_INSIDE, _MOST_EXCESS = -0.25, 2.0
-_MOST_ALARM = 8.0  # e of the first alarm
 _GROWTH = 1.2
 _NEAR = 1.2  # D is at T if it is within this factor
 _STATE = ("value", "divergence", "target", "base", "margin")
@@ -41,7 +39,7 @@ class KlWeight:
     is_measured: bool = False  # whether anyone wants `divergence`, which costs a pass of the start model
     value: float = -1.0  # w; below `least` until it is set
     divergence: float | None = None  # D, mean over all processes; None before the first update
-    target: float | None = None  # T; None before the first alarm
+    target: float | None = None  # T; None before the first measurement
     base: float = FIRST  # b
     margin: float = 0.0  # m
 
@@ -72,19 +70,19 @@ class KlWeight:
             self.base = min(MOST, max(LEAST, self.base * ratio**_DRIFT))
             self.value = min(MOST, max(self.least, self.base * ratio))
 
-    def aim(self, excess: float, is_alarm: bool) -> None:
-        """Moves the target after a measurement with this excess; is_alarm: it is large enough to begin with."""
+    def aim(self, excess: float) -> None:
+        """Moves the target after a measurement with this excess; the first one that follows an update sets it."""
         if not self.divergence:
             return
+        excess = min(_MOST_EXCESS, max(-1.0, excess))
         if self.target is None:
-            if is_alarm:
-                self.target = self.divergence / max(2.0, 1 + min(excess, _MOST_ALARM))
-                self.hold(self.divergence)
+            self.target = self.divergence / (1 + max(0.0, excess)) ** 2
+            self.hold(self.divergence)
             return
         ratio = self.divergence / self.target
         if excess > 0 and ratio > _NEAR:
             return
-        self.margin = (self.margin + min(_MOST_EXCESS, max(-1.0, excess))) / 2
+        self.margin = (self.margin + excess) / 2
         if self.margin > 0:
             self.target /= math.sqrt(1 + self.margin)
         elif self.margin < _WELL_INSIDE and ratio > 1 / _NEAR:

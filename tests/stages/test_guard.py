@@ -113,26 +113,34 @@ def test_blank_images_leave_the_bands_of_statistics_diversity_and_distance(run: 
     assert far["guard/diversity_across"] == pytest.approx(metrics["guard/diversity_across/high"] / 1.5, rel=0.1)
 
 
-def test_the_first_alarm_sets_a_target_and_what_is_uncertain_sets_none(tmp_path: Path):
-    run = Run(tmp_path, action="raise_kl")  # taste 0.8: the band that speaks ends at 0.72, one standard error at 0.77
-    run(0, 0.8)
+def test_the_first_measurement_after_an_update_sets_the_target_by_a_band_that_says_nothing_yet(tmp_path: Path):
+    run = Run(tmp_path, action="raise_kl")  # taste 0.8: the band that speaks ends at 0.72, that of the target at 0.76
+    metrics = run(0, 0.8)
+    assert metrics["guard/kl_weight"] == 0 and "guard/kl_target" not in metrics
     run.kl_weight.hold(0.04)
-    assert run(1, 0.75)["guard/kl_weight"] == 0 and run.kl_weight.target is None and run.lines == []
-    error = 0.1 / math.sqrt(15)
-    metrics = run(2, 0.8 - 5 * math.ceil(0.05 * 0.8 / error) * error)
-    half_width = max(error, 0.05 * 0.8)
-    excess = 5 * math.ceil(0.05 * 0.8 / error) * error / half_width - 1
-    assert metrics["guard/kl_target"] == pytest.approx(0.04 / (1 + excess))
+    metrics = run(1, 0.74)
+    excess = 0.06 / 0.04 - 1
+    assert metrics["guard/kl_target"] == pytest.approx(0.04 / (1 + excess) ** 2)
     assert metrics["guard/kl_weight"] > FIRST
-    assert f"; update.kl_weight {metrics['guard/kl_weight']:.3g} brings the divergence from 0.04 to " in run.lines[0]
+    assert metrics["guard/outside"] == 0 and run.lines == []
 
 
-def test_at_least_half_of_the_divergence_of_the_alarm_must_go():
+def test_what_raises_the_weight_is_said(tmp_path: Path):
+    run = Run(tmp_path, action="raise_kl")
+    run(0, 0.8)
+    run.kl_weight.hold(0.036)
+    weight = run(1, 0.5)["guard/kl_weight"]
+    assert f"; update.kl_weight {weight:.3g} brings the divergence from 0.036 to 0.004; see " in run.lines[0]
+
+
+@pytest.mark.parametrize(("excess", "share"), [(-5.0, 1.0), (0.0, 1.0), (0.5, 1 / 2.25), (9.0, 1 / 9)])
+def test_the_first_target_is_the_divergence_where_all_was_well_and_a_part_of_it_elsewhere(excess: float, share: float):
     weight = KlWeight(0.0)
     weight.hold(0.04)
-    weight.aim(0.1, is_alarm=True)
-    assert weight.target == 0.02
-    assert weight.value == pytest.approx(FIRST * 2**1.1)  # b has drifted once
+    weight.aim(excess)
+    assert weight.target == pytest.approx(0.04 * share)
+    ratio = min(2, 1 / share)
+    assert weight.value == pytest.approx(FIRST * ratio**1.1)  # b has drifted once
 
 
 def held(weight: KlWeight, num_rollouts: int, growth: float = 0.2, balance: float = 0.05) -> float:
@@ -153,15 +161,15 @@ def held(weight: KlWeight, num_rollouts: int, growth: float = 0.2, balance: floa
 def test_the_weight_that_holds_the_divergence_is_found_whatever_it_is(balance: float):
     weight = KlWeight(0.0)
     weight.hold(0.04)
-    weight.aim(1.0, is_alarm=True)
-    assert held(weight, 150, balance=balance) == pytest.approx(0.02, rel=0.02)
+    weight.aim(0.5)
+    assert held(weight, 150, balance=balance) == pytest.approx(0.04 / 2.25, rel=0.02)
     assert weight.value == pytest.approx(balance, rel=0.02)
 
 
 def test_the_target_falls_outside_and_grows_well_inside_once_it_is_reached():
     weight = KlWeight(0.0)
-    weight.hold(0.04)
-    weight.aim(0.0, is_alarm=True)
+    weight.hold(0.02)
+    weight.aim(0.0)
     targets = [0.02]
     # Outside on the way down; outside; noise; far above the start, twice, the second time below T; outside for good.
     steps = (
@@ -174,7 +182,7 @@ def test_the_target_falls_outside_and_grows_well_inside_once_it_is_reached():
     )
     for divergence, excess, change in steps:
         weight.hold(divergence)
-        weight.aim(excess, is_alarm=False)
+        weight.aim(excess)
         change = change or (1 + (-0.8 + 2) / 2) ** -0.5  # nothing counts as more than 2
         targets.append(targets[-1] * change)
         assert weight.target == pytest.approx(targets[-1])
@@ -183,9 +191,8 @@ def test_the_target_falls_outside_and_grows_well_inside_once_it_is_reached():
 def test_the_weight_stays_between_update_kl_weight_and_its_most():
     weight = KlWeight(0.05)
     weight.hold(0.04)
-    weight.aim(-1.0, is_alarm=False)
     assert weight.value == 0.05 and weight.target is None
-    weight.aim(1.0, is_alarm=True)
+    weight.aim(1.0)
     for _ in range(100):
         weight.hold(1e-9)
     assert weight.value == 0.05
@@ -195,7 +202,7 @@ def test_the_weight_stays_between_update_kl_weight_and_its_most():
     weight.hold(math.nan)  # all updates were skipped
     assert weight.value == MOST and weight.divergence == 1.0
     idle = KlWeight(0.0)
-    idle.aim(math.inf, is_alarm=True)  # before the first update
+    idle.aim(math.inf)  # before the first update
     assert idle.value == 0.0 and not idle.is_needed
 
 
@@ -226,7 +233,7 @@ def test_only_what_it_acts_on_moves_the_weight(tmp_path: Path):
         run(0, 0.8)
         run.kl_weight.hold(0.04)
         weights.append(run(5, 0.8, pictures(0, contrast=0.02))["guard/kl_weight"])
-    assert weights[0] == 0 < FIRST < weights[1]
+    assert weights[0] == FIRST < weights[1]
 
 
 def test_stop_ends_the_run_for_what_it_acts_on_and_not_at_the_end(tmp_path: Path):
