@@ -15,6 +15,7 @@ for CPUs.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
@@ -157,6 +158,7 @@ class Graphs:
     def _record(self, key: Hashable, work: Work, inputs: tuple[Any, ...], addresses: tuple[int, ...]) -> str:
         """Records the work and returns what is wrong with it; empty if nothing is."""
         # Run it as it is, to compare with.
+        start = time.perf_counter()
         static = map_tensors(torch.clone, inputs)
         expected = map_tensors(torch.clone, work.run(*static))
         effects = [
@@ -180,7 +182,8 @@ class Graphs:
         if not is_same:
             return self._failed(work, "its replay gave other results than its first run")
         self._recorded[key] = _Recorded(static, outputs, replay, addresses)
-        self._say(f"graphs: recorded the {work.name}")
+        seconds = time.perf_counter() - start
+        self._say(f"graphs: recorded the {work.name} in {seconds:.1f} s, with the run that it was compared with")
         return ""
 
     def _failed(self, work: Work, problem: str) -> str:

@@ -78,7 +78,7 @@ def test_three_rollouts_give_the_same_weights_and_metrics_bit_for_bit(update: di
         assert replace(one, seconds=0) == replace(other, seconds=0)
         assert same_weights(with_graphs.engine, without.engine)
     assert with_graphs.recorder.num_recorded == 1 and with_graphs.recorder.num_replayed > 12
-    assert with_graphs.said == ["graphs: recorded the update"]
+    assert [line.partition(" in ")[0] for line in with_graphs.said] == ["graphs: recorded the update"]
 
 
 FEW = ADVANTAGES * torch.tensor([1, 0, 0, 1, 0, 0, 1, 0])  # 6 of 16 transitions have a signal: 2 micro-batches of 4
@@ -96,7 +96,8 @@ def test_sums_of_many_micro_batches_are_rounded_anew_in_each_replay_bit_for_bit_
             one, other = with_graphs.update(seed, advantages), without.update(seed, advantages)
             assert replace(one, seconds=0) == replace(other, seconds=0)
             assert same_weights(with_graphs.engine, without.engine)
-    assert with_graphs.said == ["graphs: recorded the update"] and with_graphs.recorder.num_replayed == 1 + 4 + 2 + 4
+    assert [line.partition(" in ")[0] for line in with_graphs.said] == ["graphs: recorded the update"]
+    assert with_graphs.recorder.num_replayed == 1 + 4 + 2 + 4
 
 
 def test_an_update_of_few_micro_batches_may_be_the_one_that_records_the_graph(monkeypatch: pytest.MonkeyPatch):
