@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_policies import engine_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -139,6 +140,19 @@ def test_a_micro_batch_of_the_update_copies_nothing_and_reads_nothing(kind: str,
         updates._backward(Batch(0, torch.arange(4, device=META), torch.ones(4, device=META)), 0.5)
     assert seen.copies == []
     assert seen.operations["aten.convolution_backward.default"] > 0, "it went backward"
+
+
+@pytest.mark.usefixtures("one_process")
+def test_adding_up_many_micro_batches_copies_nothing_and_reads_nothing():
+    """More than 64, whose sums are rounded with random numbers of the step and of the addition."""
+    network = torch.nn.Conv2d(3, 4, 3).bfloat16().to(META)
+    engine = engine_of(network, 65, 0, "pure_bf16", name="adamw_8bit")
+    with Copies() as seen:
+        engine.begin_update(65)
+        for _ in range(2):
+            engine.backward(engine(torch.empty(1, 3, 8, 8, dtype=torch.bfloat16, device=META)).float().mean())
+    assert seen.copies == []
+    assert seen.operations["aten.bitwise_xor_.Tensor"] > 0, "it drew random numbers"
 
 
 def test_an_update_copies_its_indices_once_however_many_micro_batches_it_has(monkeypatch: pytest.MonkeyPatch):
