@@ -117,12 +117,12 @@ class BarePasses:
 
 
 def _copy(unet: Any, config: Config) -> Any:
-    """The UNet again, outside of the engine; copying takes weights and recomputation along, but not what compiles."""
+    """The UNet again, outside of the engine; copying takes weights, recomputation and norms along, not what compiles."""
     from rlcm_fast.backbones.acceleration import accelerate
 
     copied = copy.deepcopy(unet)
     vars(copied).pop("forward", None)  # compiled whole it would run on the original's weights
-    accelerate(copied, config.engine)
+    accelerate(copied, replace(config.engine, group_norm="torch"))  # which leaves the norms as they are
     return copied
 
 
