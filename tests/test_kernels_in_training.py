@@ -46,9 +46,11 @@ def test_twenty_updates_are_the_same_in_torch_and_in_triton(tmp_path: Path):
     start = load_file(file)
     assert len(ours) == 10
     assert max(line["clip_fraction"] for line in theirs) > 0.1
+    # Some gradients are small because four transitions cancel each other; rounding does not shrink with them.
+    usual = max(line["grad_norm"] for line in theirs)
     for our, their in zip(ours, theirs, strict=True):
-        assert our["loss"] == pytest.approx(their["loss"], abs=1e-6)  # seen: 6e-8
-        assert our["grad_norm"] == pytest.approx(their["grad_norm"], rel=1e-5)  # seen: 1e-6
+        assert our["loss"] == pytest.approx(their["loss"], abs=1e-6)  # seen: 9e-8
+        assert our["grad_norm"] == pytest.approx(their["grad_norm"], abs=1e-5 * usual)  # seen: 5e-6 of it
         assert our["ratio/mean"] == pytest.approx(their["ratio/mean"], abs=1e-6)
     moved = math.sqrt(sum((their_weights[name] - value).square().sum() for name, value in start.items()))
     apart = math.sqrt(sum((their_weights[name] - value).square().sum() for name, value in our_weights.items()))

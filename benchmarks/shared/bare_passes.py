@@ -117,7 +117,7 @@ class BarePasses:
 
 
 def _copy(unet: Any, config: Config) -> Any:
-    """The UNet again, outside of the engine; copying takes weights, recomputation and norms along, not what compiles."""
+    """The UNet again, outside of the engine; copying takes weights, recomputation and norms along, not compilation."""
     from rlcm_fast.backbones.acceleration import accelerate
 
     copied = copy.deepcopy(unet)
