@@ -217,11 +217,12 @@ def parts_of(out: Path, scratch: Path, has_plot: bool) -> list[Part]:
     tests/conftest.py is left out: it needs hypothesis, and the tests of a GPU do not need it.
     """
     pytest = [*_PYTEST, "-m", "gpu", "--noconftest"]
-    tests = ["test_kernels_on_gpu.py", "test_libraries_on_gpu.py", "test_graphs_on_gpu.py"]
+    on_gpu = ("kernels", "libraries", "graphs")
+    tests = [*(f"tests/gpu/test_{what}_on_gpu.py" for what in on_gpu), "tests/stages/test_no_waits.py"]
     sanitizer = "tests/gpu/test_sanitizer.py"
     plot = [] if has_plot else ["--no-plot"]
     return [
-        Part("tests", [*pytest, f"--junitxml={scratch / 'tests.xml'}", *(f"tests/gpu/{file}" for file in tests)], 75),
+        Part("tests", [*pytest, f"--junitxml={scratch / 'tests.xml'}", *tests], 75),
         _benchmark("full_size", "speed/bench_full_size.py", out, 210, *_FEWER),
         _benchmark("memory", "memory/bench_memory.py", out, 105),
         _benchmark("bench_kernels", "kernels/bench_kernels.py", out, 100, "--quick", *plot),

@@ -14,19 +14,23 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_policies import engine_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.shared import tiny_pipelines
-from rlcm_fast.algorithms import build_algorithm
-from rlcm_fast.config import AlgorithmConfig, PolicyConfig, UpdateConfig
-from rlcm_fast.policies import GaussianPolicy, Network, SeededNoise, build_policy
-from rlcm_fast.stages.rollout_updates import RolloutUpdates
-from rlcm_fast.stages.start_model import StartOutputs
-from rlcm_fast.stages.update import Updater
-from rlcm_fast.trajectory import Batch, Conditioning, Trajectory
+for package in ("diffusers", "deepspeed", "peft"):  # a machine with a GPU may lack them
+    pytest.importorskip(package)
+
+from tiny_policies import engine_of  # noqa: E402
+
+from benchmarks.shared import tiny_pipelines  # noqa: E402
+from rlcm_fast.algorithms import build_algorithm  # noqa: E402
+from rlcm_fast.config import AlgorithmConfig, PolicyConfig, UpdateConfig  # noqa: E402
+from rlcm_fast.policies import GaussianPolicy, Network, SeededNoise, build_policy  # noqa: E402
+from rlcm_fast.stages.rollout_updates import RolloutUpdates  # noqa: E402
+from rlcm_fast.stages.start_model import StartOutputs  # noqa: E402
+from rlcm_fast.stages.update import Updater  # noqa: E402
+from rlcm_fast.trajectory import Batch, Conditioning, Trajectory  # noqa: E402
 
 NUM_SAMPLES, NUM_STEPS = 4, 3
 META = torch.device("meta")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -212,6 +213,15 @@ def test_the_suite_ends_within_nine_minutes_whatever_its_parts_do(tmp_path: Path
         for part in parts:
             script = next(word for word in part.command if word.endswith(".py"))
             assert (FOLDER.parent / script).exists()
+
+
+def test_every_file_of_tests_for_a_gpu_is_in_a_part(tmp_path: Path):
+    root = FOLDER.parent
+    words = {word for part in gpu_suite.parts_of(tmp_path, tmp_path, has_plot=False) for word in part.command}
+    mark = re.compile(r"^(@|    )pytest\.mark\.gpu\b", re.MULTILINE)
+    marked = {file for file in (root / "tests").rglob("test_*.py") if mark.search(file.read_text())}
+    assert len(marked) > 4
+    assert {str(file.relative_to(root)) for file in marked} - words == {"tests/cli/test_doctor.py"}  # see its command
 
 
 def test_parts_are_chosen_by_name_with_more_time_and_options_of_their_own(tmp_path: Path):
