@@ -1,4 +1,7 @@
-"""Refuses pictures that claim far more pixels than a picture has: a small file could fill the memory."""
+"""Refuses pictures that claim far more pixels than a picture has: a small file could fill the memory.
+
+An EPS file is a program, for which Pillow would start Ghostscript; here it is no picture.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import Image
+from PIL import EpsImagePlugin, Image
+
+EpsImagePlugin.gs_binary = False
 
 
 @contextmanager
@@ -18,6 +23,7 @@ def bombs_are_errors() -> Iterator[None]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")  # of EXIF data that are damaged
         try:
             yield
         except Image.DecompressionBombWarning as error:

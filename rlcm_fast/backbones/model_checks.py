@@ -140,8 +140,8 @@ def _check_parts(folder: Path, model: ModelConfig, paths: ModelPaths) -> set[str
     _check_configs(named, configs, model, encoders)
     tokenizers = [name for encoder, name in _ENCODERS.items() if name in parts and encoder in configs]
     for encoder, name in _ENCODERS.items():
-        file = folder / name / "tokenizer_config.json"
-        if name in tokenizers and file.is_file():
+        if name in tokenizers:
+            file = folder / name / "tokenizer_config.json"  # without it, a tokenizer makes texts of any length
             part = PartConfig(named, f"{name}/{file.name}", model_files.read_json(file, named))
             config_checks.check_tokenizer(part, configs[encoder])
     model_files.read_json(folder / "scheduler" / "scheduler_config.json", named)

@@ -6,6 +6,7 @@ Imports no torch. Every error is a ValueError of one line: what was given, what 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,7 @@ def read_json(file: Path, named: str) -> dict[str, Any]:
         ValueError: it is missing or damaged; the message begins with `named`.
     """
     shown = "/".join(file.parts[-2:])
+    _check_plain(file, shown, named)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -52,6 +54,12 @@ def read_json(file: Path, named: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise refusal(named, f"{shown} holds a {type(found).__name__} and no JSON object", COPY_ANEW)
     return found
+
+
+def _check_plain(file: Path, shown: str, named: str) -> None:
+    """Raises ValueError for a pipe, a device or a folder: reading it may never end."""
+    if os.path.lexists(file) and not file.is_file():
+        raise refusal(named, f"{shown} is no plain file", COPY_ANEW)
 
 
 def parts_of(folder: Path, named: str) -> dict[str, tuple[str, str]]:
@@ -86,8 +94,8 @@ def check_tokenizer_files(folder: Path, named: str) -> None:
     has_both = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     if not has_both and not (folder / "tokenizer.json").is_file():
         raise refusal(named, f"{folder.name} has no tokenizer.json, nor vocab.json and merges.txt", COPY_ANEW)
-    for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
+    for name in ("tokenizer.json", "vocab.json", "special_tokens_map.json"):
+        if os.path.lexists(folder / name):
             read_json(folder / name, named)
 
 
@@ -132,7 +140,9 @@ def _shards(index: Path, named: str) -> set[str]:
 
 def check_whole(file: Path, named: str) -> None:
     """Raises ValueError if a safetensors file has no header, or not as many bytes as that says."""
-    shown, size = f"{file.parent.name}/{file.name}", file.stat().st_size
+    shown = f"{file.parent.name}/{file.name}"
+    _check_plain(file, shown, named)
+    size = file.stat().st_size
     with file.open("rb") as content:
         start = content.read(len(_LFS))
         if start == _LFS:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from rlcm_fast.config import bounds
 from rlcm_fast.config.bounds import Bound
+from rlcm_fast.config.files import check_text
 
 _LONGEST = 20  # digits of a number; Python refuses to read thousands
 
@@ -48,6 +49,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, several_steps: bool)
 
 def check_texts(arguments: argparse.Namespace) -> None:
     """Refuses settings of texts that have no use, and timesteps of no model; raises ValueError before one loads."""
+    check_text("negative", arguments.negative)
     if arguments.guidance_scale is not None:
         check_negative(arguments.negative, arguments.guidance_scale)
     if arguments.timesteps and arguments.timesteps[0] >= bounds.STEPS.most:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ def check_out(out: str, suffixes: Sequence[str] = ()) -> Path:
         raise ValueError(f"out={out} has no known ending; give a name that ends in {', '.join(suffixes)}")
     try:
         is_folder, is_there = path.is_dir(), path.exists()
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # raises for a link to itself
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -34,6 +37,8 @@ def check_out(out: str, suffixes: Sequence[str] = ()) -> Path:
         raise ValueError(f"out={out} cannot be written ({error.strerror}); give a file in a folder of yours") from error
     if is_folder:
         raise ValueError(f"out={out} is a folder; give the name of a file in it")
+    if is_there and not path.is_file():
+        raise ValueError(f"out={out} is no plain file; give another name")
     if is_there and not os.access(path, os.W_OK):
         raise ValueError(f"out={out} is write-protected; give another name, or remove it")
     return path

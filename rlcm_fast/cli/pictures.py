@@ -16,8 +16,8 @@ from torch import Tensor
 from rlcm_fast.bombs import bombs_are_errors
 from rlcm_fast.config.files import local_path
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken files
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")  # MPO: of cameras, as .jpg
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,13 @@ def find_pictures(folder: str, field: str = "images") -> list[Picture]:
 
 def open_picture(path: Path, field: str) -> Picture:
     """Read the header of a picture; raises ValueError if it is none."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{field}={path} is no plain file; give a picture")
     try:
-        with bombs_are_errors(), Image.open(path) as image:
+        with bombs_are_errors(), Image.open(path, formats=_FORMATS) as image:
             width, height = image.size
-            is_turned = image.getexif().get(0x0112, 1) >= 5  # EXIF's orientations 5 to 8 swap the sides
-    except _UNREADABLE as error:
+            is_turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF's orientations that swap the sides
+    except Exception as error:
         raise ValueError(_unreadable(path, field, error)) from error
     return Picture(path, (width, height) if is_turned else (height, width))
 
@@ -56,9 +58,9 @@ def open_picture(path: Path, field: str) -> Picture:
 def read_picture(picture: Picture, field: str = "images") -> Tensor:
     """The pixels (3, H, W) float32 in [0, 1], turned as EXIF says; raises ValueError if they cannot be decoded."""
     try:
-        with bombs_are_errors(), Image.open(picture.path) as image:
+        with bombs_are_errors(), Image.open(picture.path, formats=_FORMATS) as image:
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except _UNREADABLE as error:
+    except Exception as error:
         raise ValueError(_unreadable(picture.path, field, error)) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 

@@ -10,6 +10,7 @@ import argparse
 from rlcm_fast.cli.arguments import add_sampling_arguments, check_texts, whole
 from rlcm_fast.cli.output import PICTURES, check_device, check_out, write
 from rlcm_fast.config import bounds
+from rlcm_fast.config.files import check_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,8 @@ def run(arguments: argparse.Namespace) -> None:
     out = check_out(arguments.out, PICTURES)
     check_device(arguments.device)
     check_texts(arguments)
+    for text in arguments.prompt:
+        check_text("prompt", text)
     count = len(arguments.prompt) * arguments.num_images
     if count > bounds.GRID.most:
         raise ValueError(f"num-images={arguments.num_images} makes {count} images; give fewer: {bounds.GRID.reason}")

@@ -14,7 +14,7 @@ from rlcm_fast.config import Config, PolicyConfig, PromptsConfig
 from rlcm_fast.config.algorithm_checks import check_algorithm
 from rlcm_fast.config.batches import with_numbers
 from rlcm_fast.config.engine_checks import check_engine
-from rlcm_fast.config.files import check_can_be_made, check_name
+from rlcm_fast.config.files import check_can_be_made, check_name, check_text
 from rlcm_fast.config.guard_checks import check_guard
 from rlcm_fast.config.image_sizes import check_image_sizes
 from rlcm_fast.config.ranges import check_ranges
@@ -68,8 +68,8 @@ def _check_names(section: Any, prefix: str) -> None:
         for index, part in enumerate(value if isinstance(value, list) else ()):
             if is_dataclass(part):
                 _check_names(part, f"{name}[{index}].")
-        if isinstance(value, str) and name != "prompts.negative":
-            check_name(name, value)
+        if isinstance(value, str):
+            (check_text if name == "prompts.negative" else check_name)(name, value)
 
 
 def _check_use(config: Config) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from rlcm_fast.config.files import is_text
+
 MOST_CHARACTERS = 200_000
 """Characters of a document; a config of a hundred tasks has 40,000, and PyYAML reads 200,000 in about a second."""
 MOST_DEPTH = 32
@@ -76,6 +78,8 @@ def _check_size(root: yaml.Node) -> None:
 
     def size_of(node: yaml.Node) -> int:
         if isinstance(node, yaml.ScalarNode):
+            if not is_text(node.value):
+                raise Unreadable(f"has half a character, in line {_line(node)}", "write it whole")
             return 1
         if id(node) in sizes:
             if sizes[id(node)] == 0:

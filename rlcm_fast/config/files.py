@@ -34,6 +34,7 @@ MOST_BYTES, MOST_OF_A_PATH = 255, 4096  # of file systems
 
 def check_name(named: str, text: str) -> None:
     """Refuses a text that no file, model or module can be called; raises ValueError that begins with `named`."""
+    check_text(named, text)
     longest = max(len(os.fsencode(part)) for part in text.split("/"))
     if longest > MOST_BYTES or len(text) > MOST_OF_A_PATH:
         raise ValueError(
@@ -42,6 +43,17 @@ def check_name(named: str, text: str) -> None:
         )
     if any(ord(char) < 32 or ord(char) == 127 for char in text):
         raise ValueError(f"{named}={text!r} has a character that cannot be seen; leave it out")
+
+
+def is_text(text: str) -> bool:
+    """Tells whether every character can be written: Python has half of a surrogate pair for a byte that is no UTF-8."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def check_text(named: str, text: str) -> None:
+    """Refuses a text that no tokenizer and no file takes; raises ValueError that begins with `named`."""
+    if not is_text(text):
+        raise ValueError(f"{named}={text!r} has bytes that are no UTF-8 text; write it anew")
 
 
 def find_config(name: str) -> Path:
@@ -91,6 +103,8 @@ def check_can_be_made(folder: str, field: str) -> None:
     """Raises ValueError if a folder is a file, or cannot be made or written in; makes nothing."""
     # Find the nearest place that is there.
     named, place = f"{field}={folder}", Path(os.path.abspath(folder))
+    if not folder.strip():
+        raise ValueError(f"{named} is empty; give a folder, . for this one")
     try:
         while not os.path.lexists(place):
             place = place.parent

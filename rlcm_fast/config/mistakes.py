@@ -22,7 +22,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from rlcm_fast.config.documents import Unreadable, load
+from rlcm_fast.config.documents import MOST_CHARACTERS, Unreadable, load
 from rlcm_fast.config.files import RESOLVED, MayBeFile, beside, find_config
 from rlcm_fast.config.marks import marks_of, types_of
 from rlcm_fast.config.other_words import meaning_of
@@ -73,7 +73,11 @@ def read_file(file: str, config_class: type) -> str:
 
 def _text_of(path: Path, file: str) -> str:
     """Returns the text of a config's file; raises ValueError if it cannot be read."""
+    most = 4 * MOST_CHARACTERS
     try:
+        size = path.stat().st_size
+        if size > most:
+            raise ValueError(f"config={file} has {size:,} bytes, and no config needs more than {most:,}; shorten it")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(

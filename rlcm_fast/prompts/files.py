@@ -17,10 +17,13 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 
+from rlcm_fast.config.files import is_text
 from rlcm_fast.trajectory import Prompt
 
 _BLOCK_BYTES = 1 << 22
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MOST_OF_A_LINE = 1_000_000
+"""Bytes of a line; a text encoder reads some hundred."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class PromptFile(Sequence[Prompt]):
             raise ValueError(
                 f"{where} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
             ) from error
+        except ValueError as error:
+            raise ValueError(f"{where} {error}") from error
 
     @property
     def crc(self) -> int:
@@ -132,7 +137,7 @@ def parse_json_line(line: str) -> Prompt:
     # Read the object.
     remedy = 'write {"text": "a cat"} or {"text": "a cat", "task": "animals"}'
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:  # also for an integer of thousands of digits
         raise ValueError(f"is no JSON ({error}); {remedy}") from error
     if isinstance(record, dict) and "include" in record and "text" not in record and "prompt" in record:
@@ -144,10 +149,21 @@ def parse_json_line(line: str) -> Prompt:
     details = {key: record.pop(key) for key in DETAILS if key in record}
     if not all(isinstance(value, str) and value.strip() for value in record.values()):
         raise ValueError(f"is {line}, where a value is no text or empty; {remedy}")
+    if not is_text(record["text"]):
+        raise ValueError(f"is {line}, whose text has half a character; {remedy}")
     for key, value in details.items():
         if not DETAILS[key].is_good(value):
             raise ValueError(f"is {line}, where {key} is not {DETAILS[key].form}; write {DETAILS[key].example}")
     return Prompt(**record, metadata=json.dumps(details, sort_keys=True) if details else "")
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object; raises ValueError if a key is in it twice, because only one of them would count."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{max(keys, key=keys.count)!r} is in it twice" if len(keys) < 100 else "keys are in it twice")
+    return found
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
@@ -177,9 +193,15 @@ def _blocks(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     file.seek(0)
     offset = len(_BYTE_ORDER_MARK) if file.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK else 0
     file.seek(offset)
-    while block := file.read(_BLOCK_BYTES) + file.readline():
+    while block := file.read(_BLOCK_BYTES) + (rest := file.readline(MOST_OF_A_LINE + 1)):
+        if len(rest) > MOST_OF_A_LINE:
+            raise _too_long()
         yield offset, block
         offset += len(block)
+
+
+def _too_long() -> ValueError:
+    return ValueError(f"has a line of more than {MOST_OF_A_LINE:,} bytes; write one prompt per line")
 
 
 def _filled_lines(block: bytes) -> np.ndarray:
@@ -190,6 +212,8 @@ def _filled_lines(block: bytes) -> np.ndarray:
     starts, ends = np.append(0, breaks + 1), np.append(breaks, len(data))
     is_long = starts < ends
     starts, ends = starts[is_long], ends[is_long]
+    if (ends - starts).max(initial=0) > MOST_OF_A_LINE:
+        raise _too_long()
 
     # Drop blank lines; decode only those whose first two bytes could be blank.
     second = data[np.minimum(starts + 1, len(data) - 1)]

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+from rlcm_fast.config.files import is_text
 from rlcm_fast.given import PREFIX as GIVEN
 from rlcm_fast.given import check_is_given
 from rlcm_fast.patience import NotDone, call_within
@@ -114,7 +115,7 @@ def _call(source: str, where: str) -> list[Prompt]:
     prompts = []
     for item in items:
         prompt = Prompt(item) if isinstance(item, str) else item
-        if not isinstance(prompt, Prompt) or not prompt.text.strip():
+        if not isinstance(prompt, Prompt) or not prompt.text.strip() or not is_text(prompt.text):
             raise ValueError(f"{where} returned the prompt {prompt!r}; {remedy}")
         prompts.append(prompt)
     return prompts

@@ -21,6 +21,9 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
 
     Folders with equal names are called by as much of their paths as tells them apart.
     """
+    strange = next((folder for folder in folders if not folder.is_dir()), None)
+    if strange is not None:
+        raise ValueError(f"run={strange} is not a folder; give the run_dir of a run")
     paths = [folder.resolve() for folder in dict.fromkeys(folders)]
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths) and depth < max(len(p.parts) for p in paths):

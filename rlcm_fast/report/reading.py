@@ -117,6 +117,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _text(path: Path, problems: list[str]) -> str | None:
+    if os.path.lexists(path) and not path.is_file():  # reading a pipe would never end
+        problems.append(f"{path.name} is no plain file")
+        return None
     try:
         return path.read_bytes().decode(errors="replace")
     except FileNotFoundError:

@@ -10,6 +10,7 @@ Every mistake ends all processes with one line. rules.py says what a changed set
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,10 @@ def _named_checkpoint(resume: str, run_dir: Path, num_lines: int) -> Path:
 
 def _num_lines(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(
+            f"run_dir={run_dir} has a {path.name} that is no plain file; remove it, or give another run_dir"
+        )
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
-from malformed import Case, Outcome, Place, configs, data, plugins, runs, tools, try_case
+from malformed import Case, Outcome, Place, configs, data, plugins, runs, strange, tools, try_case
 
 from rlcm_fast.prompts import sources
 from rlcm_fast.train import main
@@ -33,6 +33,9 @@ KINDS: dict[str, Callable[[], list[Case]]] = {
     "archives and single files": data.archives,
     "checkpoints": runs.checkpoints,
     "flags of tools": tools.tools,
+    "pipes, devices, other encodings": strange.files,
+    "pictures": strange.pictures,
+    "tools at pipes and devices": strange.tools,
 }
 AT_LEAST = 400
 
