@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from PIL import Image
 from torch import nn
@@ -29,6 +30,7 @@ from rlcm_fast.pairs.decoding import Decoder, Unreadable
 from rlcm_fast.pairs.reading import Row
 from rlcm_fast.pairs.sources import parse_source
 from rlcm_fast.rewards.heads import read_tensors
+from rlcm_fast.train import main
 
 MARKER = "was_run"
 
@@ -82,6 +84,24 @@ def test_a_checkpoint_of_pickles_is_not_read_without_the_flag(folder: Path, name
     file.parent.mkdir(parents=True)
     file.write_bytes(content())
     refused(lambda: read_engine(folder / "checkpoint", nn.Linear(1, 1), False), "set trust_old_checkpoint=true")
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", ["engine.pt", "deepspeed/mp_rank_00_model_states.pt"])
+@pytest.mark.parametrize("field", ["resume", "resume_weights_only"])
+def test_a_checkpoint_of_a_stranger_is_refused_at_the_command_line(
+    folder: Path, tiny_lcm_folder: str, name: str, field: str, capsys: pytest.CaptureFixture[str]
+):
+    file = folder / "theirs" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(saved())
+    (folder / "theirs" / "state.json").write_text(json.dumps({"iteration": 1, "queries": 4, "tasks": {}}))
+    argv = [*tiny_runs.arguments(tiny_lcm_folder, folder / "run"), f"--{field}={folder / 'theirs'}"]
+    assert main(argv) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert line.startswith(f"error: {field}={folder / 'theirs'}")
+    if field == "resume":
+        assert line.endswith("if you trust where it comes from, set trust_old_checkpoint=true")
 
 
 @pytest.mark.parametrize("content", PICKLES)

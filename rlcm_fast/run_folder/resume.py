@@ -340,9 +340,17 @@ def _weights_folder(path: str) -> Path:
 
 
 def _check_weights(config: Config, folder: Path) -> None:
-    """Refuses adapters that the run has no place for, by their names and shapes and without loading them."""
+    """Refuses damaged weights, and adapters that the run has no place for, by their names and shapes, without loading.
+
+    folder: the checkpoint, which is known to be whole unless the config names it.
+    """
     # What all weights need is known only from the model; put_weights checks it.
-    adapters = folder / "adapters.safetensors"
+    adapters, whole = folder / "adapters.safetensors", folder / "unet.safetensors"
+    fault = checkpoints.damage(folder) if str(folder) == config.resume_weights_only else None
+    if fault is None and not adapters.is_file() and not whole.is_file():
+        fault = f"it has no {whole.name}"
+    if fault:
+        raise ValueError(f"resume_weights_only={folder} is no whole checkpoint: {fault}; give another")
     if not adapters.is_file():
         return
     named, remedy = f"resume_weights_only={config.resume_weights_only}", "or give an export of that run as model.path"

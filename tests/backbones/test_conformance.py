@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,14 @@ def check(
     return run
 
 
+@pytest.fixture
+def counts() -> Iterator[Counter[str]]:
+    """Counts outcomes, and prints them for docs/reliability.md."""
+    found: Counter[str] = Counter()
+    yield found
+    print(f"\n{found.total()} folders: {dict(found)}")
+
+
 SHARED = {"suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow], "database": None}
 
 
@@ -224,8 +233,8 @@ def test_random_folders_are_obeyed_as_by_the_stock_pipeline_or_refused(check: An
 @pytest.mark.slow
 @settings(max_examples=400, **SHARED)
 @given(folders())
-def test_many_random_folders_are_obeyed_as_by_the_stock_pipeline_or_refused(check: Any, drawn: Any):
-    check(drawn)
+def test_many_random_folders_are_obeyed_as_by_the_stock_pipeline_or_refused(check: Any, counts: Any, drawn: Any):
+    counts["equal" if check(drawn) else "refused"] += 1
 
 
 STATISTICS = {"latents_mean": [0.3, -0.2, 0.1, 0.0], "latents_std": [1.5, 0.7, 1.0, 2.0], "scaling_factor": 0.5}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
@@ -20,10 +22,12 @@ from rlcm_fast.backbones.assembly import fuse_lora, load_pipeline
 from rlcm_fast.backbones.loading import LORA_FILE, resolve_lora_path, resolve_model, split_hub_file
 from rlcm_fast.backbones.lora_layouts import KOHYA_FILE, add_lora, kohya_name, read_lora
 from rlcm_fast.backbones.pipeline import Backbone
+from rlcm_fast.cli.main import main as tool
 from rlcm_fast.config import LoraConfig, LoraSource, ModelConfig, parse_config
 from rlcm_fast.planner.architecture import load_architecture
 from rlcm_fast.run_folder.fingerprint import flat
 from rlcm_fast.run_folder.rules import changes
+from rlcm_fast.train import main as train
 
 RANK, ALPHA = 2, 3.0  # so that alpha / rank is neither 1 nor the rank
 
@@ -179,6 +183,27 @@ def test_layers_of_the_text_encoders_are_added_too_and_the_rest_is_counted(tiny_
     name = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
     delta = 0.5 * ALPHA / RANK * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
     torch.testing.assert_close(after - before, delta, atol=1e-6, rtol=1e-5)
+
+
+def test_a_run_and_a_drawing_say_once_how_many_layers_of_a_lora_match(
+    tiny_sd_folder: str, one_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    # Write a LoRA half of whose layers this model has, then train and draw with it.
+    file = Path(tiny_pipelines.save_lora(tmp_path / "lora", tiny_pipelines.unet())) / LORA_FILE
+    tensors = load_file(file)
+    halves = {
+        f"{name}.".replace("blocks.0.", "blocks.7." if index % 4 > 1 else "blocks.0."): tensor
+        for index, (name, tensor) in enumerate(sorted(tensors.items()))
+    }
+    save_file({name.removesuffix("."): tensor for name, tensor in halves.items()}, file)
+    settings = {"num_iterations": 1, "model.lora": file, "policy.guidance_scale": 1.5}
+    assert train(tiny_runs.arguments(tiny_sd_folder, tmp_path / "run", settings)) == 0
+    of_run = capsys.readouterr().err
+    drawn = ["--model", tiny_sd_folder, "--lora", str(file), "--prompt", "a", "--num-images", "1", "--num-steps", "1"]
+    assert tool(["sample", *drawn, "--out", str(tmp_path / "a.png")]) == 0
+    for said in (of_run, capsys.readouterr().err):
+        (line,) = [line for line in said.splitlines() if "layers matched" in line]
+        assert re.search(r"lora=.*: (\d+) of (\d+) layers matched \(\1 of unet\); \d+ unmatched, such as unet\.", line)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,10 @@ def checkpoints() -> list[Case]:
     ]
     for name in ("unet.safetensors", "state.json"):
         damage = _each(_cut(name))
+        one = ["--resume_weights_only=@/checkpoints/iteration_000002", "--run_dir=elsewhere"]
+        found.append(_resumed(f"weights only, by its folder: {name} is cut", damage, "resume_weights_only=", *one))
+        lacks = _each(_without(name))
+        found.append(_resumed(f"weights only, by its folder: {name} is missing", lacks, "resume_weights_only=", *one))
         other = ["--resume_weights_only=@", "--run_dir=elsewhere"]
         found.append(_resumed(f"weights only: {name} is cut", damage, "resume_weights_only=", *other))
     return found
