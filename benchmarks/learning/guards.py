@@ -30,7 +30,7 @@ from benchmarks.shared.training_runs import Row, add_seed_arguments, train_all
 _FLAT_KB = 0.69  # of a blank image of 64 x 64 at quality 95
 _DETECTOR, _KB = "guard/shapes_alignment", "guard/jpeg_kb"
 _REWARDS = ("jpeg_compressibility", "shapes_alignment")
-_OTHER_IMAGES = ("--prompts", "shapes:one:held_out", "--num-images", "2048", "--seed", "1000")
+_OTHER_IMAGES = ("--prompts", "shapes:one:held_out", "--num-images", "1024", "--seed", "1000")
 _OFTEN = ("guard.every", "2", "evaluation.num_images", "128", "evaluation.every", "12", "checkpoint.every", "8")
 _COLLAPSE = Arm("collapse", "compressibility_paper", ("guard.action", "warn", *_OFTEN, "num_iterations", "40"))
 _HEALTHY = (

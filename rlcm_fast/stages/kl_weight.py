@@ -8,9 +8,7 @@ measure in half-widths of its band: 0 at the band's end, at least -1, the start 
 
     first measurement       T = D / (1 + max(e, 0))^2,  b = 0.05,  m = 0
     after every rollout     b <- b (D / T)^0.1,  w = b D / T                       D / T counts as 1/2 to 2
-    later measurements      m <- (m + e) / 2             because one measurement is noisy
-                            m > 0        T <- T / sqrt(1 + m)
-                            m < -0.25    T <- T 1.2^-m
+    later measurements      m <- (m + e) / 2,  T <- T 1.2^-m                  m, because one measurement is noisy
 
 Before the first measurement there is no target and w is update.kl_weight, which w never falls below. An e above 0 does
 not count while D is above 1.2 T, because the pictures are on their way back; T does not grow while D is below T / 1.2.
@@ -25,8 +23,8 @@ from typing import Any
 
 FIRST, LEAST, MOST = 0.05, 1e-4, 100.0  # b at first, and the limits of b and w
 _DRIFT, _MOST_RATIO = 0.1, 2.0
-_WELL_INSIDE, _MOST_EXCESS = -0.25, 2.0
-_GROWTH = 1.2
+_MOST_EXCESS = 2.0
+_STEP = 1.2
 _NEAR = 1.2  # D is at T if it is within this factor
 _STATE = ("value", "divergence", "target", "base", "margin")
 
@@ -83,10 +81,8 @@ class KlWeight:
         if excess > 0 and ratio > _NEAR:
             return
         self.margin = (self.margin + excess) / 2
-        if self.margin > 0:
-            self.target /= math.sqrt(1 + self.margin)
-        elif self.margin < _WELL_INSIDE and ratio > 1 / _NEAR:
-            self.target *= _GROWTH**-self.margin
+        if self.margin > 0 or ratio > 1 / _NEAR:
+            self.target *= _STEP**-self.margin
 
     def let_go(self) -> None:
         """Goes back to update.kl_weight, for a run whose guard no longer moves the weight."""

@@ -173,18 +173,17 @@ def test_the_target_falls_outside_and_grows_well_inside_once_it_is_reached():
     targets = [0.02]
     # Outside on the way down; outside; noise; far above the start, twice, the second time below T; outside for good.
     steps = (
-        (0.03, 3, 1),
-        (0.02, 1, 1.5**-0.5),
-        (0.014, -0.9, 1),
-        (0.014, -3, 1.2**0.6),
-        (0.012, -1, 1),
-        (0.016, 9, None),
+        (0.03, 3, 0.0),
+        (0.02, 1, 0.5),
+        (0.016, -0.5, 0.0),
+        (0.016, -3, -0.5),
+        (0.012, -1, 0.0),
+        (0.02, 9, (2 - 0.75) / 2),
     )
-    for divergence, excess, change in steps:
+    for divergence, excess, power in steps:
         weight.hold(divergence)
         weight.aim(excess)
-        change = change or (1 + (-0.8 + 2) / 2) ** -0.5  # nothing counts as more than 2
-        targets.append(targets[-1] * change)
+        targets.append(targets[-1] * 1.2**-power)
         assert weight.target == pytest.approx(targets[-1])
 
 
