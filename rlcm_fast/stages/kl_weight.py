@@ -7,11 +7,11 @@ measures have been seen to be good, and they let it grow from there: an inner lo
 measure in half-widths of its band: 0 at the band's end, at least -1, the start model's value; it counts as at most 2.
 
     first measurement       T = D / (1 + max(e, 0))^2,  b = 0.05,  m = 0
-    after every rollout     b <- b (D / T)^0.1,  w = b D / T                       D / T counts as 1/2 to 2
+    after every rollout     b <- b (D / T)^0.1,  w = b (D / T)^1.5                 D / T counts as 1/2 to 2
     later measurements      m <- (m + e) / 2,  T <- T 1.2^-m                  m, because one measurement is noisy
 
 Before the first measurement there is no target and w is update.kl_weight, which w never falls below. An e above 0 does
-not count while D is above 1.2 T, because the pictures are on their way back; T does not grow while D is below T / 1.2.
+not count while D comes down to T: it is above 1.2 T, and less than at the last measurement. T grows to 1.2 D at most.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from typing import Any
 
 FIRST, LEAST, MOST = 0.05, 1e-4, 100.0  # b at first, and the limits of b and w
-_DRIFT, _MOST_RATIO = 0.1, 2.0
+_DRIFT, _POWER, _MOST_RATIO = 0.1, 1.5, 2.0
 _MOST_EXCESS = 2.0
 _STEP = 1.2
 _NEAR = 1.2  # D is at T if it is within this factor
-_STATE = ("value", "divergence", "target", "base", "margin")
+_FALLS = 0.95  # of D at the last measurement
+_STATE = ("value", "divergence", "measured", "target", "base", "margin")
 
 
 @dataclass
@@ -40,6 +41,7 @@ class KlWeight:
     target: float | None = None  # T; None before the first measurement
     base: float = FIRST  # b
     margin: float = 0.0  # m
+    measured: float = 0.0  # D at the last measurement
 
     def __post_init__(self) -> None:
         self.value = max(self.value, self.least)
@@ -66,23 +68,23 @@ class KlWeight:
         if self.target is not None:
             ratio = min(_MOST_RATIO, max(1 / _MOST_RATIO, divergence / self.target))
             self.base = min(MOST, max(LEAST, self.base * ratio**_DRIFT))
-            self.value = min(MOST, max(self.least, self.base * ratio))
+            self.value = min(MOST, max(self.least, self.base * ratio**_POWER))
 
     def aim(self, excess: float) -> None:
         """Moves the target after a measurement with this excess; the first one that follows an update sets it."""
         if not self.divergence:
             return
-        excess = min(_MOST_EXCESS, max(-1.0, excess))
+        excess, divergence = min(_MOST_EXCESS, max(-1.0, excess)), self.divergence
+        before, self.measured = self.measured, divergence
         if self.target is None:
-            self.target = self.divergence / (1 + max(0.0, excess)) ** 2
-            self.hold(self.divergence)
+            self.target = divergence / (1 + max(0.0, excess)) ** 2
+            self.hold(divergence)
             return
-        ratio = self.divergence / self.target
-        if excess > 0 and ratio > _NEAR:
+        if excess > 0 and divergence > _NEAR * self.target and divergence < _FALLS * before:
             return
         self.margin = (self.margin + excess) / 2
-        if self.margin > 0 or ratio > 1 / _NEAR:
-            self.target *= _STEP**-self.margin
+        wanted = self.target * _STEP**-self.margin
+        self.target = min(wanted, max(self.target, _NEAR * divergence))
 
     def let_go(self) -> None:
         """Goes back to update.kl_weight, for a run whose guard no longer moves the weight."""
@@ -100,7 +102,7 @@ class KlWeight:
         if "target" not in state:
             has_risen = state["value"] > self.least and state["divergence"]
             target = state["divergence"] if has_risen else None
-            state = {**state, "target": target, "base": max(LEAST, state["value"]), "margin": 0.0}
+            state = {**state, "target": target, "base": max(LEAST, state["value"])}
         for name in _STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
         self.value = max(self.least, self.value)

@@ -140,7 +140,7 @@ def test_the_first_target_is_the_divergence_where_all_was_well_and_a_part_of_it_
     weight.aim(excess)
     assert weight.target == pytest.approx(0.04 * share)
     ratio = min(2, 1 / share)
-    assert weight.value == pytest.approx(FIRST * ratio**1.1)  # b has drifted once
+    assert weight.value == pytest.approx(FIRST * ratio**1.6)  # b has drifted once
 
 
 def held(weight: KlWeight, num_rollouts: int, growth: float = 0.2, balance: float = 0.05) -> float:
@@ -171,20 +171,23 @@ def test_the_target_falls_outside_and_grows_well_inside_once_it_is_reached():
     weight.hold(0.02)
     weight.aim(0.0)
     targets = [0.02]
-    # Outside on the way down; outside; noise; far above the start, twice, the second time below T; outside for good.
     steps = (
-        (0.03, 3, 0.0),
-        (0.02, 1, 0.5),
-        (0.016, -0.5, 0.0),
-        (0.016, -3, -0.5),
-        (0.012, -1, 0.0),
-        (0.02, 9, (2 - 0.75) / 2),
+        (0.05, 0.5, 0.25),  # outside and further away than ever
+        (0.03, 3, 0.0),  # outside, on the way down
+        (0.03, -0.75, -0.25),  # inside
+        (0.02, -3, -0.625),  # far inside
     )
     for divergence, excess, power in steps:
         weight.hold(divergence)
         weight.aim(excess)
         targets.append(targets[-1] * 1.2**-power)
         assert weight.target == pytest.approx(targets[-1])
+    for excess in (-1, -1):
+        weight.hold(0.02)
+        weight.aim(excess)
+    assert weight.target == pytest.approx(1.2 * 0.02)  # it does not run ahead
+    weight.aim(9.0)
+    assert weight.margin == pytest.approx((-0.90625 + 2) / 2)  # an excess counts as 2 at most
 
 
 def test_the_weight_stays_between_update_kl_weight_and_its_most():
