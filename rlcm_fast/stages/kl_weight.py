@@ -7,8 +7,11 @@ measures have been seen to be good, and they let it grow from there: an inner lo
 measure in half-widths of its band: 0 at the band's end, at least -1, the start model's value; it counts as at most 2.
 
     first measurement       T = D / (1 + max(e, 0))^2,  b = 0.05,  m = 0
-    after every rollout     b <- b (D / T)^0.1,  w = b (D / T)^1.5                 D / T counts as 1/2 to 2
     later measurements      m <- (m + e) / 2,  T <- T 1.2^-m                  m, because one measurement is noisy
+    after every rollout     R = D (1 + max(m, 0)) / T, or 1/2 or 2 if it is beyond them
+                            b <- b R^0.1,  w = b R^1.5
+
+Pictures go on changing at the same D, so outside of the band D is led below T at once, until they are back.
 
 Before the first measurement there is no target and w is update.kl_weight, which w never falls below. An e above 0 does
 not count while D comes down to T: it is above 1.2 T, and less than at the last measurement. T grows to 1.2 D at most.
@@ -66,7 +69,8 @@ class KlWeight:
             return
         self.divergence = divergence
         if self.target is not None:
-            ratio = min(_MOST_RATIO, max(1 / _MOST_RATIO, divergence / self.target))
+            ratio = divergence * (1 + max(0.0, self.margin)) / self.target
+            ratio = min(_MOST_RATIO, max(1 / _MOST_RATIO, ratio))
             self.base = min(MOST, max(LEAST, self.base * ratio**_DRIFT))
             self.value = min(MOST, max(self.least, self.base * ratio**_POWER))
 

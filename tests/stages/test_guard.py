@@ -190,6 +190,15 @@ def test_the_target_falls_outside_and_grows_well_inside_once_it_is_reached():
     assert weight.margin == pytest.approx((-0.90625 + 2) / 2)  # an excess counts as 2 at most
 
 
+def test_outside_the_divergence_is_led_below_its_target():
+    weights = []
+    for margin in (-0.5, 0.0, 0.5):
+        weight = KlWeight(0.0, target=0.02, margin=margin)
+        weight.hold(0.02)
+        weights.append(weight.value)
+    assert weights == pytest.approx([FIRST, FIRST, FIRST * 1.5**1.6])
+
+
 def test_the_weight_stays_between_update_kl_weight_and_its_most():
     weight = KlWeight(0.05)
     weight.hold(0.04)
