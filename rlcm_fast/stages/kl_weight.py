@@ -8,8 +8,7 @@ measure in half-widths of its band: 0 at the band's end, at least -1, the start 
 
     first measurement       T = D / (1 + max(e, 0))^2,  b = 0.05,  m = 0
     later measurements      m <- (m + e) / 2,  T <- T 1.2^-m                  m, because one measurement is noisy
-    after every rollout     R = D (1 + max(m, 0)) / T, or 1/2 or 2 if it is beyond them
-                            b <- b R^0.1,  w = b R^1.5
+    after every rollout     b <- b (D / T)^0.1,  w = b (1 + max(m, 0)) D / T          both factors within 1/2 to 2
 
 Pictures go on changing at the same D, so outside of the band D is led below T at once, until they are back.
 
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 FIRST, LEAST, MOST = 0.05, 1e-4, 100.0  # b at first, and the limits of b and w
-_DRIFT, _POWER, _MOST_RATIO = 0.1, 1.5, 2.0
+_DRIFT, _MOST_RATIO = 0.1, 2.0
 _MOST_EXCESS = 2.0
 _STEP = 1.2
 _NEAR = 1.2  # D is at T if it is within this factor
@@ -69,10 +68,10 @@ class KlWeight:
             return
         self.divergence = divergence
         if self.target is not None:
-            ratio = divergence * (1 + max(0.0, self.margin)) / self.target
-            ratio = min(_MOST_RATIO, max(1 / _MOST_RATIO, ratio))
-            self.base = min(MOST, max(LEAST, self.base * ratio**_DRIFT))
-            self.value = min(MOST, max(self.least, self.base * ratio**_POWER))
+            ratio = divergence / self.target
+            self.base = min(MOST, max(LEAST, self.base * _bounded(ratio) ** _DRIFT))
+            factor = _bounded(ratio * (1 + max(0.0, self.margin)))
+            self.value = min(MOST, max(self.least, self.base * factor))
 
     def aim(self, excess: float) -> None:
         """Moves the target after a measurement with this excess; the first one that follows an update sets it."""
@@ -110,3 +109,7 @@ class KlWeight:
         for name in _STATE:
             setattr(self, name, state.get(name, getattr(self, name)))
         self.value = max(self.least, self.value)
+
+
+def _bounded(ratio: float) -> float:
+    return min(_MOST_RATIO, max(1 / _MOST_RATIO, ratio))

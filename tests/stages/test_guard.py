@@ -140,7 +140,7 @@ def test_the_first_target_is_the_divergence_where_all_was_well_and_a_part_of_it_
     weight.aim(excess)
     assert weight.target == pytest.approx(0.04 * share)
     ratio = min(2, 1 / share)
-    assert weight.value == pytest.approx(FIRST * ratio**1.6)  # b has drifted once
+    assert weight.value == pytest.approx(FIRST * ratio**1.1)  # b has drifted once
 
 
 def held(weight: KlWeight, num_rollouts: int, growth: float = 0.2, balance: float = 0.05) -> float:
@@ -196,7 +196,7 @@ def test_outside_the_divergence_is_led_below_its_target():
         weight = KlWeight(0.0, target=0.02, margin=margin)
         weight.hold(0.02)
         weights.append(weight.value)
-    assert weights == pytest.approx([FIRST, FIRST, FIRST * 1.5**1.6])
+    assert weights == pytest.approx([FIRST, FIRST, FIRST * 1.5])
 
 
 def test_the_weight_stays_between_update_kl_weight_and_its_most():
