@@ -97,7 +97,7 @@ def test_a_guard_that_stops_ends_the_run_with_a_checkpoint_and_its_last_numbers(
     assert guard is not None
     guard.is_due = lambda iteration, is_scored: iteration in (0, 2)  # type: ignore[method-assign]
     band = guard._band
-    guard._band = lambda name, measured, z: band(name, measured, z).__class__(1e9, 1.0)  # type: ignore[method-assign]
+    guard._band = lambda name, measured: band(name, measured).__class__(1e9, 1.0)  # type: ignore[method-assign]
     guard.stops = lambda iteration: iteration == 2  # type: ignore[method-assign]
     assert not trainer.run()
     assert trainer.iteration == 2

@@ -131,7 +131,7 @@ def test_all_ranks_have_the_same_weights_and_they_are_those_of_the_export(folder
 def test_all_ranks_move_the_weight_of_the_kl_term_alike(folder: Path):
     first, second = (rank["kl_weight"] for rank in seen(folder, "guarded"))
     assert first == second
-    assert first["target"] > 0 and first["value"] > 0
+    assert first["value"] > 0
 
 
 def test_all_ranks_have_the_same_average_and_it_is_what_is_exported(folder: Path):

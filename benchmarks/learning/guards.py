@@ -41,7 +41,7 @@ _HELD = Arm(
     "raise_kl",
     "compressibility_paper",
     (
-        *("guard.action", "raise_kl", "guard.every", "3", "evaluation.num_images", "256"),
+        *("guard.action", "raise_kl", "guard.every", "3", "guard.z", "1", "evaluation.num_images", "512"),
         *("checkpoint.every", "3", "checkpoint.keep", "40"),  # so that the lowest payload can be scored once more
     ),
 )
@@ -128,7 +128,7 @@ def _held(rows: Sequence[Row]) -> dict[str, Any]:
     for row in measured:
         point = {"iteration": row["iteration"], "queries": row["seen"], "payload": _payload(row, first)}
         point["detector"] = row[_DETECTOR] / first[_DETECTOR]
-        names = {"kl_weight": "guard/kl_weight", "kl_target": "guard/kl_target", "divergence": "guard/kl_to_start"}
+        names = {"kl_weight": "guard/kl_weight", "divergence": "guard/kl_to_start"}
         points.append({**point, **{name: row[key] for name, key in names.items() if key in row}})
 
     # A lowest value is the luckiest one, too; a mean over the run's last quarter is not chosen.

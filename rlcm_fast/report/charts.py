@@ -71,7 +71,7 @@ def sections_of_run(run: RunData) -> list[Section]:
         Section("Trained rewards", trained),
         Section("Held out: what nobody optimised", [*watched, *_diversity_charts(run)]),
         Section("Guards", [_guard_chart(run, name) for name in guards(run)]),
-        Section("Policy", _with_target(run, _plain_charts(run, _POLICY))),
+        Section("Policy", _plain_charts(run, _POLICY)),
         Section("Speed and cost", _plain_charts(run, _speed_titles([run]))),
     ]
     return _with_numbers(sections)
@@ -178,15 +178,6 @@ def _weight_note(run: RunData, measure: Measure) -> str:
 
 def _plain_charts(run: RunData, titles: dict[str, str]) -> list[Chart]:
     return [Chart(title, [Series("this run", points_of(run, key), 0)]) for key, title in titles.items()]
-
-
-def _with_target(run: RunData, charts: Sequence[Chart]) -> list[Chart]:
-    """Adds what a guard aims at to the chart of the KL divergence, if it does."""
-    line = Series("what the guard aims at", points_of(run, "guard/kl_target"), 1)
-    if not line.points:
-        return list(charts)
-    title = _POLICY["kl_to_start"]
-    return [replace(chart, series=[*chart.series, line]) if chart.title == title else chart for chart in charts]
 
 
 def _group_chart(groups: Sequence[tuple[str, Group]], key: str, title: str) -> Chart:

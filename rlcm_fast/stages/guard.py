@@ -32,9 +32,9 @@ from rlcm_fast.stages.guard_measures import Band, Measured, Seen, distance_to_st
 from rlcm_fast.stages.kl_weight import KlWeight
 from rlcm_fast.trajectory import Prompt
 
-_STEERING_Z = 1.0  # half-width, in standard errors, of the bands that raise_kl steers by; guard.z if that is less
 _LEAST_SCALE = {"edge_density": 0.05, "saturation": 0.02, "flat_area": 0.05, "colour_entropy": 0.5}
 """A floor is relative to the start's value, or to this if the value is lower: a share of 0 would have no band."""
+_WELL_INSIDE = -0.5  # excess, in half-widths
 
 Embedding = Callable[[Tensor, Sequence[Prompt]], Tensor]
 
@@ -124,23 +124,22 @@ class Guard:
             self.pictures.keep(seen.pictures)
             if iteration > 0:
                 say(f"guard: the bands are around the weights after {iteration} iterations, the first that it measured")
-        bands = self._bands(self.config.z)
-        excesses = self._excesses(bands, measures)
-        outside = [name for name, excess in excesses.items() if excess > 0]
+        bands = self._bands()
+        excesses = {name: band.excess(measures[name].value) for name, band in bands.items() if name in measures}
 
-        # Move the target of the KL term, whose mean over measurements needs no certainty in each.
-        moved = ""
-        steering = self._excesses(self._bands(min(self.config.z, _STEERING_Z)), measures)
-        acting = [excess for name, excess in steering.items() if self._acts_on(name)]
+        # Move the weight of the KL term, if something that counts is outside or all of it is well inside.
+        before = self.kl_weight.value
+        acting = [excess for name, excess in excesses.items() if self._acts_on(name)]
         if self.config.raises_kl and acting:
-            self.kl_weight.aim(max(acting))
-            moved = f"; {self.kl_weight.told}"
+            self.kl_weight.follow(max(acting), _WELL_INSIDE)
 
         # Say what is new.
+        outside = [name for name, excess in excesses.items() if excess > 0]
         new = [name for name in outside if name not in self.outside]
         back = [name for name in self.outside if name not in outside]
         self.outside = outside
         picture = self.pictures.compare(iteration, seen.pictures, seen.texts) if new else ""
+        moved = f"; update.kl_weight {before:.3g} -> {self.kl_weight.value:.3g}" if self.config.raises_kl else ""
         for name in new:
             acts = moved if self._acts_on(name) else ""
             say(f"guard: iteration {iteration}: {name} {bands[name].told(measures[name].value)}{acts}; see {picture}")
@@ -174,24 +173,21 @@ class Guard:
             found[KL] = Measured(self.kl_weight.divergence, 0.0)
         return found
 
-    def _excesses(self, bands: Mapping[str, Band], measures: Mapping[str, Measured]) -> dict[str, float]:
-        return {name: band.excess(measures[name].value) for name, band in bands.items() if name in measures}
-
-    def _bands(self, z: float) -> dict[str, Band]:
-        """Returns the bands of what is watched or acted on, z standard errors wide on each side."""
+    def _bands(self) -> dict[str, Band]:
+        """Returns the bands of what is watched or acted on."""
         assert self.start is not None
         names = [name for name in self.start.measures if self._is_watched(name)]
-        bands = {name: self._band(name, self.start.measures[name], z) for name in names}
+        bands = {name: self._band(name, self.start.measures[name]) for name in names}
         if self.config.max_kl > 0 and self._is_watched(KL):
             bands[KL] = Band(0.0, self.config.max_kl, has_low=False)
         return bands
 
-    def _band(self, name: str, measured: Measured, z: float) -> Band:
+    def _band(self, name: str, measured: Measured) -> Band:
         floor = self.config.floors.get(name, FLOORS.get(name, self.config.floor))
         if name == DISTANCE:
             return Band(0.0, floor, has_low=False)
         scale = max(abs(measured.value), _LEAST_SCALE.get(name, 0.0))
-        half_width = max(z * measured.error, floor * scale)
+        half_width = max(self.config.z * measured.error, floor * scale)
         return Band(measured.value, half_width, has_high=not self._is_held_out(name))
 
     def _is_held_out(self, name: str) -> bool:
@@ -217,8 +213,6 @@ class Guard:
         metrics["guard/outside"] = float(len(self.outside))
         if self.config.raises_kl:
             metrics["guard/kl_weight"] = self.kl_weight.value
-            if self.kl_weight.target is not None:
-                metrics["guard/kl_target"] = self.kl_weight.target
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,5 +225,3 @@ class Guard:
         self.start = None if state["start"] is None else Start.from_state(state["start"])
         self.outside = list(state["outside"])
         self.kl_weight.load_state_dict(state["kl_weight"])
-        if not self.config.raises_kl:
-            self.kl_weight.let_go()

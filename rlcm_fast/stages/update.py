@@ -84,7 +84,7 @@ class Updater:
                 signals = work.signals(part.rows)  # (N,)
                 work.train_on(part.rows[part.order], signals[part.order.to(signals.device)])
         if self.kl_weight.is_measured:
-            self.kl_weight.hold(parallel.mean(work.record.mean_kl()).item())
+            self.kl_weight.divergence = parallel.mean(work.record.mean_kl()).item()
         return work.record.summary(time.perf_counter() - start)
 
     def check_ratio(self, trajectory: AnyTrajectory, turn: Turn, say: Callable[[str], None]) -> dict[str, float]:

@@ -114,12 +114,6 @@ def test_a_held_out_reward_outside_its_band_is_worse_than_a_statistic():
     assert kind(**{"guard/x": 0.2}) == "bad"  # there is nothing else that could tell
 
 
-def test_what_a_guard_aims_at_is_beside_the_divergence():
-    run = run_of([{"kl_to_start": 0.1}, {"kl_to_start": 0.2, "guard/kl_target": 0.1}])
-    (policy,) = (section for section in sections_of_run(run) if section.title == "Policy")
-    assert [len(line.points) for line in policy.charts[0].series] == [2, 1]
-
-
 def test_a_band_with_one_end_counts_and_is_shaded_to_the_edge_of_its_chart():
     fell = run_of([{"guard/x": 0.8, "guard/x/low": 0.7}, {"guard/x": 0.6, "guard/x/low": 0.7}])
     grew = run_of([{"guard/x": 0.0, "guard/x/high": 1.5}, {"guard/x": 2.0, "guard/x/high": 1.5}])

@@ -113,138 +113,55 @@ def test_blank_images_leave_the_bands_of_statistics_diversity_and_distance(run: 
     assert far["guard/diversity_across"] == pytest.approx(metrics["guard/diversity_across/high"] / 1.5, rel=0.1)
 
 
-def test_the_first_measurement_after_an_update_sets_the_target_by_a_band_that_says_nothing_yet(tmp_path: Path):
-    run = Run(tmp_path, action="raise_kl")  # taste 0.8: the band that speaks ends at 0.72, that of the target at 0.76
-    metrics = run(0, 0.8)
-    assert metrics["guard/kl_weight"] == 0 and "guard/kl_target" not in metrics
-    run.kl_weight.hold(0.04)
-    metrics = run(1, 0.74)
-    excess = 0.06 / 0.04 - 1
-    assert metrics["guard/kl_target"] == pytest.approx(0.04 / (1 + excess) ** 2)
-    assert metrics["guard/kl_weight"] > FIRST
-    assert metrics["guard/outside"] == 0 and run.lines == []
+def test_the_weight_rises_outside_waits_while_it_gets_better_and_falls_well_inside(tmp_path: Path):
+    run = Run(tmp_path, action="raise_kl", z=0.1, floor=0.1)  # the band of taste 0.8 ends at 0.72
+    weights = [run(i, taste)["guard/kl_weight"] for i, taste in enumerate((0.8, 0.7, 0.6, 0.65, 0.73, 0.79))]
+    first, second = FIRST * 2**0.25, FIRST * 2**1.75
+    assert weights == pytest.approx([0, first, second, second, second, 0.8 * second])
+    assert "; update.kl_weight 0 -> 0.0119; see " in run.lines[0]
+    assert "guard: iteration 4: back inside: taste" in run.lines
 
 
-def test_what_raises_the_weight_is_said(tmp_path: Path):
-    run = Run(tmp_path, action="raise_kl")
-    run(0, 0.8)
-    run.kl_weight.hold(0.036)
-    weight = run(1, 0.5)["guard/kl_weight"]
-    assert f"; update.kl_weight {weight:.3g} brings the divergence from 0.036 to 0.004; see " in run.lines[0]
+def test_the_weight_does_not_rise_while_the_divergence_falls():
+    weight = KlWeight(0.0, is_measured=True)
+    found = []
+    for divergence, excess in ((0.04, 1.0), (0.03, 1.2), (0.02, 1.3), (0.019, 1.4)):
+        weight.divergence = divergence
+        weight.follow(excess, -0.5)
+        found.append(weight.value)
+    assert found == pytest.approx([2 * FIRST, 2 * FIRST, 2 * FIRST, 2 * FIRST * 2**1.4])
 
 
-@pytest.mark.parametrize(("excess", "share"), [(-5.0, 1.0), (0.0, 1.0), (0.5, 1 / 2.25), (9.0, 1 / 9)])
-def test_the_first_target_is_the_divergence_where_all_was_well_and_a_part_of_it_elsewhere(excess: float, share: float):
-    weight = KlWeight(0.0)
-    weight.hold(0.04)
-    weight.aim(excess)
-    assert weight.target == pytest.approx(0.04 * share)
-    ratio = min(2, 1 / share)
-    assert weight.value == pytest.approx(FIRST * ratio**1.1)  # b has drifted once
-
-
-def held(weight: KlWeight, num_rollouts: int, growth: float = 0.2, balance: float = 0.05) -> float:
-    """Trains on a model whose divergence grows if the weight is below `balance` and falls above it; returns the last.
-
-    As in training, a change of the weight counts only after some updates.
-    """
-    divergence, rate = weight.divergence or 0.0, 0.0
-    for _ in range(num_rollouts):
-        wanted = growth * math.log(balance / max(weight.value, 1e-3))
-        rate += 0.5 * (wanted - rate)
-        divergence *= math.exp(max(-growth, min(growth, rate)))
-        weight.hold(divergence)
-    return divergence
-
-
-@pytest.mark.parametrize("balance", [0.003, 0.05, 0.8])
-def test_the_weight_that_holds_the_divergence_is_found_whatever_it_is(balance: float):
-    weight = KlWeight(0.0)
-    weight.hold(0.04)
-    weight.aim(0.5)
-    assert held(weight, 150, balance=balance) == pytest.approx(0.04 / 2.25, rel=0.02)
-    assert weight.value == pytest.approx(balance, rel=0.02)
-
-
-def test_the_target_falls_outside_and_grows_well_inside_once_it_is_reached():
-    weight = KlWeight(0.0)
-    weight.hold(0.02)
-    weight.aim(0.0)
-    targets = [0.02]
-    steps = (
-        (0.05, 0.5, 0.25),  # outside and further away than ever
-        (0.03, 3, 0.0),  # outside, on the way down
-        (0.03, -0.75, -0.25),  # inside
-        (0.02, -3, -0.625),  # far inside
-    )
-    for divergence, excess, power in steps:
-        weight.hold(divergence)
-        weight.aim(excess)
-        targets.append(targets[-1] * 1.2**-power)
-        assert weight.target == pytest.approx(targets[-1])
-    for excess in (-1, -1):
-        weight.hold(0.02)
-        weight.aim(excess)
-    assert weight.target == pytest.approx(1.2 * 0.02)  # it does not run ahead
-    weight.aim(9.0)
-    assert weight.margin == pytest.approx((-0.90625 + 2) / 2)  # an excess counts as 2 at most
-
-
-def test_outside_the_divergence_is_led_below_its_target():
-    weights = []
-    for margin in (-0.5, 0.0, 0.5):
-        weight = KlWeight(0.0, target=0.02, margin=margin)
-        weight.hold(0.02)
-        weights.append(weight.value)
-    assert weights == pytest.approx([FIRST, FIRST, FIRST * 1.5])
+def test_a_weight_that_was_too_low_is_not_tried_again():
+    weight, floors = KlWeight(0.0), []
+    for _ in range(3):
+        weight.follow(0.5, -0.5)
+        for _ in range(40):
+            weight.follow(-1.0, -0.5)
+        floors.append(weight.value)
+    assert floors == [FIRST, 2 * FIRST, 4 * FIRST]
 
 
 def test_the_weight_stays_between_update_kl_weight_and_its_most():
     weight = KlWeight(0.05)
-    weight.hold(0.04)
-    assert weight.value == 0.05 and weight.target is None
-    weight.aim(1.0)
-    for _ in range(100):
-        weight.hold(1e-9)
+    for _ in range(3):
+        weight.follow(-1.0, -0.5)
     assert weight.value == 0.05
-    for _ in range(200):
-        weight.hold(1.0)
+    for excess in range(1, 40):
+        weight.follow(float(excess), -0.5)
     assert weight.value == MOST
-    weight.hold(math.nan)  # all updates were skipped
-    assert weight.value == MOST and weight.divergence == 1.0
     idle = KlWeight(0.0)
-    idle.aim(math.inf)  # before the first update
+    idle.follow(0.0, -0.5)
     assert idle.value == 0.0 and not idle.is_needed
 
 
-def test_a_checkpoint_from_before_targets_goes_on_with_its_weight():
-    weight = KlWeight(0.0)
-    weight.load_state_dict({"value": 0.1, "divergence": 0.02, "floor": 0.01, "excess": 0.3, "divergence_before": 0.03})
-    weight.hold(0.02)
-    assert (weight.value, weight.target) == (pytest.approx(0.1), 0.02)
-    idle = KlWeight(0.05)
-    idle.load_state_dict({"value": 0.05, "divergence": 0.02, "floor": 0.05, "excess": 0.0, "divergence_before": None})
-    assert (idle.value, idle.target) == (0.05, None)
-
-
-def test_a_run_that_only_warns_from_here_on_has_the_weight_of_its_config(tmp_path: Path):
-    run, warns = Run(tmp_path, action="raise_kl"), Run(tmp_path, kl_weight=0.01)
-    run(0, 0.8)
-    run.kl_weight.hold(0.04)
-    run(1, 0.1)
-    warns.guard.load_state_dict(run.guard.state_dict())
-    warns.kl_weight.hold(0.04)
-    assert run.kl_weight.value > warns.kl_weight.value == 0.01
-
-
 def test_only_what_it_acts_on_moves_the_weight(tmp_path: Path):
-    weights = []
-    for acts_on in (["held_out"], ["all"]):
-        run = Run(tmp_path, action="raise_kl", acts_on=acts_on)
-        run(0, 0.8)
-        run.kl_weight.hold(0.04)
-        weights.append(run(5, 0.8, pictures(0, contrast=0.02))["guard/kl_weight"])
-    assert weights[0] == FIRST < weights[1]
+    run = Run(tmp_path, action="raise_kl")
+    run(0, 0.8)
+    assert run(5, 0.8, pictures(0, contrast=0.02))["guard/kl_weight"] == 0
+    every = Run(tmp_path, action="raise_kl", acts_on=["all"])
+    every(0, 0.8)
+    assert every(5, 0.8, pictures(0, contrast=0.02))["guard/kl_weight"] == 4 * FIRST
 
 
 def test_stop_ends_the_run_for_what_it_acts_on_and_not_at_the_end(tmp_path: Path):
@@ -261,17 +178,12 @@ def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_path: Path)
     settings: dict[str, Any] = {"action": "raise_kl", "max_kl": 0.1}
     run, resumed = Run(tmp_path / "a", **settings), Run(tmp_path / "a", **settings)
     run(0, 0.8)
-    run.kl_weight.hold(0.2)
+    run.kl_weight.divergence = 0.2
     run(4, 0.3, pictures(2))
-    run.kl_weight.hold(0.02)
-    run(6, 0.79, pictures(2))
-    run.kl_weight.hold(0.02)
     resumed.guard.load_state_dict(json.loads(json.dumps(run.guard.state_dict())))
     run.lines.clear()
     for iteration, taste in ((8, 0.3), (12, 0.79)):
         assert run(iteration, taste, pictures(3)) == resumed(iteration, taste, pictures(3))
-        for both in (run, resumed):
-            both.kl_weight.hold(0.01)
     assert run.lines == resumed.lines
     assert run.guard.state_dict() == resumed.guard.state_dict()
 
@@ -297,7 +209,7 @@ def test_it_measures_with_evaluations_or_on_a_schedule_of_its_own(tmp_path: Path
 def test_the_divergence_has_a_band_if_it_is_given_one(tmp_path: Path):
     run = Run(tmp_path, max_kl=0.1)
     assert "guard/kl_to_start" not in run(0, 0.8)
-    run.kl_weight.hold(0.2)
+    run.kl_weight.divergence = 0.2
     assert run(4, 0.8)["guard/kl_to_start/high"] == 0.1
     assert run.lines[0].startswith("guard: iteration 4: kl_to_start 0.2 is above its band (0.1; 0 at the start)")
 
