@@ -6,7 +6,7 @@ folder, or id of a hub model whose configs are shipped in architectures/ -> Arch
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ class Architecture:
         """Whether the VAE overflows in float16 by its config, as SDXL's own does; the trainer then does not try it."""
         return len(self.text_encoders) > 1 and bool(self.vae.get("force_upcast", True))
 
+    def with_vae(self, path: str) -> Architecture:
+        """Returns the same model with another VAE: a folder's by its config, any other as one that float16 suits."""
+        file = Path(path) / "config.json"
+        vae = read_json(file, f"model.vae={path}") if file.is_file() else self.vae | {"force_upcast": False}
+        _check(f"model.vae={path}", "vae", vae.get("_class_name"), list(_VAES))
+        return replace(self, vae=vae)
+
     @property
     def num_tokens(self) -> int:
         return self.text_encoders[0]["max_position_embeddings"]
@@ -101,10 +108,11 @@ def load_architecture(path: str) -> Architecture:
         text_encoders = [_shipped(name) for name in parts["text_encoders"]]
 
     # Refuse classes that the planner cannot build.
-    _check(path, "unet", unet.get("_class_name"), ["UNet2DConditionModel"])
-    _check(path, "vae", vae.get("_class_name"), list(_VAES))
+    named = f"model.path={path}"
+    _check(named, "unet", unet.get("_class_name"), ["UNet2DConditionModel"])
+    _check(named, "vae", vae.get("_class_name"), list(_VAES))
     for config in text_encoders:
-        _check(path, "text_encoder", (config.get("architectures") or [None])[0], list(_TEXT_ENCODERS))
+        _check(named, "text_encoder", (config.get("architectures") or [None])[0], list(_TEXT_ENCODERS))
     return Architecture(path, unet, vae, tuple(text_encoders))
 
 
@@ -119,6 +127,6 @@ def _shipped(name: str) -> dict[str, Any]:
     return json.loads((_SHIPPED / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def _check(path: str, part: str, found: str | None, known: list[str]) -> None:
+def _check(named: str, part: str, found: str | None, known: list[str]) -> None:
     if found not in known:
-        raise ValueError(f"model.path={path} has a {part} of class {found}; the planner knows {', '.join(known)}")
+        raise ValueError(f"{named} has a {part} of class {found}; the planner knows {', '.join(known)}")

@@ -28,6 +28,7 @@ def planner_of(
     # Read the model's configs; the largest of several image sizes decides on memory.
     config, processes = run.config, run.sizes.num_processes
     architecture = load_architecture(path_of_configs(config.model))
+    architecture = architecture.with_vae(config.model.vae) if config.model.vae else architecture
     sizes = [] if image_size else [_size(pixels) for pixels in config.model.sizes]
     largest = image_size or _size(_largest(config.model.sizes) or config.model.pixels)
     for size in sizes or [largest]:

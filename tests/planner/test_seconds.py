@@ -60,6 +60,18 @@ def test_the_sizes_of_stable_diffusion_2_are_the_known_ones():
     assert architecture.image_size == 512
 
 
+def test_a_vae_of_ones_own_decodes_in_float16_unless_its_folder_says_that_it_overflows(tmp_path: Path):
+    model = load_architecture(SDXL)
+    assert model.vae_overflows
+    assert not model.with_vae("madebyollin/sdxl-vae-fp16-fix").vae_overflows
+    for overflows in (True, False):
+        (tmp_path / "config.json").write_text(json.dumps(model.vae | {"force_upcast": overflows}))
+        assert model.with_vae(str(tmp_path)).vae_overflows == overflows
+    (tmp_path / "config.json").write_text('{"_class_name": "Other"}')
+    with pytest.raises(ValueError, match=r"^model.vae=.* has a vae of class Other; the planner knows AutoencoderKL"):
+        model.with_vae(str(tmp_path))
+
+
 @pytest.mark.slow
 def test_sdxl_is_planned_within_a_minute_and_its_figures_are_the_known_ones():
     start = time.perf_counter()
