@@ -17,7 +17,7 @@ from rlcm_fast.bombs import bombs_are_errors
 from rlcm_fast.config.files import local_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")  # MPO: of cameras, as .jpg
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # pictures of two lenses (MPO) are JPEG, too
 
 
 @dataclass(frozen=True)
