@@ -141,6 +141,8 @@ def _check_parts(folder: Path, model: ModelConfig, paths: ModelPaths) -> set[str
     tokenizers = [name for encoder, name in _ENCODERS.items() if name in parts and encoder in configs]
     for encoder, name in _ENCODERS.items():
         if name in tokenizers:
+            if not (folder / name).is_dir():
+                raise refusal(named, f"it has no folder {name}, which {INDEX} names", COPY_ANEW)
             file = folder / name / "tokenizer_config.json"  # without it, a tokenizer makes texts of any length
             part = PartConfig(named, f"{name}/{file.name}", model_files.read_json(file, named))
             config_checks.check_tokenizer(part, configs[encoder])

@@ -89,8 +89,6 @@ def parts_in(index: Mapping[str, Any], named: str) -> dict[str, tuple[str, str]]
 
 def check_tokenizer_files(folder: Path, named: str) -> None:
     """Raises ValueError if a tokenizer's files are missing or damaged."""
-    if not folder.is_dir():
-        raise refusal(named, f"it has no folder {folder.name}, which {INDEX} names", COPY_ANEW)
     has_both = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     if not has_both and not (folder / "tokenizer.json").is_file():
         raise refusal(named, f"{folder.name} has no tokenizer.json, nor vocab.json and merges.txt", COPY_ANEW)
