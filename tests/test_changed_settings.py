@@ -455,7 +455,7 @@ EVERY: dict[str, tuple[object, dict[str, object]]] = {
     "evaluation.prompts": ("shapes:one:held_out", {}),
     "evaluation.micro_batch_size": (3, {}),
     "evaluation.seed": (5, {}),
-    "guard.action": ("warn", {}),
+    "guard.action": ("warn", {"guard.every": 2}),
     "guard.watch": (["held_out"], {}),
     "guard.acts_on": (["all"], {}),
     "guard.every": (2, {}),

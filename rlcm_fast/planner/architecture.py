@@ -64,7 +64,8 @@ class Architecture:
     def with_vae(self, path: str) -> Architecture:
         """Returns the same model with another VAE: a folder's by its config, any other as one that float16 suits."""
         file = Path(path) / "config.json"
-        vae = read_json(file, f"model.vae={path}") if file.is_file() else self.vae | {"force_upcast": False}
+        other = {"force_upcast": False}
+        vae: dict[str, Any] = read_json(file, f"model.vae={path}") if file.is_file() else {**self.vae, **other}
         _check(f"model.vae={path}", "vae", vae.get("_class_name"), list(_VAES))
         return replace(self, vae=vae)
 

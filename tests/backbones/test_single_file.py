@@ -87,7 +87,8 @@ def test_a_written_file_is_read_with_equal_tensors(kind: str, folders: dict[str,
     for name in ("sample_size", "time_cond_proj_dim", "cross_attention_dim"):
         assert read.unet.config[name] == start.unet.config[name]
     assert type(read.scheduler) is type(start.scheduler)
-    assert torch.equal(drawn(read), drawn(start))
+    # Sums over equal weights at other addresses may run in another order: 2.4e-7 between images on an AMD EPYC.
+    torch.testing.assert_close(drawn(read), drawn(start), rtol=0, atol=1e-6)
 
 
 def test_a_file_that_names_its_scheduler_keeps_it_unless_the_policy_names_a_kind(
