@@ -51,7 +51,7 @@ def all_cells() -> list[Cell]:
     return [Cell(*values) for values in itertools.product(*AXES.values())]
 
 
-def config_of(cell: Cell, model: str = "", folder: str = "") -> Config:
+def config_of(cell: Cell, model: str = "", folder: str = "run") -> Config:
     """Two iterations of one update; a large eps keeps Adam from blowing up the rounding of gradients near zero."""
     # 2 prompts, 2 images of each, 2 actions; optimizer_in_backward allows one backward pass an update.
     transitions = 8 // cell.processes

@@ -129,7 +129,8 @@ def test_prompts_are_cut_at_35_tokens_and_that_is_said(folder: str):
     long, longer = Prompt("cat " * 40), Prompt("cat " * 33 + "car car")
     with pytest.warns(UserWarning, match="ImageReward reads 35 tokens, and a prompt has 42"):
         scores = reward(images[[0, 0]], [long, longer])
-    assert scores[0] == scores[1]  # both have 33 cats between [CLS] and [SEP]
+    # Both have 33 cats between [CLS] and [SEP]; on an AMD EPYC the two rows of a batch differ in their last bits.
+    assert scores[0].item() == pytest.approx(scores[1].item(), rel=1e-6)
 
 
 def test_another_file_is_refused(tmp_path: Path, folder: str):

@@ -38,7 +38,7 @@ def test_the_first_images_are_the_same_and_later_ones_are_one_update_old(tiny_lc
     lagging, _ = run(config_of(tiny_lcm_folder, tmp_path / "lagging", **settings(update__rollout_lag=1)))
     name = f"reward/{tiny_runs.REWARD}/mean"
     assert lagging[0][name] == plain[0][name]
-    assert lagging[0]["ratio/max_deviation"] == 0
+    # Rollout and update round alike on an Intel Xeon (0), and differ by 1.2e-7 on an AMD EPYC.
     assert [line["ratio/max_deviation"] > 1e-6 for line in lagging] == [False, True, True], "as the ratio must correct"
     assert all(line["ratio/max_deviation"] == 0 for line in plain)
     assert lagging[2][name] != plain[2][name]
