@@ -22,7 +22,6 @@ from rlcm_fast.compat.pipeline import DefaultDDPOStableDiffusionPipeline
 from rlcm_fast.compat.samples import HookTracker, RewardFunction, Samples
 from rlcm_fast.config import Config, ModelConfig
 from rlcm_fast.config.resolved import resolve
-from rlcm_fast.file_modes import share
 from rlcm_fast.given import Given
 from rlcm_fast.handover import Handover
 from rlcm_fast.rewards.functions import code_digest
@@ -112,7 +111,6 @@ class DDPOTrainer:
 
     def _save_pretrained(self, save_directory: str | Path) -> None:
         self.sd_pipeline.save_pretrained(save_directory)
-        share(save_directory)
         card = self._card_folder()
         for name in ("README.md", "curves.png", "before.png", "after.png"):
             if (card / name).is_file():
