@@ -1,12 +1,15 @@
 """Records device work once for each shape of its inputs, and replays it: CUDA graphs without the host's launches.
 
-    first call on new shapes     copy the inputs -> run -> reset -> record -> reset -> replay -> compare with the run
+    first call on new shapes     copy the inputs -> run -> record -> replay -> compare with the run
     later calls                  copy the inputs that have changed -> replay -> copy the outputs
 
 A replay reads and writes the same addresses as the recording and repeats its launches, whatever the host's variables
 are by then. So work that is recorded gets everything that changes as a tensor, and neither waits for the device nor
 draws random numbers. Weights, gradients and other tensors that it uses must stay where they are. Their addresses are
 compared before each replay; if one has changed, all graphs are recorded anew.
+
+Work that adds to tensors, as a backward pass adds to gradients, adds to them while it is recorded, too. So it is
+recorded on request, while these sums are zero, and a call on shapes without a graph runs it as it is.
 
 `CudaRecorder` records CUDA graphs, all in one memory pool, because they run one after the other. Tests have a recorder
 for CPUs.
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from rlcm_fast.faults import Fault
 
-MAX_GRAPHS = 8  # each holds copies of its inputs and outputs
+MAX_GRAPHS = 8  # of one kind of work; each holds copies of its inputs and outputs
 _WARM_UP = 2  # runs before a capture, in which libraries choose their kernels and torch.compile compiles
 
 
@@ -72,10 +75,6 @@ class CudaRecorder:
         self._pool = None
 
 
-def _nothing() -> None:
-    pass
-
-
 def _no_tensors() -> Iterable[Tensor]:
     return ()
 
@@ -87,8 +86,8 @@ class Work:
     name: str
     run: Callable[..., Any]
     fixed: Callable[[], Iterable[Tensor]] = _no_tensors  # what it uses besides its inputs: weights, gradients
-    reset: Callable[[], None] = _nothing  # undoes what `run` adds to fixed tensors; called while these hold nothing
-    effects: Callable[[], Iterable[Tensor]] = _no_tensors  # fixed tensors that it changes
+    sums: Callable[[], Iterable[Tensor]] | None = None  # fixed tensors that it adds to
+    state: Hashable = None  # what a recording keeps of the host besides shapes: whether adapters are on
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,10 @@ class _Recorded:
     inputs: tuple[Any, ...]
     outputs: Any
     replay: Callable[[], None]
-    addresses: tuple[int, ...]
     sources: list[tuple[ref[Tensor], int]] = field(default_factory=list)  # what lies in `inputs`, and its version
 
     def fill(self, inputs: tuple[Any, ...]) -> None:
-        """Copies the inputs that are not there yet: a rollout's trajectory is copied once for all micro-batches."""
+        """Copies the inputs that are not there yet; what several calls share is copied once."""
         given = list(leaves(inputs))
         known = [(source(), version) for source, version in self.sources] or [(None, 0)] * len(given)
         for static, tensor, (source, version) in zip(leaves(self.inputs), given, known, strict=True):
@@ -115,81 +113,104 @@ class Graphs:
     def __init__(self, recorder: Recorder, say: Callable[[str], None], must_work: bool = False) -> None:
         """must_work: a graph that cannot be recorded raises GraphFailed; else it is said, and graphs are not used."""
         self._recorder, self._say, self._must_work = recorder, say, must_work
-        self._recorded: dict[Hashable, _Recorded] = {}
+        self._recorded: dict[Hashable, dict[Hashable, _Recorded]] = {}  # by the work's name, then by shapes and state
+        self._addresses: dict[str, tuple[int, ...]] = {}  # of the fixed tensors, by the work's name
         self._unused: set[str] = set()  # names of work that cannot be recorded
-        self._is_full = False
+        self._full: set[str] = set()  # names of work with MAX_GRAPHS
 
     def __call__(self, work: Work, *inputs: Any) -> Any:
-        """Returns work.run(*inputs); the result belongs to the caller."""
-        if work.name in self._unused:
+        """Returns work.run(*inputs); the result belongs to the caller. Work with sums must be recorded before."""
+        recorded = self._found(work, inputs, may_record=work.sums is None)
+        if recorded is None:
             return work.run(*inputs)
-        key = (work.name, *((tensor.shape, tensor.dtype, tensor.device) for tensor in leaves(inputs)))
-        addresses = tuple(tensor.data_ptr() for tensor in work.fixed())
-        if key in self._recorded and self._recorded[key].addresses != addresses:
-            self._say(f"graphs: the weights of the {work.name} lie elsewhere now; recording anew")
-            self.forget()
-        if key not in self._recorded:
-            if len(self._recorded) == MAX_GRAPHS:
-                return self._without_room(work, inputs)
-            problem = self._record(key, work, inputs, addresses)
-            if problem:
-                return self._without(work, inputs, problem)
-        recorded = self._recorded[key]
         recorded.fill(inputs)
         recorded.replay()
         return map_tensors(torch.clone, recorded.outputs)
 
+    def record(self, work: Work, *inputs: Any) -> None:
+        """Records the work if it has no graph for such inputs; its sums must be zero, and are zero afterwards."""
+        self._found(work, inputs, may_record=True)
+
     def forget(self) -> None:
         """Drops all graphs; those that are used again are recorded anew."""
         self._recorded.clear()
+        self._addresses.clear()
         self._recorder.forget()
 
-    def _without_room(self, work: Work, inputs: tuple[Any, ...]) -> Any:
-        if not self._is_full:
-            self._say(f"graphs: there are {MAX_GRAPHS} of them; further shapes run without one")
-        self._is_full = True
-        return work.run(*inputs)
+    def _found(self, work: Work, inputs: tuple[Any, ...], may_record: bool) -> _Recorded | None:
+        """Returns the graph of the work for such inputs; None if there is none."""
+        # Drop graphs that would read and write elsewhere.
+        if work.name in self._unused:
+            return None
+        addresses = tuple(tensor.data_ptr() for tensor in work.fixed())
+        if self._addresses.get(work.name, addresses) != addresses:
+            self._say(f"graphs: the weights of the {work.name} lie elsewhere now; recording anew")
+            self.forget()
+        self._addresses[work.name] = addresses
 
-    def _without(self, work: Work, inputs: tuple[Any, ...], problem: str) -> Any:
+        # Find it, or record it if there is room.
+        of_work = self._recorded.setdefault(work.name, {})
+        key = (work.state, *((tensor.shape, tensor.dtype, tensor.device) for tensor in leaves(inputs)))
+        if key not in of_work and may_record and self._has_room(work, len(of_work)):
+            recorded, problem = self._record(work, inputs)
+            if recorded is None:
+                self._give_up(work, problem)
+            else:
+                of_work[key] = recorded
+        return of_work.get(key)
+
+    def _has_room(self, work: Work, num_graphs: int) -> bool:
+        if num_graphs < MAX_GRAPHS:
+            return True
+        if work.name not in self._full:
+            self._say(f"graphs: there are {MAX_GRAPHS} of the {work.name}; further shapes run without one")
+        self._full.add(work.name)
+        return False
+
+    def _give_up(self, work: Work, problem: str) -> None:
+        """Uses no graph of the work any more, because one could not be recorded."""
         self._unused.add(work.name)
+        self._recorded.pop(work.name).clear()
+        if not any(self._recorded.values()):
+            self._recorder.forget()  # what a broken capture has taken of the pool
         self._say(f"graphs: the {work.name} runs without one from here on: {problem}")
-        return work.run(*inputs)
 
-    def _record(self, key: Hashable, work: Work, inputs: tuple[Any, ...], addresses: tuple[int, ...]) -> str:
-        """Records the work and returns what is wrong with it; empty if nothing is."""
-        # Run it as it is, to compare with.
+    def _record(self, work: Work, inputs: tuple[Any, ...]) -> tuple[_Recorded | None, str]:
+        """Records the work and returns its graph, or None and what is wrong with it."""
+        # Run it as it is, to compare with. Sums go to the CPU: the device has no room for two of each.
         start = time.perf_counter()
+        sums = list(work.sums() if work.sums else ())
         static = map_tensors(torch.clone, inputs)
         expected = map_tensors(torch.clone, work.run(*static))
-        effects = [
-            tensor.detach().to("cpu", copy=True) for tensor in work.effects()
-        ]  # the device has no room for two of each
-        work.reset()
+        expected_sums = [tensor.detach().to("cpu", copy=True) for tensor in sums]
+        _zero(sums)
 
         # Record it, and see whether a replay gives the same.
         try:
             outputs, replay = self._recorder.record(lambda: work.run(*static))
-            work.reset()
+            _zero(sums)
             replay()
         except Exception as error:  # noqa: BLE001 (libraries refuse a capture with errors of many kinds)
-            work.reset()
-            if not self._recorded:
-                self._recorder.forget()  # what a broken capture has taken of the pool
+            _zero(sums)
             return self._failed(work, f"it could not be recorded ({' '.join(str(error).split())[:200]})")
         is_same = all(_agree(*pair) for pair in zip(leaves(expected), leaves(outputs), strict=True))
-        is_same = is_same and _add_up_alike(effects, list(work.effects()))
-        work.reset()
+        is_same = is_same and _add_up_alike(expected_sums, sums)
+        _zero(sums)
         if not is_same:
             return self._failed(work, "its replay gave other results than its first run")
-        self._recorded[key] = _Recorded(static, outputs, replay, addresses)
         seconds = time.perf_counter() - start
         self._say(f"graphs: recorded the {work.name} in {seconds:.1f} s, with the run that it was compared with")
-        return ""
+        return _Recorded(static, outputs, replay), ""
 
-    def _failed(self, work: Work, problem: str) -> str:
+    def _failed(self, work: Work, problem: str) -> tuple[None, str]:
         if self._must_work:
             raise GraphFailed(f"engine.graphs=on: the graph of the {work.name}: {problem}; set engine.graphs=off")
-        return problem
+        return None, problem
+
+
+def _zero(sums: list[Tensor]) -> None:
+    if sums:
+        torch._foreach_zero_(sums)
 
 
 def leaves(bundle: Any) -> Iterator[Tensor]:

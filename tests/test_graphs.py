@@ -79,10 +79,64 @@ def test_what_recording_adds_to_fixed_tensors_is_undone():
         total.add_(x)
         return x.sum()
 
-    work = Work("addition", run, lambda: [total], reset=lambda: total.zero_(), effects=lambda: [total])  # type: ignore[arg-type]
+    work = Work("addition", run, lambda: [total], sums=lambda: [total])
+    setting.graphs.record(work, torch.ones(3))
+    assert total.tolist() == [0] * 3
     for count in (1, 2, 3):
         setting.graphs(work, torch.ones(3))
         assert total.tolist() == [count] * 3
+    assert setting.recorder.num_replayed == 1 + 3
+
+
+def test_what_adds_to_sums_is_recorded_on_request_alone_so_that_no_sum_is_lost():
+    setting, total = Setting(), torch.zeros(2)
+
+    def run(x: Tensor) -> Tensor:
+        total.add_(x.sum())
+        return x.sum()
+
+    work = Work("addition", run, lambda: [total], sums=lambda: [total])
+    setting.graphs.record(work, torch.ones(3))
+    setting.graphs(work, torch.ones(3))
+    setting.graphs(work, torch.ones(5))  # no graph
+    assert total.tolist() == [8, 8] and setting.recorder.num_recorded == 1
+    total = torch.tensor([8.0, 8.0])  # it lies elsewhere, and is not zero
+    setting.graphs(work, torch.ones(3))
+    assert total.tolist() == [11, 11] and setting.recorder.num_forgotten == 1
+    total.zero_()
+    for x in (torch.ones(3), torch.ones(5)):
+        setting.graphs.record(work, x)
+    for x in (torch.ones(3), torch.ones(5), torch.ones(3)):
+        setting.graphs(work, x)
+    assert total.tolist() == [11, 11] and setting.recorder.num_recorded == 3
+
+
+def test_a_shape_that_cannot_be_recorded_ends_the_graphs_of_its_work_and_leaves_sums_of_zero():
+    setting, total = Setting(), torch.zeros(2)
+
+    def run(x: Tensor) -> Tensor:
+        total.add_(x.sum())
+        return x.sum() if len(x) == 3 else x.sum() + x.sum().item()
+
+    work, other = Work("addition", run, lambda: [total], sums=lambda: [total]), Work("double", lambda x: x * 2)
+    setting.graphs(other, torch.ones(1))
+    for x in (torch.ones(3), torch.ones(5)):
+        setting.graphs.record(work, x)
+        assert total.tolist() == [0, 0]
+    assert setting.said[2].startswith("graphs: the addition runs without one from here on: it could not be recorded (")
+    for x in (torch.ones(3), torch.ones(5)):
+        setting.graphs(work, x)
+    assert total.tolist() == [8, 8] and len(setting.said) == 3
+    assert setting.graphs(other, torch.ones(1)).tolist() == [2]
+    assert setting.recorder.num_forgotten == 0 and setting.recorder.num_recorded == 2
+
+
+def test_each_state_of_the_host_has_a_graph():
+    setting, factor = Setting(), [2]
+    for factor[0] in (2, 3, 2, 3):
+        work = Work("product", lambda x: x * factor[0], state=factor[0])
+        assert setting.graphs(work, torch.ones(3)).tolist() == [factor[0]] * 3
+    assert setting.recorder.num_recorded == 2
 
 
 @pytest.mark.parametrize(
@@ -111,7 +165,8 @@ def test_a_gradient_with_another_sign_is_noticed_though_its_norm_is_right():
         total.add_(x * (-1 if len(calls) == 2 else 1))  # wrong while it is recorded
         return x.sum()
 
-    work = Work("addition", run, lambda: [total], reset=lambda: total.zero_(), effects=lambda: [total])  # type: ignore[arg-type]
+    work = Work("addition", run, lambda: [total], sums=lambda: [total])
+    setting.graphs.record(work, torch.ones(3))
     setting.graphs(work, torch.ones(3))
     assert "its replay gave other results than its first run" in setting.said[0]
     assert total.tolist() == [1.0] * 3
@@ -147,4 +202,7 @@ def test_only_so_many_shapes_have_a_graph():
     for size in (*range(1, MAX_GRAPHS + 3), 1):
         assert setting.graphs(work, torch.ones(size)).tolist() == [2.0] * size
     assert setting.recorder.num_recorded == MAX_GRAPHS and setting.recorder.num_replayed == 2 * MAX_GRAPHS + 1
-    assert setting.said[MAX_GRAPHS:] == [f"graphs: there are {MAX_GRAPHS} of them; further shapes run without one"]
+    line = f"graphs: there are {MAX_GRAPHS} of the double; further shapes run without one"
+    assert setting.said[MAX_GRAPHS:] == [line]
+    assert setting.graphs(Work("triple", lambda x: x * 3), torch.ones(1)).tolist() == [3]
+    assert setting.recorder.num_recorded == MAX_GRAPHS + 1  # each kind of work has its own

@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rlcm_fast.backbones.lora_layouts import KOHYA_FILE, LoraLayer, write_kohya
@@ -80,6 +81,12 @@ def _layers_of(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLay
 
 def has_adapters(unet: UNet2DConditionModel) -> bool:
     return any(".lora_" in name for name, _ in unet.named_parameters())
+
+
+def adapters_are_on(unet: nn.Module) -> bool:
+    """Tells whether a pass of the network uses its adapters, if it has any."""
+    layers = (module for module in unet.modules() if isinstance(module, BaseTunerLayer))
+    return not any(layer.disable_adapters for layer in layers)
 
 
 class WithoutAdapters:

@@ -18,7 +18,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from rlcm_fast.backbones.adapters import WithoutAdapters, add_adapters, has_adapters, merged, plain, save_adapters
+from rlcm_fast.backbones.adapters import (
+    WithoutAdapters,
+    adapters_are_on,
+    add_adapters,
+    has_adapters,
+    merged,
+    plain,
+    save_adapters,
+)
 from rlcm_fast.backbones.assembly import assemble
 from rlcm_fast.backbones.image_coder import ImageCoder
 from rlcm_fast.backbones.model_checks import check_image_sizes
@@ -120,6 +128,11 @@ class Backbone:
     def has_adapters(self) -> bool:
         """Whether LoRA adapters are trained instead of the weights of the UNet."""
         return has_adapters(self.unet)
+
+    @property
+    def adapters_are_on(self) -> bool:
+        """Whether a pass of the UNet uses its adapters, if it has any."""
+        return adapters_are_on(self.unet)
 
     def frozen_start(self) -> Callable[..., Any]:
         """Network as it is now, called like the UNet; if there are adapters, it shares the weights of the UNet."""

@@ -178,8 +178,8 @@ def estimate_memory(
 
     # What graphs copy.
     trajectory = _trajectory_states(strategy, workload) * profiles.latent_bytes
-    sizes = workload.samples_at_once, sampled, images, workload.num_actions
-    copied = Copied(*sizes, profiles.latent_bytes, profiles.text_bytes, trajectory)
+    sizes = sampled, images, strategy.micro_batch_size, workload.num_actions
+    copied = Copied(*sizes, profiles.latent_bytes, profiles.text_bytes, strategy.has_start_model)
     graphed = Graphed.of(strategy, workload.num_image_sizes)
     return Memory(
         weights=_weight_bytes(strategy, trained, unet.frozen, processes),

@@ -73,7 +73,8 @@ class Memory:
 
     def _beside_pool(self, size: int, is_graphed: bool, before: int) -> int:
         """Bytes of the pool and of work of that size; a graph's first call is beside the pool of those before it."""
-        return max(self.graph_pool, before + size) if is_graphed else self.graph_pool + size
+        is_first = is_graphed and self.graphed.num_image_sizes == 1
+        return max(self.graph_pool, before + size) if is_first else self.graph_pool + size
 
     @property
     def stages(self) -> dict[str, int]:

@@ -2,12 +2,13 @@
 
     sampling    all steps of a policy; ZeRO 0 to 2, whose weights stay in one place
     decoding    one slice of latents; not with engine.offload_idle, which moves the VAE
-    updates     one micro-batch of the run's one image size, backward pass included; only engines that keep gradients in
-                one place
+    updates     one micro-batch, backward pass included; only engines that keep gradients in one place
+
+Each image size has a graph of its own for each of these (graphs.py says how many at most). Sampling has one for each
+state of the adapters, so that a network whose adapters are off never replays a graph with them.
 
 Weights keep their addresses when a checkpoint is loaded, when the average or the start weights take their place, and in
-every step; graphs.py compares addresses before each replay all the same. Without their adapters, networks never run by
-a graph: the start model of the KL term is not sampled.
+every step; graphs.py compares addresses before each replay all the same.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def use_graphs(
     problems = {
         "sampling": "engine.zero_stage=3 gathers weights in hooks" if engine.zero_stage == 3 else "",
         "decoding": "engine.offload_idle=true moves the VAE" if images.backbone.moves_parts else "",
-        "updates": "model.image_sizes has several" if len(config.model.sizes) > 1 else engine.graph_problem,
+        "updates": engine.graph_problem,
     }
     can = [name for name, problem in problems.items() if not problem]
     cannot = "".join(f"; not {name}: {problem}" for name, problem in problems.items() if problem)

@@ -60,5 +60,6 @@ class TextToImage:
     def _denoise(self, x_t: Tensor, noise: Noise, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
         if self.graphs is None:
             return self.policy.denoise(x_t, noise, conditioning)
-        work = Work("sampling", self.policy.denoise, fixed=self.backbone.unet.parameters)
+        weights, state = self.backbone.unet.parameters, self.backbone.adapters_are_on
+        work = Work("sampling", self.policy.denoise, fixed=weights, state=state)
         return self.graphs(work, x_t, noise, conditioning.by_sample())

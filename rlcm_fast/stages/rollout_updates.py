@@ -31,7 +31,7 @@ from rlcm_fast import parallel
 from rlcm_fast.algorithms import Outputs
 from rlcm_fast.kernels import functional
 from rlcm_fast.run_folder.stage_profile import stage
-from rlcm_fast.stages.graphed_update import MicroBatch, RolloutTensors
+from rlcm_fast.stages.graphed_update import GatheredRows, MicroBatch, filled_sizes
 from rlcm_fast.stages.selection import step_weights
 from rlcm_fast.stages.update_metrics import Record
 from rlcm_fast.trajectory import AnyTrajectory, Batch, batches, by_size, micro_batches
@@ -73,14 +73,12 @@ class RolloutUpdates:
         self._trajectory, self._sample_weights = trajectory, sample_weights
         self._may_stop = may_stop
         self._norm = 0.0  # of the gradient of the last update
+        self._filled_sizes: dict[int, int] = {}  # rows of a graph's micro-batches in an update, by image size
         self._step_weights = step_weights(policy.schedule, config.step_weights).to(sample_weights.device)
         self._start_outputs = None
         if updater.start_model and updater.kl_weight.is_needed:
             with stage("start_model"):
                 self._start_outputs = updater.start_model.outputs(trajectory, rows, config.micro_batch_size)
-        self._tensors: RolloutTensors | None = None
-        if updater.graphed:  # there is one image size
-            self._tensors = RolloutTensors.of(trajectory.part(0), (self._start_outputs or {}).get(0))
 
     def signals(self, rows: Tensor) -> Tensor:
         """Returns the signals (N,) of an update's transitions."""
@@ -128,6 +126,7 @@ class RolloutUpdates:
         """
         made = batches(self._trajectory, rows, signals, self._micro_batches(rows, signals))
         self._updater.engine.begin_update(len(made) + num_extra)
+        self._filled_sizes = filled_sizes(made, self._updater.size) if self._updater.graphed else {}
         return made
 
     def _add_up(self, made: Sequence[Batch], num_rows: int, num_extra: int) -> bool:
@@ -135,17 +134,20 @@ class RolloutUpdates:
         for done, batch in enumerate(made):
             if self.record.num_updates == 0:
                 self._may_stop()
+            size = max(self._filled_sizes.values(), default=len(batch.rows))
             try:
+                if done == 0:
+                    self._record_graphs(made, num_rows)
                 self._backward(batch, len(batch.rows) / num_rows)
                 is_done = True
             except torch.OutOfMemoryError:
-                if not self._updater.can_lower(len(batch.rows), num_rows, num_extra):
+                if not self._updater.can_lower(size, num_rows, num_extra):
                     raise
                 is_done = False
             # The traceback, which holds the tensors of the pass, is gone here.
             if not is_done:
                 self.record.forget_last(done)
-                self._updater.lower(len(batch.rows))
+                self._updater.lower(size)
                 return False
             self._step()
         return True
@@ -180,11 +182,9 @@ class RolloutUpdates:
     def _backward(self, batch: Batch, share: float) -> None:
         """Adds `share` of the mean loss of a micro-batch to the update's gradient."""
         policy, config = self._updater.policy, self._updater.config
-        if self._updater.graphed and self._tensors:
-            filled = MicroBatch.filled(batch.rows, batch.signals, share, self._updater.size)
-            filled = filled.with_kl(self._updater.kl_weight.value)
+        if self._updater.graphed:
             with stage("update_graph"):
-                loss, kl, stats = self._updater.graphed(self._tensors, filled)
+                loss, kl, stats = self._updater.graphed(*self._filled(batch, share))
             self.record.micro_batch(stats, loss, kl)
             return
         with stage("update_forward"):
@@ -201,6 +201,19 @@ class RolloutUpdates:
         with stage("update_backward"):
             self._updater.engine.backward(share * (loss + self._updater.kl_weight.value * kl))
         self.record.micro_batch(stats, loss.detach(), kl.detach())
+
+    def _record_graphs(self, made: Sequence[Batch], num_rows: int) -> None:
+        """Records the graph of each image size that has none yet; call it before the update adds anything."""
+        if self._updater.graphed:
+            for batch in {batch.size: batch for batch in reversed(made)}.values():
+                self._updater.graphed.record(*self._filled(batch, len(batch.rows) / num_rows))
+
+    def _filled(self, batch: Batch, share: float) -> tuple[GatheredRows, MicroBatch]:
+        """Returns a micro-batch filled up with rows, so that it has the shape of a graph."""
+        filled = MicroBatch.filled(batch.rows, batch.signals, share, self._filled_sizes[batch.size])
+        start_outputs = self._start_outputs[batch.size] if self._start_outputs else None
+        gathered = GatheredRows.of(self._trajectory.part(batch.size), start_outputs, filled.rows)
+        return gathered, filled.with_kl(self._updater.kl_weight.value)
 
     def _read(self, extra: ExtraLoss) -> None:
         start = time.perf_counter()

@@ -20,6 +20,7 @@ from rlcm_fast.trainer import Trainer
 
 MIB, NUM_WEIGHTS = 2**20, 1_000_000
 PURE = Strategy(dtype="pure_bf16", optimizer="adamw_8bit", micro_batch_size=32, rollout_micro_batch_size=16)
+IN_PLACE = {"engine.dtype": "pure_bf16", "optimizer.name": "adamw_8bit"}  # keeps gradients in one place
 WORK = Workload.of(resolve(Config(), 1))  # 64 images of 4 steps, 192 transitions
 
 
@@ -75,8 +76,22 @@ def test_graphs_hold_gradients_and_keep_the_largest_activations():
 def test_graphs_copy_what_they_read():
     copies = memory_of(replace(PURE, graphs="on")).graph_copies
     sampling, decoding = 16 * ((3 + 3) * 1000 + 300), 16 * 1000
-    updates = 64 * (3 + 1) * 1000 + 2 * 64 * 300
+    updates = 2 * 32 * (2 * 1000 + 300)
     assert copies == sampling + decoding + updates
+    with_start = memory_of(replace(PURE, graphs="on", start_model="adapters")).graph_copies
+    assert with_start == copies + 2 * 32 * 1000
+
+
+def test_each_image_size_has_its_graphs_and_is_recorded_beside_those_of_another():
+    graphed = replace(PURE, graphs="auto")
+    one, two = memory_of(graphed), memory_of(graphed, replace(WORK, num_image_sizes=2))
+    assert two.graphed == Graphed(True, True, True, num_image_sizes=2)
+    assert two.graph_copies == 2 * one.graph_copies
+    assert two.graph_pool == one.graph_pool == one.activations
+    assert two.stages["update"] - one.stages["update"] == one.graph_copies + one.activations - max(
+        one.sampling, one.decoding
+    )
+    assert two.stages["sampling"] - one.stages["sampling"] == one.graph_copies + one.sampling
 
 
 def test_work_without_a_graph_runs_beside_the_pool():
@@ -90,13 +105,10 @@ def test_work_without_a_graph_runs_beside_the_pool():
     assert graphed.stages["sampling"] == plain.stages["sampling"] + graphed.graph_copies
 
 
-@pytest.mark.parametrize(
-    ("changed", "num_image_sizes"),
-    [({"lora_rank": 4}, 1), ({"dtype": "fp32"}, 1), ({"optimizer_in_backward": True}, 1), ({}, 2)],
-)
-def test_updates_that_cannot_be_replayed_have_no_graph(changed: Any, num_image_sizes: int):
+@pytest.mark.parametrize("changed", [{"lora_rank": 4}, {"dtype": "fp32"}, {"optimizer_in_backward": True}])
+def test_updates_that_cannot_be_replayed_have_no_graph(changed: Any):
     strategy = replace(PURE, graphs="auto", **changed)
-    assert not Graphed.of(strategy, num_image_sizes).updates
+    assert not Graphed.of(strategy, 1).updates
 
 
 class NoDevice:
@@ -112,15 +124,15 @@ class NoDevice:
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"engine.dtype": "pure_bf16", "optimizer.name": "adamw_8bit"}, {"engine.zero_stage": 1}],
-    ids=["fp32", "pure_bf16", "ZeRO-1"],
+    [{}, {**IN_PLACE}, {**IN_PLACE, "model.image_sizes": [[24, 16], [16, 16]]}, {"engine.zero_stage": 1}],
+    ids=["fp32", "pure_bf16", "two sizes", "ZeRO-1"],
 )
 def test_the_plan_replays_what_a_run_replays(tiny_lcm_folder: str, tmp_path: Any, monkeypatch: Any, settings: Any):
     monkeypatch.setattr(graphing, "recorder_of", lambda device: NoDevice())
     named = {"engine.graphs": "auto", **settings}
     config = parse_config(tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run", named))
     trainer = Trainer(config)
-    graphed = Graphed.of(strategy_of(config), 1)
+    graphed = Graphed.of(strategy_of(config), max(1, len(config.model.sizes)))
     assert isinstance(trainer.images.graphs, graphs.Graphs) == graphed.sampling
     assert (trainer.updater.graphed is not None) == graphed.updates
     trainer.parts.close()

@@ -11,60 +11,19 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+from graphed_updates import ADVANTAGES, Setting, same_weights
 from recorded_work import ArgumentRecorder, CpuRecorder
-from tiny_policies import TinyNetwork, engine_of, policy_of, trajectory_of
+from tiny_policies import TinyNetwork, engine_of
 from torch import Tensor
 
-from rlcm_fast.algorithms import PPO
-from rlcm_fast.config import UpdateConfig, parse_config
+from rlcm_fast.config import parse_config
 from rlcm_fast.engine import direct
-from rlcm_fast.engine.base import Engine
-from rlcm_fast.graphs import Graphs
 from rlcm_fast.kernels import dispatch, functional
-from rlcm_fast.parallel import Turn
 from rlcm_fast.stages import graphing
-from rlcm_fast.stages.graphed_update import GraphedUpdate, MicroBatch
-from rlcm_fast.stages.start_model import StartModel
-from rlcm_fast.stages.update import Updater
+from rlcm_fast.stages.graphed_update import MicroBatch
 from rlcm_fast.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
-ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, -2.0, 0.1, -0.4])
-
-
-class Setting:
-    """A bfloat16 network under the engine without DeepSpeed, updated by graphs or without."""
-
-    def __init__(self, is_graphed: bool, kl_weight: float = 0.0, recorder: Any = None, **update: Any) -> None:
-        """recorder: a CpuRecorder if there is none."""
-        recorder = recorder or CpuRecorder()
-        self.network = TinyNetwork().bfloat16()
-        self.config = UpdateConfig(clip_range=1e-2, kl_weight=kl_weight, **update)
-        size = self.config.micro_batch_size
-        self.engine = engine_of(self.network, -(-16 // size), 0, "pure_bf16", name="adamw_8bit", lr=1e-3)
-        self.policy = policy_of(self.engine, dtype=torch.bfloat16)
-        self.recorder, self.said = recorder, list[str]()
-        algorithm = PPO(clip_range=1e-2)
-        graphed = None
-        if is_graphed:
-            assert self.engine.graph_problem == ""
-            graphs, gradients = Graphs(recorder, self.said.append, must_work=True), self.engine.hold_gradients()
-            graphed = GraphedUpdate(graphs, self.policy, algorithm, self.engine, self.config, gradients)
-        start = TinyNetwork(1).bfloat16()
-        start_model = StartModel(policy_of(start, dtype=torch.bfloat16)) if kl_weight else None
-        self.updater = Updater(self.policy, algorithm, self.engine, self.config, start_model, graphed=graphed)
-
-    def update(self, seed: int = 4, advantages: Tensor = ADVANTAGES) -> Any:
-        trajectory = trajectory_of(policy_of(TinyNetwork().bfloat16(), dtype=torch.bfloat16), 8, seed)
-        return self.updater.update(trajectory, advantages, Turn(0, seed=seed))
-
-    def gradients(self) -> list[Tensor]:
-        return [weight.grad for weight in self.network.parameters() if weight.grad is not None]
-
-
-def same_weights(first: Engine, second: Engine) -> bool:
-    one, other = first.full_weights(), second.full_weights()
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("update", [{"num_passes": 1}, {"num_passes": 2}, {"num_updates": 2}])
