@@ -206,7 +206,8 @@ class RolloutUpdates:
         """Records the graph of each image size that has none yet; call it before the update adds anything."""
         if self._updater.graphed:
             for batch in {batch.size: batch for batch in reversed(made)}.values():
-                self._updater.graphed.record(*self._filled(batch, len(batch.rows) / num_rows))
+                with stage("update_graph"):
+                    self._updater.graphed.record(*self._filled(batch, len(batch.rows) / num_rows))
 
     def _filled(self, batch: Batch, share: float) -> tuple[GatheredRows, MicroBatch]:
         """Returns a micro-batch filled up with rows, so that it has the shape of a graph."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from rlcm_fast.policies.consistency import ConsistencyPolicy  # noqa: E402
 from rlcm_fast.policies.schedules import consistency_schedule  # noqa: E402
 from rlcm_fast.stages.graphed_update import GraphedUpdate  # noqa: E402
 from rlcm_fast.stages.update import Updater  # noqa: E402
-from rlcm_fast.trajectory import Conditioning  # noqa: E402
+from rlcm_fast.trajectory import Conditioning, MixedTrajectory  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -98,3 +99,20 @@ def test_updates_by_a_graph_are_updates_without(
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=2e-2)
         assert one.ratio_mean == other.ratio_mean == 1
     assert [line.partition(" in ")[0] for line in settings[0].said] == ["graphs: recorded the update"]
+
+
+def test_updates_on_two_image_sizes_by_graphs_are_updates_without(unet: torch.nn.Module):
+    """An update holds micro-batches of both sizes, the last one of each filled up, and each size has a graph."""
+    settings = [Setting(unet, is_graphed) for is_graphed in (True, False)]
+    samples = [torch.tensor([0, 1, 4, 5]), torch.tensor([2, 3, 6, 7])]
+    advantages = torch.linspace(-2, 2, 8)
+    for seed in (0, 1):
+        parts = []
+        for latent_size in ((8, 8), (8, 16)):
+            conditioning = replace(settings[1].conditioning(4), latent_size=latent_size)
+            parts.append(settings[1].policy.sample(conditioning, torch.Generator().manual_seed(seed))[0])
+        trajectory = MixedTrajectory(parts, samples)
+        one, other = (setting.updater.update(trajectory, advantages, Turn(0, seed=seed)) for setting in settings)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=2e-2)
+        assert one.ratio_mean == other.ratio_mean == 1
+    assert [line.partition(" in ")[0] for line in settings[0].said] == ["graphs: recorded the update"] * 2
