@@ -54,6 +54,7 @@ from rlcm_fast.stages.size_trial import settle_sizes
 from rlcm_fast.stages.start_model import StartModel
 from rlcm_fast.stages.task_gradients import TaskGradients
 from rlcm_fast.stages.update import Updater
+from rlcm_fast.stages.vae_trial import choose_decoder, kept_decoder, restore_decoder
 from rlcm_fast.stages.weight_check import WeightCheck
 from rlcm_fast.tasks import Tasks
 
@@ -83,7 +84,7 @@ class Parts:
         skipped = self.updater.skipped.in_a_row
         guard = self.evaluation.guard.state_dict() if self.evaluation.guard else None
         parts = {"tasks": self.tasks.state_dict(), "pretraining": real_images, "skipped_updates_in_a_row": skipped}
-        return {**parts, "guard": guard}
+        return {**parts, "guard": guard, "decoder": kept_decoder(self.config.model, self.images.backbone)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from the place where `state_dict` was taken."""
@@ -91,6 +92,7 @@ class Parts:
         self.updater.skipped.in_a_row = state.get("skipped_updates_in_a_row", 0)  # earlier versions did not count
         if self.evaluation.guard and state.get("guard"):
             self.evaluation.guard.load_state_dict(state["guard"])
+        restore_decoder(state.get("decoder"), self.config.model, self.images.backbone)
         if self.real_images and state["pretraining"]:
             self.real_images.load_state_dict(state["pretraining"])
 
@@ -171,6 +173,7 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     evaluation = with_guard(build_evaluation(run, tasks, images, engine), run, tasks, describe, kl_weight)
     backbone.texts.survey([*tasks.texts(_SURVEYED), *evaluation.texts])
     _check_compiled(config, policy_around(backbone.unet), images, evaluation, _copies(start_network, backbone))
+    choose_decoder(images, tasks, evaluation.grid.prompts, config)
     algorithm = build_algorithm(config.algorithm, config.update)
     graphed = use_graphs(config, images, engine, algorithm)
     may_lower = choice.lowers_updates

@@ -101,7 +101,11 @@ class Tasks:
 
     def texts(self, most: int) -> list[str]:
         """Returns prompts of all tasks that are at hand, at most `most` of each."""
-        return [prompt.text for sampler in self._samplers.values() for prompt in sampler.known(most)]
+        return [prompt.text for prompts in self.known(most).values() for prompt in prompts]
+
+    def known(self, most: int) -> dict[str, list[Prompt]]:
+        """Returns prompts of each task that are at hand, at most `most` of each."""
+        return {name: list(sampler.known(most)) for name, sampler in self._samplers.items()}
 
     def try_rewards(self, size: tuple[int, int], device: torch.device, on_models: bool) -> None:
         """Calls each reward on two random images, those on models of the pack or all others; raises ValueError."""

@@ -3,16 +3,18 @@
 Only the decoder is on the device; the encoder joins it when it is first used, and only real images use it. With
 offload_idle each is there only while it works, and `decoding` keeps the decoder there over a whole rollout.
 
-dtype=auto tries the decoder in float16 on the first latents of the run, and keeps that if images stay finite and change
-by less than half a grey level on average. SDXL's own VAE overflows in float16; madebyollin/sdxl-vae-fp16-fix does not.
+dtype=auto tries the decoder in float16, and keeps that if images stay finite, change by less than half a grey level on
+average, and change little by whatever else a judge looks at. SDXL's own VAE overflows in float16;
+madebyollin/sdxl-vae-fp16-fix does not. Without a trial of its own (`choose_precision`) the first latents are tried.
 """
 
 # B images, C H W latent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +26,39 @@ from rlcm_fast.graphs import Graphs, Work
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ENCODER_PARTS = ("encoder", "quant_conv")
-_NUM_TRIED = 4  # images that both precisions decode
+_NUM_TRIED = 4  # images that both precisions decode, if nobody chooses them
 _MOST_CHANGE = 0.5 / 255  # of pixels in [0, 1], on average
+
+
+@dataclass(frozen=True)
+class BothPrecisions:
+    """The same latents, decoded in float32 and in float16."""
+
+    single: Tensor  # (B, 3, H, W) float32 in [0, 1]
+    half: Tensor  # (B, 3, H, W) float32 in [0, 1]; NaN where it has overflowed
+    change: float  # of pixels on average, before images are clamped; NaN or infinite if float16 overflows
+
+    @property
+    def is_close(self) -> bool:
+        """Tells whether pixels change by less than anybody sees."""
+        return self.change < _MOST_CHANGE
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the decoder keeps float16, and why."""
+
+    keeps_half: bool
+    reason: str  # continues "the VAE decodes in float16" or "in float32", for people
+
+
+Judge = Callable[[BothPrecisions], Verdict]
+
+
+def by_pixels(both: BothPrecisions) -> Verdict:
+    """Judges by how much pixels change."""
+    changes = "which changes" if both.is_close else "because float16 would change"
+    return Verdict(both.is_close, f"{changes} pixels by {both.change:.1e}")
 
 
 class LatentScaling:
@@ -81,7 +114,8 @@ class ImageCoder:
 
         # Place the decoder.
         self._offloads = offload_idle and device.type != "cpu"
-        self._tries_half, self._dtype = dtype == "auto", _DTYPES.get(dtype, torch.float32)
+        self.is_open = dtype == "auto"  # the precision is still to be tried
+        self._dtype = _DTYPES.get(dtype, torch.float32)
         self._encoder = FrozenNetwork(self._encoder_parts, device)
         self._original = FrozenNetwork(self._decoder_parts, device)  # in float32; a copy of it stays on the CPU
         self._decoder = self._original if self._dtype == torch.float32 else self._converted(self._dtype)
@@ -113,10 +147,47 @@ class ImageCoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents x_0 (B, C, H, W) to images (B, 3, H, W) float32 in [0, 1], as diffusers' pipelines do."""
-        if self._tries_half:
-            self._tries_half = False
-            self._try_half(latents[:_NUM_TRIED])
-        return (self._decoded(latents) / 2 + 0.5).clamp(0, 1).float()
+        if self.is_open:
+            self.choose_precision([latents[:_NUM_TRIED]])
+        return _images(self._decoded(latents))
+
+    @torch.no_grad()
+    def choose_precision(self, latents: Sequence[Tensor], judge: Judge = by_pixels) -> None:
+        """Decode micro-batches of latents x_0 (B, C, H, W) in float32 and in float16; keep what the judge chooses."""
+        # Decode with both, and record no graphs of what may not be kept.
+        self.is_open = False
+        graphs, self.graphs = self.graphs, None
+        with self.decoding():
+            single = torch.cat([self._decoded(part) for part in latents])
+        self.use_half()
+        with self.decoding():
+            half = torch.cat([self._decoded(part).float() for part in latents])
+        self.graphs = graphs
+
+        # Choose.
+        change = ((half - single).abs().mean() / 2).item()
+        verdict = judge(BothPrecisions(_images(single), _images(half), change))
+        if not verdict.keeps_half:
+            self.use_single()
+        self.say(f"model.vae_dtype=auto: the VAE decodes in {self.precision}, {verdict.reason}")
+
+    @property
+    def precision(self) -> str:
+        """The precision of the decoder, as torch names it."""
+        return str(self._dtype).removeprefix("torch.")
+
+    def use_half(self) -> None:
+        """Decode in float16 from here on; trying it is over."""
+        self.is_open = False
+        self._dtype, self._decoder = torch.float16, self._converted(torch.float16)
+        self._place_decoder()
+
+    def use_single(self) -> None:
+        """Decode in float32 from here on; trying float16 is over."""
+        self.is_open = False
+        self._dtype, self._decoder = torch.float32, self._original
+        self._original.to_cpu()
+        self._place_decoder()
 
     def set_batch_size(self, batch_size: int) -> None:
         """From here on, so many images are decoded or encoded at once; 0 means all."""
@@ -163,25 +234,6 @@ class ImageCoder:
     def _run_decoder(self, scaled: Tensor) -> Tensor:
         return self._vae.decode(scaled, return_dict=False)[0]
 
-    def _try_half(self, latents: Tensor) -> None:
-        """Keep float16 if it decodes these latents as well as float32 does."""
-        # Decode with both, and record no graphs of what may not be kept.
-        graphs, self.graphs = self.graphs, None
-        single = self._decoded(latents)
-        self._dtype, self._decoder = torch.float16, self._converted(torch.float16)
-        half = self._decoded(latents).float()
-        self.graphs = graphs
-        change = ((half - single).abs().mean() / 2).item()  # NaN or infinite if it overflows
-        if change < _MOST_CHANGE:
-            self.say(f"model.vae_dtype=auto: the VAE decodes in float16, which changes pixels by {change:.1e}")
-            return
-
-        # Go back to float32.
-        self._dtype, self._decoder = torch.float32, self._original
-        self._decoder.to_cpu()
-        self._place_decoder()
-        self.say(f"model.vae_dtype=auto: the VAE decodes in float32; float16 would change pixels by {change:.1e}")
-
     def _converted(self, dtype: torch.dtype) -> FrozenNetwork:
         """The decoder in another dtype, made of the original; on a GPU in the memory format of its convolutions."""
         self._original.to_cpu()
@@ -196,3 +248,8 @@ class ImageCoder:
             self._decoder.to_device()
         else:
             self._decoder.to_cpu()
+
+
+def _images(pixels: Tensor) -> Tensor:
+    """Returns images (B, 3, H, W) float32 in [0, 1] of what a decoder gives."""
+    return (pixels / 2 + 0.5).clamp(0, 1).float()

@@ -28,7 +28,7 @@ from rlcm_fast.backbones.adapters import (
     save_adapters,
 )
 from rlcm_fast.backbones.assembly import assemble
-from rlcm_fast.backbones.image_coder import ImageCoder
+from rlcm_fast.backbones.image_coder import ImageCoder, Judge
 from rlcm_fast.backbones.model_checks import check_image_sizes
 from rlcm_fast.backbones.text_checks import check_configs, check_pipeline
 from rlcm_fast.backbones.texts import Encoding, TextEncoder, TextSettings
@@ -256,6 +256,24 @@ class Backbone:
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents x_0 (B, C, H, W) to images (B, 3, H, W) float32 in [0, 1], as diffusers' pipelines do."""
         return self._coder.decode(latents)
+
+    @property
+    def decoder_is_open(self) -> bool:
+        """Whether the precision of the VAE's decoder is still to be tried."""
+        return self._coder.is_open
+
+    @property
+    def decoder_precision(self) -> str:
+        """The precision of the VAE's decoder, as torch names it."""
+        return self._coder.precision
+
+    def choose_decoder(self, latents: Sequence[Tensor], judge: Judge) -> None:
+        """Try the decoder in float16 on micro-batches of latents x_0 (B, C, H, W), and keep it if the judge does."""
+        self._coder.choose_precision(latents, judge)
+
+    def set_decoder(self, in_half: bool) -> None:
+        """From here on, the VAE decodes in float16, or in float32."""
+        (self._coder.use_half if in_half else self._coder.use_single)()
 
     def set_decode_batch_size(self, size: int) -> None:
         """From here on, so many images are decoded at once; 0 means all."""

@@ -62,7 +62,7 @@ class ModelConfig:
     vae: str | None = None
     """Another VAE: a .safetensors file, a folder or a hub id, as madebyollin/sdxl-vae-fp16-fix; null: the model's."""
     vae_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Precision of the VAE's decoder; auto: fp32 on a CPU; on a GPU fp16 if it decodes the first latents as well."""
+    """Precision of the VAE's decoder; auto: fp32 on a CPU; on a GPU fp16 if neither pixels nor rewards see it."""
     variant: str | None = None
     """The variant of the files, as fp16; null takes the plain files, or fp16 where a folder has only those."""
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"

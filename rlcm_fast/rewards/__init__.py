@@ -36,7 +36,7 @@ from rlcm_fast.rewards.service import (
     joined,
     score,
 )
-from rlcm_fast.rewards.trial import Trial
+from rlcm_fast.rewards.trial import Trial, asks_others
 from rlcm_fast.rewards.workers import Call, DecodedImages, Workers
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "SubmittedBatch",
     "Trial",
     "Workers",
+    "asks_others",
     "build_reward",
     "build_rewards",
     "check_groups",

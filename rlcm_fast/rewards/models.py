@@ -38,6 +38,7 @@ class OnModels:
     """The base of rewards, and of their parts, that compute on models: which files they need, and what they used."""
 
     FACTS: ClassVar[Facts | None] = None  # None: another class that an argument names has them
+    asks_server: bool = False  # what computes the scores is elsewhere, and may charge for them
     _files: Sequence[ModelFiles] = ()  # set by the constructor
 
     @classmethod

@@ -35,6 +35,7 @@ class RemoteReward(OnModels):
     """The scores of a reward that is served elsewhere."""
 
     scope = "image"
+    asks_server = True
     FACTS = Facts(
         formula="the score of the served reward, of the image in 8 bits",
         likes="what the served reward likes",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlcm_fast.rewards.asked import PersonReward
 from rlcm_fast.rewards.base import AsksPeople, Reward, RewardError
 from rlcm_fast.rewards.failures import Skipping
 from rlcm_fast.rewards.groups import GroupReward
@@ -26,6 +27,23 @@ from rlcm_fast.rewards.workers import Workers
 from rlcm_fast.trajectory import Prompt
 
 _NUM_IMAGES = 2
+
+
+def asks_others(reward: Reward) -> bool:
+    """Tells whether people or a server give the scores of a reward, so that it is not asked without need."""
+    plain = _plain(reward)
+    return (
+        isinstance(reward, PersonReward) or _asks_people(plain) or (isinstance(plain, OnModels) and plain.asks_server)
+    )
+
+
+def _asks_people(plain: object) -> bool:
+    return isinstance(plain, AsksPeople) and plain.asks_people
+
+
+def _plain(reward: Reward) -> object:
+    """Returns the reward that was built, without its groups and its parts."""
+    return inner(reward.reward if isinstance(reward, GroupReward) else reward)
 
 
 @dataclass(frozen=True)
@@ -41,13 +59,12 @@ class Trial:
     @property
     def is_on_models(self) -> bool:
         """Tells whether the reward computes on models of the pack, or on those of a server."""
-        return isinstance(self._plain, OnModels)
+        return isinstance(_plain(self.reward), OnModels)
 
     def run(self, size: tuple[int, int], device: torch.device | str, timeout: float) -> None:
         """Calls the reward; raises ValueError if it fails or returns something else than scores."""
-        plain = self._plain
-        asks_others = isinstance(plain, RemoteReward) or (isinstance(plain, AsksPeople) and plain.asks_people)
-        if asks_others or not self.prompts:
+        plain = _plain(self.reward)
+        if isinstance(plain, RemoteReward) or _asks_people(plain) or not self.prompts:
             return
         images = torch.rand(_NUM_IMAGES, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
         prompts = [self.prompts[index % len(self.prompts)] for index in range(_NUM_IMAGES)]
@@ -64,8 +81,3 @@ class Trial:
             raise ValueError(f"{where}: it {error.problem}") from error
         finally:
             workers.shutdown()
-
-    @property
-    def _plain(self) -> object:
-        reward = self.reward
-        return inner(reward.reward if isinstance(reward, GroupReward) else reward)

@@ -67,6 +67,7 @@ class VlmAlignment(OnModels):
         files = {of_model.field: of_model for of_model in self._files}
         self._scorer = BertScore.of(files["scorer"], layer, Placement.of("fp32", device, _AT_ONCE))
         self._remote = dict(captioner) if isinstance(captioner, Mapping) else {}
+        self.asks_server = bool(self._remote)
         place = Placement.of(dtype, device, _AT_ONCE)
         self._captioner = RemoteCaptioner(**self._remote) if self._remote else Llava.of(files["captioner"], place)
 

@@ -43,6 +43,7 @@ class VlmJudge(OnModels):
     """The judgement of a vision-language model on a server, 0 to 1."""
 
     scope = "image"
+    asks_server = True
     FACTS = Facts(
         formula="P(yes) / (P(yes) + P(no)), or a number in the answer divided by the highest",
         likes="what the model was trained to like; a question can be answered without looking closely",

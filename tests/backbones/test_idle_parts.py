@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from rlcm_fast.backbones.image_coder import ImageCoder
+from rlcm_fast.backbones.image_coder import BothPrecisions, ImageCoder, Verdict
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import ModelConfig
 from rlcm_fast.frozen import FrozenNetwork
@@ -139,6 +139,32 @@ def test_float16_is_tried_on_the_first_latents_and_kept_if_it_is_as_good(tiny_sd
     assert ("decodes in float32" in line) == overflows
     assert torch.equal(decoded[0], in_single) == overflows
     assert (decoded[0] - in_single).abs().mean() < 0.5 / 255
+
+
+@pytest.mark.parametrize("keeps_half", [False, True])
+def test_a_judge_sees_the_images_of_both_precisions_and_decides(tiny_sd_folder: str, keeps_half: bool):
+    vae: Any = AutoencoderKL.from_pretrained(tiny_sd_folder, subfolder="vae")
+    in_single = ImageCoder(copy.deepcopy(vae), CPU).decode(latents(5))
+    in_half = ImageCoder(copy.deepcopy(vae), CPU, "fp16").decode(latents(5))
+    seen, said = list[BothPrecisions](), list[str]()
+
+    def judge(both: BothPrecisions) -> Verdict:
+        seen.append(both)
+        return Verdict(keeps_half, "as somebody says")
+
+    coder = ImageCoder(vae, CPU, "auto")
+    coder.say = said.append
+    coder.choose_precision(latents(5).split(2), judge)
+    (both,) = seen
+    assert torch.allclose(both.single, in_single, atol=1e-6) and torch.allclose(both.half, in_half, atol=1e-2)
+    assert both.is_close and both.change == pytest.approx((in_half - in_single).abs().mean().item(), rel=0.5)
+    chosen = "float16" if keeps_half else "float32"
+    assert said == [f"model.vae_dtype=auto: the VAE decodes in {chosen}, as somebody says"]
+    assert torch.equal(coder.decode(latents(5)), in_half if keeps_half else in_single)
+    coder.use_single()
+    assert torch.equal(coder.decode(latents(5)), in_single)
+    coder.use_half()
+    assert torch.equal(coder.decode(latents(5)), in_half) and len(said) == 1
 
 
 @pytest.mark.parametrize("overflows", [False, True])
