@@ -251,24 +251,33 @@ def trained(model: str, run_dir: Path, **more: object) -> Trainer:
     return trainer
 
 
+TWO_SIZES = {"model.image_sizes": [[24, 16], [16, 16]], "update.kl_reference": "offload"}
+
+
 @pytest.mark.slow
 @pytest.mark.telling
+@pytest.mark.parametrize(("settings", "num_sizes"), [({}, 1), (TWO_SIZES, 2)])
 def test_a_run_by_graphs_is_the_run_without_and_goes_on_after_a_resume(
-    tiny_lcm_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, object],
+    num_sizes: int,
+    tiny_lcm_folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     """Sampling, decoding, updates; the average's evaluation and the start weights swap weights in place."""
-    trained(tiny_lcm_folder, tmp_path / "without")
+    trained(tiny_lcm_folder, tmp_path / "without", **settings)
     monkeypatch.setattr(graphing, "recorder_of", lambda device: recorder)
     recorder = CpuRecorder()
-    trained(tiny_lcm_folder, tmp_path / "with", engine__graphs="on", num_iterations=2)
+    trained(tiny_lcm_folder, tmp_path / "with", engine__graphs="on", num_iterations=2, **settings)
     said = capsys.readouterr().err
     assert "engine.graphs=on: graphs for sampling, decoding, updates\n" in said
-    assert said.count("graphs: recorded the update") == 1 and "elsewhere" not in said
+    assert said.count("graphs: recorded the update") == num_sizes and "elsewhere" not in said
     num_recorded = recorder.num_recorded
-    assert 3 <= num_recorded <= 6 and recorder.num_replayed > 20
+    assert 3 * num_sizes <= num_recorded <= 6 * num_sizes and recorder.num_replayed > 20
 
     recorder = CpuRecorder()
-    trained(tiny_lcm_folder, tmp_path / "with", engine__graphs="on", resume="latest")
+    trained(tiny_lcm_folder, tmp_path / "with", engine__graphs="on", resume="latest", **settings)
     assert "elsewhere" not in capsys.readouterr().err and recorder.num_replayed > 10
     lines = [tiny_runs.metrics(tmp_path / name) for name in ("without", "with")]
     assert len(lines[0]) == 4
