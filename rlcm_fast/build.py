@@ -169,7 +169,7 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     start_model = _start_model(start_network, images, policy_around)
 
     # Bind the stages to what they need.
-    kl_weight = KlWeight(config.update.kl_weight, is_measured=config.has_start_model and config.guard.is_on)
+    kl_weight = KlWeight(config.update.kl_weight, config.has_start_model and config.guard.is_on, config.guard.raises_kl)
     evaluation = with_guard(build_evaluation(run, tasks, images, engine), run, tasks, describe, kl_weight)
     backbone.texts.survey([*tasks.texts(_SURVEYED), *evaluation.texts])
     _check_compiled(config, policy_around(backbone.unet), images, evaluation, _copies(start_network, backbone))

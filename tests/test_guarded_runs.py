@@ -75,7 +75,7 @@ def test_a_run_whose_weight_is_raised_resumes_bitwise(tiny_lcm_folder: str, tmp_
     settings = {name.replace(".", "__"): value for name, value in RAISES.items()}
     trained(tiny_lcm_folder, left_alone, **settings, checkpoint__every=2, checkpoint__keep=3)
     weights = [line["guard/kl_weight"] for line in tiny_runs.metrics(left_alone)]
-    assert weights[0] == 0 and max(weights) > 0
+    assert len(set(weights)) > 2 and min(weights) > 0
     shutil.copytree(left_alone, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "iteration_000004")
     trained(tiny_lcm_folder, run_dir, **settings, checkpoint__every=2, checkpoint__keep=3, resume="latest")

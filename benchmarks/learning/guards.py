@@ -41,8 +41,9 @@ _HELD = Arm(
     "raise_kl",
     "compressibility_paper",
     (
-        *("guard.action", "raise_kl", "guard.every", "3", "guard.z", "1", "evaluation.num_images", "512"),
-        *("checkpoint.every", "3", "checkpoint.keep", "40"),  # so that the lowest payload can be scored once more
+        *("guard.action", "raise_kl", "guard.every", "6", "guard.z", "2", "evaluation.num_images", "1024"),
+        *("num_iterations", "192", "optimizer.lr", "5e-5"),
+        *("checkpoint.every", "6", "checkpoint.keep", "40"),  # so that the lowest payload can be scored once more
     ),
 )
 _SHORT = ("evaluation.every", "16", "evaluation.num_images", "256", "num_iterations", "32", "checkpoint.every", "8")

@@ -34,7 +34,6 @@ from rlcm_fast.trajectory import Prompt
 
 _LEAST_SCALE = {"edge_density": 0.05, "saturation": 0.02, "flat_area": 0.05, "colour_entropy": 0.5}
 """A floor is relative to the start's value, or to this if the value is lower: a share of 0 would have no band."""
-_WELL_INSIDE = -0.5  # excess, in half-widths
 
 Embedding = Callable[[Tensor, Sequence[Prompt]], Tensor]
 
@@ -131,7 +130,7 @@ class Guard:
         before = self.kl_weight.value
         acting = [excess for name, excess in excesses.items() if self._acts_on(name)]
         if self.config.raises_kl and acting:
-            self.kl_weight.follow(max(acting), _WELL_INSIDE)
+            self.kl_weight.follow(max(acting))
 
         # Say what is new.
         outside = [name for name, excess in excesses.items() if excess > 0]

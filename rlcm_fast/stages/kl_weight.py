@@ -1,13 +1,19 @@
-"""The weight of the KL term: fixed by update.kl_weight, or moved by the guard (guard.action: raise_kl).
+"""The weight of the KL term: fixed by update.kl_weight, or found by the guard from above (guard.action: raise_kl).
 
-    outside a band by e half-widths    w <- max(w, floor) * 2^min(e, 2), unless the weights are on their way back:
-                                       the divergence from the start model, or e, has fallen by a tenth
-    well inside all bands              w <- max(floor, 0.8 w)
-    between                            w stays
-    outside anew                       floor <- max(FIRST, 2 floor): a weight that was too low is not tried again
+The guard begins with a weight that changes little, lowers it until the pictures come near the end of a band, and holds
+them there: a PI controller of log w. Let e be the excess of the worst measure in half-widths of its band: 0 at the
+band's end, -1, the start model's value, at least, and 2 at most. After each measurement
 
-It moves once per measurement. The pictures answer to a weight only some updates later, and the divergence answers at
-once and without noise: so it decides whether a weight is already high enough. The floor begins at update.kl_weight.
+    m <- (m + e) / 2          one measurement is noisy; m = -1 at first
+    b <- b 2^(r (m + 1/4))    b = 1/4 at first; r = 1/3, and half of that, but at least 1/12, when m rises above 0
+    w = b 2^(max(m, 0) / 2)   never below update.kl_weight
+
+Pictures follow a lower weight late, after tens of updates, and a higher one at once. So b moves slowly, and what is
+lost for the moment is met by the second factor, which goes when the pictures are back.
+
+The first weight needs no unit. To first order, a step of the sampler moves away from the start model by R^2 / 2 w^2
+nats, R^2 being the share of the advantages' variance that is linear in the step's noise: at most 8 nats for w = 1/4,
+whatever the size of the latents.
 """
 
 from __future__ import annotations
@@ -16,11 +22,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FIRST, MOST = 0.01, 100.0
-_MOST_DOUBLINGS = 2.0
-_FALL = 0.8
-_ON_THE_WAY_BACK = 0.9  # of the value before
-_MOST_EXCESS = 1e6  # JSON has no infinity
+FIRST, LEAST, MOST = 0.25, 1e-4, 100.0
+FIRST_RATE, LEAST_RATE = 1 / 3, 1 / 12
+AIM = -0.25  # where b comes to rest
+_OLD_FIRST = 0.01  # what a checkpoint from before there was a base goes on with at least
+_STATE = ("value", "divergence", "base", "mean", "rate")
 
 
 @dataclass
@@ -29,47 +35,38 @@ class KlWeight:
 
     least: float  # update.kl_weight
     is_measured: bool = False  # whether anyone wants `divergence`, which costs a pass of the start model
-    value: float = -1.0  # below `least` until it is set
+    is_moved: bool = False  # by a guard
+    value: float = -1.0  # w; below `least` until it is set
     divergence: float | None = None  # mean over all processes; None before the first update
-    floor: float = 0.0  # what the weight does not fall below
-    excess: float = 0.0  # at the last measurement
-    divergence_before: float | None = None  # at the last measurement
+    base: float = FIRST  # b
+    mean: float = -1.0  # m
+    rate: float = FIRST_RATE  # r
 
     def __post_init__(self) -> None:
-        self.value, self.floor = max(self.value, self.least), max(self.floor, self.least)
+        self.value = max(self.value, self.least, self.base if self.is_moved else 0.0)
 
     @property
     def is_needed(self) -> bool:
         """Tells whether an update must run the start model."""
         return self.value > 0 or self.is_measured
 
-    def follow(self, excess: float, well_inside: float) -> None:
-        """Moves the weight; excess, in half-widths, is how far the worst measure lies outside, negative if inside.
-
-        well_inside: the excess below which the weight falls.
-        """
-        if excess > 0 >= self.excess:
-            self.floor = max(FIRST, 2 * self.floor)
-        if excess > 0 and not self._is_on_the_way_back(excess):
-            self.value = min(MOST, max(self.value, self.floor) * 2 ** min(excess, _MOST_DOUBLINGS))
-        elif excess < well_inside:
-            self.value = max(self.floor, _FALL * self.value)
-        self.excess, self.divergence_before = min(excess, _MOST_EXCESS), self.divergence
-
-    def _is_on_the_way_back(self, excess: float) -> bool:
-        """Tells whether the pictures get better, or will, because the weights come closer to the start model's."""
-        if self.excess <= 0:
-            return False
-        now, before = self.divergence, self.divergence_before
-        is_closer = now is not None and before is not None and now < _ON_THE_WAY_BACK * before
-        return is_closer or excess < _ON_THE_WAY_BACK * self.excess
+    def follow(self, excess: float) -> None:
+        """Moves the weight; excess, in half-widths, is how far the worst measure lies outside, negative if inside."""
+        before, self.mean = self.mean, (self.mean + min(2.0, max(-1.0, excess))) / 2
+        if self.mean > 0 >= before:
+            self.rate = max(LEAST_RATE, self.rate / 2)
+        self.base = min(MOST, max(LEAST, self.base * 2 ** (self.rate * (self.mean - AIM))))
+        self.value = min(MOST, max(self.least, self.base * 2 ** (max(self.mean, 0.0) / 2)))
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("value", "divergence", "floor", "excess", "divergence_before")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues with a saved weight, but not below update.kl_weight, which may have changed."""
-        self.value, self.floor = (max(self.least, state[name]) for name in ("value", "floor"))
-        self.divergence, self.divergence_before = state["divergence"], state["divergence_before"]
-        self.excess = state["excess"]
+        """Continues with a saved weight, but not below update.kl_weight, which may have changed.
+
+        If no guard moves the weight any more, it is update.kl_weight again.
+        """
+        old = {"base": max(_OLD_FIRST, state["value"])}
+        for name in _STATE:
+            setattr(self, name, {**old, **state}.get(name, getattr(self, name)))
+        self.value = max(self.least, self.value) if self.is_moved else self.least
