@@ -28,7 +28,7 @@ class GuardConfig:
     """What tells that a reward is being hacked, by images of the evaluation."""
 
     action: Literal["off", "warn", "raise_kl", "stop"] = "off"
-    """Outside a band: warn says so, raise_kl also raises the KL term's weight until it is inside, stop ends the run."""
+    """Outside a band: warn says so, raise_kl also moves the KL term's weight, high at first, stop ends the run."""
     watch: list[str] = field(default_factory=lambda: [ALL])
     """held_out (rewards that are evaluated, not trained), image statistics, diversity, kl_to_start; all of these."""
     acts_on: list[str] = field(default_factory=lambda: [HELD_OUT])
