@@ -255,7 +255,7 @@ def _load_backbone(config: Config, device: torch.device) -> Backbone:
         device,
         torch.float32 if config.engine.dtype == "fp32" else torch.bfloat16,
         kind=config.policy.kind,
-        offload_idle=config.engine.offload_idle,
+        offload_idle=config.engine.offload_idle is True,
         decode_batch_size=config.rollout.decode_batch_size,
         prompts=config.prompts,
     )

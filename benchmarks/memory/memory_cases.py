@@ -34,7 +34,7 @@ def _sizes(micro_batch_size: int, decode_batch_size: int) -> str:
     return (
         f"policy.num_steps=3 prompts.num_prompts=1 prompts.images_per_prompt={n} rollout.micro_batch_size={n} "
         f"rollout.decode_batch_size={decode_batch_size} update.micro_batch_size={n} update.num_updates=1 "
-        "engine.compile=off model.vae_dtype=fp32"
+        "engine.compile=off engine.offload_idle=true model.vae_dtype=fp32"
     )
 
 

@@ -40,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     # Check the arguments before torch is imported.
     from rlcm_fast.config import parse_config
-    from rlcm_fast.config.batches import has_auto, is_open
     from rlcm_fast.config.checks import validate
     from rlcm_fast.planner.gpus import GPUS, find_gpu
 
@@ -48,57 +47,57 @@ def run(arguments: argparse.Namespace) -> None:
     config = parse_config([*files, *arguments.overrides])
     resolved = validate(config, arguments.processes)
     gpus = [find_gpu(arguments.gpu)] if arguments.gpu is not None else list(GPUS.values())
-    is_one = len(gpus) == 1
-    if arguments.json and is_open(config) and not is_one:
-        raise ValueError("gpu=null leaves open what is auto in the config, which the bytes depend on; give --gpu NAME")
 
     # Read the model's configs, build the planner, and choose what the config leaves to it.
     from rlcm_fast.planner.of_config import planner_of
 
     planner, strategy = planner_of(resolved, arguments.image_size, arguments.reward_gib)
     plans = [_on(config, planner, strategy, gpu) for gpu in gpus]
+    are_alike = len({plan.strategy for plan in plans}) == 1
+    if arguments.json and not are_alike:
+        raise ValueError("gpu=null leaves open what is auto in the config, which the bytes depend on; give --gpu NAME")
 
     # Print the plan, for programs or for people.
     if arguments.json:
         print(finite_json(_report(planner, plans), indent=2))
         return
-    lines = _head(planner, plans[0].strategy, config.model.path, is_one or not has_auto(config))
-    if is_one or not is_open(config):
-        lines += _memory_table(planner.memory(plans[0].strategy))
+    lines = _head(planner, plans, config.model.path)
+    lines += _memory_table(planner.memory(plans[0].strategy)) if are_alike else []
     print("\n".join(lines))
-    print("\n".join(_one_gpu(planner, plans[0]) if is_one else _all_gpus(planner, plans)))
+    print("\n".join(_one_gpu(planner, plans[0]) if len(plans) == 1 else _all_gpus(planner, plans)))
 
 
 @dataclass(frozen=True)
 class _OnGpu:
-    """A config on a GPU; its micro-batches are numbers."""
+    """A config on a GPU; nothing is auto but graphs that have room."""
 
     gpu: Gpu
     config: Config
     strategy: Strategy
-    without_graphs: str = ""  # why engine.graphs=auto uses none
+    choices: Sequence[str] = ()  # what became of auto beside the micro-batches, and why
 
 
 def _on(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> _OnGpu:
     """Chooses what the config leaves to the planner, for engine.memory_gib or all that the GPU has."""
     from rlcm_fast.config.batches import Candidates, is_open
-    from rlcm_fast.planner.batches import choose, chosen_config, without_graphs
+    from rlcm_fast.planner.batches import choices, choose, chosen_config
 
     if not is_open(config):
         return _OnGpu(gpu, config, strategy)
     candidates = Candidates.of(config, planner.workload.num_processes)
     chosen, _ = choose(planner, strategy, candidates, config.engine.memory_gib or gpu.memory_gib)
-    left_out = "" if chosen.graphs == strategy.graphs else without_graphs(planner, chosen)
-    return _OnGpu(gpu, chosen_config(config, chosen), chosen, left_out)
+    return _OnGpu(gpu, chosen_config(config, chosen), chosen, choices(planner, strategy, chosen))
 
 
-def _head(planner: Planner, strategy: Strategy, name: str, has_batches: bool) -> list[str]:
+def _head(planner: Planner, plans: Sequence[_OnGpu], name: str) -> list[str]:
+    strategy = plans[0].strategy
     unet, work = planner.profiles(strategy).unet, planner.workload
     millions = (sum(unet.trainable) + unet.frozen) / 1e6
     shown = ", ".join(_shown(size) for size in planner.sizes or [strategy.image_size])
     images = f"{work.samples} images of {shown} pixels"
     sizes = f"of {strategy.rollout_micro_batch_size} (rollout) and {strategy.micro_batch_size} (update)"
-    sizes = sizes if has_batches else "as each GPU has room for"
+    numbers = {(plan.strategy.rollout_micro_batch_size, plan.strategy.micro_batch_size) for plan in plans}
+    sizes = sizes if len(numbers) == 1 else "as each GPU has room for"
     several = ["several sizes: bytes and GFLOP are those of the largest, seconds the mean"] if planner.sizes else []
     of = "" if work.num_processes == 1 else f" on each of {work.num_processes} GPUs"
     return [
@@ -158,7 +157,7 @@ def _one_gpu(planner: Planner, plan: _OnGpu) -> list[str]:
         "evaluations and checkpoints)",
         *_rewards(planner, gpu),
         *_not_known(planner, strategy),
-        *([f"  {plan.without_graphs}"] if plan.without_graphs else []),
+        *(f"  {line}" for line in plan.choices),
         *(f"  {line}" for line in _verdict(planner, plan)),
     ]
 

@@ -1,7 +1,9 @@
-"""Says which numbers `auto` may become: the micro-batches of rollout, decoding and update. Graphs are auto, too.
+"""Says what `auto` may become: the micro-batches of rollout, decoding and update, and what runs beside them.
 
     config with `auto` -> candidates -> planner/batches.py chooses on a GPU, `with_numbers` takes the largest on a CPU
     -> a config of numbers, which all else gets
+
+engine.graphs and engine.offload_idle are auto, too; the planner decides about them beside the numbers.
 
 Larger than 64, a micro-batch of a UNet gains nothing: on an H200 an image took 40 % less time in micro-batches of 32
 than of 8, and half of that was left to gain (planner/efficiency.py).
@@ -65,8 +67,14 @@ def has_auto(config: Config) -> bool:
 
 
 def is_open(config: Config) -> bool:
-    """Tells whether the planner has something to choose on a GPU: a size, or whether graphs replay."""
-    return has_auto(config) or config.engine.graphs == AUTO
+    """Tells whether the planner has something to choose on a GPU: a size, graphs, or where idle parts are."""
+    return has_auto(config) or AUTO in (config.engine.graphs, config.engine.offload_idle)
+
+
+def for_cpu(config: Config) -> Config:
+    """Returns the config with what `auto` is on a CPU, besides numbers: nothing moves."""
+    engine = config.engine
+    return replace(config, engine=replace(engine, offload_idle=engine.offload_idle is True))
 
 
 def batches_of(config: Config) -> Batches:

@@ -153,7 +153,7 @@ def _check_graphs(run: ResolvedRun) -> None:
             "engine.graphs=on cannot replay the steps of engine.optimizer_in_backward=true, whose learning rate and "
             f"random numbers are the host's; {remedy}"
         )
-    if engine.offload_idle:
+    if engine.offload_idle is True:
         raise ValueError(
             f"engine.graphs=on replays decoding, and engine.offload_idle=true moves the VAE each time; {remedy}"
         )

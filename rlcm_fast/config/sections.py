@@ -324,8 +324,8 @@ class EngineConfig:
     """Replay sampling, decoding and updates as CUDA graphs; auto: what can and has room; on: all, or an error."""
     deterministic: bool = False
     """Use only deterministic algorithms of torch, which are slower: on a GPU, nothing else is promised to repeat."""
-    offload_idle: bool = False
-    """Keep text encoders and VAE in CPU memory, and move them to the GPU only while they encode and decode."""
+    offload_idle: bool | Literal["auto"] = False
+    """Keep text encoders and VAE in CPU memory while they are idle; auto: if they have no room beside micro-batches."""
     memory_gib: Annotated[float, at_least(0, bounds.GIB, "GiB, or 0 for all that the GPU has")] = 0.0
     """Memory of each GPU that sizes of auto are chosen for; 0: what the GPU has."""
 

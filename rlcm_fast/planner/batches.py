@@ -1,18 +1,22 @@
-"""Chooses the sizes of micro-batches, the largest that the planner says fit together, and whether graphs replay them.
+"""Chooses the sizes of micro-batches, the largest that the planner says fit together, and what has room beside them.
 
-update first, because it is most of an iteration; then rollout, then decoding, beside what was chosen; then graphs, if
-engine.graphs is auto and what they keep fits beside all that
+    update, because it is most of an iteration; then rollout; then decoding, beside what was chosen
+    -> CUDA graphs (engine.graphs=auto), and text encoders and VAE that stay on the GPU (engine.offload_idle=auto):
+       both; else graphs alone; else the parts that stay
 
-Graphs come last, because smaller micro-batches cost time for sure, and what graphs save beside large ones was not
+The rest comes last, because smaller micro-batches cost time for sure. What graphs save beside large ones was not
 measured: a GPU that works on a micro-batch for longer than the host takes to launch it does not wait for launches.
+Parts that move cost a copy in each rollout, less than graphs are to save; if they stay, decoding has a graph as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from rlcm_fast.config import Config
-from rlcm_fast.config.batches import Batches, Candidates, with_batches
+from rlcm_fast.config.batches import AUTO, Batches, Candidates, with_batches
 from rlcm_fast.planner.estimate import GIB, Strategy
 from rlcm_fast.planner.seconds import Planner
 
@@ -22,13 +26,15 @@ SPARE = 0.03
 
 def choose(planner: Planner, strategy: Strategy, candidates: Candidates, memory_gib: float) -> tuple[Strategy, bool]:
     """Returns the strategy with what was chosen, and whether it fits; if nothing does, the smallest sizes."""
-    limit, is_open = memory_gib * GIB * (1 - SPARE), strategy.graphs == "auto"
+    # Begin with what needs the least memory.
+    limit, beside = memory_gib * GIB * (1 - SPARE), _beside(strategy)
     smallest = Batches(candidates.update[-1], candidates.rollout[-1], candidates.decode[-1])
-    chosen = replace(with_sizes(strategy, smallest), graphs="off" if is_open else strategy.graphs)
+    chosen = replace(with_sizes(strategy, smallest), **beside[-1])
 
     def fits(changed: Strategy) -> bool:
         return planner.memory(changed).peak <= limit
 
+    # Choose the sizes, then the most that has room beside them.
     sizes = {
         "micro_batch_size": candidates.update,
         "rollout_micro_batch_size": candidates.rollout,
@@ -37,15 +43,31 @@ def choose(planner: Planner, strategy: Strategy, candidates: Candidates, memory_
     for name, wanted in sizes.items():
         larger = (replace(chosen, **{name: size}) for size in wanted)
         chosen = next((changed for changed in larger if fits(changed)), chosen)
-    graphed = replace(chosen, graphs=strategy.graphs)
-    chosen = graphed if fits(graphed) else chosen
+    chosen = next((more for more in (replace(chosen, **each) for each in beside) if fits(more)), chosen)
     return chosen, fits(chosen)
 
 
-def without_graphs(planner: Planner, chosen: Strategy) -> str:
-    """Says why engine.graphs=auto uses none beside the chosen sizes."""
-    needed = planner.memory(replace(chosen, graphs="auto")).peak / GIB
-    return f"engine.graphs=auto: no graphs, with which these micro-batches would take {needed:.1f} GiB"
+def _beside(asked: Strategy) -> list[dict[str, Any]]:
+    """Returns what `auto` may be beside the sizes, from the most memory to the least."""
+    graphs = ("auto", "off") if asked.graphs == "auto" else (asked.graphs,)
+    moved = (False, True) if asked.moves_idle == "auto" else (asked.moves_idle,)
+    moved = (False,) if asked.graphs == "on" else moved  # they must replay the decoder, too
+    return [{"graphs": each, "moves_idle": moves} for each in graphs for moves in moved]
+
+
+def choices(planner: Planner, asked: Strategy, chosen: Strategy) -> list[str]:
+    """Says what `auto` has become beside the sizes, a line each; of graphs only where there are none."""
+    lines = []
+    if asked.moves_idle == "auto" and chosen.moves_idle:
+        needed = planner.memory(replace(chosen, moves_idle=False)).peak / GIB
+        why = f"if they stayed, these micro-batches would take {needed:.1f} GiB"
+        lines.append(f"engine.offload_idle=auto: text encoders and VAE move to the GPU and back; {why}")
+    elif asked.moves_idle == "auto":
+        lines.append("engine.offload_idle=auto: text encoders and VAE stay on the GPU")
+    if asked.graphs == "auto" and chosen.graphs == "off":
+        needed = planner.memory(replace(chosen, graphs="auto")).peak / GIB
+        lines.append(f"engine.graphs=auto: no graphs, with which these micro-batches would take {needed:.1f} GiB")
+    return lines
 
 
 def with_sizes(strategy: Strategy, batches: Batches) -> Strategy:
@@ -57,9 +79,19 @@ def with_sizes(strategy: Strategy, batches: Batches) -> Strategy:
 
 
 def chosen_config(config: Config, strategy: Strategy) -> Config:
-    """Returns the config with the sizes and the graphs of a strategy."""
-    config = with_batches(config, sizes_of(strategy))
-    return replace(config, engine=replace(config.engine, graphs=strategy.graphs))
+    """Returns the config with the sizes of a strategy, and with what it has beside them."""
+    return with_engine(with_batches(config, sizes_of(strategy)), engine_of(strategy))
+
+
+def engine_of(strategy: Strategy) -> dict[str, Any]:
+    """Returns the fields of `engine` that are chosen beside the sizes."""
+    return {"graphs": strategy.graphs, "offload_idle": strategy.moves_idle}
+
+
+def with_engine(config: Config, chosen: Mapping[str, Any]) -> Config:
+    """Returns the config with these fields of `engine` where its own are auto."""
+    open_fields = {name: value for name, value in chosen.items() if getattr(config.engine, name) == AUTO}
+    return replace(config, engine=replace(config.engine, **open_fields))
 
 
 def sizes_of(strategy: Strategy) -> Batches:

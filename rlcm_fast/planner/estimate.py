@@ -52,7 +52,7 @@ class Strategy:
     rollout_micro_batch_size: int = 64
     decode_batch_size: int = 0  # 0: as many as the rollout samples at once
     lora_rank: int = 0  # 0: all weights
-    moves_idle: bool = False  # the VAE and the text encoders are on the GPU only while they work
+    moves_idle: bool | Literal["auto"] = False  # VAE and text encoders are on the GPU only while they work; auto counts
     ema: Literal["off", "gpu", "cpu"] = "off"
     start_model: Literal["off", "copy", "offload"] = "off"  # for the KL term
     real_image_micro_batch_size: int = 0  # pairs of the loss on real images, without guidance; 0: no such loss
@@ -202,7 +202,7 @@ def estimate_memory(
         encoding_images=round(with_workspace * profiles.vae.encoder.peak(encoded)) if pairs else 0,
         step_temporaries=_step_bytes(training, unet.trainable, processes, gradients, device),
         overhead=OVERHEAD_BYTES,
-        moves_idle=strategy.moves_idle,
+        moves_idle=bool(strategy.moves_idle),
         graphed=graphed,
     )
 

@@ -1,18 +1,19 @@
-"""Replaces `auto` by numbers when a run starts, those that its folder has noted or those that fit now; and graphs.
+"""Replaces `auto` when a run starts: numbers by those that its folder has noted or those that fit now, then the rest.
 
     start of the processes -> choose_batches -> a config of numbers -> [size_trial.py lowers them] -> config.yaml,
     fingerprint, all parts
 
 On a GPU the main process plans, which takes 10 to 30 seconds, for the GPU with the least memory of all. On a CPU the
 numbers are fixed (config/batches.py). A run that resumes keeps its numbers, so its fingerprint does not change.
-Whether engine.graphs=auto uses graphs is planned at every start on a GPU, beside the numbers.
+What engine.graphs and engine.offload_idle of auto become is planned at every start on a GPU, beside the numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,13 +24,14 @@ from rlcm_fast.config.batches import (
     Batches,
     Candidates,
     batches_of,
+    for_cpu,
     has_auto,
     is_open,
     with_batches,
     with_numbers,
 )
 from rlcm_fast.config.checks import validate
-from rlcm_fast.planner.batches import choose, sizes_of, with_sizes, without_graphs
+from rlcm_fast.planner.batches import choices, choose, engine_of, sizes_of, with_engine, with_sizes
 from rlcm_fast.planner.estimate import Strategy
 from rlcm_fast.planner.memory import Memory
 from rlcm_fast.planner.of_config import planner_of
@@ -71,15 +73,16 @@ class Choice:
 
 
 def choose_batches(config: Config, device: torch.device, tell: Callable[[str], None] = say) -> Choice:
-    """Puts numbers in place of `auto`, the same on all processes; every rank must call.
+    """Puts numbers and choices in place of `auto`, the same on all processes; every rank must call.
 
-    On a GPU engine.graphs=auto becomes off, too, where graphs have no room beside the numbers.
+    engine.graphs=auto stays where a GPU has room for graphs beside the numbers, and becomes off elsewhere.
 
     Raises:
         SharedMistake: the planner does not know the model, or the run's folder is another run's.
     """
     # Leave a config as it is in which nothing is auto.
     is_gpu = device.type == "cuda"
+    config = config if is_gpu else for_cpu(config)
     if not parallel.any_rank(is_open(config) if is_gpu else has_auto(config)):
         return Choice(config)
 
@@ -92,30 +95,28 @@ def choose_batches(config: Config, device: torch.device, tell: Callable[[str], N
             found, of_main = _chosen(config, memory if is_gpu else None, tell)
 
     # Tell all. A rank whose config has no auto keeps its own; begin() then tells how the configs differ.
-    batches, graphs = from_main(found)  # pyright: ignore[reportGeneralTypeIssues]
+    batches, engine = from_main(found)  # pyright: ignore[reportGeneralTypeIssues]
     is_planned = from_main(of_main is not None)
     plan = Plan(Candidates.of(config, parallel.world_size()), of_main) if is_planned and has_auto(config) else None
     asked, is_alone = batches_of(config), parallel.world_size() == 1
     may_lower = [is_alone and size == AUTO for size in (asked.rollout, asked.update)]
     chosen = with_batches(config, batches) if has_auto(config) else config
-    if config.engine.graphs == AUTO:
-        chosen = replace(chosen, engine=replace(chosen.engine, graphs=graphs))
-    return Choice(chosen, plan, *may_lower)
+    return Choice(with_engine(chosen, engine), plan, *may_lower)
 
 
 def _chosen(
     config: Config, memory_gib: float | None, tell: Callable[[str], None]
-) -> tuple[tuple[Batches, str], tuple[Planner, Strategy] | None]:
-    """Finds the numbers and engine.graphs, and says so; the planner comes with numbers that it chose.
+) -> tuple[tuple[Batches, dict[str, Any]], tuple[Planner, Strategy] | None]:
+    """Finds the numbers and fields of `engine`, and says so; the planner comes with numbers that it chose.
 
     memory_gib: of the smallest GPU; None on a CPU.
     """
     # Numbers of the config, of the run that resumes, or of a CPU stay.
     fixed = _fixed(config, memory_gib is None, tell)
-    graphs = config.engine.graphs
-    if memory_gib is None or (fixed is not None and graphs != AUTO):
-        assert fixed is not None
-        return (fixed, graphs), None
+    numbered = config if fixed is None else with_batches(config, fixed)
+    if fixed is not None and (memory_gib is None or not is_open(numbered)):
+        return (fixed, {}), None
+    assert memory_gib is not None
 
     # Choose the rest beside them.
     run = validate(config, parallel.world_size())
@@ -124,16 +125,23 @@ def _chosen(
     except ValueError as error:
         if fixed is None:
             raise ValueError(f"a micro-batch of auto needs a plan, and {error}; or give numbers") from error
-        tell(f"engine.graphs=auto: no graphs, because nothing can be planned: {error}")
-        return (fixed, "off"), None
-    numbered = config if fixed is None else with_batches(config, fixed)
+        return (fixed, _without_a_plan(config, error, tell)), None
     chosen, fits = choose(planner, strategy, Candidates.of(numbered, parallel.world_size()), memory_gib)
     if fixed is None:
         words = "the largest planned to fit" if fits else "the smallest, and the plan is that they do not fit"
         tell(f"auto: {sizes_of(chosen)}, {words} {memory_gib:.1f} GiB")
-    if chosen.graphs != graphs:
-        tell(without_graphs(planner, chosen))
-    return (sizes_of(chosen), chosen.graphs), (planner, chosen) if fixed is None else None
+    for line in choices(planner, strategy, chosen):
+        tell(line)
+    return (sizes_of(chosen), engine_of(chosen)), (planner, chosen) if fixed is None else None
+
+
+def _without_a_plan(config: Config, error: ValueError, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Returns what needs the least memory, and says so."""
+    least = {"graphs": "off", "offload_idle": config.engine.graphs != "on"}
+    names = [name for name in least if with_engine(config, {name: least[name]}) != config]
+    became = ", ".join(f"engine.{name}=auto is {str(least[name]).lower()}" for name in names)
+    tell(f"{became}, because nothing can be planned: {error}")
+    return least
 
 
 def _fixed(config: Config, is_cpu: bool, tell: Callable[[str], None]) -> Batches | None:

@@ -52,6 +52,7 @@ def test_the_plan_of_one_gpu_has_a_verdict(capsys: pytest.CaptureFixture[str]):
     assert "it would fit with --" in printed
 
 
+CROWDED = ["--reward-gib", "10.4"]  # leaves an rtx3060 1.6 GiB
 GRAPHS = ["--engine.graphs=auto", "--engine.dtype=pure_bf16", "--optimizer.name=adamw_8bit"]
 
 
@@ -64,6 +65,8 @@ def test_a_plan_uses_graphs_where_they_have_room_and_says_where_they_have_not(ca
     assert "kept by graphs" not in printed
     assert "engine.graphs=auto: no graphs, with which these micro-batches would take 1." in printed
     assert main(["plan", *CONFIG, *GRAPHS]) == 0
+    assert "GiB on each GPU" in capsys.readouterr().out
+    assert main(["plan", *CONFIG, *GRAPHS, *CROWDED]) == 0
     assert "GiB on each GPU" not in capsys.readouterr().out  # they differ by graphs
 
 
@@ -94,11 +97,20 @@ def test_a_plan_chooses_what_a_config_leaves_to_it(capsys: pytest.CaptureFixture
     assert report["gpus"]["rtx4090"]["micro_batch_size"] < 64
 
 
+@pytest.mark.parametrize(("room", "moves"), [("1.15", True), ("24", False)])
+def test_a_plan_says_whether_idle_parts_stay(capsys: pytest.CaptureFixture[str], room: str, moves: bool):
+    options = ["--engine.offload_idle=auto", "--gpu=4090", f"--engine.memory_gib={room}"]
+    assert main(["plan", *CONFIG, *AUTO, *options]) == 0
+    printed = capsys.readouterr().out
+    assert ("  engine.offload_idle=auto: text encoders and VAE stay on the GPU" in printed) != moves
+    assert ("  engine.offload_idle=auto: text encoders and VAE move to the GPU and back; if they" in printed) == moves
+
+
 def test_a_table_of_sizes_left_open_has_no_bytes_of_one_of_them(capsys: pytest.CaptureFixture[str]):
-    assert main(["plan", *CONFIG, *AUTO]) == 0
+    assert main(["plan", *CONFIG, *AUTO, *CROWDED]) == 0
     printed = capsys.readouterr().out
     assert "micro-batches as each GPU has room for" in printed and "weights of the UNet" not in printed
-    assert main(["plan", *CONFIG, *AUTO, "--json"]) == 2
+    assert main(["plan", *CONFIG, *AUTO, *CROWDED, "--json"]) == 2
     assert "give --gpu NAME" in capsys.readouterr().err
 
 

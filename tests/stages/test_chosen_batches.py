@@ -105,11 +105,40 @@ def test_graphs_are_left_out_beside_given_numbers_too_and_no_number_is_tried(gpu
     assert found["auto"] == [] and len(found["off"]) == 1
 
 
-def test_without_a_plan_auto_means_no_graphs(gpu: SimpleNamespace, tmp_path: Path):
+IDLE = "--engine.offload_idle=auto"
+
+
+def test_idle_parts_stay_where_they_cost_no_micro_batch_and_no_graph(gpu: SimpleNamespace, tmp_path: Path):
+    moves: dict[float, bool | str] = {}
+    for gib in (0.9, 1.1, 1.3, 24.0):
+        options = (f"--run_dir={tmp_path / 'run'}", f"--engine.memory_gib={gib}", *GRAPHS)
+        moving, _ = chosen(GPU, *options, "--engine.offload_idle=true")
+        free, said = chosen(GPU, *options, IDLE)
+        assert numbers(free) == numbers(moving) and free.engine.graphs == moving.engine.graphs
+        assert sum(line.startswith("engine.offload_idle=auto: ") for line in said) == 1
+        moves[gib] = free.engine.offload_idle
+    assert moves[0.9] is True and moves[24.0] is False
+
+
+def test_idle_parts_of_a_run_with_graphs_on_stay_because_the_decoder_has_one(gpu: SimpleNamespace, tmp_path: Path):
+    options = (f"--run_dir={tmp_path / 'run'}", "--engine.memory_gib=0.5", *GRAPHS[1:], "--engine.graphs=on", IDLE)
+    assert chosen(GPU, *options)[0].engine.offload_idle is False
+
+
+def test_on_a_cpu_nothing_is_said_to_move(tmp_path: Path):
+    config, said = chosen(CPU, f"--run_dir={tmp_path / 'run'}", IDLE)
+    assert config.engine.offload_idle is False and len(said) == 1
+    numbered = parse_config([IDLE, f"--run_dir={tmp_path / 'run'}"])
+    assert choose_batches(numbered, CPU, said.append).config.engine.offload_idle is False and len(said) == 1
+
+
+def test_without_a_plan_auto_is_what_needs_the_least_memory(gpu: SimpleNamespace, tmp_path: Path):
     said: list[str] = []
-    config = parse_config([*GRAPHS, f"--run_dir={tmp_path / 'run'}", "--model.path=some/one"])
-    assert choose_batches(config, GPU, said.append).config.engine.graphs == "off"
-    assert said[0].startswith("engine.graphs=auto: no graphs, because nothing can be planned: model.path=some/one is")
+    config = parse_config([*GRAPHS, IDLE, f"--run_dir={tmp_path / 'run'}", "--model.path=some/one"])
+    engine = choose_batches(config, GPU, said.append).config.engine
+    assert (engine.graphs, engine.offload_idle) == ("off", True)
+    start = "engine.graphs=auto is off, engine.offload_idle=auto is true, because nothing can be planned: model.path="
+    assert said[0].startswith(start)
 
 
 def test_where_nothing_fits_the_smallest_are_taken_and_it_is_said(gpu: SimpleNamespace, tmp_path: Path):
@@ -158,17 +187,19 @@ def test_a_run_notes_its_numbers_and_keeps_them_when_it_resumes(
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_run_that_resumes_on_a_gpu_keeps_its_numbers_and_plans_graphs_beside_them(
+def test_a_run_that_resumes_on_a_gpu_keeps_its_numbers_and_plans_the_rest_beside_them(
     gpu: SimpleNamespace, tmp_path: Path
 ):
     (tmp_path / "config.yaml").write_text(to_yaml(parse_config(["--update.micro_batch_size=32", *GRAPHS])))
     (tmp_path / "checkpoints" / "iteration_000001").mkdir(parents=True)
     said: list[str] = []
-    for gib, graphs in ((24.0, "auto"), (1.2, "off")):
-        options = ["--update.micro_batch_size=auto", *GRAPHS, f"--run_dir={tmp_path}", f"--engine.memory_gib={gib}"]
+    for gib, graphs, moves in ((24.0, "auto", False), (1.2, "off", True)):
+        options = ["--update.micro_batch_size=auto", *GRAPHS, IDLE, f"--run_dir={tmp_path}"]
+        options += [f"--engine.memory_gib={gib}"]
         again = parse_config([*options, f"--resume={tmp_path / 'checkpoints' / 'iteration_000001'}"])
         choice = choose_batches(again, GPU, said.append)
         assert numbers(choice.config).update == 32 and choice.config.engine.graphs == graphs
+        assert choice.config.engine.offload_idle is moves
         assert choice.plan is None and said[0].startswith("auto: as before, update.micro_batch_size=32")
 
 
