@@ -172,7 +172,9 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     kl_weight = KlWeight(config.update.kl_weight, config.has_start_model and config.guard.is_on, config.guard.raises_kl)
     evaluation = with_guard(build_evaluation(run, tasks, images, engine), run, tasks, describe, kl_weight)
     backbone.texts.survey([*tasks.texts(_SURVEYED), *evaluation.texts])
-    _check_compiled(config, policy_around(backbone.unet), images, evaluation, _copies(start_network, backbone))
+    compiled = _copies(start_network, backbone)
+    config = _checked_compilation(choice, config, policy_around(backbone.unet), compiled, (images, evaluation))
+    folder.settle(config)
     choose_decoder(images, tasks, evaluation.grid.prompts, config)
     algorithm = build_algorithm(config.algorithm, config.update)
     graphed = use_graphs(config, images, engine, algorithm)
@@ -196,13 +198,21 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     )
 
 
-def _check_compiled(
-    config: Config, policy: GaussianPolicy, images: TextToImage, evaluation: Evaluation, copies: list[Any]
-) -> None:
-    """Compares a network that is compiled whole with its uncompiled self; the copies follow what is decided."""
-    if config.engine.compile == "whole":
-        texts = images.encode(evaluation.grid.prompts[:1] * config.update.micro_batch_size)
-        CompileCheck(policy)(texts, config.seed, copies)
+def _checked_compilation(
+    choice: Choice, config: Config, policy: GaussianPolicy, copies: list[Any], shown: tuple[TextToImage, Evaluation]
+) -> Config:
+    """Compares a compiled network with its uncompiled self; the copies, and engine.compile=auto, follow the verdict."""
+    mode, is_auto = config.engine.compile, choice.asked.compile == "auto"
+    if mode != "whole" and not (mode == "regional" and is_auto):
+        return config
+    (images, evaluation), sizes = shown, resolve(config, parallel.world_size()).sizes
+    sampled_at_once = min(config.rollout.micro_batch_size, sizes.samples_per_rollout // sizes.num_processes)
+    updated, sampled = (
+        images.encode(evaluation.grid.prompts[:1] * size) for size in (config.update.micro_batch_size, sampled_at_once)
+    )
+    check = CompileCheck(policy, mode=mode, is_auto=is_auto)
+    mode = check(updated, config.seed, copies, sampled if is_auto else None)
+    return replace(config, engine=replace(config.engine, compile=mode)) if is_auto else config
 
 
 def _weight_check(config: Config, images: TextToImage, evaluation: Evaluation) -> WeightCheck:

@@ -121,7 +121,6 @@ def _copy(unet: Any, config: Config) -> Any:
     from rlcm_fast.backbones.acceleration import accelerate
 
     copied = copy.deepcopy(unet)
-    vars(copied).pop("forward", None)  # compiled whole it would run on the original's weights
     accelerate(copied, replace(config.engine, group_norm="torch"))  # which leaves the norms as they are
     return copied
 

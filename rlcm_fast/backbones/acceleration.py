@@ -20,14 +20,7 @@ _WHOLE = {"layout_optimization": False}
 
 
 def accelerate(unet: Any, engine: EngineConfig, backend: Any = "inductor") -> None:
-    """Accelerate the UNet in place; call it before the engine wraps the UNet.
-
-    torch.compile makes one graph for each shape, with and without gradients, when it is first used. torch keeps the
-    graphs in its cache on disk for later runs. `backend` is for tests.
-    """
-    if engine.compile != "off":
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, _MAX_GRAPHS)
+    """Accelerate the UNet in place; call it before the engine wraps the UNet. `backend` is for tests."""
     if engine.channels_last and engine.zero_stage == 0:
         unet.to(memory_format=torch.channels_last)
     elif engine.channels_last:
@@ -36,12 +29,7 @@ def accelerate(unet: Any, engine: EngineConfig, backend: Any = "inductor") -> No
         fuse_group_norms(unet)
     if engine.attention == "xformers":
         unet.enable_xformers_memory_efficient_attention()
-    if engine.compile == "regional":
-        compile_blocks(unet, backend)
-    elif engine.compile == "whole":
-        options: Any = _WHOLE if backend == "inductor" else None
-        # unet.compile() would also compile the hooks of the engine, and those of DeepSpeed read the clock
-        unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False, backend=backend, options=options)
+    compile_unet(unet, engine.compile, backend)
 
 
 def _give_channels_last(unet: torch.nn.Module) -> None:
@@ -59,17 +47,39 @@ def _give_channels_last(unet: torch.nn.Module) -> None:
             module.register_forward_pre_hook(relaid)
 
 
-def compile_blocks(unet: Any, backend: Any = "inductor") -> None:
-    """Compile each transformer block of the UNet, and no longer the whole, if it was compiled whole."""
-    vars(unet).pop("forward", None)
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
+def compile_unet(unet: Any, mode: str, backend: Any = "inductor") -> None:
+    """Compile the UNet as engine.compile says, and no longer as it was compiled before; auto is off here.
+
+    torch.compile makes one graph for each shape, with and without gradients, when it is first used. torch keeps the
+    graphs in its cache on disk for later runs.
+    """
+    # Take away what is there.
+    _compiled_parts(unet)
+    if mode in ("regional", "whole"):
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, _MAX_GRAPHS)
+
+    # unet.compile() would also compile the hooks of the engine, and those of DeepSpeed read the clock.
+    if mode == "regional":
+        unet.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
+    elif mode == "whole":
+        options: Any = _WHOLE if backend == "inductor" else None
+        unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+
+def _compiled_parts(unet: Any) -> list[tuple[torch.nn.Module, str, Any]]:
+    """Removes the compiled functions of the UNet and its blocks, and returns them: module, name, function."""
+    names = dict.fromkeys(unet.modules(), "_compiled_call_impl")  # what torch.nn.Module.compile sets
+    places = [(unet, "forward"), *names.items()]
+    return [(module, name, vars(module).pop(name)) for module, name in places if name in vars(module)]
 
 
 @contextmanager
 def uncompiled(unet: Any) -> Iterator[None]:
-    """Run a UNet that is compiled whole without its compilation inside the block."""
-    compiled = vars(unet).pop("forward")
+    """Run a UNet without its compilation inside the block."""
+    parts = _compiled_parts(unet)
     try:
         yield
     finally:
-        unet.forward = compiled
+        for module, name, compiled in parts:
+            setattr(module, name, compiled)

@@ -86,7 +86,7 @@ def _on(config: Config, planner: Planner, strategy: Strategy, gpu: Gpu) -> _OnGp
         return _OnGpu(gpu, config, strategy)
     candidates = Candidates.of(config, planner.workload.num_processes)
     chosen, _ = choose(planner, strategy, candidates, config.engine.memory_gib or gpu.memory_gib)
-    return _OnGpu(gpu, chosen_config(config, chosen), chosen, choices(planner, strategy, chosen))
+    return _OnGpu(gpu, chosen_config(config, chosen), chosen, choices(planner, strategy, chosen, candidates))
 
 
 def _head(planner: Planner, plans: Sequence[_OnGpu], name: str) -> list[str]:

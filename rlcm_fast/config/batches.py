@@ -3,7 +3,7 @@
     config with `auto` -> candidates -> planner/batches.py chooses on a GPU, `with_numbers` takes the largest on a CPU
     -> a config of numbers, which all else gets
 
-engine.graphs and engine.offload_idle are auto, too; the planner decides about them beside the numbers.
+engine.compile, engine.graphs and engine.offload_idle are auto, too; the planner decides about them beside the numbers.
 
 Larger than 64, a micro-batch of a UNet gains nothing: on an H200 an image took 40 % less time in micro-batches of 32
 than of 8, and half of that was left to gain (planner/efficiency.py).
@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from rlcm_fast.config import Config
+from rlcm_fast.config import Config, EngineConfig
+from rlcm_fast.config.engine_checks import compile_problem
 from rlcm_fast.config.resolved import resolve
 
 AUTO = "auto"
@@ -41,11 +42,12 @@ class Batches:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What each size may be, from large to small; the config's own number, if it has one."""
+    """What each size may be, from large to small; the config's own number, if it has one. And engine.compile."""
 
     update: tuple[int, ...]
     rollout: tuple[int, ...]
     decode: tuple[int, ...]
+    compile: tuple[str, ...] = ("off",)  # from the fastest on
 
     @classmethod
     def of(cls, config: Config, world_size: int) -> Candidates:
@@ -57,7 +59,15 @@ class Candidates:
             update=((rows,) if whole else divisors(rows, MOST)) if update == AUTO else (update,),
             rollout=divisors(samples, MOST) if rollout == AUTO else (rollout,),
             decode=tuple(2**n for n in range(MOST_DECODED.bit_length() - 1, -1, -1)) if decode == AUTO else (decode,),
+            compile=compile_modes(config.engine),
         )
+
+
+def compile_modes(engine: EngineConfig) -> tuple[str, ...]:
+    """Returns what engine.compile may be on a GPU, from the fastest on; the config's own value, if it has one."""
+    if engine.compile != AUTO:
+        return (engine.compile,)
+    return tuple(mode for mode in ("whole", "regional") if not compile_problem(engine, mode)) or ("off",)
 
 
 def has_auto(config: Config) -> bool:
@@ -67,14 +77,16 @@ def has_auto(config: Config) -> bool:
 
 
 def is_open(config: Config) -> bool:
-    """Tells whether the planner has something to choose on a GPU: a size, graphs, or where idle parts are."""
-    return has_auto(config) or AUTO in (config.engine.graphs, config.engine.offload_idle)
+    """Tells whether the planner has something to choose on a GPU: a size, or what runs beside the sizes."""
+    engine = config.engine
+    return has_auto(config) or AUTO in (engine.compile, engine.graphs, engine.offload_idle)
 
 
 def for_cpu(config: Config) -> Config:
-    """Returns the config with what `auto` is on a CPU, besides numbers: nothing moves."""
+    """Returns the config with what `auto` is on a CPU, besides numbers: nothing is compiled, nothing moves."""
     engine = config.engine
-    return replace(config, engine=replace(engine, offload_idle=engine.offload_idle is True))
+    compile_ = "off" if engine.compile == AUTO else engine.compile
+    return replace(config, engine=replace(engine, compile=compile_, offload_idle=engine.offload_idle is True))
 
 
 def batches_of(config: Config) -> Batches:

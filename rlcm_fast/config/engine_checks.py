@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from rlcm_fast.config import Config
+from rlcm_fast.config import Config, EngineConfig
 from rlcm_fast.config.resolved import ResolvedRun
 
 _8BIT = ("adamw_8bit", "bnb_adamw_8bit", "bnb_paged_adamw_8bit")
@@ -105,19 +105,27 @@ def _check_in_backward(run: ResolvedRun) -> None:
         )
 
 
-def _check_network(config: Config) -> None:
-    # What cannot work with partitioned or flattened weights.
-    engine, optimizer = config.engine, config.optimizer
-    if engine.compile != "off" and engine.zero_stage == 3:
-        raise ValueError(
-            f"engine.compile={engine.compile} makes whole graphs, which the hooks of engine.zero_stage=3 would break; "
-            "set engine.compile=off, or engine.zero_stage=2"
+def compile_problem(engine: EngineConfig, mode: str) -> str:
+    """Says why the network cannot be compiled in this way, and the way out; empty if it can."""
+    if mode != "off" and engine.zero_stage == 3:
+        return (
+            f"engine.compile={mode} makes whole graphs, which the hooks of engine.zero_stage=3 would break; set "
+            "engine.compile=off, or engine.zero_stage=2"
         )
-    if engine.compile == "whole" and engine.optimizer_in_backward:
-        raise ValueError(
+    if mode == "whole" and engine.optimizer_in_backward:
+        return (
             "engine.compile=whole returns the gradients of all weights at once, which engine.optimizer_in_backward="
             "true is to avoid; set engine.compile=regional"
         )
+    return ""
+
+
+def _check_network(config: Config) -> None:
+    # What cannot work with partitioned or flattened weights; auto chooses what can.
+    engine, optimizer = config.engine, config.optimizer
+    problem = "" if engine.compile == "auto" else compile_problem(engine, engine.compile)
+    if problem:
+        raise ValueError(problem)
 
     # What another package undoes, or does not bring.
     if engine.channels_last and engine.zero_stage == 0 and optimizer.name.startswith("bnb_"):

@@ -318,8 +318,8 @@ class EngineConfig:
     in training)."""
     attention: Literal["auto", "sdpa", "xformers"] = "sdpa"
     """sdpa: torch's; auto: its fastest kernel, timed at start; xformers needs pip install 'rlcm_fast[xformers]'."""
-    compile: Literal["off", "regional", "whole"] = "off"
-    """torch.compile of each transformer block (compiles soon), or of the whole network, whose gradients are checked."""
+    compile: Literal["auto", "off", "regional", "whole"] = "auto"
+    """torch.compile of the whole network, whose gradients are checked, or of its blocks; auto, on a GPU: what works."""
     graphs: Literal["auto", "off", "on"] = "off"
     """Replay sampling, decoding and updates as CUDA graphs; auto: what can and has room; on: all, or an error."""
     deterministic: bool = False

@@ -1,18 +1,22 @@
 """Chooses the sizes of micro-batches, the largest that the planner says fit together, and what has room beside them.
 
     update, because it is most of an iteration; then rollout; then decoding, beside what was chosen
-    -> CUDA graphs (engine.graphs=auto), and text encoders and VAE that stay on the GPU (engine.offload_idle=auto):
-       both; else graphs alone; else the parts that stay
+    -> what has room beside these, in this order, where it is auto:
+       the network compiled whole, else its blocks (engine.compile)
+       CUDA graphs (engine.graphs)
+       text encoders and VAE that stay on the GPU (engine.offload_idle)
 
-The rest comes last, because smaller micro-batches cost time for sure. What graphs save beside large ones was not
-measured: a GPU that works on a micro-batch for longer than the host takes to launch it does not wait for launches.
-Parts that move cost a copy in each rollout, less than graphs are to save; if they stay, decoding has a graph as well.
+The rest comes last, because smaller micro-batches cost time for sure. A network compiled whole returns all gradients at
+once, which needs room; what it saves was not measured, nor what graphs save beside large micro-batches: a GPU that
+works on a micro-batch for longer than the host takes to launch it does not wait for launches. Parts that move cost a
+copy in each rollout, less than graphs are to save; if they stay, decoding has a graph as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from rlcm_fast.config import Config
@@ -27,7 +31,7 @@ SPARE = 0.03
 def choose(planner: Planner, strategy: Strategy, candidates: Candidates, memory_gib: float) -> tuple[Strategy, bool]:
     """Returns the strategy with what was chosen, and whether it fits; if nothing does, the smallest sizes."""
     # Begin with what needs the least memory.
-    limit, beside = memory_gib * GIB * (1 - SPARE), _beside(strategy)
+    limit, beside = memory_gib * GIB * (1 - SPARE), _beside(strategy, candidates)
     smallest = Batches(candidates.update[-1], candidates.rollout[-1], candidates.decode[-1])
     chosen = replace(with_sizes(strategy, smallest), **beside[-1])
 
@@ -47,17 +51,27 @@ def choose(planner: Planner, strategy: Strategy, candidates: Candidates, memory_
     return chosen, fits(chosen)
 
 
-def _beside(asked: Strategy) -> list[dict[str, Any]]:
-    """Returns what `auto` may be beside the sizes, from the most memory to the least."""
+def _beside(asked: Strategy, candidates: Candidates) -> list[dict[str, Any]]:
+    """Returns what `auto` may be beside the sizes, the best first; the last needs the least memory."""
+    modes = candidates.compile if asked.compile == "auto" else (asked.compile,)
     graphs = ("auto", "off") if asked.graphs == "auto" else (asked.graphs,)
     moved = (False, True) if asked.moves_idle == "auto" else (asked.moves_idle,)
     moved = (False,) if asked.graphs == "on" else moved  # they must replay the decoder, too
-    return [{"graphs": each, "moves_idle": moves} for each in graphs for moves in moved]
+    names = ("compile", "graphs", "moves_idle")
+    return [dict(zip(names, values, strict=True)) for values in product(modes, graphs, moved)]
 
 
-def choices(planner: Planner, asked: Strategy, chosen: Strategy) -> list[str]:
+def choices(planner: Planner, asked: Strategy, chosen: Strategy, candidates: Candidates) -> list[str]:
     """Says what `auto` has become beside the sizes, a line each; of graphs only where there are none."""
     lines = []
+    if asked.compile == "auto":
+        why = ""
+        if chosen.compile != candidates.compile[0]:
+            needed = planner.memory(replace(chosen, compile="whole")).peak / GIB
+            why = f"; with whole these micro-batches would take {needed:.1f} GiB"
+        elif chosen.compile != "whole":
+            why = "; the rest of the config does not allow more"
+        lines.append(f"engine.compile=auto: {chosen.compile}{why}")
     if asked.moves_idle == "auto" and chosen.moves_idle:
         needed = planner.memory(replace(chosen, moves_idle=False)).peak / GIB
         why = f"if they stayed, these micro-batches would take {needed:.1f} GiB"
@@ -85,7 +99,7 @@ def chosen_config(config: Config, strategy: Strategy) -> Config:
 
 def engine_of(strategy: Strategy) -> dict[str, Any]:
     """Returns the fields of `engine` that are chosen beside the sizes."""
-    return {"graphs": strategy.graphs, "offload_idle": strategy.moves_idle}
+    return {"compile": strategy.compile, "graphs": strategy.graphs, "offload_idle": strategy.moves_idle}
 
 
 def with_engine(config: Config, chosen: Mapping[str, Any]) -> Config:

@@ -59,7 +59,7 @@ class Strategy:
     rows_per_sample: int = 1  # rows of the network's batch; 2 under classifier-free guidance
     image_size: Size | None = None  # pixels; None: the model's default
     text_chunks: int = 1  # chunks of a text's encoding
-    compile: Literal["off", "regional", "whole"] = "off"
+    compile: Literal["auto", "off", "regional", "whole"] = "off"  # auto counts as off
     graphs: Literal["off", "auto", "on"] = "off"
     vae_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the decoder; auto may end with float32
     sums_in_float32: bool = False  # gradients of bfloat16 weights; estimate_memory finds it out from the workload

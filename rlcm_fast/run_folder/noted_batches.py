@@ -1,11 +1,12 @@
-"""Reads the sizes of micro-batches that a run's folder has noted: what `auto` became when the run began."""
+"""Reads what a run's folder has noted in place of `auto` when the run began: sizes of micro-batches, engine.compile."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rlcm_fast.config import Config, parse_config
-from rlcm_fast.config.batches import AUTO, Batches, batches_of, has_auto, with_batches
+from rlcm_fast.config.batches import AUTO, Batches, batches_of, compile_modes, has_auto, with_batches
 
 
 def noted(config: Config) -> Config:
@@ -16,14 +17,30 @@ def noted(config: Config) -> Config:
 
 def noted_batches(config: Config, folder: Path) -> Batches | None:
     """Reads the numbers in place of this config's `auto` off the config.yaml of a run."""
+    run = _config_of(folder)
+    if run is None:
+        return None
+    before, now = batches_of(run), batches_of(config)
+    names = ("update", "rollout", "decode")
+    kept = {name: getattr(before if getattr(now, name) == AUTO else now, name) for name in names}
+    return None if AUTO in kept.values() else Batches(**kept)
+
+
+def noted_engine(config: Config, folder: Path) -> dict[str, Any]:
+    """Reads the fields of `engine` that a run keeps off its config.yaml, if this config allows their values."""
+    run = _config_of(folder)
+    if run is None:
+        return {}
+    mode = run.engine.compile
+    return {"compile": mode} if mode in (*compile_modes(config.engine), "off") else {}
+
+
+def _config_of(folder: Path) -> Config | None:
+    """Reads the config.yaml of a run; None if there is none, or one of a version with other fields."""
     file = folder / "config.yaml"
     if not file.is_file():
         return None
     try:
-        before = batches_of(parse_config(["--config", str(file)]))
-    except ValueError:  # of a version with other fields; the checkpoint's own rules judge those
+        return parse_config(["--config", str(file)])
+    except ValueError:  # the checkpoint's own rules judge it
         return None
-    now = batches_of(config)
-    names = ("update", "rollout", "decode")
-    kept = {name: getattr(before if getattr(now, name) == AUTO else now, name) for name in names}
-    return None if AUTO in kept.values() else Batches(**kept)

@@ -4,26 +4,27 @@
     fingerprint, all parts
 
 On a GPU the main process plans, which takes 10 to 30 seconds, for the GPU with the least memory of all. On a CPU the
-numbers are fixed (config/batches.py). A run that resumes keeps its numbers, so its fingerprint does not change.
-What engine.graphs and engine.offload_idle of auto become is planned at every start on a GPU, beside the numbers.
+numbers are fixed (config/batches.py). A run that resumes keeps its numbers and engine.compile, so its fingerprint does
+not change. What engine.graphs and engine.offload_idle of auto become is planned at every start on a GPU, beside these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlcm_fast import parallel
-from rlcm_fast.config import Config
+from rlcm_fast.config import Config, EngineConfig
 from rlcm_fast.config.batches import (
     AUTO,
     Batches,
     Candidates,
     batches_of,
+    compile_modes,
     for_cpu,
     has_auto,
     is_open,
@@ -37,7 +38,7 @@ from rlcm_fast.planner.memory import Memory
 from rlcm_fast.planner.of_config import planner_of
 from rlcm_fast.planner.seconds import Planner
 from rlcm_fast.run_folder.agreement import from_main, together
-from rlcm_fast.run_folder.noted_batches import noted_batches
+from rlcm_fast.run_folder.noted_batches import noted_batches, noted_engine
 from rlcm_fast.run_folder.resume import check_run_dir
 from rlcm_fast.run_folder.tracking import say
 
@@ -70,6 +71,7 @@ class Choice:
     plan: Plan | None = None  # what chose them now, on a GPU; None where they are to stay
     lowers_rollouts: bool = False  # in the run: the size was auto, and no other process would have to follow
     lowers_updates: bool = False
+    asked: EngineConfig = field(default_factory=EngineConfig)  # as the user wrote it, with what is auto
 
 
 def choose_batches(config: Config, device: torch.device, tell: Callable[[str], None] = say) -> Choice:
@@ -81,10 +83,10 @@ def choose_batches(config: Config, device: torch.device, tell: Callable[[str], N
         SharedMistake: the planner does not know the model, or the run's folder is another run's.
     """
     # Leave a config as it is in which nothing is auto.
-    is_gpu = device.type == "cuda"
-    config = config if is_gpu else for_cpu(config)
+    asked, is_gpu = config.engine, device.type == "cuda"
+    config = _as_before(config) if is_gpu else for_cpu(config)
     if not parallel.any_rank(is_open(config) if is_gpu else has_auto(config)):
-        return Choice(config)
+        return Choice(config, asked=asked)
 
     # Choose on the main process.
     memory = min(parallel.all_gather_list([_memory_gib(config, device)]))
@@ -98,10 +100,24 @@ def choose_batches(config: Config, device: torch.device, tell: Callable[[str], N
     batches, engine = from_main(found)  # pyright: ignore[reportGeneralTypeIssues]
     is_planned = from_main(of_main is not None)
     plan = Plan(Candidates.of(config, parallel.world_size()), of_main) if is_planned and has_auto(config) else None
-    asked, is_alone = batches_of(config), parallel.world_size() == 1
-    may_lower = [is_alone and size == AUTO for size in (asked.rollout, asked.update)]
+    sizes, is_alone = batches_of(config), parallel.world_size() == 1
+    may_lower = [is_alone and size == AUTO for size in (sizes.rollout, sizes.update)]
     chosen = with_batches(config, batches) if has_auto(config) else config
-    return Choice(with_engine(chosen, engine), plan, *may_lower)
+    return Choice(with_engine(chosen, engine), plan, *may_lower, asked)
+
+
+def _as_before(config: Config) -> Config:
+    """Returns the config with the fields of `engine` that a run that resumes keeps; every rank must call."""
+    if not parallel.any_rank(config.resume is not None):
+        return config
+    return with_engine(config, from_main(noted_engine(config, _folder(config))) or {})
+
+
+def _folder(config: Config) -> Path:
+    """Returns the folder of the run that is resumed, or of a new one."""
+    if config.resume is None or config.resume == "latest":
+        return Path(config.run_dir)
+    return Path(config.resume).resolve().parent.parent
 
 
 def _chosen(
@@ -126,18 +142,20 @@ def _chosen(
         if fixed is None:
             raise ValueError(f"a micro-batch of auto needs a plan, and {error}; or give numbers") from error
         return (fixed, _without_a_plan(config, error, tell)), None
-    chosen, fits = choose(planner, strategy, Candidates.of(numbered, parallel.world_size()), memory_gib)
+    candidates = Candidates.of(numbered, parallel.world_size())
+    chosen, fits = choose(planner, strategy, candidates, memory_gib)
     if fixed is None:
         words = "the largest planned to fit" if fits else "the smallest, and the plan is that they do not fit"
         tell(f"auto: {sizes_of(chosen)}, {words} {memory_gib:.1f} GiB")
-    for line in choices(planner, strategy, chosen):
+    for line in choices(planner, strategy, chosen, candidates):
         tell(line)
     return (sizes_of(chosen), engine_of(chosen)), (planner, chosen) if fixed is None else None
 
 
 def _without_a_plan(config: Config, error: ValueError, tell: Callable[[str], None]) -> dict[str, Any]:
     """Returns what needs the least memory, and says so."""
-    least = {"graphs": "off", "offload_idle": config.engine.graphs != "on"}
+    engine = config.engine
+    least = {"compile": compile_modes(engine)[-1], "graphs": "off", "offload_idle": engine.graphs != "on"}
     names = [name for name in least if with_engine(config, {name: least[name]}) != config]
     became = ", ".join(f"engine.{name}=auto is {str(least[name]).lower()}" for name in names)
     tell(f"{became}, because nothing can be planned: {error}")
@@ -150,9 +168,7 @@ def _fixed(config: Config, is_cpu: bool, tell: Callable[[str], None]) -> Batches
     if not has_auto(config):
         return batches_of(config)
     if config.resume is not None:
-        checkpoint = Path(config.resume)
-        folder = Path(config.run_dir) if config.resume == "latest" else checkpoint.resolve().parent.parent
-        kept = noted_batches(config, folder)
+        kept = noted_batches(config, _folder(config))
         if kept is not None and _is_valid(with_batches(config, kept)):
             tell(f"auto: as before, {kept}")
             return kept

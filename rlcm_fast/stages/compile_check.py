@@ -1,8 +1,12 @@
-"""Compares a network that is compiled whole with the same network run eagerly, before anything is trained with it.
+"""Compares a network that is compiled with the same network run eagerly, before anything is trained with it.
 
 torch.compile has given wrong gradients beside right outputs (backbones/acceleration.py), which no metric would show. So
 a run compares the output and the gradient of every trained weight on one micro-batch of an update's shape, which has to
-be compiled anyway. If one differs by more than rounding, the run goes on with engine.compile=regional and says so.
+be compiled anyway. If one differs by more than rounding, the run goes on with less and says so:
+
+    engine.compile=whole    regional, which is not compared
+    engine.compile=auto     regional, then off, each compared; also if the compiler raises an error or has no room. One
+                            micro-batch of a rollout is compiled as well, which has a graph of its own
 
     difference of a tensor = |compiled - eager| / (|eager| + 1e-3 sqrt(n) r)
 
@@ -24,15 +28,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from rlcm_fast import parallel
-from rlcm_fast.backbones.acceleration import compile_blocks, uncompiled
+from rlcm_fast.backbones.acceleration import compile_unet, uncompiled
+from rlcm_fast.faults import Fault, summary_of
 from rlcm_fast.policies import DrawnNoise
 from rlcm_fast.policies.base import GaussianPolicy
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.trajectory import Conditioning
 
 _OUTPUT = "its output"  # its name among the gradients
+_LESS = {"whole": "regional", "regional": "off"}
+
+
+class NotCompiled(Fault):
+    """The compiler raised an error, and the config asks for what it was to compile."""
 
 
 @dataclass
@@ -41,34 +52,76 @@ class CompileCheck:
 
     policy: GaussianPolicy
     say: Callable[[str], None] = say  # prints a line on the main process
+    mode: str = "whole"  # how the network is compiled
+    is_auto: bool = False  # whether the config leaves that open
+    backend: Any = "inductor"  # what compiles less, if need be
     limit: float = field(init=False)  # differences up to this are rounding
 
     def __post_init__(self) -> None:
         self.limit = 4 * math.sqrt(torch.finfo(self.policy.dtype).eps)
 
-    def __call__(self, conditioning: Conditioning, seed: int, others: Sequence[Any] = ()) -> bool:
-        """Tells whether the network may stay compiled whole; if not, its blocks are compiled instead, and of `others`.
+    def __call__(
+        self, conditioning: Conditioning, seed: int, others: Sequence[Any] = (), sampled: Conditioning | None = None
+    ) -> str:
+        """Returns how the network is compiled from here on, and `others` with it: as before, or less.
 
-        conditioning: of the N rows of a micro-batch. others: more networks that are compiled in the same way. All
-        processes come to the same verdict, and every process must call this.
+        conditioning: of the N rows of a micro-batch. others: more networks that are compiled in the same way. sampled:
+        conditioning of a rollout's micro-batch, if that is to be tried, too. All processes come to the same verdict,
+        and every process must call this.
+
+        Raises:
+            NotCompiled: the compiler raised an error, and nothing is auto.
         """
         unet: Any = self.policy.unet
         with uncompiled(unet):
             eager = self._gradients(conditioning, seed)
-        start = time.perf_counter()
-        differences = self._differences(conditioning, seed, eager)
+        mode = self.mode
+        while True:
+            # Keep what is right on all processes.
+            line, is_right = self._verdict(mode, eager, (conditioning, sampled), seed)
+            if not parallel.any_rank(not is_right):
+                self.say(line)
+                return mode
+
+            # Compile less; only auto looks whether that is right.
+            less, what = _LESS[mode], "fails on another process" if is_right else line
+            for network in (unet, *others):
+                compile_unet(network, less, self.backend)
+            self.say(f"engine.compile={mode} {what}: going on with engine.compile={less}")
+            mode = less
+            if mode == "off" or not self.is_auto:
+                return mode
+
+    def _verdict(
+        self, mode: str, eager: dict[str, Tensor], shapes: tuple[Conditioning, Conditioning | None], seed: int
+    ) -> tuple[str, bool]:
+        """Compiles, and says what was found and whether that is right; this process's verdict alone."""
+        # Compile for an update and for a rollout.
+        (conditioning, sampled), start = shapes, time.perf_counter()
+        try:
+            differences = self._differences(conditioning, seed, eager)
+            if sampled is not None:
+                with torch.no_grad():
+                    self._output(sampled, seed)
+        except Exception as error:
+            if self.is_auto:
+                return f"does not work ({summary_of(error)})", False
+            if isinstance(error, TorchDynamoException):
+                raise NotCompiled(
+                    f"engine.compile={mode} does not work ({summary_of(error)}); set engine.compile=auto, which goes "
+                    "on without what does not work"
+                ) from error
+            raise
+
+        # Compare.
         seconds = time.perf_counter() - start
         wrong = {name: value for name, value in differences.items() if not value <= self.limit}  # not: NaN
-        if not parallel.any_rank(bool(wrong)):
-            self.say(
-                f"compiled in {seconds:.0f} s: the gradients of all {len(eager) - 1} trained weights equal the "
-                f"uncompiled network's within {max(differences.values()):.1e}"
-            )
-            return True
-        for network in (unet, *others):
-            compile_blocks(network)
-        self.say(f"engine.compile=whole {_complaint(wrong, len(eager))}: going on with engine.compile=regional")
-        return False
+        if wrong:
+            return _complaint(wrong, len(eager)), False
+        return (
+            f"compiled in {seconds:.0f} s: the gradients of all {len(eager) - 1} trained weights equal the "
+            f"uncompiled network's within {max(differences.values()):.1e}"
+        ), True
 
     def _gradients(self, conditioning: Conditioning, seed: int) -> dict[str, Tensor]:
         """Returns the output and the gradient of each trained weight, by name, on the CPU in their own dtypes."""
@@ -98,16 +151,20 @@ class CompileCheck:
 
     def _run(self, conditioning: Conditioning, seed: int, take: Callable[[str, Tensor], None]) -> None:
         """Runs the network on N rows forward and backward; hands over the output and each weight's gradient."""
+        m, noise = self._output(conditioning, seed)
+        take(_OUTPUT, m.detach())
+        network: Any = self.policy.unet
+        with handing_over(network, take) as trained:
+            torch.autograd.grad((m * noise.actions[0]).mean(), trained, allow_unused=True)
+
+    def _output(self, conditioning: Conditioning, seed: int) -> tuple[Tensor, DrawnNoise]:
+        """Runs the network on N rows forward; returns its output (N, C, H, W) and the noise."""
         policy, num_rows = self.policy, len(conditioning.index)
         shape = (num_rows, *policy.latent_shape)
         noise = DrawnNoise.draw(shape, 1, parallel.generator(seed), policy.device)
         x_t = noise.first_states(policy.schedule.start_scale, shape)
         step = torch.arange(num_rows, device=policy.device) % policy.num_steps
-        m = policy.network_output(x_t, step, conditioning)
-        take(_OUTPUT, m.detach())
-        network: Any = policy.unet
-        with handing_over(network, take) as trained:
-            torch.autograd.grad((m * noise.actions[0]).mean(), trained, allow_unused=True)
+        return policy.network_output(x_t, step, conditioning), noise
 
 
 @contextmanager
@@ -128,8 +185,6 @@ def handing_over(network: nn.Module, take: Callable[[str, Tensor], None]) -> Ite
 
 
 def _complaint(wrong: dict[str, float], num_compared: int) -> str:
-    if not wrong:
-        return "gives wrong gradients on another process"
     worst = max(wrong, key=lambda name: math.inf if math.isnan(wrong[name]) else wrong[name])
     return (
         f"differs from the uncompiled network in {len(wrong)} of {num_compared} tensors (output and gradients), most "

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 import rlcm_fast
-from rlcm_fast.backbones.acceleration import accelerate
+from rlcm_fast.backbones.acceleration import accelerate, compile_unet, uncompiled
 from rlcm_fast.config import EngineConfig
 
 SLOW = (pytest.mark.slow, pytest.mark.telling)
@@ -77,6 +79,21 @@ def test_compiled_blocks_are_called_compiled(unet: UNet2DConditionModel):
     accelerate(fast, EngineConfig(compile="regional"), backend=lambda graph, _: calls.append(1) or graph.forward)  # type: ignore[arg-type]
     output(fast)
     assert calls
+
+
+@pytest.mark.parametrize("mode", ["regional", "whole"])
+def test_a_compiled_network_runs_uncompiled_for_a_while_or_from_then_on(unet: UNet2DConditionModel, mode: str):
+    def refuse(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    fast = copy.deepcopy(unet)
+    compile_unet(fast, mode, backend=refuse)
+    with uncompiled(fast):
+        assert torch.equal(output(fast), output(unet))
+    with pytest.raises(TorchDynamoException, match="no compiler"):
+        output(fast)
+    compile_unet(fast, "off")
+    assert torch.equal(output(fast), output(unet))
 
 
 @pytest.mark.parametrize("compile_", ["regional", pytest.param("whole", marks=SLOW)])

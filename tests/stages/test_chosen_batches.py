@@ -10,9 +10,10 @@ import pytest
 import tiny_runs
 import torch
 from planners import planner_of
+from torch._inductor import compile_fx
 
 from rlcm_fast import parallel
-from rlcm_fast.config import Config, parse_config, to_yaml
+from rlcm_fast.config import Config, EngineConfig, parse_config, to_yaml
 from rlcm_fast.config.batches import Batches, batches_of, has_auto
 from rlcm_fast.faults import SharedMistake
 from rlcm_fast.planner import seconds
@@ -20,11 +21,13 @@ from rlcm_fast.planner.estimate import GIB
 from rlcm_fast.run_folder.failures import WordsOfRun
 from rlcm_fast.stages import chosen_batches
 from rlcm_fast.stages.chosen_batches import choose_batches
+from rlcm_fast.stages.compile_check import NotCompiled
 from rlcm_fast.train import main
 from rlcm_fast.trainer import Trainer
 
 ALL = ["--update.micro_batch_size=auto", "--rollout.micro_batch_size=auto", "--rollout.decode_batch_size=auto"]
 SETTINGS = {"update.micro_batch_size": "auto", "rollout.micro_batch_size": "auto", "rollout.decode_batch_size": "auto"}
+EAGER = "--engine.compile=off"
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
@@ -44,12 +47,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def chosen(device: torch.device, *options: str) -> tuple[Config, list[str]]:
     said: list[str] = []
-    return choose_batches(parse_config([*ALL, *options]), device, said.append).config, said
+    return choose_batches(parse_config([*ALL, EAGER, *options]), device, said.append).config, said
 
 
 def test_a_config_of_numbers_stays_as_it_is():
     said: list[str] = []
-    config = Config()
+    config = parse_config([EAGER])
     assert choose_batches(config, GPU, said.append).config is config and said == []
 
 
@@ -76,7 +79,7 @@ def test_a_gpu_gets_the_largest_that_are_planned_to_fit(gpu: SimpleNamespace, tm
     assert numbers(given) == Batches(3, 64, 16)
 
 
-GRAPHS = ("--engine.graphs=auto", "--engine.dtype=pure_bf16", "--optimizer.name=adamw_8bit")
+GRAPHS = ("--engine.graphs=auto", EAGER, "--engine.dtype=pure_bf16", "--optimizer.name=adamw_8bit")
 
 
 def test_a_gpu_with_room_gets_graphs_and_the_others_keep_their_larger_micro_batches(
@@ -89,7 +92,7 @@ def test_a_gpu_with_room_gets_graphs_and_the_others_keep_their_larger_micro_batc
     gpu.total_memory = round(1.3 * GIB)
     small, said = chosen(GPU, run_dir, *GRAPHS)
     assert small.engine.graphs == "off"
-    assert numbers(small) == numbers(chosen(GPU, run_dir, *GRAPHS[1:])[0])
+    assert numbers(small) == numbers(chosen(GPU, run_dir, *GRAPHS[1:])[0])  # without graphs
     assert said[1].startswith("engine.graphs=auto: no graphs, with which these micro-batches would take ")
     assert chosen(GPU, run_dir, "--engine.graphs=off", *GRAPHS[1:])[0].engine.graphs == "off"
 
@@ -134,11 +137,82 @@ def test_on_a_cpu_nothing_is_said_to_move(tmp_path: Path):
 
 def test_without_a_plan_auto_is_what_needs_the_least_memory(gpu: SimpleNamespace, tmp_path: Path):
     said: list[str] = []
-    config = parse_config([*GRAPHS, IDLE, f"--run_dir={tmp_path / 'run'}", "--model.path=some/one"])
-    engine = choose_batches(config, GPU, said.append).config.engine
-    assert (engine.graphs, engine.offload_idle) == ("off", True)
-    start = "engine.graphs=auto is off, engine.offload_idle=auto is true, because nothing can be planned: model.path="
-    assert said[0].startswith(start)
+    options = [*GRAPHS, IDLE, "--engine.compile=auto", f"--run_dir={tmp_path / 'run'}", "--model.path=some/one"]
+    engine = choose_batches(parse_config(options), GPU, said.append).config.engine
+    assert (engine.compile, engine.graphs, engine.offload_idle) == ("regional", "off", True)
+    start = "engine.compile=auto is regional, engine.graphs=auto is off, engine.offload_idle=auto is true, because "
+    assert said[0].startswith(f"{start}nothing can be planned: model.path=some/one is")
+
+
+def test_a_gpu_compiles_the_network_whole_beside_numbers_too_and_says_so(gpu: SimpleNamespace, tmp_path: Path):
+    said: list[str] = []
+    numbered = parse_config([f"--run_dir={tmp_path / 'run'}", "--engine.memory_gib=24"])
+    choice = choose_batches(numbered, GPU, said.append)
+    assert choice.config == replace(numbered, engine=replace(numbered.engine, compile="whole"))
+    assert choice.asked.compile == "auto" and choice.plan is None and said == ["engine.compile=auto: whole"]
+    free, said = chosen(GPU, f"--run_dir={tmp_path / 'run'}", "--engine.memory_gib=24", "--engine.compile=auto")
+    assert free.engine.compile == "whole" and said[1:] == ["engine.compile=auto: whole"]
+
+
+def test_a_cpu_compiles_nothing_of_itself_and_does_not_mention_it():
+    said: list[str] = []
+    assert choose_batches(Config(), CPU, said.append).config.engine.compile == "off"
+    assert choose_batches(parse_config(["--engine.compile=whole"]), CPU, said.append).config.engine.compile == "whole"
+    assert said == []
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("mode", ["off", "regional", "whole"])
+def test_a_run_that_resumes_compiles_what_it_did(gpu: SimpleNamespace, tmp_path: Path, mode: str):
+    (tmp_path / "config.yaml").write_text(to_yaml(parse_config([f"--engine.compile={mode}"])))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    said: list[str] = []
+    again = parse_config([f"--run_dir={tmp_path}", "--resume=latest", "--engine.memory_gib=24"])
+    choice = choose_batches(again, GPU, said.append)
+    assert (choice.config.engine.compile, choice.asked.compile) == (mode, "auto") and said == []
+
+    # What the config does not allow any more is chosen anew.
+    stepping = [*GRAPHS[2:], "--engine.optimizer_in_backward=true", "--update.micro_batch_size=192"]
+    other = parse_config([f"--run_dir={tmp_path}", "--resume=latest", "--engine.memory_gib=24", *stepping])
+    expected = "regional" if mode == "whole" else mode
+    assert choose_batches(other, GPU, said.append).config.engine.compile == expected
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_run_whose_compiler_raises_goes_on_uncompiled_with_the_same_bits(
+    tiny_lcm_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def train(name: str, **more: str) -> Trainer:
+        arguments = tiny_runs.arguments(tiny_lcm_folder, tmp_path / name, {"num_iterations": 1, **more})
+        trainer = Trainer(parse_config(arguments))
+        trainer.run()
+        return trainer
+
+    eager = train("eager")
+    monkeypatch.setattr(chosen_batches, "for_cpu", lambda config: replace(config, engine=as_on_a_gpu(config)))
+    monkeypatch.setattr(compile_fx, "compile_fx", raise_without_a_compiler)
+    compiled = train("compiled")
+    said = capsys.readouterr().err
+    for mode, less in (("whole", "regional"), ("regional", "off")):
+        assert (
+            said.count(f"engine.compile={mode} does not work (BackendCompilerFailed: backend='inductor' raised: ") == 1
+        )
+        assert said.count(f"): going on with engine.compile={less}\n") == 1
+    assert "compiled in" not in said and "Traceback" not in said
+    assert compiled.config.engine.compile == "off"
+    assert parse_config([f"--config={tmp_path / 'compiled' / 'config.yaml'}"]).engine.compile == "off"
+    one, other = eager.engine.full_weights(), compiled.engine.full_weights()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    with pytest.raises(NotCompiled, match="engine.compile=whole does not work"):
+        train("by_name", **{"engine.compile": "whole"})
+
+
+def as_on_a_gpu(config: Config) -> EngineConfig:
+    return replace(config.engine, compile="whole" if config.engine.compile == "auto" else config.engine.compile)
+
+
+def raise_without_a_compiler(*_: object, **__: object) -> None:
+    raise RuntimeError("Failed to find a C compiler")
 
 
 def test_where_nothing_fits_the_smallest_are_taken_and_it_is_said(gpu: SimpleNamespace, tmp_path: Path):
