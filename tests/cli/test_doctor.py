@@ -339,9 +339,11 @@ def test_a_wrong_argument_is_one_line(arguments: list[str], message: str, capsys
     assert message in capsys.readouterr().err
 
 
-def test_micro_batches_of_auto_are_planned_for_the_gpu_of_the_run():
-    left_open = parse_config(["--update.micro_batch_size=auto"])
-    assert room.options_for_auto(left_open, "4090") == ["--engine.memory_gib", "24"]
-    assert room.options_for_auto(parse_config([]), "4090") == []
+def test_what_is_auto_is_planned_for_the_gpu_of_the_run():
+    for option in ("--update.micro_batch_size=auto", "--engine.graphs=auto", "--engine.offload_idle=auto"):
+        left_open = parse_config([option, "--engine.compile=off"])
+        assert room.options_for_auto(left_open, "4090") == ["--engine.memory_gib", "24"]
+    assert room.options_for_auto(parse_config([]), "4090") == ["--engine.memory_gib", "24"]  # engine.compile
+    assert room.options_for_auto(parse_config(["--engine.compile=off"]), "4090") == []
     own = parse_config(["--update.micro_batch_size=auto", "--engine.memory_gib=10"])
     assert room.options_for_auto(own, "4090") == []

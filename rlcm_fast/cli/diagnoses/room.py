@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from rlcm_fast.cli import plan
 from rlcm_fast.cli.diagnoses import GB, GIB, Diagnosis, State
 from rlcm_fast.config import Config
-from rlcm_fast.config.batches import has_auto
+from rlcm_fast.config.batches import is_open
 from rlcm_fast.planner.gpus import find_gpu
 
 _LARGEST = "h200"  # what the plan is asked for: bytes do not depend on the GPU, and few remedies are searched
@@ -37,8 +37,8 @@ def planned_bytes(options: Sequence[str]) -> dict[str, Any]:
 
 
 def options_for_auto(config: Config, gpu: str | None) -> list[str]:
-    """Returns what makes the plan choose micro-batches of `auto` for the GPU of that name, or of this machine."""
-    if not has_auto(config) or config.engine.memory_gib > 0 or (gpu is None and not torch.cuda.is_available()):
+    """Returns what makes the plan choose what is `auto` for the GPU of that name, or of this machine."""
+    if not is_open(config) or config.engine.memory_gib > 0 or (gpu is None and not torch.cuda.is_available()):
         return []
     gib = find_gpu(gpu).memory_gib if gpu else torch.cuda.get_device_properties(0).total_memory / GIB
     return ["--engine.memory_gib", str(gib)]
