@@ -24,6 +24,9 @@ from diffusers import (
 
 from benchmarks.shared import tiny_pipelines
 from rlcm_fast.config import parse_config
+from rlcm_fast.config.batches import with_numbers
+from rlcm_fast.config.resolved import resolve
+from rlcm_fast.planner.of_config import planner_of
 from rlcm_fast.trainer import Trainer
 from rlcm_fast.trajectory import Prompt
 
@@ -73,6 +76,19 @@ RECIPES: dict[str, tuple[Save, str, dict[str, Any]]] = {
 TELLING = ("turbo/sd_turbo", "hyper_sd/sdxl")
 
 
+SDXL = [*(name for name in RECIPES if "sdxl" in name), "sdxl_lcm/full_16gb", "sdxl_lcm/full_24gb"]
+
+
+@pytest.mark.parametrize("name", SDXL)
+def test_a_config_of_sdxl_has_the_vae_that_float16_suits_and_may_have_the_models_own(name: str):
+    ours, own = parse_config(["--config", name]), parse_config(["--config", name, "--model.vae", "null"])
+    assert (ours.model.vae, own.model.vae) == ("madebyollin/sdxl-vae-fp16-fix", None)
+    assert ours.model.vae_dtype == "auto"
+    planner, strategy = planner_of(resolve(with_numbers(ours, 1), 1))
+    theirs, _ = planner_of(resolve(with_numbers(own, 1), 1))
+    assert planner.tries_half(strategy) and not theirs.tries_half(strategy)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_names_its_licence_and_runs_one_row_per_sample(recipe: str):
     head = [line for line in Path(f"configs/{recipe}.yaml").read_text().splitlines() if line.startswith("#")]
@@ -90,7 +106,7 @@ def test_a_recipe_runs_with_a_small_model_of_its_layout_and_the_export_draws_ali
     small = {
         **save(tmp_path), "run_dir": tmp_path / "run", "num_iterations": 2, "tracking.tensorboard": False,
         "model.image_size": 0, "prompts.num_prompts": 2, "update.num_updates": 2, "update.clip_range": 0.01,
-        "engine.compile": "off", "engine.dtype": "fp32", "optimizer.name": "adamw",
+        "model.vae": "null", "engine.compile": "off", "engine.dtype": "fp32", "optimizer.name": "adamw",
     }  # fmt: skip
     trainer = Trainer(parse_config(["--config", recipe, *(f"--{name}={value}" for name, value in small.items())]))
     before = trainer.engine.full_weights()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
 from rlcm_fast.backbones.image_coder import BothPrecisions, ImageCoder, Verdict
@@ -122,6 +122,23 @@ def test_an_export_has_the_whole_vae_in_float32_and_the_run_goes_on(tiny_sd_fold
     assert all(torch.equal(weight, original[name]) for name, weight in exported.items())
     assert torch.equal(backbone.decode(latents(2)), before)
     assert not torch.equal(before, load(tiny_sd_folder).decode(latents(2)))
+
+
+def test_an_export_is_a_whole_pipeline_with_the_vae_that_was_put_in_place_of_the_models(
+    tiny_sdxl_folder: str, tmp_path: Path
+):
+    other: Any = AutoencoderKL.from_pretrained(tiny_sdxl_folder, subfolder="vae")
+    other.decoder.conv_out.weight.data *= 2
+    other.register_to_config(force_upcast=False)
+    other.save_pretrained(tmp_path / "vae")
+    model = ModelConfig(tiny_sdxl_folder, vae=str(tmp_path / "vae"))
+    backbone = Backbone.load(model, CPU, torch.float32, kind="ddim")
+    backbone.export(backbone.unet.state_dict(), tmp_path / "export")
+    stock: Any = DiffusionPipeline.from_pretrained(tmp_path / "export")
+    assert stock.vae.config.force_upcast is False
+    assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in stock.vae.state_dict().items())
+    images = stock.vae.decode(latents(2) / other.config.scaling_factor).sample
+    torch.testing.assert_close(backbone.decode(latents(2)), (images / 2 + 0.5).clamp(0, 1), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("overflows", [False, True])
