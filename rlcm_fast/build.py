@@ -17,7 +17,7 @@ from rlcm_fast import parallel
 from rlcm_fast.algorithms import Algorithm, build_algorithm
 from rlcm_fast.backbones.acceleration import accelerate
 from rlcm_fast.backbones.assembly import folder_configs
-from rlcm_fast.backbones.backends import set_backends
+from rlcm_fast.backbones.backends import check_attention, set_backends
 from rlcm_fast.backbones.image_size import pixels_before_loading
 from rlcm_fast.backbones.pipeline import Backbone
 from rlcm_fast.config import Config, EmaConfig
@@ -114,6 +114,7 @@ def start_processes(config: Config) -> torch.device:
     dispatch.set_default(config.engine.kernels)
     dispatch.is_triton(torch.empty(0, device=device))
     check_graphs(config.engine, device)
+    check_attention(config.engine, device)
     return device
 
 
@@ -144,8 +145,9 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
 
     # Load the pipeline, and copy its network before anything is trained.
     backbone = _load_backbone(config, device)
+    choice = _set_backends(backbone, choice)
+    config = choice.config
     start_network = _start_network(backbone, config)
-    _set_backends(backbone, config)
 
     # Try the rewards that wait for that: those on models of the pack; all, if the images' size was not known before.
     for on_models in (True,) if size is not None else (False, True):
@@ -153,10 +155,8 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     prepare(backbone.unet, config)
 
     def policy_around(unet: Any) -> GaussianPolicy:
-        unet_config: Any = backbone.unet.config
-        return build_policy(
-            config.policy, Network(unet, unet_config, backbone.dtype, device), backbone.scheduler_config
-        )
+        network = Network(unet, dict(backbone.unet.config), backbone.dtype, device)
+        return build_policy(config.policy, network, backbone.scheduler_config)
 
     # Lower sizes that are out of memory, then hand the network to the engine; policies sample and train through it.
     config = settle_sizes(choice, policy_around(backbone.unet), backbone)
@@ -172,8 +172,7 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     kl_weight = KlWeight(config.update.kl_weight, config.has_start_model and config.guard.is_on, config.guard.raises_kl)
     evaluation = with_guard(build_evaluation(run, tasks, images, engine), run, tasks, describe, kl_weight)
     backbone.texts.survey([*tasks.texts(_SURVEYED), *evaluation.texts])
-    compiled = _copies(start_network, backbone)
-    config = _checked_compilation(choice, config, policy_around(backbone.unet), compiled, (images, evaluation))
+    config = _checked_compilation(choice, config, policy_around(backbone.unet), start_network, (images, evaluation))
     folder.settle(config)
     choose_decoder(images, tasks, evaluation.grid.prompts, config)
     algorithm = build_algorithm(config.algorithm, config.update)
@@ -199,9 +198,9 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
 
 
 def _checked_compilation(
-    choice: Choice, config: Config, policy: GaussianPolicy, copies: list[Any], shown: tuple[TextToImage, Evaluation]
+    choice: Choice, config: Config, policy: GaussianPolicy, start_network: Any, shown: tuple[TextToImage, Evaluation]
 ) -> Config:
-    """Compares a compiled network with its uncompiled self; the copies, and engine.compile=auto, follow the verdict."""
+    """Compares a compiled network with its uncompiled self; a copy of it, and compile=auto, follow the verdict."""
     mode, is_auto = config.engine.compile, choice.asked.compile == "auto"
     if mode != "whole" and not (mode == "regional" and is_auto):
         return config
@@ -211,6 +210,7 @@ def _checked_compilation(
         images.encode(evaluation.grid.prompts[:1] * size) for size in (config.update.micro_batch_size, sampled_at_once)
     )
     check = CompileCheck(policy, mode=mode, is_auto=is_auto)
+    copies = _copies(start_network, images.backbone)
     mode = check(updated, config.seed, copies, sampled if is_auto else None)
     return replace(config, engine=replace(config.engine, compile=mode)) if is_auto else config
 
@@ -286,14 +286,17 @@ def _load_backbone(config: Config, device: torch.device) -> Backbone:
     return backbone
 
 
-def _set_backends(backbone: Backbone, config: Config) -> None:
-    unet_config: Any = backbone.unet.config
+def _set_backends(backbone: Backbone, choice: Choice) -> Choice:
+    """Returns the choice with the kind of attention that engine.attention=auto has become."""
+    config, unet_config = choice.config, dict(backbone.unet.config)
     network = Network(backbone.unet, unet_config, backbone.dtype, backbone.device)
     shape = (config.update.micro_batch_size, *network.latent_shape)
     like = torch.empty(shape, dtype=backbone.dtype, device=backbone.device)
-    line = set_backends(config.engine, unet_config, like)
+    is_kept = choice.asked.attention == "auto"
+    attention, line = set_backends(config.engine, unet_config, like, is_kept)
     if line:
         say(line)
+    return replace(choice, config=replace(config, engine=replace(config.engine, attention=attention)))
 
 
 def _start_network(backbone: Backbone, config: Config) -> Any:

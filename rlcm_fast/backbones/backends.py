@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,24 +31,61 @@ _NUM_RUNS = 5
 Shape = tuple[int, int, int, int]  # B, H, L, E
 
 
-def set_backends(engine: EngineConfig, network: Mapping[str, Any], like: Tensor) -> str:
-    """Sets them for a UNet of the config `network`, and returns the line that says it; empty where there is no choice.
+def check_attention(engine: EngineConfig, device: torch.device) -> None:
+    """Raises ValueError if a kernel of GPUs is asked for elsewhere, before weights load."""
+    if engine.attention not in ("auto", "sdpa") and device.type != "cuda":
+        raise ValueError(
+            f"engine.attention={engine.attention} needs a CUDA device, and this is a {device.type}; set "
+            "engine.attention=auto"
+        )
 
-    like: (B, C, H, W) of the device, the dtype and the size of an update's micro-batch. Every process must call this.
+
+def set_backends(
+    engine: EngineConfig, network: Mapping[str, Any], like: Tensor, is_kept: bool = False
+) -> tuple[str, str]:
+    """Sets them for a UNet of the config `network`; returns the kind of attention, and the lines that say all of it.
+
+    like: (B, C, H, W) of the device, the dtype and the size of an update's micro-batch. is_kept: engine.attention is
+    what a run that resumes began with, and may change if it must. A CPU has no choice. Every process must call this.
+
+    Raises:
+        ValueError: engine.attention names a kernel that cannot run here.
     """
     if like.device.type != "cuda":
-        return f"engine.attention=auto: sdpa on a {like.device.type}" if engine.attention == "auto" else ""
+        return ("sdpa" if engine.attention == "auto" else engine.attention), ""
     # The algorithms of cuDNN that are fastest here; with fixed shapes the search runs once for each.
     torch.backends.cudnn.benchmark = not engine.deterministic
-    attention = engine.attention
-    if attention == "auto" and not engine.deterministic:
-        shapes = attention_shapes(network, like.shape)
-        times = {name: _seconds(name, shapes, like) for name in _KINDS}
-        attention = parallel.all_gather_list([prefer(times)])[0]
-        use_attention(attention)
+    attention, note = choose_attention(engine, attention_shapes(network, like.shape), like, is_kept)
+    use_attention(attention)
     search = "on" if torch.backends.cudnn.benchmark else "off"
     precision = torch.get_float32_matmul_precision()
-    return f"cuDNN's search for algorithms {search}, float32 products {precision}, attention {attention}"
+    line = f"cuDNN's search for algorithms {search}, float32 products {precision}, attention {attention}"
+    return attention, note + line
+
+
+def choose_attention(engine: EngineConfig, shapes: Sequence[Shape], like: Tensor, is_kept: bool) -> tuple[str, str]:
+    """Returns the kind of attention, the same on all processes, and what to say about a change of it."""
+    # Leave what needs no measurement, and what can run.
+    kind = engine.attention
+    if kind == "sdpa" or (kind == "auto" and engine.deterministic):
+        return "sdpa", ""
+    if kind != "auto" and slowest([kind], shapes, like)[kind] is not None:
+        return kind, ""
+    if kind != "auto" and not is_kept:
+        raise ValueError(f"engine.attention={kind} cannot run on this GPU with this model; set engine.attention=auto")
+
+    # Compilers break their graphs at xformers' attention, so it competes only where nothing is compiled.
+    kinds = [*_KINDS, "xformers"] if engine.compile == "off" else [*_KINDS]
+    fastest = prefer(slowest(kinds, shapes, like))
+    changed = f"engine.attention={kind}, with which the run began, cannot run here: going on with {fastest}; "
+    return fastest, changed if is_kept and kind != "auto" else ""
+
+
+def slowest(kinds: Sequence[str], shapes: Sequence[Shape], like: Tensor) -> dict[str, float | None]:
+    """Returns the seconds of each kind on the slowest process; None if one of them cannot run it."""
+    found = parallel.all_gather_list([{kind: _seconds(kind, shapes, like) for kind in kinds}])
+    times = {kind: [each[kind] for each in found] for kind in kinds}
+    return {kind: None if None in each else max(each) for kind, each in times.items()}
 
 
 def attention_shapes(network: Mapping[str, Any], latents: Sequence[int]) -> list[Shape]:
@@ -82,20 +121,35 @@ def _seconds(name: str, shapes: Sequence[Shape], like: Tensor) -> float | None:
     generator = torch.Generator().manual_seed(0)
 
     def drawn(shape: Shape) -> Tensor:
-        return torch.randn(shape, generator=generator).to(like.device, like.dtype).requires_grad_()
+        num_rows, heads, length, size = shape
+        values = torch.randn(num_rows, length, heads, size, generator=generator)  # as a linear layer leaves them
+        return values.to(like.device, like.dtype).requires_grad_()
 
     inputs = [[drawn(shape) for _ in "qkv"] for shape in shapes]
+    attend = _xformers if name == "xformers" else _torchs
 
     def run() -> None:
         for q, k, v in inputs:
-            torch.autograd.grad(scaled_dot_product_attention(q, k, v).sum(), [q, k, v])
+            torch.autograd.grad(attend(q, k, v).sum(), [q, k, v])
 
-    with sdpa_kernel(_KINDS[name]):
+    with sdpa_kernel(_KINDS[name]) if name in _KINDS else nullcontext():
         try:
             run()
-        except RuntimeError:  # torch says so if no kernel is left
+        except (ImportError, OSError, RuntimeError, ValueError):  # how torch and xformers say that they cannot
             return None
         return timed(run, lambda: torch.cuda.synchronize(like.device))
+
+
+def _torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attends as diffusers does with torch, all (B, L, H, E)."""
+    return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attends as diffusers does with xformers, which gets copies (B H, L, E)."""
+    operations: Any = import_module("xformers.ops")
+    rows = [each.transpose(1, 2).flatten(0, 1).contiguous() for each in (q, k, v)]
+    return operations.memory_efficient_attention(*rows)
 
 
 def timed(run: Callable[[], None], wait: Callable[[], None]) -> float:

@@ -83,10 +83,12 @@ def is_open(config: Config) -> bool:
 
 
 def for_cpu(config: Config) -> Config:
-    """Returns the config with what `auto` is on a CPU, besides numbers: nothing is compiled, nothing moves."""
+    """Returns the config with what `auto` is on a CPU, besides numbers: nothing is compiled, timed or moved."""
     engine = config.engine
     compile_ = "off" if engine.compile == AUTO else engine.compile
-    return replace(config, engine=replace(engine, compile=compile_, offload_idle=engine.offload_idle is True))
+    attention = "sdpa" if engine.attention == AUTO else engine.attention
+    moves = engine.offload_idle is True
+    return replace(config, engine=replace(engine, compile=compile_, attention=attention, offload_idle=moves))
 
 
 def batches_of(config: Config) -> Batches:

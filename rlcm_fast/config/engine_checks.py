@@ -120,6 +120,21 @@ def compile_problem(engine: EngineConfig, mode: str) -> str:
     return ""
 
 
+def attention_problem(engine: EngineConfig, kind: str) -> str:
+    """Says why attention of this kind cannot be used, and the way out; empty if it can, as far as a config shows."""
+    if kind == "xformers" and engine.deterministic:
+        return (
+            "engine.attention=xformers sums gradients in no fixed order, so engine.deterministic=true cannot be kept; "
+            "set engine.attention=sdpa"
+        )
+    if kind == "xformers" and find_spec("xformers") is None:
+        return (
+            "engine.attention=xformers needs the package xformers, which is not installed: pip install "
+            "'rlcm_fast[xformers]'; or set engine.attention=sdpa"
+        )
+    return ""
+
+
 def _check_network(config: Config) -> None:
     # What cannot work with partitioned or flattened weights; auto chooses what can.
     engine, optimizer = config.engine, config.optimizer
@@ -133,16 +148,9 @@ def _check_network(config: Config) -> None:
             f"optimizer.name={optimizer.name} makes channels_last weights contiguous at its first step, so "
             "engine.channels_last=true would be lost; set optimizer.name=adamw_8bit, which keeps them"
         )
-    if engine.attention == "xformers" and engine.deterministic:
-        raise ValueError(
-            "engine.attention=xformers sums gradients in no fixed order, so engine.deterministic=true cannot be kept; "
-            "set engine.attention=sdpa"
-        )
-    if engine.attention == "xformers" and find_spec("xformers") is None:
-        raise ValueError(
-            "engine.attention=xformers needs the package xformers, which is not installed: pip install "
-            "'rlcm_fast[xformers]'; or set engine.attention=sdpa"
-        )
+    problem = attention_problem(engine, engine.attention)
+    if problem:
+        raise ValueError(problem)
 
 
 def _check_graphs(run: ResolvedRun) -> None:

@@ -316,8 +316,9 @@ class EngineConfig:
     group_norm: Literal["torch", "fused"] = "torch"
     """GroupNorms of the UNet: torch's; fused with SiLU by our kernel, which keeps channels_last (a GPU has not timed it
     in training)."""
-    attention: Literal["auto", "sdpa", "xformers"] = "sdpa"
-    """sdpa: torch's; auto: its fastest kernel, timed at start; xformers needs pip install 'rlcm_fast[xformers]'."""
+    attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers"] = "auto"
+    """sdpa: torch's choice among flash, cudnn and efficient; auto: the fastest on a GPU, timed at the start; xformers
+    needs pip install 'rlcm_fast[xformers]'."""
     compile: Literal["auto", "off", "regional", "whole"] = "auto"
     """torch.compile of the whole network, whose gradients are checked, or of its blocks; auto, on a GPU: what works."""
     graphs: Literal["auto", "off", "on"] = "off"

@@ -1,4 +1,4 @@
-"""Reads what a run's folder has noted in place of `auto` when the run began: sizes of micro-batches, engine.compile."""
+"""Reads what a run's folder has noted in place of `auto` when it began: sizes of micro-batches, fields of `engine`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from rlcm_fast.config import Config, parse_config
 from rlcm_fast.config.batches import AUTO, Batches, batches_of, compile_modes, has_auto, with_batches
+from rlcm_fast.config.engine_checks import attention_problem
 
 
 def noted(config: Config) -> Config:
@@ -31,8 +32,12 @@ def noted_engine(config: Config, folder: Path) -> dict[str, Any]:
     run = _config_of(folder)
     if run is None:
         return {}
-    mode = run.engine.compile
-    return {"compile": mode} if mode in (*compile_modes(config.engine), "off") else {}
+    kept, mode, kind = {}, run.engine.compile, run.engine.attention
+    if mode in (*compile_modes(config.engine), "off"):
+        kept["compile"] = mode
+    if kind == "sdpa" or not (config.engine.deterministic or attention_problem(config.engine, kind)):
+        kept["attention"] = kind
+    return kept
 
 
 def _config_of(folder: Path) -> Config | None:

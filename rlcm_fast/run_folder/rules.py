@@ -360,7 +360,7 @@ DEFAULTS = {
     for name, default in every_field()
     if default is not MISSING
 }
-DEFAULTS |= {"engine.compile": "off"}  # of the versions that did not have it
+DEFAULTS |= {"engine.attention": "sdpa", "engine.compile": "off"}  # of the versions that did not have it
 
 
 def table() -> str:

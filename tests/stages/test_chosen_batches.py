@@ -12,7 +12,7 @@ import torch
 from planners import planner_of
 from torch._inductor import compile_fx
 
-from rlcm_fast import parallel
+from rlcm_fast import build, parallel
 from rlcm_fast.config import Config, EngineConfig, parse_config, to_yaml
 from rlcm_fast.config.batches import Batches, batches_of, has_auto
 from rlcm_fast.faults import SharedMistake
@@ -52,7 +52,7 @@ def chosen(device: torch.device, *options: str) -> tuple[Config, list[str]]:
 
 def test_a_config_of_numbers_stays_as_it_is():
     said: list[str] = []
-    config = parse_config([EAGER])
+    config = parse_config([EAGER])  # attention is chosen later
     assert choose_batches(config, GPU, said.append).config is config and said == []
 
 
@@ -176,6 +176,37 @@ def test_a_run_that_resumes_compiles_what_it_did(gpu: SimpleNamespace, tmp_path:
     other = parse_config([f"--run_dir={tmp_path}", "--resume=latest", "--engine.memory_gib=24", *stepping])
     expected = "regional" if mode == "whole" else mode
     assert choose_batches(other, GPU, said.append).config.engine.compile == expected
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "flash", "cudnn", "auto"])
+def test_a_run_that_resumes_keeps_its_kind_of_attention(gpu: SimpleNamespace, tmp_path: Path, kind: str):
+    (tmp_path / "config.yaml").write_text(to_yaml(parse_config([EAGER, f"--engine.attention={kind}"])))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+
+    def attention(device: torch.device, *options: str) -> str:
+        again = parse_config([EAGER, f"--run_dir={tmp_path}", "--resume=latest", *options])
+        return choose_batches(again, device).config.engine.attention
+
+    assert attention(GPU) == kind
+    assert attention(CPU) == "sdpa"
+    assert attention(GPU, "--engine.attention=efficient") == "efficient"
+    assert attention(GPU, "--engine.deterministic=true") == ("sdpa" if kind == "sdpa" else "auto")
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_run_notes_the_kind_of_attention_that_it_chose(
+    tiny_lcm_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    settings = {"num_iterations": 1, "checkpoint.every": 1}
+    monkeypatch.setattr(build, "set_backends", lambda *_: ("efficient", "attention efficient"))
+    Trainer(parse_config(tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run", settings))).run()
+    assert parse_config([f"--config={tmp_path / 'run' / 'config.yaml'}"]).engine.attention == "efficient"
+
+    # Another kind is said; on a CPU it is torch's.
+    monkeypatch.undo()
+    again = {**settings, "num_iterations": 2, "resume": "latest"}
+    Trainer(parse_config(tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run", again))).run()
+    assert "changed since the checkpoint: engine.attention efficient -> sdpa\n" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("one_process")
