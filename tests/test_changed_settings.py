@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlcm_fast.config import Config, parse_config
+from rlcm_fast.config.batches import for_cpu
 from rlcm_fast.config.checks import validate
 from rlcm_fast.faults import SharedMistake
 from rlcm_fast.run_folder import resume as resuming
@@ -31,11 +32,11 @@ LAST = "iteration_000002"
 
 
 def make_config(model: str, run_dir: Path, **settings: object) -> Config:
-    """settings: with __ for the dots."""
+    """What a run on a CPU begins with. settings: with __ for the dots."""
     named = {**SETTINGS, **{name.replace("__", "."): value for name, value in settings.items()}}
     config = parse_config(tiny_runs.arguments(model, run_dir, named))
     validate(config, 1)
-    return config
+    return for_cpu(config)
 
 
 def trained(model: str, run_dir: Path, **settings: object) -> Trainer:
