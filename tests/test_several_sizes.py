@@ -268,7 +268,7 @@ def test_the_plan_has_the_memory_of_the_largest_size_and_the_mean_of_the_seconds
         assert getattr(seconds, stage) == pytest.approx(sum(getattr(one, stage) for one in of_one) / 2)
     peaks = [planner.memory(replace(strategy, image_size=size)).peak for size in sizes]
     assert planner.memory(strategy).peak == peaks[1] > peaks[0]
-    said = " ".join(plan._head(planner, strategy, "tiny", True))
+    said = " ".join(plan._head(planner, [plan._OnGpu(GPUS["h100"], run.config, strategy)], "tiny"))
     assert "images of 64 x 32, 64 x 64 pixels" in said and "bytes and GFLOP are those of the largest" in said
 
 

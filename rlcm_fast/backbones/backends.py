@@ -84,8 +84,8 @@ def choose_attention(engine: EngineConfig, shapes: Sequence[Shape], like: Tensor
 def slowest(kinds: Sequence[str], shapes: Sequence[Shape], like: Tensor) -> dict[str, float | None]:
     """Returns the seconds of each kind on the slowest process; None if one of them cannot run it."""
     found = parallel.all_gather_list([{kind: _seconds(kind, shapes, like) for kind in kinds}])
-    times = {kind: [each[kind] for each in found] for kind in kinds}
-    return {kind: None if None in each else max(each) for kind, each in times.items()}
+    can = {kind: [value for each in found if (value := each[kind]) is not None] for kind in kinds}
+    return {kind: max(times) if len(times) == len(found) else None for kind, times in can.items()}
 
 
 def attention_shapes(network: Mapping[str, Any], latents: Sequence[int]) -> list[Shape]:

@@ -101,9 +101,9 @@ def choose_batches(config: Config, device: torch.device, tell: Callable[[str], N
     is_planned = from_main(of_main is not None)
     plan = Plan(Candidates.of(config, parallel.world_size()), of_main) if is_planned and has_auto(config) else None
     sizes, is_alone = batches_of(config), parallel.world_size() == 1
-    may_lower = [is_alone and size == AUTO for size in (sizes.rollout, sizes.update)]
+    lowers_rollouts, lowers_updates = (is_alone and size == AUTO for size in (sizes.rollout, sizes.update))
     chosen = with_batches(config, batches) if has_auto(config) else config
-    return Choice(with_engine(chosen, engine), plan, *may_lower, asked)
+    return Choice(with_engine(chosen, engine), plan, lowers_rollouts, lowers_updates, asked)
 
 
 def _as_before(config: Config) -> Config:
