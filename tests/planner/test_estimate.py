@@ -280,7 +280,13 @@ def test_a_strategy_is_made_of_a_config():
     options = ["--engine.dtype=bf16", "--engine.zero_stage=1", "--update.micro_batch_size=8", "--update.kl_weight=0.1"]
     strategy = strategy_of(parse_config([*options, "--policy.kind=ddim", "--policy.guidance_scale=5"]), image_size=512)
     assert strategy == Strategy(
-        dtype="bf16", zero_stage=1, micro_batch_size=8, start_model="copy", rows_per_sample=2, image_size=512
+        dtype="bf16",
+        zero_stage=1,
+        micro_batch_size=8,
+        start_model="copy",
+        rows_per_sample=2,
+        image_size=512,
+        compile="auto",
     )
 
 

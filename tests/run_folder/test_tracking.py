@@ -15,9 +15,10 @@ from PIL import Image
 
 from rlcm_fast import parallel
 from rlcm_fast.config import Config, TrackingConfig, parse_config
+from rlcm_fast.config.batches import for_cpu
 from rlcm_fast.run_folder.tracking import Tracker, merged, say
 
-CONFIG = Config(tracking=TrackingConfig(tensorboard=False), num_iterations=5)
+CONFIG = for_cpu(Config(tracking=TrackingConfig(tensorboard=False), num_iterations=5))
 
 
 def line(iteration: int) -> dict[str, float | int]:
