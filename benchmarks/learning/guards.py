@@ -2,7 +2,6 @@
 
     python benchmarks/learning/guards.py collapse --jobs 2    # queries at which each guard speaks, and false alarms
     python benchmarks/learning/guards.py raise_kl --jobs 2    # compressibility_paper.yaml, held by the guard alone
-    python benchmarks/learning/guards.py weights --jobs 2     # the same held by three fixed weights, to compare with
     python benchmarks/learning/guards.py combine --jobs 2     # sum against normalised, scales 1, 10, 100
 
 All on ShapesWorld. Each part writes benchmarks/results/guards/PART.json and prints it. "Payload" is the size of a JPEG
@@ -38,19 +37,14 @@ _HEALTHY = (
     Arm("compressibility", "compressibility", ("guard.action", "warn", *_OFTEN, "num_iterations", "48")),
     Arm("alignment", "alignment", ("guard.action", "warn", *_OFTEN, "guard.every", "6", "num_iterations", "36")),
 )
-_SEEN = ("guard.every", "6", "guard.z", "2", "evaluation.num_images", "1024")
 _HELD = Arm(
     "raise_kl",
     "compressibility_paper",
     (
-        *("guard.action", "raise_kl", *_SEEN),
+        *("guard.action", "raise_kl", "guard.every", "6", "guard.z", "2", "evaluation.num_images", "1024"),
         *("num_iterations", "192", "optimizer.lr", "5e-5"),
         *("checkpoint.every", "6", "checkpoint.keep", "40"),  # so that the lowest payload can be scored once more
     ),
-)
-_WEIGHTS = tuple(
-    Arm(weight, "compressibility_paper", ("guard.action", "warn", *_SEEN, "update.kl_weight", weight))
-    for weight in ("0.05", "0.1", "0.2")
 )
 _SHORT = ("evaluation.every", "16", "evaluation.num_images", "256", "num_iterations", "32", "checkpoint.every", "8")
 _SCALES = (1, 10, 100)
@@ -125,11 +119,6 @@ def _banded(row: Row) -> set[str]:
 def raise_kl(runs: Mapping[str, list[list[Row]]]) -> dict[str, Any]:
     """The payload and the detector of each seed: at the end, and the lowest payload with the detector at 95 %."""
     return {"seeds": [_held(rows) for rows in runs[_HELD.name]]}
-
-
-def weights(runs: Mapping[str, list[list[Row]]]) -> dict[str, Any]:
-    """What each fixed weight leads to, as `raise_kl` says it."""
-    return {"weights": {arm: [_held(rows) for rows in seeds] for arm, seeds in runs.items()}}
 
 
 def _held(rows: Sequence[Row]) -> dict[str, Any]:
@@ -221,7 +210,6 @@ Part = tuple[Callable[[Mapping[str, list[list[Row]]]], dict[str, Any]], list[Arm
 PARTS: dict[str, Part] = {
     "collapse": (collapse, [_COLLAPSE, *_HEALTHY]),
     "raise_kl": (raise_kl, [_HELD]),
-    "weights": (weights, list(_WEIGHTS)),
     "combine": (combine, combined_arms()),
 }
 
