@@ -162,7 +162,6 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     config = settle_sizes(choice, policy_around(backbone.unet), backbone)
     if config != choice.config:
         run, memory = resolve(config, parallel.world_size()), memory.of(config)
-        folder.settle(config)
     engine = build_engine(backbone.unet, run)
     images = TextToImage(policy_around(engine), backbone)
     say(f"sampling: {images.policy.schedule} (policy.kind={config.policy.kind})")

@@ -70,7 +70,7 @@ class RunFolder:
         self.checkpoint = checkpoints.save_checkpoint(self.run_dir, iteration, engine, whole, keep)
 
     def settle(self, config: Config) -> None:
-        """Takes the config with its last numbers, before the first checkpoint: a trial may have lowered them."""
+        """Takes the config as it will run, before the first checkpoint: trials may have changed it."""
         self._config, self._now = config, fingerprint(config, SILENT, parallel.world_size())
 
     def close(self) -> None:

@@ -38,7 +38,7 @@ class FailingRecorder(CpuRecorder):
 
 
 def pair(kl_weight: float = 0.0, **update: Any) -> tuple[Setting, Setting]:
-    """With graphs and without."""
+    """Returns two settings that are alike, the first with graphs and the second without."""
     with_graphs, without = (Setting(is_graphed, kl_weight, **update) for is_graphed in (True, False))
     return with_graphs, without
 
