@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,15 @@ from benchmarks.shared.training_runs import Row, add_seed_arguments, train_all
 _FLAT_KB = 0.69  # of a blank image of 64 x 64 at quality 95
 _DETECTOR, _KB = "guard/shapes_alignment", "guard/jpeg_kb"
 _REWARDS = ("jpeg_compressibility", "shapes_alignment")
-_OTHER_IMAGES = ("--prompts", "shapes:one:held_out", "--num-images", "1024", "--seed", "1000")
+_OTHER_IMAGES = ("--prompts", "shapes:one:held_out", "--num-images", "2048", "--seed", "1000")
 _OFTEN = ("guard.every", "2", "evaluation.num_images", "128", "evaluation.every", "12", "checkpoint.every", "8")
 _COLLAPSE = Arm("collapse", "compressibility_paper", ("guard.action", "warn", *_OFTEN, "num_iterations", "40"))
 _HEALTHY = (
     Arm("compressibility", "compressibility", ("guard.action", "warn", *_OFTEN, "num_iterations", "48")),
     Arm("alignment", "alignment", ("guard.action", "warn", *_OFTEN, "guard.every", "6", "num_iterations", "36")),
 )
-_HELD = Arm(
-    "raise_kl",
-    "compressibility_paper",
-    (
-        *("guard.action", "raise_kl", "guard.every", "6", "guard.z", "2", "evaluation.num_images", "1024"),
-        *("num_iterations", "192", "optimizer.lr", "5e-5"),
-        *("checkpoint.every", "6", "checkpoint.keep", "40"),  # so that the lowest payload can be scored once more
-    ),
-)
+_ITERATIONS, _LEARNING = 768, 9.6e-3  # default of --iterations; learning rate times iterations
+_MEASUREMENTS = 32  # of a run that is held
 _SHORT = ("evaluation.every", "16", "evaluation.num_images", "256", "num_iterations", "32", "checkpoint.every", "8")
 _SCALES = (1, 10, 100)
 _SUM, _NORMALISED = "sum, scale", "normalised, scale"
@@ -67,15 +61,14 @@ class Compressibility:
 
 
 def combined_arms() -> list[Arm]:
-    """Two rewards of equal weight, one of them in three units; normalised is the same in all of them."""
-    arms = []
+    """Returns arms of two rewards of equal weight, one of them in three units, summed and normalised."""
+    arms: list[Arm] = []
     for scale in _SCALES:
         size = f"{{name: 'benchmarks.learning.guards:Compressibility', label: size, arguments: {{scale: {scale}}}}}"
         rewards = ("rewards", f"[{size}, {{name: shapes_alignment}}]", "tracking.reward_gradients_every", "8")
-        arms.append(Arm(f"{_SUM} {scale}", "compressibility", (*_SHORT, *rewards)))
-        if scale != 10:
-            more = (*_SHORT, *rewards, "rewards_combine", "normalised")
-            arms.append(Arm(f"{_NORMALISED} {scale}", "compressibility", more))
+        summed = Arm(f"{_SUM} {scale}", "compressibility", (*_SHORT, *rewards))
+        normalised = replace(summed, name=f"{_NORMALISED} {scale}").but("rewards_combine", "normalised")
+        arms += [summed, normalised]
     return arms
 
 
@@ -116,9 +109,23 @@ def _banded(row: Row) -> set[str]:
     return {key.removeprefix("guard/").rpartition("/")[0] for key in ends}
 
 
+def held_arm(num_iterations: int) -> Arm:
+    """Returns the arm that raise_kl holds: more iterations take smaller steps, and go as far all in all."""
+    every = str(num_iterations // _MEASUREMENTS)
+    return Arm(
+        f"raise_kl_{num_iterations}",
+        "compressibility_paper",
+        (
+            *("guard.action", "raise_kl", "guard.z", "2", "evaluation.num_images", "1024", "evaluation.every", every),
+            *("num_iterations", str(num_iterations), "optimizer.lr", f"{_LEARNING / num_iterations:.3g}"),
+            *("checkpoint.every", every, "checkpoint.keep", "40"),  # so that the lowest payload can be scored once more
+        ),
+    )
+
+
 def raise_kl(runs: Mapping[str, list[list[Row]]]) -> dict[str, Any]:
     """The payload and the detector of each seed: at the end, and the lowest payload with the detector at 95 %."""
-    return {"seeds": [_held(rows) for rows in runs[_HELD.name]]}
+    return {"seeds": [_held(rows) for seeds in runs.values() for rows in seeds]}
 
 
 def _held(rows: Sequence[Row]) -> dict[str, Any]:
@@ -209,7 +216,7 @@ def _has_cosine(row: Row) -> bool:
 Part = tuple[Callable[[Mapping[str, list[list[Row]]]], dict[str, Any]], list[Arm]]
 PARTS: dict[str, Part] = {
     "collapse": (collapse, [_COLLAPSE, *_HEALTHY]),
-    "raise_kl": (raise_kl, [_HELD]),
+    "raise_kl": (raise_kl, [held_arm(_ITERATIONS)]),
     "combine": (combine, combined_arms()),
 }
 
@@ -230,8 +237,14 @@ def main() -> int:
     add_seed_arguments(parser)
     parser.set_defaults(runs=Path("runs/learning/guards"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/guards"), help="folder of the JSON files")
+    text = f"of raise_kl, by {_MEASUREMENTS}; the learning rate times them is {_LEARNING} (default {_ITERATIONS})"
+    parser.add_argument("--iterations", type=int, default=_ITERATIONS, help=text)
     arguments = parser.parse_args()
+    if arguments.iterations < 1 or arguments.iterations % _MEASUREMENTS:
+        parser.error(f"--iterations {arguments.iterations} is no multiple of {_MEASUREMENTS}")
     summarise, arms = PARTS[arguments.part]
+    if arguments.part == "raise_kl":
+        arms = [held_arm(arguments.iterations)]
 
     # Train what is missing, seed by seed; runs find the reward above.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -253,8 +266,9 @@ def main() -> int:
     runs = {arm.name: [rows_of(run_folder(arguments.runs, arm, seed)) for seed in arguments.seeds] for arm in arms}
     summary = summarise(runs)
     if arguments.part == "raise_kl":
-        on_other_images(summary["seeds"], [run_folder(arguments.runs, _HELD, seed) for seed in arguments.seeds])
-    print_summary({"part": arguments.part, **summary}, arguments.out / f"{arguments.part}.json")
+        on_other_images(summary["seeds"], [run_folder(arguments.runs, arms[0], seed) for seed in arguments.seeds])
+    name = arms[0].name if arguments.part == "raise_kl" else arguments.part
+    print_summary({"part": arguments.part, **summary}, arguments.out / f"{name}.json")
     return 0
 
 
