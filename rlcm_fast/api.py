@@ -38,7 +38,10 @@ class Run:
     config: Config
     """The config, as in run_dir/config.yaml."""
     is_finished: bool
-    """Whether it ended by itself or by the callback; False if Ctrl-C stopped it, then resume="latest" goes on."""
+    """Whether it ended by itself or by the callback, or a guard stopped it that exported the best checkpoint.
+
+    False if Ctrl-C stopped it, then resume="latest" goes on; or a guard before there was a best checkpoint.
+    """
 
     metrics: list[dict[str, Any]]
     """The metrics of each iteration, and those of the last evaluation; docs/runs.md explains the keys."""

@@ -35,6 +35,8 @@ from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.policies.build import build_schedule
 from rlcm_fast.run_folder.agreement import together
 from rlcm_fast.run_folder.export import Exporter
+from rlcm_fast.run_folder.guard_stop import end_at_guard
+from rlcm_fast.run_folder.interruption import Interrupted, StoppedByGuard
 from rlcm_fast.run_folder.progress import Progress
 from rlcm_fast.run_folder.resume import RunFolder, begin, put_weights, start_weights
 from rlcm_fast.run_folder.tracking import say
@@ -95,6 +97,16 @@ class Parts:
         restore_decoder(state.get("decoder"), self.config.model, self.images.backbone)
         if self.real_images and state["pretraining"]:
             self.real_images.load_state_dict(state["pretraining"])
+
+    def stopped(self, stop: Interrupted, iteration: int, say: Callable[[str], None]) -> bool:
+        """Says how to go on after a stop; if a guard stopped the run, exports its best checkpoint and returns True.
+
+        iteration: how many are finished and saved; every rank must call.
+        """
+        if isinstance(stop, StoppedByGuard):
+            return end_at_guard(self.export, self.progress.folder.run_dir, iteration, say)
+        say(f"stopped after {iteration} iterations; go on with --resume latest")
+        return False
 
     def close(self) -> None:
         """Stops the threads and processes that compute rewards and decode images, and lets go of the run's folder."""

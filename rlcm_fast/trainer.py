@@ -57,8 +57,9 @@ class Trainer:
     def run(self) -> bool:
         """Trains, evaluates and exports; tells whether it came to its end.
 
-        Ctrl-C, SIGTERM, SIGHUP or a file run_dir/stop save a checkpoint and stop the run. An error saves the finished
-        iterations, if it left good weights, and goes on to the caller.
+        Ctrl-C, SIGTERM, SIGHUP, a file run_dir/stop or a guard save a checkpoint and stop the run; after a guard's stop
+        the best checkpoint before it is exported, which is an end, too. An error saves the finished iterations, if it
+        left good weights, and goes on to the caller.
         """
         with self.interruption, contextlib.closing(self.tracker), contextlib.closing(self.parts):
             try:
@@ -76,10 +77,9 @@ class Trainer:
                         break
                 self.finish()
                 return True
-            except Interrupted:
+            except Interrupted as stop:
                 self.progress.save_at_stop()
-                self.tracker.say(f"stopped after {self.iteration} iterations; go on with --resume latest")
-                return False
+                return self.parts.stopped(stop, self.iteration, self.tracker.say)
             except Exception as error:
                 self.progress.rescue(error)
                 raise

@@ -107,6 +107,58 @@ def test_a_guard_that_stops_ends_the_run_with_a_checkpoint_and_its_last_numbers(
     assert "guard: the run stops, guard.action=stop" in said and "go on with --resume latest" in said
 
 
+STOPS = {"guard__action": "stop", "guard__every": 1, "guard__acts_on": ["distance_to_start"]}
+STOPS |= {"guard__floors": "{distance_to_start: 0}"}  # any change is outside
+BEST = {"checkpoint__best": f"min:{KEY}", "checkpoint__export": "best"}
+
+
+def test_a_stop_at_the_first_measurement_says_that_there_is_no_best_and_how_to_go_on(
+    tiny_lcm_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    run_dir = tmp_path / "run"
+    trainer = Trainer(make_config(tiny_lcm_folder, run_dir, **STOPS, **BEST))
+    assert not trainer.run() and trainer.iteration == 1
+    assert tiny_runs.metrics(run_dir)[-1]["guard/stopped"] == 1
+    assert not (run_dir / "export").exists() and Best.find(run_dir) is None
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "guard: the run stops" in line]
+    assert "guard.action=stop, after 1 iterations: checkpoint.best had kept none before, so nothing is exported" in line
+    assert "--resume latest --guard.action warn, or go back, from the start, in another --run_dir," in line
+
+    # What the line says is so: the same settings stop again, and a guard that warns goes on to the end.
+    assert not Trainer(make_config(tiny_lcm_folder, run_dir, **STOPS, **BEST, resume="latest")).run()
+    assert tiny_runs.metrics(run_dir)[-1]["guard/stopped"] == 1
+    warns = {**STOPS, "guard__action": "warn"}
+    assert Trainer(make_config(tiny_lcm_folder, run_dir, **warns, **BEST, resume="latest")).run()
+    assert not any("guard/stopped" in line for line in tiny_runs.metrics(run_dir))
+    assert (run_dir / "export" / "unet").is_dir()
+
+
+def test_a_later_stop_exports_the_best_before_it_whatever_the_end_would_export(
+    tiny_lcm_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    run_dir, settings = tmp_path / "run", {**STOPS, "checkpoint__best": f"min:{KEY}", "checkpoint__keep": 1}
+    trainer = Trainer(make_config(tiny_lcm_folder, run_dir, **settings))
+    guard = trainer.evaluation.guard
+    assert guard is not None
+    guard.stops = lambda iteration: iteration == 3  # type: ignore[method-assign]
+    assert trainer.run() and trainer.iteration == 3
+    values = {line["iteration"]: line[KEY] for line in tiny_runs.metrics(run_dir) if 0 < line["iteration"] < 3}
+    best = Best.find(run_dir)
+    assert best is not None and best.iteration == min(values, key=lambda i: values[i])
+    assert {folder.name for folder in checkpoints.complete(run_dir)} == {best.checkpoint, "iteration_000003"}
+    exported = load_file(run_dir / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+    expected = checkpoints.weights(best.folder(run_dir))
+    assert all(torch.equal(exported[name], weight) for name, weight in expected.items())
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "guard: the run stops" in line]
+    back = str(best.folder(run_dir))
+    assert f"{run_dir}/export is a diffusers folder of iteration {best.iteration}, the best by min:{KEY}" in line
+    assert f"or go back, with --resume {back} and with a lower --optimizer.lr" in line
+
+    # The way back that it names works.
+    again = {**settings, "guard__action": "warn", "optimizer__lr": 1e-4}
+    assert Trainer(make_config(tiny_lcm_folder, run_dir, **again, resume=back)).run()
+
+
 @pytest.mark.parametrize("best", [KEY, pytest.param(f"min:{KEY}", marks=pytest.mark.slow)])
 def test_the_best_checkpoint_outlives_pruning_and_is_exported(tiny_lcm_folder: str, tmp_path: Path, best: str):
     run_dir = tmp_path / "run"

@@ -101,6 +101,8 @@ def _state(run: RunData) -> str:
     done, planned = run.num_iterations, run.num_planned
     if done == 0:
         return "The run is at its first iteration." if run.is_alive else "The run ended before its first iteration."
+    if run.lines[-1].get("guard/stopped"):  # a run that goes on drops that line
+        return f"A guard stopped the run after {done} of {planned or '?'} iterations."
     if run.is_alive and done < (planned or done + 1):
         return f"The run is going on: {done} of {planned or '?'} iterations."
     if run.has_export or (planned and done >= planned):

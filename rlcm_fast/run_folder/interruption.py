@@ -37,6 +37,10 @@ class Interrupted(Exception):
     """A stop at a safe point after a request; the present iteration has not changed the weights."""
 
 
+class StoppedByGuard(Interrupted):
+    """A stop at weights that a guard rejects (guard.action: stop)."""
+
+
 class Interruption:
     """A context in which SIGINT, SIGTERM, SIGHUP or the death of the launcher ask the run to stop.
 

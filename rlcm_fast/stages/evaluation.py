@@ -40,7 +40,7 @@ from rlcm_fast.rewards import (
 )
 from rlcm_fast.rewards.diversity import Diversity, Thumbnails
 from rlcm_fast.run_folder.guard_pictures import NUM_PICTURES
-from rlcm_fast.run_folder.interruption import Interrupted
+from rlcm_fast.run_folder.interruption import StoppedByGuard
 from rlcm_fast.run_folder.stage_profile import stage
 from rlcm_fast.run_folder.tracking import Tracker, say
 from rlcm_fast.stages.album import Album, Picture
@@ -220,7 +220,7 @@ class Evaluation:
     def __call__(self, iteration: int, tracker: Tracker, is_scored: bool, is_drawn: bool) -> dict[str, float]:
         """Scores held-out images and draws the grid, with the weights after `iteration` iterations.
 
-        Raises Interrupted, on all ranks, if the guard ends the run.
+        Raises StoppedByGuard, on all ranks, if the guard ends the run.
         """
         is_guarded = self.guard is not None and self.guard.is_due(iteration, is_scored)
         metrics: dict[str, float] = {}
@@ -248,14 +248,13 @@ class Evaluation:
     def _guarded(
         self, seen: Sequence[Seen], metrics: dict[str, float], iteration: int, tracker: Tracker
     ) -> dict[str, float]:
-        """Returns the guard's metrics, if it has seen images; raises Interrupted if it ends the run."""
+        """Returns the guard's metrics, if it has seen images; raises StoppedByGuard if it ends the run."""
         if self.guard is None or not seen:
             return {}
         guarded = self.guard(Seen.joined(seen), metrics, iteration, tracker.say)
         if self.guard.stops(iteration):
-            tracker.log({"iteration": iteration, **metrics, **guarded})
-            tracker.say("guard: the run stops, guard.action=stop; rlcm-fast export --best takes the best checkpoint")
-            raise Interrupted
+            tracker.log({"iteration": iteration, **metrics, **guarded, "guard/stopped": 1.0})
+            raise StoppedByGuard
         return guarded
 
 

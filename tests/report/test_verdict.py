@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,13 @@ def test_a_run_that_stopped_early_says_so(tmp_path: Path):
     assert verdict(read_run(make_run(tmp_path / "run", is_ended=False))).sentences[0] == (
         "The run stopped early, after 5 of 10 iterations."
     )
+
+
+def test_a_run_that_a_guard_stopped_says_so_also_while_its_process_ends():
+    done = run_of([{"reward/a/mean": 1.0}] * 3, is_alive=True)
+    last = {"iteration": 3.0, "guard/stopped": 1.0}
+    stopped = replace(done, config={"num_iterations": 9}, lines=[*done.lines, last])
+    assert verdict(stopped).sentences[0] == "A guard stopped the run after 3 of 9 iterations."
 
 
 def test_a_rise_alone_is_good_and_a_fall_is_bad():
