@@ -153,7 +153,7 @@ def _build(choice: Choice, device: torch.device, folder: RunFolder, given: Given
     memory = MemoryReport(config, device)
     size = pixels_before_loading(config.model)
     tasks = _tasks(run, given, size, device)
-    describe = build_describe(config.guard)
+    describe = build_describe(run)
 
     # Load the pipeline, and copy its network before anything is trained.
     backbone = _load_backbone(config, device)

@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 
 from rlcm_fast.config import Config, parse_config
 from rlcm_fast.config.checks import validate
+from rlcm_fast.config.resolved import resolve
 from rlcm_fast.run_folder import checkpoint as checkpoints
 from rlcm_fast.run_folder.best import Best
 from rlcm_fast.run_folder.formats import FinishedRun
+from rlcm_fast.stages.guard_build import build_describe
 from rlcm_fast.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -85,6 +87,24 @@ def test_a_run_whose_weight_is_raised_resumes_bitwise(tiny_lcm_folder: str, tmp_
         json.loads((folder / "checkpoints/iteration_000004/state.json").read_text()) for folder in (run_dir, left_alone)
     ]
     assert states[0]["guard"] == states[1]["guard"] and states[0]["guard"]["kl_weight"]["value"] > 0
+
+
+def test_diversity_within_prompts_needs_two_images_of_one(tiny_lcm_folder: str, tmp_path: Path):
+    within = {"guard__action": "warn", "guard__watch": ["held_out", "diversity_within"]}
+    too_few = make_config(tiny_lcm_folder, tmp_path / "few", **within, evaluation__num_images=5)
+    with pytest.raises(ValueError, match=r"guard.watch names diversity_within, and evaluation.num_images=5 gives each"):
+        build_describe(resolve(too_few, 1))
+    enough = make_config(tiny_lcm_folder, tmp_path / "enough", **within, evaluation__num_images=6)
+    assert build_describe(resolve(enough, 1)) is not None
+
+
+def test_settings_of_a_guard_that_is_off_are_said_to_do_nothing(
+    tiny_lcm_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    assert build_describe(resolve(make_config(tiny_lcm_folder, tmp_path / "run"), 1)) is None
+    assert "guard" not in capfd.readouterr().err
+    assert build_describe(resolve(make_config(tiny_lcm_folder, tmp_path / "run", guard__every=5), 1)) is None
+    assert "guard.action=off: the other settings of guard do nothing" in capfd.readouterr().err
 
 
 def test_a_guard_that_stops_ends_the_run_with_a_checkpoint_and_its_last_numbers(

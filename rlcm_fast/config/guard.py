@@ -19,6 +19,9 @@ STATISTICS = ("colour_entropy", "edge_density", "saturation", "flat_area", "jpeg
 EXTRA = (ALL, HELD_OUT, *STATISTICS, ACROSS, WITHIN, DISTANCE, KL)
 """What guard.watch and guard.acts_on know beside the names of held-out rewards."""
 
+OTHER_KEYS = ("outside", "kl_weight", "stopped")
+"""What metrics call guard/NAME beside the measures."""
+
 FLOORS = {**dict.fromkeys(STATISTICS, 0.4), ACROSS: 0.5, WITHIN: 0.5, DISTANCE: 1.5}
 """Least half-width of a band relative to the start model's value; the distance is in units of the start's diversity."""
 

@@ -7,24 +7,51 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlcm_fast.config import GuardConfig
+from rlcm_fast.config.guard import WITHIN
 from rlcm_fast.config.resolved import ResolvedRun
 from rlcm_fast.plugins import build
+from rlcm_fast.prompts import load_prompts, prompts_for_images
 from rlcm_fast.rewards import GroupReward
 from rlcm_fast.rewards.diversity import EMBEDDINGS
 from rlcm_fast.run_folder.guard_pictures import GuardPictures
+from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.evaluation import Evaluation, Evaluator, NamedRewards
 from rlcm_fast.stages.guard import Describe, Guard, HeldOutReward
 from rlcm_fast.stages.kl_weight import KlWeight
 from rlcm_fast.tasks import Tasks
 
 
-def build_describe(config: GuardConfig) -> Describe | None:
+def build_describe(run: ResolvedRun) -> Describe | None:
     """Builds what a guard sees in an image, with the embedding's model; None without a guard.
 
     Raises:
-        ValueError: the embedding is unknown, or its model is missing; no weights of the run are loaded yet.
+        ValueError: the embedding is unknown, its model is missing, or the evaluation lacks two images of a prompt that
+            a measure needs; no weights of the run are loaded yet.
     """
-    return Describe(build(config.embedding, {}, EMBEDDINGS, "guard.embedding")) if config.is_on else None
+    config = run.config.guard
+    if not config.is_on:
+        if config != GuardConfig():
+            say("guard.action=off: the other settings of guard do nothing; warn, raise_kl or stop would use them")
+        return None
+    _check_repeats(run)
+    return Describe(build(config.embedding, {}, EMBEDDINGS, "guard.embedding"))
+
+
+def _check_repeats(run: ResolvedRun) -> None:
+    """Refuses to name diversity_within if the evaluation has one image of each prompt."""
+    guard, evaluation = run.config.guard, run.config.evaluation
+    named = [field for field in ("watch", "acts_on", "floors") if WITHIN in getattr(guard, field)]
+    if not named:
+        return
+    drawn = []
+    for source in {task.evaluation for task in run.tasks}:
+        prompts = load_prompts(source, "evaluation.prompts")
+        drawn += prompts_for_images(prompts, evaluation.num_images, evaluation.seed)
+    if len(set(drawn)) == len(drawn):
+        raise ValueError(
+            f"guard.{named[0]} names {WITHIN}, and evaluation.num_images={evaluation.num_images} gives each prompt one "
+            "image; give more images than evaluation.prompts has prompts, or name diversity_across"
+        )
 
 
 def with_guard(

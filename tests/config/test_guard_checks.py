@@ -34,6 +34,44 @@ def options(text: str) -> list[str]:
         ("guard.action=warn|evaluation.every=0", "guard.action=warn never measures with guard.every=0"),
         ("guard.action=stop", "checkpoint.best is empty, so none better are kept"),
         (f"guard.action=raise_kl|{TWO}", "acts on held-out rewards, and the run evaluates only what it trains on"),
+        ("guard.watch=[taste]", "guard.watch=taste is not measured"),  # a guard that is off, too
+        ("guard.floors={saturation: -1}", "guard.floors.saturation=-1 is no half-width"),
+        ("guard.action=warn|guard.floors={held_out: 0.5}", "guard.floors.held_out=0.5 is guard.floor"),
+        ("guard.action=warn|guard.floors={all: 3}", "guard.floors.all=3 names no measure; name one"),
+        ("guard.action=warn|guard.floors={kl_to_start: .5}", "kl_to_start=0.5 has no half-width; set guard.max_kl"),
+        (
+            "guard.action=warn|guard.watch=[held_out]|guard.floors={saturation: 0.6}",
+            "guard.floors.saturation=0.6 has no use, as guard.watch does not name saturation",
+        ),
+        (
+            "guard.action=raise_kl|guard.watch=[held_out]|guard.max_kl=0.1",
+            "guard.max_kl=0.1 has no use, as guard.watch does not name kl_to_start",
+        ),
+        (
+            "guard.action=warn|guard.max_kl=0.1",
+            "guard.max_kl=0.1 is the upper end of kl_to_start, which needs the start",
+        ),
+        (
+            f"guard.action=stop|guard.acts_on=[held_out, held_out]|{TWO}|checkpoint.best=eval/diversity",
+            "acts on held-out rewards, and the run evaluates only what it trains on",
+        ),
+        (
+            f"guard.action=warn|guard.watch=[held_out]|{TWO}",
+            r"guard.watch=\[held_out\] has no band: the run evaluates only",
+        ),
+        (
+            f"guard.action=warn|guard.watch=[kl_to_start]|update.kl_weight=0.1|{TWO}",
+            r"guard.watch=\[kl_to_start\] has no band",
+        ),
+        *[
+            (
+                f"guard.action=warn|evaluation.rewards=[{{name: jpeg_incompressibility, label: {name}}}]",
+                f"evaluation.rewards has a reward called {name}, which guard.action=warn calls something else; give",
+            )
+            for name in ("saturation", "jpeg_kb", "diversity_across", "distance_to_start", "kl_to_start", "all")
+        ],
+        ("guard.action=warn|evaluation.rewards=[{name: a:B, label: held_out}]", "has a reward called held_out, which"),
+        ("guard.action=warn|evaluation.rewards=[{name: a:B, label: outside}]", "has a reward called outside, which"),
         ("guard.z=0", "guard.z=0.0 is out of range"),
         ("checkpoint.best=eval/taste/mean", r"checkpoint.best=eval/taste/mean is no metric .* eval/diversity"),
         ("checkpoint.best=min:shapes_alignment", "is no metric of this run's evaluation"),
@@ -66,6 +104,10 @@ def test_what_cannot_work_is_one_line(text: str, problem: str):
         "guard.action=raise_kl|guard.acts_on=[held_out, kl_to_start]|guard.max_kl=0.1|guard.every=3|evaluation.every=0",
         f"guard.action=raise_kl|guard.acts_on=[diversity_across]|{TWO}",
         "guard.action=stop|checkpoint.best=eval/shapes_alignment/mean|checkpoint.export=best",
+        "guard.action=warn|guard.max_kl=0.1|update.kl_weight=0.05",
+        "guard.action=warn|guard.floors={saturation: 0.6, shapes_alignment: 0.1}|guard.watch=[held_out, saturation]",
+        "guard.action=off|guard.every=5",  # switches off a file's guard
+        "evaluation.rewards=[{name: jpeg_incompressibility, label: saturation}]",
         "checkpoint.best=min:eval/jpeg_compressibility/mean",
         f"checkpoint.best=eval/small/shapes_alignment/mean|{TASKS}",
         f"guard.action=warn|guard.watch=[small/shapes_alignment]|{TASKS}",
