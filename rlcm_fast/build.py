@@ -42,6 +42,7 @@ from rlcm_fast.run_folder.resume import RunFolder, begin, put_weights, start_wei
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.chosen_batches import Choice, choose_batches
 from rlcm_fast.stages.compile_check import CompileCheck
+from rlcm_fast.stages.constant_rewards import ConstantRewards
 from rlcm_fast.stages.evaluation import Evaluation, build_evaluation
 from rlcm_fast.stages.graphing import check_graphs, use_graphs
 from rlcm_fast.stages.guard_build import build_describe, with_guard
@@ -261,6 +262,7 @@ def _collector(choice: Choice, images: TextToImage, tasks: Tasks, run: ResolvedR
     is_kept = config.update.rollout_lag > 0 or tasks.rewards.asks_a_person
     may_lower = choice.lowers_rollouts and not is_kept  # a kept round is read again by its micro-batches
     collector = Collector(images, tasks.rewards, config.rollout, tasks.offloading, sizes, may_lower)
+    collector.constants = ConstantRewards(run)
     if config.update.rollout_lag > 0:
         collector.upcoming = Upcoming(tasks, config.num_iterations)
     if is_kept:

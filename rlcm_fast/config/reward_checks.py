@@ -163,21 +163,26 @@ def _check_watched(field: str, reward: RewardConfig, trained: dict[str, list[Rew
     same = []  # (field, reward) of each trained reward with this name
     for at, rewards in trained.items():
         same += [(f"{at}[{index}]", other) for index, other in enumerate(rewards) if other.key == reward.key]
+    for at, other in same:
+        if other.name != reward.name:
+            raise ValueError(
+                f"{field} and {at} are both called {reward.key}, one is {reward.name} and the other {other.name}; give "
+                "one of them another label"
+            )
     if len(same) == len(trained):
         of = "rewards" if len(trained) == 1 else "the rewards of every task"
-        raise ValueError(
-            f"{field}.name={reward.key} is already in {of}, and what is trained is always evaluated; drop one"
-        )
+        called = f"label={reward.label}" if reward.label else f"name={reward.name}"
+        raise ValueError(f"{field}.{called} is already in {of}, and what is trained is always evaluated; drop one")
     for at, other in same:
         if _place_of(other) != _place_of(reward):
             raise ValueError(
                 f"{field} has device={reward.device} dtype={reward.dtype or 'default'} batch_size={reward.batch_size} "
-                f"offload={str(reward.offload).lower()}, and {at} of the same name {reward.name} others; give it those"
+                f"offload={str(reward.offload).lower()}, and {at} of the same name {reward.key} others; give it those"
             )
-        if (other.name, other.arguments, other.group_size) != (reward.name, reward.arguments, reward.group_size):
+        if (other.arguments, other.group_size) != (reward.arguments, reward.group_size):
             raise ValueError(
                 f"{field} has arguments={reward.arguments} and group_size={reward.group_size}, and {at} of the same "
-                f"name {reward.name} arguments={other.arguments} and group_size={other.group_size}; give it those, or "
+                f"name {reward.key} arguments={other.arguments} and group_size={other.group_size}; give it those, or "
                 "drop it"
             )
 

@@ -6,12 +6,16 @@ the same value. Images without a score do not count.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from rlcm_fast import parallel
+from rlcm_fast.config import RewardConfig
+from rlcm_fast.config.resolved import ResolvedRun
+from rlcm_fast.given import PREFIX
 from rlcm_fast.rewards import Rewards
 from rlcm_fast.run_folder.tracking import say
 
@@ -19,14 +23,21 @@ from rlcm_fast.run_folder.tracking import say
 class ConstantRewards:
     """Watches the scores of a run; each reward is warned of once."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: ResolvedRun | None = None) -> None:
+        """run: names the tasks, and the rewards behind their labels; None takes labels for names."""
+        self._has_tasks = run is not None and run.has_tasks
+        self._configs = {
+            f"{task.name}/{reward.key}" if self._has_tasks else reward.key: reward
+            for task in (run.tasks if run else ())
+            for reward in task.rewards
+        }
         self._values: dict[str, float] = {}  # of rewards that were constant in the last iteration
         self._warned: set[str] = set()
 
     def look(self, rewards: Mapping[str, Rewards], iteration: int) -> None:
         """Looks at the scores of a rollout, by task; every rank must call this, with the same rewards."""
         named = {
-            f"{task}/{name}" if len(rewards) > 1 else name: scores
+            f"{task}/{name}" if self._has_tasks or len(rewards) > 1 else name: scores
             for task, of_task in rewards.items()
             for name, scores in of_task.by_name.items()
         }
@@ -44,11 +55,19 @@ class ConstantRewards:
         self._values[name] = low
         if before == low and name not in self._warned:
             self._warned.add(name)
-            places, shown = f"iterations {iteration} and {iteration + 1}", name.rpartition("/")[2]
+            config = self._configs.get(name) or RewardConfig(name.rpartition("/")[2])
             say(
-                f"the reward {name} is {low:.6g} for every image of {places}: it gives no advantage and teaches "
-                f"nothing; look at the images, try rlcm-fast check-reward {shown}, or drop it"
+                f"the reward {name} is {low:.6g} for every image of iterations {iteration} and {iteration + 1}: it "
+                f"gives no advantage and teaches nothing; look at the images, {_check(config)}or drop it"
             )
+
+
+def _check(config: RewardConfig) -> str:
+    """Returns the advice to check the reward; nothing for an object of a Python program, which has no name there."""
+    if config.name.startswith(PREFIX):
+        return ""
+    arguments = f" --arguments '{json.dumps(config.arguments)}'" if config.arguments else ""
+    return f"try rlcm-fast check-reward {config.name}{arguments}, "
 
 
 def _range(scores: Tensor) -> Tensor:

@@ -89,6 +89,14 @@ def options(text: str) -> list[str]:
         ("rewards=[{name: a:B, label: b/c}]", "label='b/c' is no label"),
         ("rewards=[{name: a:B, label: total}]", "label='total' is no label"),
         (f"evaluation.rewards={PACK}", "name=jpeg_compressibility is already in rewards"),
+        (
+            "rewards=[{name: a:B, label: c}]|evaluation.rewards=[{name: a:B, label: c}]",
+            r"evaluation.rewards\[0\].label=c is already in rewards",
+        ),
+        (
+            f"{TASKS[:-3]}, {{name: a:B, label: c}}]}}]|evaluation.rewards=[{{name: d:E, label: c}}]",
+            r"evaluation.rewards\[0\] and tasks\[1\].rewards\[1\] are both called c, one is d:E and the other a:B",
+        ),
     ],
 )
 def test_what_cannot_work_is_one_line(text: str, problem: str):
