@@ -170,7 +170,8 @@ def _shortened(arm: Arm, share: float, arguments: argparse.Namespace) -> Arm:
 
     whole = arm.but(*arguments.override)
     count = round(share * parse_config(whole.arguments(TUNING_SEED, arguments.runs)).num_iterations)
-    return whole.but("num_iterations", str(max(1, count)), "evaluation.every", "0", "evaluation.rewards", "[]")
+    unmeasured = ("evaluation.every", "0", "evaluation.rewards", "[]", "guard.action", "off", "checkpoint.best", "")
+    return whole.but("num_iterations", str(max(1, count)), *unmeasured)
 
 
 def with_rewards(rows: Sequence[Row]) -> list[Row]:

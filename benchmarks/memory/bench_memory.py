@@ -212,6 +212,8 @@ def _short(run_dir: str) -> list[str]:
     return [
         "--evaluation.every=0",
         "--evaluation.rewards=[]",
+        "--guard.action=off",
+        "--checkpoint.best=",
         "--tracking.grid_every=0",
         "--tracking.tensorboard=false",
         "--tracking.plan=false",

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 NOTHING_BESIDES = (
     "--evaluation.every=0",
     "--evaluation.rewards=[]",
+    "--guard.action=off",
+    "--checkpoint.best=",
     "--tracking.grid_every=0",
     "--checkpoint.every=0",
     "--tracking.plan=false",

@@ -39,7 +39,7 @@ from rlcm_fast.rewards import (
     joined,
 )
 from rlcm_fast.rewards.diversity import Diversity, Thumbnails
-from rlcm_fast.run_folder.guard_pictures import NUM_PICTURES
+from rlcm_fast.run_folder.guard_pictures import first_pictures
 from rlcm_fast.run_folder.interruption import StoppedByGuard
 from rlcm_fast.run_folder.stage_profile import stage
 from rlcm_fast.run_folder.tracking import Tracker, say
@@ -63,8 +63,8 @@ class _Scored:
     raw_scores: Mapping[str, Mapping[str, Tensor]]  # by prefix and reward: (B,) or (B, F), NaN where one is missing
     thumbnails: Tensor | None  # (B, F)
     described: Tensor | None  # (B, 5 + F), for the guard
-    first: Tensor | None  # the first few images, for the guard
-    problems: tuple[str, ...]  # what failed and was skipped, a line per reward and image
+    problems: tuple[str, ...] = ()  # what failed and was skipped, a line per reward and image
+    first: tuple[tuple[int, Tensor], ...] = ()  # those of the first few prompts, for the guard
     kept: tuple[Picture, ...] = ()  # those of its images that the run folder keeps
 
 
@@ -119,8 +119,9 @@ class Evaluator:
             metrics[f"{prefix}/diversity"] = diversity
         if describe is None:
             return metrics, None
-        drawn = [prompts[row] for row in self.held_out.micro_batches[0].rows.tolist()]
-        return metrics, Seen.of(self._gathered(scored.described), prompts, scored.first, drawn)
+        pictures = dict(parallel.all_gather_list(list(scored.first)))
+        in_order = [pictures[row].float() / 255 for row in sorted(pictures)]
+        return metrics, Seen.of(self._gathered(scored.described), prompts, in_order)
 
     def _single(self, raw_scores: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Returns the scores (N,) of rewards that score single images, by the key of their metric."""
@@ -150,7 +151,7 @@ class Evaluator:
         services = {prefix: self._service(prefix, workers) for prefix in self.rewards}
         thumbnails: list[Tensor] = []
         described: list[Tensor] = []
-        first: Tensor | None = None
+        first: list[tuple[int, Tensor]] = []
         kept: list[Picture] = []
 
         # Draw one micro-batch at a time and hand it to every reward.
@@ -160,19 +161,19 @@ class Evaluator:
                 thumbnails.append(Thumbnails()(batch, prompts))
                 if describe is not None:
                     described.append(describe(batch, prompts))
-                    first = batch[:NUM_PICTURES].cpu() if first is None else first
+                    first += first_pictures(run.rows, batch)
                 calls = [service.submit(batch, prompts) for service in services.values()]
                 decoded.add(list(chain.from_iterable(calls)))
                 decoded.wait_for_room()
                 if album:
                     kept += album.pictures(run.rows, batch, len(self.held_out.prompts))
             if not thumbnails:  # this rank has no micro-batch
-                return _Scored({prefix: {} for prefix in services}, None, None, None, ())
+                return _Scored({prefix: {} for prefix in services}, None, None)
             found = {prefix: service.raw_scores(iteration) for prefix, service in services.items()}
             by_prefix = {prefix: raw_scores.by_name for prefix, raw_scores in found.items()}
             problems = chain.from_iterable(raw_scores.problems for raw_scores in found.values())
             rows = torch.cat(described) if described else None
-            return _Scored(by_prefix, torch.cat(thumbnails), rows, first, tuple(problems), tuple(kept))
+            return _Scored(by_prefix, torch.cat(thumbnails), rows, tuple(problems), tuple(first), tuple(kept))
         finally:
             workers.shutdown()
 

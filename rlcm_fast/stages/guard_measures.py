@@ -32,15 +32,18 @@ class Seen:
     prompts: Sequence[Prompt]  # len N
     statistics: Tensor  # (N, 5) float32, image_statistics.py
     embedding: Tensor  # (N, F) float32
-    pictures: Tensor | None  # the first few images (n, 3, H, W) that were drawn, on the main process
-    texts: Sequence[str]  # what they show
+    pictures: Sequence[Tensor]  # of the first n prompts, each (3, H, W) float32 in [0, 1]
+
+    @property
+    def texts(self) -> list[str]:
+        """What the pictures show."""
+        return [prompt.text for prompt in self.prompts[: len(self.pictures)]]
 
     @classmethod
-    def of(cls, described: Tensor, prompts: Sequence[Prompt], pictures: Tensor | None, drawn: Sequence[Prompt]) -> Seen:
-        """Takes descriptions (N, 5 + F) apart; drawn: the prompts in the order of drawing, with those of `pictures`."""
+    def of(cls, described: Tensor, prompts: Sequence[Prompt], pictures: Sequence[Tensor]) -> Seen:
+        """Takes descriptions (N, 5 + F) apart; pictures: images (3, H, W) in [0, 1] of the first prompts."""
         num_statistics = len(STATISTICS)
-        texts = [prompt.text for prompt in drawn[: 0 if pictures is None else len(pictures)]]
-        return cls(prompts, described[:, :num_statistics], described[:, num_statistics:], pictures, texts)
+        return cls(prompts, described[:, :num_statistics], described[:, num_statistics:], pictures)
 
     @classmethod
     def joined(cls, parts: Sequence[Seen]) -> Seen:
@@ -48,7 +51,7 @@ class Seen:
         prompts = [prompt for part in parts for prompt in part.prompts]
         statistics = torch.cat([part.statistics for part in parts])
         embedding = torch.cat([part.embedding for part in parts])
-        return cls(prompts, statistics, embedding, parts[0].pictures, parts[0].texts)
+        return cls(prompts, statistics, embedding, parts[0].pictures)
 
 
 @dataclass(frozen=True)

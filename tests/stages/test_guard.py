@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rlcm_fast.config import GuardConfig
@@ -38,7 +40,7 @@ def pictures(seed: int, contrast: float = 1.0) -> Tensor:
 
 def seen(images: Tensor) -> Seen:
     described = Describe(Thumbnails())(images, PROMPTS)
-    return Seen.of(described, PROMPTS, images[:8], PROMPTS)
+    return Seen.of(described, PROMPTS, list(images[:8]))
 
 
 class Run:
@@ -273,9 +275,16 @@ def test_distance_is_in_units_of_the_starts_diversity():
 
 def test_a_picture_without_the_start_shows_the_present(tmp_path: Path):
     places = GuardPictures(tmp_path)
-    path = places.compare(3, pictures(0)[:2], ["a", "b"])
+    path = places.compare(3, list(pictures(0)[:2]), ["a", "b"])
     assert path.is_file()
-    assert places.compare(4, None, []) == tmp_path / "000004.png" and not (tmp_path / "000004.png").exists()
+    assert places.compare(4, [], []) == tmp_path / "000004.png" and not (tmp_path / "000004.png").exists()
+
+
+def test_pictures_of_several_sizes_stand_beside_those_of_the_start(tmp_path: Path):
+    places, now = GuardPictures(tmp_path), [torch.full((3, size, size), 0.2) for size in (32, 64)]
+    alone = places.compare(3, now, ["a", "b"]).read_bytes()
+    places.keep([torch.full((3, size, size), 0.7) for size in (32, 64)])
+    assert Image.open(io.BytesIO(alone)).width < Image.open(places.compare(4, now, ["a", "b"])).width
 
 
 def test_what_is_seen_of_several_evaluations_is_joined():

@@ -82,13 +82,13 @@ def evaluate_groups(num_images: int) -> dict[str, float]:
 
 
 def seen_by_a_guard(num_images: int) -> list[object]:
-    """What a guard sees of images in micro-batches of 3: their descriptions, and how many pictures this rank keeps."""
+    """What a guard sees of images in micro-batches of 3: their descriptions, and the sums of its pictures."""
     held_out = HeldOut(prompts_of(num_images), 5, 3)
     images, describe = images_of(policy_of(TinyNetwork())), Describe(Thumbnails())
     metrics, seen = Evaluator(held_out, {"eval": {"brightness": (Brightness(), 1.0)}}).looked(images, 0, describe)
     assert seen is not None
-    kept = 0 if seen.pictures is None else len(seen.pictures)
-    return [metrics, seen.statistics.tolist(), seen.embedding.tolist(), kept]
+    sums = [picture.double().sum().item() for picture in seen.pictures]
+    return [metrics, seen.statistics.tolist(), seen.embedding.tolist(), sums]
 
 
 class FailsOnRank1(Brightness):
