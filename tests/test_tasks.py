@@ -19,9 +19,10 @@ from rlcm_fast.config import Config, RolloutConfig, parse_config
 from rlcm_fast.config.checks import validate
 from rlcm_fast.config.resolved import resolve
 from rlcm_fast.rewards import GroupReward
+from rlcm_fast.rewards.task_rewards import TaskRewards
 from rlcm_fast.stages.evaluation import build_evaluation
 from rlcm_fast.stages.task_gradients import gradient_metrics
-from rlcm_fast.tasks import TaskRewards, Tasks
+from rlcm_fast.tasks import Tasks
 from rlcm_fast.trainer import Trainer
 from rlcm_fast.trajectory import Prompt
 

@@ -34,13 +34,14 @@ from rlcm_fast.config import RolloutConfig
 from rlcm_fast.parallel import Stream, Turn
 from rlcm_fast.policies import SeededNoise
 from rlcm_fast.rewards import Offloading, Rewards, Skipping
+from rlcm_fast.rewards.task_rewards import Submitted, TaskRewards
 from rlcm_fast.run_folder.stage_profile import stage
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.constant_rewards import ConstantRewards
 from rlcm_fast.stages.image_sizes import ImageSizes, joined
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.stages.kept_rounds import KeptRounds, Piece
-from rlcm_fast.tasks import Submitted, TaskRewards, Tasks
+from rlcm_fast.tasks import Tasks
 from rlcm_fast.trajectory import AnyTrajectory, Conditioning, Prompt, Trajectory
 
 

@@ -36,9 +36,9 @@ from rlcm_fast.rewards import (
 )
 from rlcm_fast.rewards.clip_score import ClipScore
 from rlcm_fast.rewards.parts import InParts, in_parts
+from rlcm_fast.rewards.task_rewards import TaskRewards
 from rlcm_fast.stages.evaluation import Evaluator, HeldOut
 from rlcm_fast.stages.rollout import Collector, Rollout
-from rlcm_fast.tasks import TaskRewards
 from rlcm_fast.trajectory import Prompt
 
 URL = "http://127.0.0.1:8200"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlcm_fast.config import RolloutConfig
 from rlcm_fast.rewards import RewardError, RewardService, Workers, workers
-from rlcm_fast.tasks import TaskRewards
+from rlcm_fast.rewards.task_rewards import TaskRewards
 from rlcm_fast.trajectory import Prompt
 
 PROMPTS = [Prompt("a cat"), Prompt("a dog")]

@@ -18,9 +18,9 @@ from rlcm_fast.config import RolloutConfig
 from rlcm_fast.parallel import Turn
 from rlcm_fast.policies import Noise
 from rlcm_fast.rewards import Reward
+from rlcm_fast.rewards.task_rewards import TaskRewards
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.stages.rollout import Collector, Rollout
-from rlcm_fast.tasks import TaskRewards
 from rlcm_fast.trajectory import Conditioning, Prompt, Trajectory
 
 Work = Callable[[], object]

@@ -17,8 +17,8 @@ from rlcm_fast.faults import Fault
 from rlcm_fast.parallel import Stream, Turn
 from rlcm_fast.policies import SeededNoise
 from rlcm_fast.rewards import Skipping
+from rlcm_fast.rewards.task_rewards import TaskRewards
 from rlcm_fast.stages.rollout import Collector, Rollout
-from rlcm_fast.tasks import TaskRewards
 from rlcm_fast.trajectory import Prompt, Trajectory
 
 NUM_SAMPLES = 6

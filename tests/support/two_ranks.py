@@ -23,11 +23,11 @@ from rlcm_fast.faults import Fault
 from rlcm_fast.parallel import Turn
 from rlcm_fast.rewards import GroupReward, Skipping
 from rlcm_fast.rewards.diversity import Diversity, Thumbnails
+from rlcm_fast.rewards.task_rewards import TaskRewards
 from rlcm_fast.stages.album import Album
 from rlcm_fast.stages.evaluation import Evaluator, HeldOut
 from rlcm_fast.stages.guard import Describe
 from rlcm_fast.stages.rollout import Collector
-from rlcm_fast.tasks import TaskRewards
 from rlcm_fast.trainer import Trainer
 from rlcm_fast.trajectory import Prompt, Trajectory
 
