@@ -7,8 +7,8 @@ It first refuses what it can refuse without weights. It copies the start model b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,21 +35,21 @@ from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.policies.build import build_schedule
 from rlcm_fast.run_folder.agreement import together
 from rlcm_fast.run_folder.export import Exporter
-from rlcm_fast.run_folder.guard_stop import end_at_guard
-from rlcm_fast.run_folder.interruption import Interrupted, StoppedByGuard
 from rlcm_fast.run_folder.progress import Progress
 from rlcm_fast.run_folder.resume import RunFolder, begin, put_weights, start_weights
 from rlcm_fast.run_folder.tracking import say
 from rlcm_fast.stages.chosen_batches import Choice, choose_batches
 from rlcm_fast.stages.compile_check import CompileCheck
 from rlcm_fast.stages.constant_rewards import ConstantRewards
-from rlcm_fast.stages.evaluation import Evaluation, build_evaluation
+from rlcm_fast.stages.evaluation import Evaluation
+from rlcm_fast.stages.evaluation_build import build_evaluation
 from rlcm_fast.stages.graphing import check_graphs, use_graphs
 from rlcm_fast.stages.guard_build import build_describe, with_guard
 from rlcm_fast.stages.image_sizes import ImageSizes
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.stages.kept_rounds import KeptRounds
 from rlcm_fast.stages.kl_weight import KlWeight
+from rlcm_fast.stages.parts import Parts
 from rlcm_fast.stages.real_images import RealImages, check_pairs
 from rlcm_fast.stages.reward_gradients import RewardGradients
 from rlcm_fast.stages.rollout import Collector, Upcoming
@@ -57,66 +57,11 @@ from rlcm_fast.stages.size_trial import settle_sizes
 from rlcm_fast.stages.start_model import StartModel
 from rlcm_fast.stages.task_gradients import TaskGradients
 from rlcm_fast.stages.update import Updater
-from rlcm_fast.stages.vae_trial import choose_decoder, kept_decoder, restore_decoder
+from rlcm_fast.stages.vae_trial import choose_decoder
 from rlcm_fast.stages.weight_check import WeightCheck
 from rlcm_fast.tasks import Tasks
 
 _SURVEYED = 10_000  # prompts of each task that are looked at for their length; tokenizing them takes a second
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a run; each holds what never changes between iterations and is given what does."""
-
-    config: Config  # with numbers where it was `auto`
-    tasks: Tasks
-    images: TextToImage
-    engine: AveragingEngine
-    collector: Collector
-    updater: Updater
-    real_images: RealImages | None
-    task_gradients: RewardGradients
-    evaluation: Evaluation
-    memory: MemoryReport
-    progress: Progress
-    export: Exporter
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state of all parts but the engine as JSON, the same on every rank; every rank must call this."""
-        real_images = self.real_images.state_dict() if self.real_images else None
-        skipped = self.updater.skipped.in_a_row
-        guard = self.evaluation.guard.state_dict() if self.evaluation.guard else None
-        parts = {"tasks": self.tasks.state_dict(), "pretraining": real_images, "skipped_updates_in_a_row": skipped}
-        return {**parts, "guard": guard, "decoder": kept_decoder(self.config.model, self.images.backbone)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from the place where `state_dict` was taken."""
-        self.tasks.load_state_dict(state["tasks"])
-        self.updater.skipped.in_a_row = state.get("skipped_updates_in_a_row", 0)  # earlier versions did not count
-        if self.evaluation.guard and state.get("guard"):
-            self.evaluation.guard.load_state_dict(state["guard"])
-        restore_decoder(state.get("decoder"), self.config.model, self.images.backbone)
-        if self.real_images and state["pretraining"]:
-            self.real_images.load_state_dict(state["pretraining"])
-
-    def stopped(self, stop: Interrupted, iteration: int, say: Callable[[str], None]) -> bool:
-        """Says how to go on after a stop; if a guard stopped the run, exports its best checkpoint and returns True.
-
-        iteration: how many are finished and saved; every rank must call.
-        """
-        if isinstance(stop, StoppedByGuard):
-            return end_at_guard(self.export, self.progress.folder.run_dir, iteration, say)
-        say(f"stopped after {iteration} iterations; go on with --resume latest")
-        return False
-
-    def close(self) -> None:
-        """Stops the threads and processes that compute rewards and decode images, and lets go of the run's folder."""
-        self.tasks.rewards.shutdown()
-        if self.real_images:
-            self.real_images.close()
-        if self.collector.kept:
-            self.collector.kept.delete_learned()
-        self.progress.folder.close()
 
 
 def start_processes(config: Config) -> torch.device:

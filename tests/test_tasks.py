@@ -20,7 +20,7 @@ from rlcm_fast.config.checks import validate
 from rlcm_fast.config.resolved import resolve
 from rlcm_fast.rewards import GroupReward
 from rlcm_fast.rewards.task_rewards import TaskRewards
-from rlcm_fast.stages.evaluation import build_evaluation
+from rlcm_fast.stages.evaluation_build import build_evaluation
 from rlcm_fast.stages.task_gradients import gradient_metrics
 from rlcm_fast.tasks import Tasks
 from rlcm_fast.trainer import Trainer

@@ -39,7 +39,7 @@ from rlcm_fast.config import EvaluationConfig, ModelConfig, PolicyConfig
 from rlcm_fast.pairs import PairStream
 from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.policies.consistency import guidance_embedding
-from rlcm_fast.stages.evaluation import build_evaluator
+from rlcm_fast.stages.evaluation_build import build_evaluator
 from rlcm_fast.stages.images import TextToImage
 from rlcm_fast.trajectory import Conditioning, Prompt
 

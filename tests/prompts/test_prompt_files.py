@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlcm_fast.prompts import Share, build_sampler, files, load_prompts, prompts_for_images, sources
-from rlcm_fast.stages.evaluation import grid_prompts
+from rlcm_fast.stages.evaluation_build import grid_prompts
 from rlcm_fast.trajectory import Prompt
 
 # Line breaks, all kinds of blanks, a byte order mark, and characters that begin with the same bytes as blanks.
