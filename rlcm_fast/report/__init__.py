@@ -17,18 +17,28 @@ __all__ = ["RunData", "Verdict", "read_run", "read_runs", "render", "verdict", "
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
-    """Reads run folders; raises ValueError if one holds no run.
+    """Reads run folders, each once, however often and by whatever path it is named.
 
-    Folders with equal names are called by as much of their paths as tells them apart.
+    Runs whose folders have equal names are called by as much of their paths as tells them apart.
+
+    Raises:
+        ValueError: a folder holds no run.
     """
     strange = next((folder for folder in folders if not folder.is_dir()), None)
     if strange is not None:
         raise ValueError(f"run={strange} is not a folder; give the run_dir of a run")
-    paths = [folder.resolve() for folder in dict.fromkeys(folders)]
-    depth = 1
-    while len({path.parts[-depth:] for path in paths}) < len(paths) and depth < max(len(p.parts) for p in paths):
-        depth += 1
-    return [read_run(folder, "/".join(path.parts[-depth:])) for folder, path in zip(dict.fromkeys(folders), paths)]
+    by_path: dict[Path, Path] = {}
+    for folder in folders:
+        by_path.setdefault(folder.resolve(), folder)
+    return [read_run(folder, _name(path, list(by_path))) for path, folder in by_path.items()]
+
+
+def _name(path: Path, paths: Sequence[Path]) -> str:
+    """Returns the shortest end of a whole path that no other of the paths has."""
+    for depth in range(1, len(path.parts)):
+        if sum(other.parts[-depth:] == path.parts[-depth:] for other in paths) == 1:
+            return "/".join(path.parts[-depth:])
+    return str(path)
 
 
 def write_report(runs: Sequence[RunData], out: Path) -> None:

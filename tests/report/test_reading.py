@@ -90,8 +90,18 @@ def test_what_is_no_run_is_refused(tmp_path: Path, is_folder: bool):
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
-    folders = [make_run(tmp_path / name / "run", num_iterations=5) for name in ("a", "b")]
-    assert [run.name for run in read_runs([*folders, folders[0]])] == ["a/run", "b/run"]
+    folders = [make_run(tmp_path / name, num_iterations=5) for name in ("a/run", "b/run", "other")]
+    assert [run.name for run in read_runs([*folders, folders[0]])] == ["a/run", "b/run", "other"]
+
+
+def test_a_run_that_is_named_twice_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run, other = (make_run(tmp_path / name, num_iterations=5) for name in ("run", "other"))
+    (tmp_path / "link").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    folders = [Path("run"), Path("other/../run"), run, Path("link"), other]
+    assert [found.name for found in read_runs(folders)] == ["run", "other"]
+    monkeypatch.chdir(run)
+    assert [found.name for found in read_runs([Path(), Path("../other")])] == ["run", "other"]
 
 
 @settings(max_examples=20)
