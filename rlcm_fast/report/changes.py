@@ -1,11 +1,12 @@
 """How much a measure has changed, and how sure that is: in standard errors of the change.
 
     held out    the same prompts and noise at both evaluations: if the scores of single images are there, the mean
-                difference of pairs over its standard error; else both standard errors, std / sqrt(number of images)
+                difference of pairs over its standard error; else both standard errors, std / sqrt(values - 1)
     training    other prompts every time: the mean of the first iterations and of the last ones, and their scatter
+    win rate    of pairs of images that a person compared, against 0.5: sqrt(0.25 / pairs), or less with ties
 
 Two standard errors is where this room says "rose" or "fell"; one in twenty unchanged measures does that, too. Where
-there is no standard error, as for diversity, a tenth of the start value is.
+there is no standard error, as for diversity or a set reward of one group, a tenth of the start value is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
+from rlcm_fast.report.measures import win_rates
 from rlcm_fast.report.reading import EvaluatedImages, RunData
+from rlcm_fast.report.rewards import standard_error
 
 SURE = 2.0  # standard errors
 _LARGE = 0.1  # of the start value
@@ -30,7 +33,6 @@ class Change:
     start: float
     end: float
     standard_error: float | None  # of the difference; None if it is not known
-    iterations: tuple[int, int]  # where it was measured
 
     @property
     def difference(self) -> float:
@@ -60,7 +62,7 @@ class Change:
 
 def of_held_out(run: RunData, key: str) -> Change | None:
     """Returns the change of KEY, as eval/NAME, between the first and the last evaluation; None with fewer than two."""
-    points = run.column(f"{key}/mean") or run.column(key)
+    points = run.column(f"{key}/mean")
     if len(points) < 2:
         return None
     (first, start), (last, end) = points[0], points[-1]
@@ -68,12 +70,26 @@ def of_held_out(run: RunData, key: str) -> Change | None:
     if error is None:
         at = {line["iteration"]: line for line in run.lines}
         error = _unpaired_error(run, key, at[first], at[last])
-    return Change(start, end, error, (int(first), int(last)))
+    return Change(start, end, error)
+
+
+def of_metric(run: RunData, key: str) -> Change | None:
+    """Returns the change of a metric without a deviation between its first line and its last; None with fewer."""
+    values = [value for _, value in run.column(key)]
+    return Change(values[0], values[-1], None) if len(values) > 1 else None
 
 
 def of_training(run: RunData, key: str) -> Change | None:
     """Returns the change of KEY, as reward/NAME, over the run's iterations; None with fewer than two."""
     return of_values([value for _, value in run.column(f"{key}/mean")])
+
+
+def of_win_rate(run: RunData) -> Change | None:
+    """Returns the last win rate as a change from 0.5, that of the start model against itself; None without answers."""
+    rates = win_rates(run)
+    if not rates:
+        return None
+    return Change(0.5, rates[-1].rate, rates[-1].standard_error)
 
 
 def of_values(values: Sequence[float]) -> Change | None:
@@ -83,28 +99,14 @@ def of_values(values: Sequence[float]) -> Change | None:
     span = max(1, min(_SPAN, len(values) // 3))
     first, last = values[:span], values[-span:]
     error = math.sqrt((variance(first) + variance(last)) / span) if span > 1 else None
-    return Change(fmean(first), fmean(last), error, (0, len(values) - 1))
-
-
-def standard_error_of_images(run: RunData, line: Mapping[str, float], key: str) -> float | None:
-    """Returns std / sqrt(N) of KEY in a line; None if the deviation or the number of images is not known."""
-    deviation, count = line.get(f"{key}/std"), num_images(run, line, key)
-    return None if deviation is None or not count else deviation / math.sqrt(count)
-
-
-def num_images(run: RunData, line: Mapping[str, float], key: str) -> int:
-    """Returns how many images a mean is over; 0 if that is not known."""
-    if key.startswith("eval/"):
-        count = run.config.get("evaluation.num_images")
-        return count if isinstance(count, int) else 0
-    done = line["iteration"] + 1
-    return round(line.get("queries", 0.0) / done)
+    return Change(fmean(first), fmean(last), error)
 
 
 def _unpaired_error(run: RunData, key: str, *lines: Mapping[str, float]) -> float | None:
-    errors = [standard_error_of_images(run, line, key) for line in lines]
+    """Returns the error of the difference of two means; an end whose values are all the same adds nothing to it."""
+    errors = [standard_error(run.config, line, key) for line in lines]
     known = [error for error in errors if error is not None]
-    return math.hypot(*known) if len(known) == len(errors) else None
+    return math.hypot(*known) if known else None
 
 
 def _paired_error(evaluations: Sequence[EvaluatedImages], key: str, first: int, last: int) -> float | None:

@@ -104,6 +104,8 @@ def _draw_line(axes: Any, line: Series) -> None:
     if banded:
         edges = [point.low for point in banded], [point.high for point in banded]
         axes.fill_between([point.x for point in banded], *edges, color=colour, alpha=0.18, linewidth=0)
+    if len(banded) == 1:  # an area without a width would not be seen
+        axes.vlines(banded[0].x, banded[0].low, banded[0].high, color=colour, alpha=0.35, linewidth=6)
     is_marked = line.has_marks or len(points) == 1
     axes.plot(
         x,

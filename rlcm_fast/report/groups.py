@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from rlcm_fast.report.measures import diversity_keys, measures
+from rlcm_fast.report.measures import WIN_RATE, diversities, measures
 from rlcm_fast.report.reading import RunData
 from rlcm_fast.report.settings import differing, text_of
 
@@ -30,7 +30,6 @@ class Result:
 
     mean: float
     standard_error: float | None  # over seeds
-    start: float
 
 
 def group(runs: Sequence[RunData]) -> list[RunGroup]:
@@ -49,7 +48,7 @@ def results(groups: Sequence[RunGroup]) -> list[tuple[str, list[Result | None]]]
     for run in (run for of_group in groups for run in of_group.runs):
         for measure in measures(run):
             keys[f"{measure.held_out if measure.is_evaluated else measure.training}/mean"] = None
-        keys |= dict.fromkeys(diversity_keys(run))
+        keys |= dict.fromkeys([*diversities(run), *(key for key in (WIN_RATE,) if key in run.keys)])
     return [(key, [_result(of_group, key) for of_group in groups]) for key in [*keys, "images_per_second"]]
 
 
@@ -57,9 +56,8 @@ def _result(of_group: RunGroup, key: str) -> Result | None:
     columns = [column for run in of_group.runs if (column := run.column(key))]
     if not columns:
         return None
-    last, first = [column[-1][1] for column in columns], [column[0][1] for column in columns]
-    error = stdev(last) / math.sqrt(len(last)) if len(last) > 1 else None
-    return Result(fmean(last), error, fmean(first))
+    last = [column[-1][1] for column in columns]
+    return Result(fmean(last), stdev(last) / math.sqrt(len(last)) if len(last) > 1 else None)
 
 
 def _is_aside(name: str) -> bool:

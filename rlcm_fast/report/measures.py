@@ -1,4 +1,4 @@
-"""Which metrics of a run mean what: trained rewards, held-out measures, guards."""
+"""Which metrics of a run mean what: trained rewards, held-out measures, guards, a person's comparisons."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlcm_fast.report.reading import RunData
+from rlcm_fast.report.rewards import of_person
+
+WIN_RATE = "rating/win_rate"
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,35 @@ class Measure:
         return f"eval/{self.key}"
 
 
+@dataclass(frozen=True)
+class WinRate:
+    """How often a person preferred the tuned model's image to the start model's."""
+
+    iteration: float  # of the evaluation whose images were compared
+    rate: float  # in [0, 1]; a tie is half a win
+    standard_error: float
+
+
+def win_rates(run: RunData) -> list[WinRate]:
+    """Returns the win rate of each evaluation with answers, by iteration; an evaluation's last line has all of them."""
+    found = {}
+    for line in run.lines:
+        num_pairs = line.get("rating/compared", 0.0)
+        if WIN_RATE in line and num_pairs > 0:
+            at = line.get("rating/of_iteration", line["iteration"])
+            found[at] = WinRate(at, line[WIN_RATE], error_of_win_rate(num_pairs))
+    return [found[at] for at in sorted(found)]
+
+
+def error_of_win_rate(num_pairs: float) -> float:
+    """Returns the standard error of the win rate of a model that is no better than the start; with ties it is less."""
+    return 0.5 / math.sqrt(num_pairs)
+
+
 def measures(run: RunData) -> list[Measure]:
-    """Returns the rewards that the metrics name: trained ones first, totals before their parts."""
-    trained = list(_means(run, "reward/"))
+    """Returns the rewards that the metrics name: trained ones first, totals before their parts; none of a person."""
+    of_persons = of_person(run.config)
+    trained = [key for key in _means(run, "reward/") if key not in of_persons]
     evaluated = [key for key in _means(run, "eval/") if not _is_size(key)]
     trained.sort(key=lambda key: key.rpartition("/")[2] != "total")
     names = [*trained, *(key for key in evaluated if key not in trained)]
@@ -42,9 +71,15 @@ def without_idle_totals(found: Sequence[Measure]) -> list[Measure]:
     return [m for m in found if m.key.rpartition("/")[2] != "total" or num_parts[m.key.rpartition("/")[0]] != 2]
 
 
-def diversity_keys(run: RunData) -> list[str]:
-    """Returns eval/diversity, or eval/TASK/diversity of several tasks."""
-    return [key for key in run.keys if key.startswith("eval/") and key.endswith("/diversity")]
+def diversities(run: RunData) -> dict[str, str]:
+    """Returns eval/diversity, or eval/TASK/diversity of several tasks, and what to call it beside rewards."""
+    keys = [key for key in run.keys if key.startswith("eval/") and key.endswith("/diversity")]
+    return {key: name_of_diversity(key) for key in keys}
+
+
+def name_of_diversity(key: str) -> str:
+    """Returns another name than that of the reward `diversity`: eval/TASK/diversity is TASK/diversity of all images."""
+    return f"{key.removeprefix('eval/')} of all images"
 
 
 def guards(run: RunData) -> list[str]:

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rlcm_fast.report.changes import Change, of_held_out, of_training
-from rlcm_fast.report.measures import Measure, constants, diversity_keys, guards, guards_outside, measures
+from rlcm_fast.report.changes import Change, of_held_out, of_metric, of_training, of_win_rate
+from rlcm_fast.report.measures import Measure, constants, diversities, guards, guards_outside, measures
 from rlcm_fast.report.reading import RunData
+from rlcm_fast.report.rewards import of_person
 
 Kind = Literal["good", "mixed", "bad", "unknown"]
 LABELS: dict[Kind, str] = {
     "good": "Looks good",
     "mixed": "Look closer",
     "bad": "Something is wrong",
-    "unknown": "Too early to tell",
+    "unknown": "Not enough to tell",
 }
 
 
@@ -37,23 +38,24 @@ class Verdict:
 
 def verdict(run: RunData) -> Verdict:
     """Judges a run: did the reward rise, did what was not trained on stay, is a reward constant, did the run end?"""
-    # Compare the start with now: the trained rewards, then what nobody optimised.
-    goals = [(measure, _trained_change(run, measure)) for measure in _goals(run)]
-    parts = {f"its part {m.key}": _trained_change(run, m) for m in _parts(run)}
-    watched = {f"held-out {m.key}": of_held_out(run, m.held_out) for m in measures(run) if not m.is_trained}
-    watched |= {f"held-out {key.removeprefix('eval/')}": of_held_out(run, key) for key in diversity_keys(run)}
-    lost = [name for name, change in watched.items() if change and change.word == "fell"]
-    rose = [change for _, change in goals if change and change.word == "rose"]
-    fell = [change for change in [*dict(goals).values(), *parts.values()] if change and change.word == "fell"]
+    # Compare the start with now: what is optimised, then what nobody optimised.
+    goals = _known({f"the {_name(measure)}": _trained_change(run, measure) for measure in _goals(run)})
+    goals = _known({"the win rate against the start model": of_win_rate(run)}) | goals
+    parts = _known({f"its part {m.key}": _trained_change(run, m) for m in _parts(run)})
+    watched = _known({f"held-out {m.key}": of_held_out(run, m.held_out) for m in measures(run) if not m.is_trained})
+    watched |= _known({f"held-out {name}": of_metric(run, key) for key, name in diversities(run).items()})
+    lost = [name for name, change in watched.items() if change.word == "fell"]
+    rose = [name for name, change in goals.items() if change.word == "rose"]
+    fell = [name for name, change in {**goals, **parts}.items() if change.word == "fell"]
     stuck, outside = constants(run), guards_outside(run)
     held_out = {measure.key for measure in measures(run) if not measure.is_trained}
     can_tell = held_out.intersection(guards(run)) or set(outside)  # statistics change with any reward
 
     # Put it into sentences.
     sentences = [_state(run)]
-    sentences += [_sentence(f"the {_name(measure)}", change) for measure, change in goals if change]
-    known = {name: change for name, change in {**parts, **watched}.items() if change}
-    sentences += [_sentence(name, change) for name, change in known.items()]
+    sentences += [_sentence(name, change) for name, change in {**goals, **parts, **watched}.items()]
+    if of_person(run.config) and of_win_rate(run) is None:
+        sentences.append("Nobody has compared its images with the start model's, so there is no win rate.")
     for name, value in stuck.items():
         sentences.append(f"The reward {name} is {value:.4g} for every image, so it teaches nothing.")
     if outside:
@@ -64,11 +66,15 @@ def verdict(run: RunData) -> Verdict:
     # Judge.
     if stuck:
         return Verdict("bad", sentences)
-    if not any(change for _, change in goals) or (not run.has_export and run.num_iterations < 3):
+    if not goals or (not run.has_export and run.num_iterations < 3):
         return Verdict("unknown", sentences)
     if rose and not (lost or outside or fell):
         return Verdict("good", sentences)
     return Verdict("bad" if can_tell.intersection(outside) or (fell and not rose) else "mixed", sentences)
+
+
+def _known(changes: dict[str, Change | None]) -> dict[str, Change]:
+    return {name: change for name, change in changes.items() if change}
 
 
 def _goals(run: RunData) -> list[Measure]:
@@ -101,7 +107,7 @@ def _state(run: RunData) -> str:
     done, planned = run.num_iterations, run.num_planned
     if done == 0:
         return "The run is at its first iteration." if run.is_alive else "The run ended before its first iteration."
-    if run.lines[-1].get("guard/stopped"):  # a run that goes on drops that line
+    if run.lines and run.lines[-1].get("guard/stopped"):  # a run that goes on drops that line
         return f"A guard stopped the run after {done} of {planned or '?'} iterations."
     if run.is_alive and done < (planned or done + 1):
         return f"The run is going on: {done} of {planned or '?'} iterations."

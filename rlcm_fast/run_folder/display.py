@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal, Protocol
 
+from rlcm_fast.report.measures import WIN_RATE
 from rlcm_fast.terminal import write_line
 
 Metrics = Mapping[str, float | int]
@@ -85,8 +86,11 @@ class Clock:
 class PlainLines:
     """Prints a line for an iteration, at most every ten seconds; the first and the last have theirs in any case."""
 
-    def __init__(self, first: int, total: int, now: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._now = Clock(first, total, now), now
+    def __init__(
+        self, first: int, total: int, now: Callable[[], float] = time.monotonic, left_out: Collection[str] = ()
+    ) -> None:
+        """left_out: rewards whose mean says nothing, as those of a person."""
+        self._clock, self._now, self._left_out = Clock(first, total, now), now, left_out
         self._printed_at = -_PLAIN_SECONDS
 
     def begin(self) -> None:
@@ -109,7 +113,9 @@ class PlainLines:
         pass
 
     def _line(self, metrics: Metrics) -> str:
-        found = rewards(metrics)
+        found = rewards(metrics, self._left_out)
+        if WIN_RATE in metrics:
+            found["win rate"] = float(metrics[WIN_RATE])
         shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         left = self._clock.left
         parts = [shown, f"{metrics['images_per_second']:.1f} images/s"]
@@ -117,14 +123,15 @@ class PlainLines:
         return f"iteration {self._clock.done} of {self._clock.total}: {'; '.join(part for part in parts if part)}"
 
 
-def rewards(metrics: Metrics) -> dict[str, float]:
-    """Returns the mean of each trained reward by name, totals first; with tasks a name is TASK/NAME."""
+def rewards(metrics: Metrics, left_out: Collection[str] = ()) -> dict[str, float]:
+    """Returns the mean of each trained reward but those `left_out`, totals first; with tasks a name is TASK/NAME."""
     found = {
         key.removeprefix("reward/").removesuffix("/mean"): float(value)
         for key, value in metrics.items()
         if key.startswith("reward/") and key.endswith("/mean")
     }
-    return dict(sorted(found.items(), key=lambda item: item[0].rpartition("/")[2] != "total"))
+    shown = [item for item in found.items() if item[0] not in left_out]
+    return dict(sorted(shown, key=lambda item: item[0].rpartition("/")[2] != "total"))
 
 
 def duration(seconds: float) -> str:

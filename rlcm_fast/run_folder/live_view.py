@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlcm_fast.report.changes import Change, of_values
+from rlcm_fast.report.changes import SURE, Change, of_values
+from rlcm_fast.report.measures import WIN_RATE, error_of_win_rate, name_of_diversity
+from rlcm_fast.report.rewards import of_person, standard_error
 from rlcm_fast.run_folder.display import Clock, Metrics, duration, rewards
 from rlcm_fast.terminal import guarded
 
@@ -44,12 +46,13 @@ _GIB = 2**30
 class LiveView:
     """Shows the run until it is closed."""
 
-    def __init__(self, clock: Clock, num_images: int, note: str = "", file: Any = None) -> None:
-        """Needs the number of an evaluation's images for its standard error.
+    def __init__(self, clock: Clock, config: Mapping[str, Any], note: str = "", file: Any = None) -> None:
+        """Needs the run's config by dotted names, which says how many images an evaluation has and who gives rewards.
 
         note: what the first iteration does beside its work; file: a text stream, stderr by default.
         """
-        self._clock, self._num_images, self._note = clock, num_images, note
+        self._clock, self._config, self._note = clock, config, note
+        self._left_out = of_person(config)
         self._trends: dict[str, list[float]] = {}
         self._start: dict[str, float] = {}  # the first evaluation
         self._metrics: dict[str, float] = {}  # the last value of each key
@@ -87,7 +90,7 @@ class LiveView:
         if "images_per_second" in metrics:
             self._clock.step()
             self._note = ""
-            for name, value in rewards(metrics).items():
+            for name, value in rewards(metrics, self._left_out).items():
                 self._trends[name] = [*self._trends.get(name, []), value][-_REMEMBERED:]
         self._trained = [_Trained(name, values, of_values(values)) for name, values in self._trends.items()]
         self._held_out, self._pace = self._held_out_rows(), self._speed()
@@ -132,29 +135,26 @@ class LiveView:
         return line
 
     def _held_out_rows(self) -> list[list[Text]]:
-        names = [key.removeprefix("eval/") for key in self._start if key.endswith(("/mean", "/diversity"))]
         rows = []
-        for key in names:
-            now, start = self._metrics[f"eval/{key}"], self._start[f"eval/{key}"]
-            name, band = key.removesuffix("/mean"), self._band(key)
-            text = Text(_ends(*band)) if band else Text("")
-            if band:
-                is_inside = band[0] <= now <= band[1]
-                text.append("inside" if is_inside else "outside", style="" if is_inside else "yellow")
-            rows.append([Text(name), Text(_number(now)), Text(_number(start)), text])
+        for key, start in self._start.items():
+            if key.endswith("/mean"):
+                name = key.removeprefix("eval/").removesuffix("/mean")
+                rows.append(_held_out_row(name, self._metrics[key], start, self._band(name, start)))
+            elif key.endswith("/diversity"):
+                rows.append(_held_out_row(name_of_diversity(key), self._metrics[key], start, None))
+        if WIN_RATE in self._metrics:
+            reach = SURE * error_of_win_rate(self._metrics["rating/compared"])
+            by_chance = max(0.0, 0.5 - reach), min(1.0, 0.5 + reach)
+            rows.append(_held_out_row("win rate", self._metrics[WIN_RATE], 0.5, by_chance))
         return rows
 
-    def _band(self, key: str) -> tuple[float, float] | None:
+    def _band(self, name: str, start: float) -> tuple[float, float] | None:
         """Returns the band of a guard of this name; else two standard errors around the start; None without either."""
-        name = key.removesuffix("/mean")
         low, high = (self._metrics.get(f"guard/{name}/{end}") for end in ("low", "high"))
         if low is not None or high is not None:
             return -math.inf if low is None else low, math.inf if high is None else high
-        deviation = self._start.get(f"eval/{name}/std")
-        if deviation is None:
-            return None
-        start, reach = self._start[f"eval/{key}"], 2 * deviation / self._num_images**0.5
-        return start - reach, start + reach
+        error = standard_error(self._config, self._start, f"eval/{name}")
+        return None if error is None else (start - SURE * error, start + SURE * error)
 
     def _speed(self) -> str:
         parts = []
@@ -198,6 +198,14 @@ def sparkline(values: Sequence[float], sparks: str = _SPARKS) -> str:
     if not low < high:
         return sparks[0] * len(shown)
     return "".join(sparks[min(len(sparks) - 1, int((value - low) / (high - low) * len(sparks)))] for value in shown)
+
+
+def _held_out_row(name: str, now: float, start: float, band: tuple[float, float] | None) -> list[Text]:
+    text = Text(_ends(*band)) if band else Text("")
+    if band:
+        is_inside = band[0] <= now <= band[1]
+        text.append("inside" if is_inside else "outside", style="" if is_inside else "yellow")
+    return [Text(name), Text(_number(now)), Text(_number(start)), text]
 
 
 def _table(rows: Sequence[Sequence[Text]], titles: Sequence[str], width: int, name_width: int) -> Table:

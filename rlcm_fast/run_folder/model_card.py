@@ -13,11 +13,13 @@ from typing import Any
 import yaml
 
 from rlcm_fast.backbones.pipeline import Backbone
-from rlcm_fast.config import Config, RewardConfig
+from rlcm_fast.config import Config, RewardConfig, to_dict
 from rlcm_fast.config.files import local_path
 from rlcm_fast.config.resolved import resolve
 from rlcm_fast.policies import resolve_kind
-from rlcm_fast.report.reading import lines_of
+from rlcm_fast.report.measures import WIN_RATE
+from rlcm_fast.report.reading import flat, lines_of
+from rlcm_fast.report.rewards import of_person
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHIPPED = ("shapes/lcm", "shapes/teacher")
@@ -49,7 +51,7 @@ class Card:
 
     def write(self, folder: Path) -> None:
         """Writes README.md, curves.png and the pictures before.png and after.png, as far as the run has them."""
-        pictures = _curves(self.run_dir, folder, self.iteration) + _samples(self.run_dir, folder, self.iteration)
+        pictures = self._curves(folder) + _samples(self.run_dir, folder, self.iteration)
         parts = [f"# {self.run_dir.name}", self._summary(), self.usage, self._recipe(), *self.notes, *pictures]
         parts += ["## Limits and licences", _LIMITS, self._licences()]
         text = f"---\n{yaml.safe_dump(self._head(), sort_keys=False)}---\n\n" + "\n\n".join(parts) + "\n"
@@ -107,6 +109,30 @@ class Card:
         }
         lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
         return "\n".join(["## Recipe", "", "| setting | value |", "|---|---|", *lines])
+
+    def _curves(self, folder: Path) -> list[str]:
+        """Draws the rewards over the card's iterations, and in the place of a person's reward its win rate."""
+        # Read their values.
+        lines = [line for line in lines_of(self.run_dir / "metrics.jsonl", []) if line["iteration"] < self.iteration]
+        means = sorted({key for line in lines for key in line if key.startswith("reward/") and key.endswith("/mean")})
+        named = {key: key.removeprefix("reward/").removesuffix("/mean") for key in means}
+        left_out = of_person(flat(to_dict(self.config)))
+        shown = {key: name for key, name in named.items() if name not in left_out}
+        shown |= {WIN_RATE: "win rate"} if any(WIN_RATE in line for line in lines) else {}
+        if not shown or len(lines) < _FEWEST_POINTS:
+            return []
+
+        # Draw them without a display and without pyplot's global state.
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 2.2 * len(shown)), layout="constrained")
+        for axes, (key, name) in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown.items(), strict=True):
+            points = [(line["iteration"], line[key]) for line in lines if key in line]
+            axes.plot([x for x, _ in points], [y for _, y in points])
+            axes.set_ylabel(name)
+        axes.set_xlabel("iteration")
+        figure.savefig(folder / "curves.png", dpi=80)
+        return ["![Rewards over the iterations](curves.png)"]
 
     def _licences(self) -> str:
         """Says whose licences bind the result; those of reward models are known to us."""
@@ -199,28 +225,6 @@ def _version() -> str:
         return metadata.version("rlcm_fast")
     except metadata.PackageNotFoundError:  # a checkout that is not installed
         return "(a checkout)"
-
-
-def _curves(run_dir: Path, folder: Path, iteration: int) -> list[str]:
-    """Draws the rewards over the iterations up to `iteration`."""
-    # Read the means of all rewards.
-    file = run_dir / "metrics.jsonl"
-    lines = [line for line in lines_of(file, []) if line["iteration"] < iteration]
-    names = sorted({key for line in lines for key in line if key.startswith("reward/") and key.endswith("/mean")})
-    if not names or len(lines) < _FEWEST_POINTS:
-        return []
-
-    # Draw them without a display and without pyplot's global state.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 2.2 * len(names)), layout="constrained")
-    for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
-        points = [(line["iteration"], line[name]) for line in lines if name in line]
-        axes.plot([x for x, _ in points], [y for _, y in points])
-        axes.set_ylabel(name.removeprefix("reward/").removesuffix("/mean"))
-    axes.set_xlabel("iteration")
-    figure.savefig(folder / "curves.png", dpi=80)
-    return ["![Rewards over the iterations](curves.png)"]
 
 
 def _samples(run_dir: Path, folder: Path, iteration: int) -> list[str]:

@@ -21,6 +21,8 @@ from rlcm_fast import parallel
 from rlcm_fast.config import Config, to_dict, to_yaml
 from rlcm_fast.finite_json import finite_json, load_json, not_finite
 from rlcm_fast.grids import captioned_grid
+from rlcm_fast.report.reading import flat
+from rlcm_fast.report.rewards import of_person
 from rlcm_fast.run_folder.display import Clock, Display, PlainLines, is_live
 from rlcm_fast.run_folder.evaluation_files import write_evaluation
 from rlcm_fast.run_folder.stage_profile import IterationProfile
@@ -182,14 +184,15 @@ class Tracker:
 def _display(config: Config, first_iteration: int) -> Display:
     """Returns the live view, or plain lines; says if the first iteration compiles, which takes minutes."""
     is_compiled = config.engine.compile != "off" and first_iteration < config.num_iterations
+    fields = flat(to_dict(config))
     if is_live(config.tracking.live):
         from rlcm_fast.run_folder.live_view import LiveView
 
         note = "compiling" if is_compiled else ""
-        return LiveView(Clock(first_iteration, config.num_iterations), config.evaluation.num_images, note)
+        return LiveView(Clock(first_iteration, config.num_iterations), fields, note)
     if is_compiled:
         say("compiling the network: the first iteration takes longer")
-    return PlainLines(first_iteration, config.num_iterations)
+    return PlainLines(first_iteration, config.num_iterations, left_out=of_person(fields))
 
 
 def _drop_lines_from(path: Path, iteration: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -16,7 +17,7 @@ from report_runs import PROMPTS, make_run, png
 
 from rlcm_fast.cli.main import main
 from rlcm_fast.report import read_run, read_runs, render
-from rlcm_fast.report.charts import averaged, sections_of_run, smoothed
+from rlcm_fast.report.charts import averaged, sections_of_groups, sections_of_run, smoothed
 from rlcm_fast.report.drawing import Point, Series, draw, thinned
 from rlcm_fast.report.groups import group, results
 from rlcm_fast.report.pictures import disputes, extremes, load, pairs, ranks_by, varied
@@ -156,6 +157,29 @@ def test_large_files_are_made_smaller_and_small_ones_stay_as_they_are(tmp_path: 
     assert large.source.startswith("data:image/jpeg") and (large.width, large.height) == (1024, 614)
     assert base64.b64decode(small.source.partition(",")[2]) == (tmp_path / "small.png").read_bytes()
     assert small.shown_width == 192 and large.shown_width == 1024
+
+
+def test_a_comparison_has_the_sections_of_a_single_run(tmp_path: Path):
+    runs = []
+    for seed in (0, 1):
+        more = {f"gradient/{name}/norm": 1.0 + seed for name in ("jpeg", "other")} | {"advantage/jpeg/abs_mean": 0.5}
+        more |= {"guard/shown": 0.5 + seed, "guard/shown/low": 0.4, "guard/outside": float(seed), "grad_norm": 2.0}
+        run_dir = make_run(tmp_path / f"run_{seed}", seed=seed)
+        lines = [json.loads(text) | more for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        runs.append(read_run(run_dir))
+    single = {section.title: section.charts for section in sections_of_run(runs[0])}
+    several = {section.title: section.charts for section in sections_of_groups([("run", runs)])}
+    assert set(single) - set(several) == {"Trained rewards", "Held out: what nobody optimised"}  # one section there
+
+    (shown, outside) = several["Guards"]
+    assert (shown.title, outside.title) == ("shown", "Measures outside of their bands")
+    assert shown.series[0].points[-1] == Point(80, 1.0, 0.5, 1.5)  # 0.5 and 1.5, a standard error of 0.5
+    norms = next(chart for chart in single["Policy"] if chart.title == "Norm of the gradient of each part")
+    assert [line.label for line in norms.series] == ["jpeg", "other"]
+    titles = {chart.title for chart in several["Policy"]}
+    assert {f"Norm of the gradient of each part: {name}" for name in ("jpeg", "other")} < titles
+    assert {"Gradient norm", "Mean size of the advantages: jpeg"} < titles
 
 
 @pytest.mark.usefixtures("no_charts")

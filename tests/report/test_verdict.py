@@ -13,12 +13,13 @@ from report_runs import NUM_IMAGES, make_run
 from rlcm_fast.report import read_run, verdict
 from rlcm_fast.report.changes import Change, of_held_out, of_training, of_values
 from rlcm_fast.report.charts import sections_of_run
-from rlcm_fast.report.measures import constants, guards, guards_outside
+from rlcm_fast.report.measures import constants, guards, guards_outside, measures, win_rates
 from rlcm_fast.report.reading import RunData
+from rlcm_fast.report.rewards import of_person, standard_error
 
 
-def run_of(lines: list[dict[str, float]], **more: object) -> RunData:
-    of_config = {"num_iterations": len(lines), "evaluation.num_images": 100}
+def run_of(lines: list[dict[str, float]], config: dict[str, object] | None = None, **more: object) -> RunData:
+    of_config = {"num_iterations": len(lines), "evaluation.num_images": 101, **(config or {})}  # std / sqrt(101 - 1)
     numbered = [{"iteration": float(i), "images_per_second": 1.0, **line} for i, line in enumerate(lines)]
     return RunData(Path(), "run", config=of_config, lines=numbered, **more)  # pyright: ignore[reportArgumentType]
 
@@ -60,7 +61,7 @@ def test_training_compares_the_ends_by_their_scatter():
     ],
 )
 def test_two_standard_errors_are_a_change_and_a_tenth_where_none_is_known(end: float, error: float | None, word: str):
-    assert Change(1.0, end, error, (0, 1)).word == word
+    assert Change(1.0, end, error).word == word
 
 
 def test_a_reward_that_rises_while_a_held_out_one_falls_is_said_to_be_bought(tmp_path: Path):
@@ -68,7 +69,7 @@ def test_a_reward_that_rises_while_a_held_out_one_falls_is_said_to_be_bought(tmp
     assert found.kind == "mixed"
     assert found.sentences[0] == "The run has ended after 10 iterations."
     assert "Held-out shown fell from 0.9 to 0.4" in found.text
-    assert "Held-out diversity stayed at 0.2." in found.text
+    assert "Held-out diversity of all images stayed at 0.2." in found.text
     assert "The reward may have been bought with the pictures" in found.text
 
 
@@ -131,6 +132,105 @@ def test_a_band_with_one_end_counts_and_is_shaded_to_the_edge_of_its_chart():
         (section,) = (section for section in sections_of_run(run) if section.title == "Guards")
         edges.append([(point.low, point.high) for point in section.charts[0].series[0].points])
     assert edges == [[(0.7, 0.8)] * 2, [(0.0, 1.5)] * 2]
+
+
+RISING = [{"reward/jpeg/mean": float(i), "reward/jpeg/std": 1.0} for i in range(9)]
+HUMAN = {"rewards": [{"name": "human"}]}
+
+
+def held_out(config: dict[str, object], start: dict[str, float], end: dict[str, float]) -> RunData:
+    """Returns a run whose trained reward rises, with one evaluation at either end."""
+    return run_of([{**RISING[0], **start}, *RISING[1:-1], {**RISING[-1], **end}], config)
+
+
+def of_diversity(mean: float, std: float) -> dict[str, float]:
+    return {"eval/diversity/mean": mean, "eval/diversity/std": std, "eval/diversity": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("end", "kind", "said"),
+    [(0.2449, "good", "stayed near 0.2451; it is 0.2449."), (0.2, "mixed", "fell from 0.2451 to 0.2.")],
+)
+def test_a_set_reward_of_one_group_has_no_standard_error(end: float, kind: str, said: str):
+    watched = {"evaluation.rewards": [{"name": "diversity"}]}
+    found = verdict(held_out(watched, of_diversity(0.2451, 0.0), of_diversity(end, 0.0)))
+    assert found.kind == kind
+    assert f"Held-out diversity {said}" in found.text
+    assert "Held-out diversity of all images stayed at 0.3." in found.text, "the measure beside the reward"
+
+
+def test_the_error_of_a_set_reward_is_that_of_its_groups():
+    watched = {"evaluation.num_images": 40, "evaluation.rewards": [{"name": "diversity", "group_size": 8}]}
+    run = held_out(watched, of_diversity(0.5, 0.3), of_diversity(0.9, 0.4))
+    change = of_held_out(run, "eval/diversity")
+    assert change is not None
+    assert change.standard_error == pytest.approx(math.hypot(0.3, 0.4) / math.sqrt(5 - 1))  # 40 images / 8
+    assert change.word == "stayed" and verdict(run).kind == "good"
+    chart = next(c for s in sections_of_run(run) for c in s.charts if c.title == "diversity")
+    assert chart.series[0].points[0].low == pytest.approx(0.5 - 2 * 0.3 / 2)
+
+
+def test_a_mean_counts_the_images_that_have_a_score_and_groups_of_their_own_task():
+    task: dict[str, object] = {"name": "t", "rewards": [{"name": "a", "label": "b", "group_size": 10}]}
+    config = {"evaluation.num_images": 50, "tasks": [task], "rewards": [{"name": "c"}]}
+    line = {f"eval/{key}/std": 6.0 for key in ("t/b", "t/other", "few")} | {"eval/t/other/skipped": 13.0}
+    assert standard_error(config, line, "eval/t/b") == 3.0  # of 5 groups
+    assert standard_error(config, line, "eval/t/other") == 1.0  # of 37 images
+    assert standard_error({}, line, "eval/few") is None
+    assert standard_error({"evaluation.num_images": 1}, line, "eval/few") is None
+
+
+def rated(*rates: tuple[float, float, float], **more: float) -> RunData:
+    """Returns a run that a person rates, with its (iteration of the images, win rate, pairs)."""
+    human = {"reward/human/mean": -7e-9, "reward/total/mean": -7e-9, "reward/human/std": 0.0, "reward/total/std": 0.0}
+    names = ("rating/of_iteration", "rating/win_rate", "rating/compared")
+    lines = [{**human, **dict(zip(names, rate, strict=True)), **more} for rate in rates]
+    return run_of([human, human, human, *lines], HUMAN)
+
+
+@pytest.mark.parametrize(
+    ("rate", "kind", "said"),
+    [
+        (0.875, "good", "rose from 0.5 to 0.875 (2.1 standard errors)"),  # 7 of 8: 0.375 / (0.5 / sqrt(8))
+        (0.75, "mixed", "stayed near 0.5; it is 0.75 (1.4 standard errors)"),
+        (0.0, "bad", "fell from 0.5 to 0"),
+    ],
+)
+def test_a_rated_run_is_judged_by_its_win_rate(rate: float, kind: str, said: str):
+    found = verdict(rated((0, 0.5, 2), (2, rate, 3), (2, rate, 8)))
+    assert found.kind == kind
+    assert f"The win rate against the start model {said}" in found.text
+    assert "human" not in found.text and "total" not in found.text and "teaches nothing" not in found.text
+
+
+def test_a_rated_run_that_nobody_compared_is_not_judged():
+    found = verdict(rated())
+    assert found.kind == "unknown"
+    assert "Nobody has compared its images with the start model's, so there is no win rate." in found.text
+
+
+def test_beside_a_person_other_rewards_are_goals_of_their_own():
+    config: dict[str, object] = {"rewards": [{"name": "human", "label": "taste"}, {"name": "jpeg"}]}
+    keys = ("reward/taste/mean", "reward/total/mean")
+    run = run_of([{**line, **dict.fromkeys(keys, 0.0)} for line in RISING], config)
+    assert [measure.key for measure in measures(run)] == ["jpeg"]
+    assert "The reward jpeg rose from" in verdict(run).text
+    tasks = [{"name": "a", "rewards": [{"name": "human"}]}, {"name": "b", "rewards": [{"name": "jpeg"}]}]
+    assert of_person({"tasks": tasks}) == {"a/human", "a/total"} and of_person({}) == set()
+
+
+def test_the_win_rate_is_drawn_where_its_images_were_over_the_band_of_no_difference():
+    run = rated((0, 0.5, 4), (2, 0.625, 4), (2, 0.75, 16))
+    assert [(rate.iteration, rate.rate) for rate in win_rates(run)] == [(0, 0.5), (2, 0.75)]
+    (section,) = sections_of_run(run)[:1]
+    assert section.title == "Rated by a person"
+    points = section.charts[0].series[0].points
+    assert [(point.x, point.y, point.low, point.high) for point in points] == [(0, 0.5, 0, 1), (2, 0.75, 0.25, 0.75)]
+
+
+def test_a_run_that_the_guard_stopped_says_so():
+    run = run_of([*RISING, {"guard/stopped": 1.0}], {"num_iterations": 30})
+    assert verdict(run).sentences[0].startswith("The guard stopped the run after ")
 
 
 def test_every_number_of_the_verdict_is_in_the_metrics(tmp_path: Path):

@@ -6,18 +6,20 @@ import io
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyte
 import pytest
 from rich.console import Console
 
-from rlcm_fast.config import Config, TrackingConfig
+from rlcm_fast.config import Config, RewardConfig, TrackingConfig
 from rlcm_fast.run_folder import live_view
 from rlcm_fast.run_folder.display import Clock, PlainLines, duration, is_live
 from rlcm_fast.run_folder.live_view import LiveView, sparkline
 from rlcm_fast.run_folder.tracking import Tracker
 from rlcm_fast.terminal import write_line
 
+CONFIG = {"evaluation.num_images": 65}
 EVALUATED = {"eval/shown/mean": 0.85, "eval/shown/std": 0.4, "eval/diversity": 0.25}
 
 
@@ -57,10 +59,12 @@ def now() -> Seconds:
     return Seconds()
 
 
-def view_on(screen: Screen, now: Seconds, monkeypatch: pytest.MonkeyPatch, note: str = "") -> LiveView:
+def view_on(
+    screen: Screen, now: Seconds, monkeypatch: pytest.MonkeyPatch, note: str = "", config: dict[str, Any] = CONFIG
+) -> LiveView:
     size = {"width": screen.screen.columns, "height": screen.screen.lines}
     monkeypatch.setattr(live_view, "Console", lambda **settings: Console(**{**settings, **size}))
-    view = LiveView(Clock(0, 10, now), 64, note, screen)
+    view = LiveView(Clock(0, 10, now), config, note, screen)
     view.begin()
     return view
 
@@ -86,10 +90,51 @@ def test_the_whole_view(now: Seconds, monkeypatch: pytest.MonkeyPatch):
     assert lines[1].split() == ["reward", "now", "trend"]
     assert lines[2].split() == ["total", "5.000", "\u2581\u2582\u2584\u2585\u2587\u2588", "rose"]
     assert [line.split()[0] for line in lines[3:5]] == ["jpeg", "shapes_alignment"]
-    # the start and two standard errors around it: 0.85 -+ 2 * 0.4 / sqrt(64)
+    # the start and two standard errors around it: 0.85 -+ 2 * 0.4 / sqrt(65 - 1)
     assert lines[6].split() == ["shown", "0.500", "0.850", "0.750", "to", "0.950", "outside"]
-    assert lines[7].split() == ["diversity", "0.200", "0.250"]
+    assert lines[7].split() == ["diversity", "of", "all", "images", "0.200", "0.250"]
     assert lines[8].startswith("33.4 images/s, 1.93 s an iteration, ") and lines[8].endswith("iteration 7 since 0:03")
+
+
+@pytest.mark.parametrize(
+    ("size", "std", "shown"),
+    [(0, 0.0, "diversity 0.249 0.250"), (13, 0.1, "diversity 0.249 0.250 0.150 to 0.350 inside")],
+)
+def test_a_set_reward_has_the_band_of_its_groups_and_none_of_a_single_group(
+    size: int, std: float, shown: str, now: Seconds, monkeypatch: pytest.MonkeyPatch
+):
+    screen = Screen()
+    config = {**CONFIG, "evaluation.rewards": [{"name": "diversity", "group_size": size}]}  # 65 images, 5 groups
+    view = view_on(screen, now, monkeypatch, config=config)
+    keys = ("eval/diversity/mean", "eval/diversity/std", "eval/diversity")
+    for mean in (0.25, 0.249):
+        view.show(dict(zip(keys, (mean, std, 0.3), strict=True)))
+    lines = [" ".join(line.split()) for line in screen.lines]
+    view.close()
+    assert shown in lines and "diversity of all images 0.300 0.300" in lines
+
+
+def test_a_person_s_reward_is_its_win_rate(
+    now: Seconds, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    screen = Screen()
+    config = {"rewards": [{"name": "human"}]}
+    view = view_on(screen, now, monkeypatch, config=config)
+    metrics = {**iteration(0, 1.0), "reward/human/mean": -7e-9, "rating/win_rate": 0.875, "rating/compared": 8.0}
+    view.show(metrics)
+    lines = [" ".join(line.split()) for line in screen.lines]
+    view.close()
+    assert "win rate 0.875 0.500 0.146 to 0.854 outside" in lines  # 2 * 0.5 / sqrt(8)
+    assert not any(line.startswith(("human", "total")) for line in lines)
+
+    # Plain lines say the same.
+    rewards = [RewardConfig("human"), RewardConfig("jpeg")]
+    tracking = TrackingConfig(tensorboard=False, live=False)
+    tracker = Tracker(tmp_path, Config(tracking=tracking, rewards=rewards, num_iterations=5), 0)
+    tracker.log(metrics)
+    tracker.close()
+    said = capsys.readouterr().err
+    assert "iteration 1 of 5: jpeg 1.000, shapes_alignment 1.000, win rate 0.875; 33.4 images/s" in said
 
 
 @pytest.mark.parametrize(
@@ -167,7 +212,7 @@ def test_a_terminal_that_is_gone_costs_the_view_alone(now: Seconds, monkeypatch:
             raise OSError(5, "Input/output error")
 
     screen = Gone()
-    view = LiveView(Clock(0, 10, now), 64, "", guarded(screen))
+    view = LiveView(Clock(0, 10, now), CONFIG, "", guarded(screen))
     view.begin()
     view.say("nobody hears this")
     view.show(iteration(0, 1.0))
@@ -198,7 +243,7 @@ def test_without_unicode_bars_are_ascii():
         encoding = "latin-1"  # pyright: ignore[reportAssignmentType]
 
     screen = Latin()
-    view = LiveView(Clock(0, 10), 64, file=screen)
+    view = LiveView(Clock(0, 10), CONFIG, file=screen)
     for number in range(8):
         view.show(iteration(number, float(number)))
     Console(file=screen, force_terminal=True, width=100, height=24).print(view)

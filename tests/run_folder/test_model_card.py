@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,18 @@ def test_a_shipped_model_has_the_licence_of_the_package(tmp_path: Path):
         assert head["license"] == licence and head.get("base_model") == (None if path == "shapes/lcm" else ["me/model"])
     Card(tmp_path, config, 3, "").write(tmp_path)
     assert "- base model: `shapes/lcm` comes with rlcm_fast" in (tmp_path / "README.md").read_text()
+
+
+def test_the_curves_of_a_rated_run_are_its_win_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from matplotlib.axes import Axes
+
+    labels: list[str] = []
+    monkeypatch.setattr(Axes, "set_ylabel", lambda _, label: labels.append(label))
+    config = parse_config(["--config", "shapes/rating", "--policy.kind", "consistency"])
+    line = {"reward/human/mean": 0.0, "reward/total/mean": 0.0, "rating/win_rate": 0.75}
+    lines = [json.dumps({"iteration": number, **line}) for number in range(6)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    Card(tmp_path, config, 6, "").write(tmp_path)
+    assert labels == ["win rate"]
+    Card(tmp_path, parse_config(["--config", "shapes/joint"]), 6, "").write(tmp_path)
+    assert labels[1:] == ["human", "total", "win rate"]
