@@ -20,7 +20,7 @@ from markupsafe import Markup
 from rlcm_fast.report.charts import Chart, Section, sections_of_groups, sections_of_run
 from rlcm_fast.report.drawing import Point, draw, thinned
 from rlcm_fast.report.groups import group, results
-from rlcm_fast.report.pictures import disputes, extremes, frames, pairs
+from rlcm_fast.report.pictures import alarms, disputes, extremes, frames, pairs
 from rlcm_fast.report.reading import RunData
 from rlcm_fast.report.settings import differing, environment, settings
 from rlcm_fast.report.verdict import verdict
@@ -68,6 +68,7 @@ def _run(run: RunData, number: int) -> dict[str, Any]:
         "problems": run.problems,
         "sections": _drawn(sections_of_run(run)),
         "frames": frames(run),
+        "alarms": alarms(run),
         "pairs": pairs(run),
         "first": run.evaluations[0].iteration if last else None,
         "last": last.iteration if last else None,

@@ -1,6 +1,7 @@
 """Chooses the images that a report shows, and puts them into the page as data.
 
     slider        grids of the same prompts and noise, spread evenly over the run
+    alarms        the pictures that the guard wrote, the latest ones
     pairs         the first and the latest evaluation, image by image
     extremes      the best and the worst images by each reward
     disputes      images that one reward ranks high and another low
@@ -23,6 +24,7 @@ from PIL import Image
 from rlcm_fast.report.reading import EvaluatedImages, RunData, Scored
 
 _MOST_FRAMES = 24
+_MOST_ALARMS = 3
 _MOST_PAIRS = 8
 _MOST_REWARDS = 8
 _MOST_DISPUTES = 6
@@ -48,7 +50,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Frame:
-    """A grid of the slider."""
+    """A picture of many images, after so many iterations."""
 
     iteration: int
     picture: Picture
@@ -100,9 +102,18 @@ class Dispute:
 
 def frames(run: RunData) -> list[Frame]:
     """Returns grids of the whole run, the first and the last among them."""
+    return _frames(_spread(run.grids, _MOST_FRAMES), "Grid of fixed prompts and noise")
+
+
+def alarms(run: RunData) -> list[Frame]:
+    """Returns the latest pictures of the guard: the start model's images beside those with the weights of then."""
+    return _frames(run.guard_pictures[-_MOST_ALARMS:], "Images of the start model and those that alarmed the guard,")
+
+
+def _frames(files: Sequence[tuple[int, Path]], what: str) -> list[Frame]:
     found = []
-    for iteration, path in _spread(run.grids, _MOST_FRAMES):
-        picture = load(path, f"Grid of fixed prompts and noise after {iteration} iterations", _GRID_WIDTH)
+    for iteration, path in files:
+        picture = load(path, f"{what} after {iteration} iterations", _GRID_WIDTH)
         if picture:
             found.append(Frame(iteration, picture))
     return found

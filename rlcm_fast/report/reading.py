@@ -55,6 +55,7 @@ class RunData:
     environment: Mapping[str, Any] = field(default_factory=dict)
     lines: Sequence[Line] = ()  # by iteration
     grids: Sequence[tuple[int, Path]] = ()  # by iteration
+    guard_pictures: Sequence[tuple[int, Path]] = ()  # by iteration: what was said by the guard, start beside now
     evaluations: Sequence[EvaluatedImages] = ()  # the first and the latest
     problems: Sequence[str] = ()
     is_alive: bool = False  # its process writes here
@@ -99,7 +100,8 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
         config=flat(_yaml(folder / "config.yaml", problems)),
         environment=_json(folder / "environment.json", problems),
         lines=lines_of(folder / "metrics.jsonl", problems),
-        grids=_grids(folder / "grids"),
+        grids=_pictures(folder / "grids"),
+        guard_pictures=_pictures(folder / "guard"),
         evaluations=_evaluations(folder / "evaluation", problems),
         problems=problems,
         is_alive=_is_alive(folder / "lock"),
@@ -181,7 +183,7 @@ def _objects(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def _grids(folder: Path) -> list[tuple[int, Path]]:
+def _pictures(folder: Path) -> list[tuple[int, Path]]:
     files = [path for path in _entries(folder) if path.suffix == ".png" and path.stem.isdecimal()]
     return sorted((int(path.stem), path) for path in files)
 

@@ -10,15 +10,22 @@ latest but the first goes.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+
 from rlcm_fast.finite_json import finite_json
+from rlcm_fast.grids import captioned_grid
 
 FOLDER, SCORES = "evaluation", "scores.jsonl"
+_PICTURED = 8  # images in the picture of an evaluation
 
 
 def write_evaluation(
@@ -50,6 +57,18 @@ def write_evaluation(
         if other != folder:
             with contextlib.suppress(OSError):
                 shutil.rmtree(other)
+
+
+def evaluation_picture(scores: Sequence[Mapping[str, Any]], files: Mapping[str, bytes]) -> Image.Image:
+    """Returns one picture of the first kept images, the same at every evaluation, with their prompts and scores."""
+    images, captions = [], []
+    for row in [row for row in scores if row.get("file") in files][:_PICTURED]:
+        with Image.open(io.BytesIO(files[row["file"]]), formats=("PNG",)) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB")))
+        images.append(pixels.permute(2, 0, 1) / 255)
+        said = [f"{key.removeprefix('eval/')} {score:.4g}" for key, score in row["scores"].items()]
+        captions.append(f"{row['prompt']}: {', '.join(said)}")
+    return captioned_grid(images, captions, columns=4)
 
 
 def evaluations(run_dir: Path) -> list[Path]:

@@ -46,9 +46,13 @@ class GuardPictures:
         named = {f"{number:02d}": _eight_bits(picture) for number, picture in enumerate(pictures)}
         write_tensors(self.folder / "start.safetensors", named)
 
+    def file(self, iteration: int) -> Path:
+        """Returns where the picture after so many iterations lies, if there is one."""
+        return self.folder / f"{iteration:06d}.png"
+
     def compare(self, iteration: int, pictures: Sequence[Tensor], texts: Sequence[str]) -> Path:
         """Writes n pictures (3, H, W) of n texts beside the start model's; returns the file."""
-        path = self.folder / f"{iteration:06d}.png"
+        path = self.file(iteration)
         if not parallel.is_main() or len(pictures) == 0:
             return path
         start = self._start()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rlcm_fast import parallel
@@ -24,7 +25,7 @@ from rlcm_fast.grids import captioned_grid
 from rlcm_fast.report.reading import flat
 from rlcm_fast.report.rewards import of_person
 from rlcm_fast.run_folder.display import Clock, Display, PlainLines, is_live
-from rlcm_fast.run_folder.evaluation_files import write_evaluation
+from rlcm_fast.run_folder.evaluation_files import evaluation_picture, write_evaluation
 from rlcm_fast.run_folder.stage_profile import IterationProfile
 from rlcm_fast.terminal import write_line
 
@@ -124,23 +125,27 @@ class Tracker:
         path = self._run_dir / "grids" / f"{iteration:06d}.png"
         path.parent.mkdir(exist_ok=True)
         picture.save(path)
-        if self._events:
-            import numpy as np
+        self._send("grid", iteration, picture)
 
-            self._events.add_image("grid", np.asarray(picture), iteration, dataformats="HWC")
-        if self._wandb:
-            import wandb  # pyright: ignore[reportMissingImports]
-
-            self._wandb.log({"grid": wandb.Image(picture)}, step=iteration)
+    def guard(self, iteration: int, path: Path) -> None:
+        """Sends the picture that the guard has written at this iteration, if it has, as an event."""
+        if self._display is not None and path.is_file():
+            with Image.open(path) as picture:
+                self._send("guard", iteration, picture.convert("RGB"))
 
     def evaluation(self, iteration: int, scores: Sequence[Mapping[str, Any]], files: Mapping[str, bytes]) -> None:
-        """Saves images of an evaluation and the scores of all its images; a disk that is full costs these alone."""
+        """Saves images of an evaluation and the scores of all its images; a disk that is full costs these alone.
+
+        A picture of the first few, with their scores, is an event.
+        """
         if self._display is None:
             return
         try:
             write_evaluation(self._run_dir, iteration, scores, files)
         except OSError as error:
             self.say(f"the images of the evaluation after {iteration} iterations were not saved ({error.strerror})")
+        if self._has_trackers and files:
+            self._send("evaluation", iteration, evaluation_picture(scores, files))
 
     def begin(self, num_images: int) -> None:
         """Announces the first iteration, which scores `num_images` images on all processes together."""
@@ -154,6 +159,21 @@ class Tracker:
         """Prints a line for the person at the terminal, above a live view."""
         if self._display is not None:
             self._display.say(message)
+
+    @property
+    def _has_trackers(self) -> bool:
+        return bool(self._events or self._wandb)
+
+    def _send(self, key: str, iteration: int, picture: Image.Image) -> None:
+        """Sends a picture to the trackers beside the folder."""
+        if self._events:
+            import numpy as np
+
+            self._events.add_image(key, np.asarray(picture), iteration, dataformats="HWC")
+        if self._wandb:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            self._wandb.log({key: wandb.Image(picture)}, step=iteration)
 
     def _renew_report(self) -> None:
         """Writes report.html anew; whatever fails there is said once and costs only the report."""

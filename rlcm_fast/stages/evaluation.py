@@ -247,6 +247,8 @@ class Evaluation:
         if self.guard is None or not seen:
             return {}
         guarded = self.guard(Seen.joined(seen), metrics, iteration, tracker.say)
+        if self.guard.outside:
+            tracker.guard(iteration, self.guard.pictures.file(iteration))
         if self.guard.stops(iteration):
             tracker.log({"iteration": iteration, **metrics, **guarded, "guard/stopped": 1.0})
             raise StoppedByGuard

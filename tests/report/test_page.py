@@ -122,6 +122,11 @@ def test_charts_take_their_colours_from_the_page(page: str):
     assert page.count("<style") == 1  # matplotlib's would hold for the whole page
 
 
+def test_the_pictures_of_the_guard_are_shown(page: str):
+    (shown,) = [image for image in Elements(page).all("img") if "alarmed the guard, after 5" in (image["alt"] or "")]
+    assert shown["src"] == f"data:image/png;base64,{base64.b64encode(png((200, 90, 90), (200, 60))).decode()}"
+
+
 def test_chosen_images(run_dir: Path):
     run = read_run(run_dir)
     last = run.evaluations[-1]

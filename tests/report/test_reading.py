@@ -17,6 +17,7 @@ def test_a_whole_run_is_read_without_a_problem(tmp_path: Path):
     run = read_run(make_run(tmp_path / "run"))
     assert run.problems == [] and run.num_iterations == run.num_planned == 10
     assert [number for number, _ in run.grids] == [0, 5, 10]
+    assert [number for number, _ in run.guard_pictures] == [5]
     assert [images.iteration for images in run.evaluations] == [0, 10]  # the first and the latest
     assert run.evaluations[0].images[1].prompt == "a blue square"
     assert run.has_export and not run.is_alive

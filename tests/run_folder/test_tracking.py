@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from report_runs import png
 
 from rlcm_fast import parallel
 from rlcm_fast.config import Config, TrackingConfig, parse_config
 from rlcm_fast.config.batches import for_cpu
+from rlcm_fast.run_folder.guard_pictures import GuardPictures
 from rlcm_fast.run_folder.tracking import Tracker, merged, say
 
 CONFIG = for_cpu(Config(tracking=TrackingConfig(tensorboard=False), num_iterations=5))
@@ -181,10 +183,16 @@ def test_tensorboard_and_wandb_get_the_same_keys_values_and_pictures(tmp_path: P
     import numpy as np
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # Log two iterations, a grid, the evaluation after the last one, and a value that is missing.
+    # Log two iterations, the pictures of one, the evaluation after the last one, and a value that is missing.
     of_wandb = fake_wandb(monkeypatch)
     tracker = Tracker(tmp_path, replace(CONFIG, tracking=TrackingConfig(tensorboard=True, wandb=True)), 0)
     tracker.grid(0, torch.rand(2, 3, 8, 8), ["a red circle", "a star"])
+    guard = GuardPictures(tmp_path / "guard")
+    tracker.guard(0, guard.compare(0, torch.rand(2, 3, 8, 8), ["a red circle", "a star"]))
+    tracker.guard(1, guard.file(1))  # it did not speak
+    rows = [{"image": i, "prompt": "a star", "scores": {"eval/jpeg": 0.5}, "file": f"{i}.png"} for i in range(20)]
+    tracker.evaluation(0, rows, {f"{i}.png": png((10 * i, 0, 0), (8, 8)) for i in range(12)})
+    tracker.evaluation(1, rows, {})  # none is kept
     tracker.log({**line(0), "eval/jpeg/mean": 0.5, "loss": float("nan")})
     tracker.log({**line(1), "guard/payload": 1.0})
     tracker.log({"iteration": 2, "eval/jpeg/mean": 0.75})
@@ -192,8 +200,9 @@ def test_tensorboard_and_wandb_get_the_same_keys_values_and_pictures(tmp_path: P
 
     # Compare what both have.
     events = EventAccumulator(str(tmp_path / "events")).Reload()
+    pictures = {(key, step): v for step, values in of_wandb for key, v in values.items() if isinstance(v, Image.Image)}
     of_tensorboard = {(key, e.step): e.value for key in events.Tags()["scalars"] for e in events.Scalars(key)}
-    scalars = {(key, step): v for step, values in of_wandb for key, v in values.items() if key != "grid"}
+    scalars = {(key, step): v for step, values in of_wandb for key, v in values.items() if (key, step) not in pictures}
     assert scalars == pytest.approx(of_tensorboard)
     assert set(scalars) == {
         *((key, step) for step in (0, 1) for key in line(0)),
@@ -201,11 +210,18 @@ def test_tensorboard_and_wandb_get_the_same_keys_values_and_pictures(tmp_path: P
         ("guard/payload", 1),
         ("iteration", 2),
     }
-    (picture,) = [values["grid"] for _, values in of_wandb if "grid" in values]
-    (event,) = events.Images("grid")
-    with Image.open(io.BytesIO(event.encoded_image_string)) as image, Image.open(tmp_path / "grids/000000.png") as file:
-        assert np.array_equal(np.asarray(picture), np.asarray(image))
-        assert np.array_equal(np.asarray(picture), np.asarray(file))
+    assert set(pictures) == {(key, 0) for key in ("grid", "guard", "evaluation")}
+    assert set(events.Tags()["images"]) == {"grid", "guard", "evaluation"}
+    for (key, step), picture in pictures.items():
+        (event,) = events.Images(key)
+        assert event.step == step
+        with Image.open(io.BytesIO(event.encoded_image_string)) as image:
+            assert np.array_equal(np.asarray(picture), np.asarray(image))
+    for key, file in (("grid", "grids/000000.png"), ("guard", "guard/000000.png")):
+        with Image.open(tmp_path / file) as image:
+            assert np.array_equal(np.asarray(pictures[key, 0]), np.asarray(image))
+    reds = {tuple(colour) for colour in np.asarray(pictures["evaluation", 0]).reshape(-1, 3) if not colour[1:].any()}
+    assert {(10 * i, 0, 0) for i in range(8)} <= reds and (80, 0, 0) not in reds, "the first eight, in their colours"
 
 
 def test_the_report_is_renewed_at_evaluations_and_at_the_end(tmp_path: Path):

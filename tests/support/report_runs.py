@@ -38,6 +38,8 @@ def make_run(
     lines += [{"iteration": done, "queries": 8 * done, **evaluated(done)}] if is_ended else []
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
     (run_dir / "grids").mkdir()
+    (run_dir / "guard").mkdir()
+    (run_dir / "guard" / "000005.png").write_bytes(png((200, 90, 90), (200, 60)))
     for number in range(0, done + 1, 5):
         (run_dir / "grids" / f"{number:06d}.png").write_bytes(png((25 * number % 255, 90, 90), (200, 60)))
         scores = [scored(index, number, prompts) for index in range(NUM_IMAGES)]
