@@ -53,9 +53,9 @@ def verdict(run: RunData) -> Verdict:
 
     # Put it into sentences.
     sentences = [_state(run)]
-    sentences += [_sentence(name, change) for name, change in {**goals, **parts, **watched}.items()]
     if of_person(run.config) and of_win_rate(run) is None:
         sentences.append("Nobody has compared its images with the start model's, so there is no win rate.")
+    sentences += [_sentence(name, change) for name, change in {**goals, **parts, **watched}.items()]
     for name, value in stuck.items():
         sentences.append(f"The reward {name} is {value:.4g} for every image, so it teaches nothing.")
     if outside:

@@ -59,6 +59,12 @@ class TaskRewards:
             for reward, _ in of_task.values()
             if isinstance(reward, PersonReward)
         }
+        self.of_persons = {
+            (task, name)
+            for task, of_task in trained.items()
+            for name, (reward, _) in of_task.items()
+            if isinstance(reward, PersonReward)
+        }
         self._name_of = name_of
         self._waiting: dict[str, None] = {}
         self._blocked_seconds = 0.0

@@ -1,13 +1,13 @@
 """Warns of a reward that gives all images of an iteration the same score: it makes no image better than another.
 
 A score that is the same by chance, as 0 of a rare find, is so in one iteration; the warning waits for a second one with
-the same value. Images without a score do not count.
+the same value. Images without a score do not count, nor do the scores of a person, who may let all images tie.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -34,12 +34,18 @@ class ConstantRewards:
         self._values: dict[str, float] = {}  # of rewards that were constant in the last iteration
         self._warned: set[str] = set()
 
-    def look(self, rewards: Mapping[str, Rewards], iteration: int) -> None:
-        """Looks at the scores of a rollout, by task; every rank must call this, with the same rewards."""
+    def look(
+        self, rewards: Mapping[str, Rewards], iteration: int, left_out: Collection[tuple[str, str]] = ()
+    ) -> None:
+        """Looks at the scores of a rollout, by task; every rank must call this, with the same rewards.
+
+        left_out: (task, reward) of those that a person gives.
+        """
         named = {
             f"{task}/{name}" if self._has_tasks or len(rewards) > 1 else name: scores
             for task, of_task in rewards.items()
             for name, scores in of_task.by_name.items()
+            if (task, name) not in left_out
         }
         if not named:
             return

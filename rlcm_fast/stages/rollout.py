@@ -163,7 +163,7 @@ class Collector:
             # Wait for the rewards that are still missing.
             with stage("reward_wait"):
                 rewards = parallel.together(lambda: self.rewards.gather(turn.iteration, may_stop, drawn.submitted))
-        self.constants.look(rewards, turn.iteration)
+        self.constants.look(rewards, turn.iteration, self.rewards.of_persons)
         num_skipped = self._num_skipped(rewards, turn.iteration) if self.rewards.may_skip else None
         return Rollout(prompts, drawn.trajectory, rewards, time.perf_counter() - began, num_skipped)
 

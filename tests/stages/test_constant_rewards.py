@@ -52,6 +52,14 @@ def test_what_is_missing_does_not_count(said: list[str]):
     assert len(said) == 1
 
 
+def test_a_person_may_let_all_images_tie(said: list[str]):
+    watch = ConstantRewards()
+    for iteration in range(3):
+        watch.look({"default": rewards(human=[0.0, 0.0], jpeg=[1.0, 1.0])}, iteration, {("default", "human")})
+    assert [line.partition(" is ")[0] for line in said] == ["the reward jpeg"]
+    watch.look({"default": rewards(human=[0.0, 0.0])}, 3, {("default", "human")})
+
+
 def test_rewards_of_several_tasks_are_named_with_them(said: list[str]):
     look([{"a": rewards(jpeg=[1.0, 1.0]), "b": rewards(jpeg=[1.0, 2.0])}] * 2)
     assert [line.partition(" is ")[0] for line in said] == ["the reward a/jpeg"]
