@@ -90,7 +90,7 @@ def draw(series: Sequence[Series], label: str) -> Markup:
         for line in series:
             _draw_line(axes, line)
         axes.margins(x=0.02)
-        axes.locator_params(axis="x", nbins=6)
+        axes.locator_params(axis="x", nbins=6, integer=True)  # iterations or images
         axes.locator_params(axis="y", nbins=5)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})

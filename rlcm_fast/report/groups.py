@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from rlcm_fast.report.measures import WIN_RATE, diversities, measures
+from rlcm_fast.report.measures import WIN_RATE, diversities, measures, without_idle_totals
 from rlcm_fast.report.reading import RunData
 from rlcm_fast.report.settings import differing, text_of
 
@@ -22,6 +22,13 @@ class RunGroup:
 
     label: str
     runs: Sequence[RunData]
+
+    @property
+    def size(self) -> str:
+        """How many seeds it has, and how many runs if that is another number."""
+        num_seeds = len({run.config.get("seed") for run in self.runs})
+        seeds = f"{num_seeds} seed{'s' * (num_seeds > 1)}"
+        return seeds if num_seeds == len(self.runs) else f"{len(self.runs)} runs of {seeds}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ def results(groups: Sequence[RunGroup]) -> list[tuple[str, list[Result | None]]]
     """Returns a row for each measure: its last value in each group."""
     keys: dict[str, None] = {}
     for run in (run for of_group in groups for run in of_group.runs):
-        for measure in measures(run):
+        for measure in without_idle_totals(measures(run)):
             keys[f"{measure.held_out if measure.is_evaluated else measure.training}/mean"] = None
         keys |= dict.fromkeys([*diversities(run), *(key for key in (WIN_RATE,) if key in run.keys)])
     return [(key, [_result(of_group, key) for of_group in groups]) for key in [*keys, "images_per_second"]]

@@ -34,9 +34,7 @@ class ConstantRewards:
         self._values: dict[str, float] = {}  # of rewards that were constant in the last iteration
         self._warned: set[str] = set()
 
-    def look(
-        self, rewards: Mapping[str, Rewards], iteration: int, left_out: Collection[tuple[str, str]] = ()
-    ) -> None:
+    def look(self, rewards: Mapping[str, Rewards], iteration: int, left_out: Collection[tuple[str, str]] = ()) -> None:
         """Looks at the scores of a rollout, by task; every rank must call this, with the same rewards.
 
         left_out: (task, reward) of those that a person gives.

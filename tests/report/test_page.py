@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -192,11 +193,13 @@ def test_seeds_are_averaged_and_settings_set_groups_apart(tmp_path: Path):
     folders = [make_run(tmp_path / f"a_{seed}", seed=seed) for seed in (0, 1)]
     other = make_run(tmp_path / "b", num_iterations=15)
     groups = group(read_runs([*folders, other]))
-    assert [(found.label, len(found.runs)) for found in groups] == [
-        ("a (num_iterations=10)", 2),
-        ("b (num_iterations=15)", 1),
+    assert [(found.label, found.size) for found in groups] == [
+        ("a (num_iterations=10)", "2 seeds"),
+        ("b (num_iterations=15)", "1 seed"),
     ]
+    assert replace(groups[1], runs=[*groups[1].runs, *groups[1].runs]).size == "2 runs of 1 seed"
     table = dict(results(groups))
+    assert list(table) == ["eval/jpeg/mean", "eval/shown/mean", "eval/diversity", "images_per_second"]
     first, second = table["eval/jpeg/mean"]
     assert first is not None and second is not None
     assert (first.mean, first.standard_error) == (pytest.approx(-1.0), pytest.approx(0.0))
@@ -221,6 +224,13 @@ def test_long_curves_are_thinned_and_keep_their_ends():
     kept = thinned(points)
     assert len(kept) == 400 and (kept[0], kept[-1]) == (points[0], points[-1])
     assert len(draw([Series("line", points)], "a line")) < 40_000
+
+
+def test_ticks_are_whole_iterations_and_a_single_band_is_seen():
+    drawn = draw([Series("line", [Point(x, 1.0) for x in (0, 4, 8, 12)])], "a line")
+    assert "2.5" not in re.findall(r">([\d.]+)</text>", drawn)
+    banded, bare = (draw([Series("line", [point])], "a") for point in (Point(3, 0.7, 0.2, 0.7), Point(3, 0.7)))
+    assert "stroke-width: 6" in banded and "stroke-width: 6" not in bare
 
 
 def test_an_idle_measure_is_named_instead_of_drawn(run_dir: Path, tmp_path: Path):
