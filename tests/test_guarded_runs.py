@@ -58,8 +58,11 @@ def plain(tiny_lcm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_a_guard_that_warns_changes_no_number_of_the_run(tiny_lcm_folder: str, plain: Path, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     run_dir = tmp_path / "run"
-    trained(tiny_lcm_folder, run_dir, guard__action="warn", guard__every=1, guard__z=1e-6, guard__floor=0.0)
+    settings: dict[str, object] = {"guard__every": 1, "guard__z": 1e-6, "guard__floor": 0.0}
+    trained(tiny_lcm_folder, run_dir, guard__action="warn", tracking__tensorboard=True, **settings)
     lines = tiny_runs.metrics(run_dir)
     unguarded = [{k: v for k, v in line.items() if not k.startswith("guard/")} for line in lines]
     expected = tiny_runs.metrics(plain)
@@ -69,7 +72,11 @@ def test_a_guard_that_warns_changes_no_number_of_the_run(tiny_lcm_folder: str, p
     assert_same_weights(run_dir, plain)
     assert lines[0]["guard/outside"] == 0 and max(line["guard/outside"] for line in lines) >= 1
     assert {"guard/jpeg_incompressibility/low", "guard/saturation/high", "guard/distance_to_start"} <= lines[1].keys()
-    assert list((run_dir / "guard").glob("00000?.png")) and (run_dir / "guard" / "start.safetensors").is_file()
+    pictures = sorted(int(path.stem) for path in (run_dir / "guard").glob("00000?.png"))
+    assert pictures and (run_dir / "guard" / "start.safetensors").is_file()
+    events = EventAccumulator(str(run_dir / "events")).Reload()
+    assert [event.step for event in events.Images("guard")] == pictures
+    assert {event.step for event in events.Images("evaluation")} == {0, 2, 4}
 
 
 def test_a_run_whose_weight_is_raised_resumes_bitwise(tiny_lcm_folder: str, tmp_path: Path):
