@@ -33,8 +33,7 @@ class Trainer:
 
     def __init__(self, config: Config, given: Given = NOTHING) -> None:
         self.run_dir = Path(config.run_dir)
-        # It notes the launcher, which may die while models load.
-        self.interruption = Interruption(self.run_dir / "stop", may_exit=not given.is_hosted)
+        self.interruption = Interruption(self.run_dir / "stop", not given.is_hosted)  # first: a launcher may die soon
         parts = build(config, given)
         self.tasks = parts.tasks  # prompts, rewards and advantages
         self.images = parts.images  # the policy and the pipeline around its network
@@ -131,19 +130,20 @@ class Trainer:
         return self.progress.keep_best(self.evaluation(iteration, self.tracker, is_scored, is_drawn))
 
     def finish(self) -> None:
-        """Evaluates the final weights and writes a folder that stock diffusers loads."""
-        evaluated = self.evaluate(self.iteration)
-        if evaluated:
-            self.tracker.log({"iteration": self.iteration, "queries": self.queries, **evaluated})
+        """Evaluates the final weights, writes a folder that stock diffusers loads, and hears out a person who rates."""
+        counts = {"iteration": self.iteration, "queries": self.queries}
+        if evaluated := self.evaluate(self.iteration):
+            self.tracker.log({**counts, **evaluated})
         self.tracker.say(self.parts.export(self.run_dir, self.iteration))
+        if answered := self.parts.hear_out(self.interruption.check):
+            self.tracker.log({**counts, **evaluated, **answered})
 
     def save_if_due(self, is_enough: bool) -> None:
         """Saves a checkpoint if one is due; stops the run if any process was asked to stop."""
         is_last = is_enough or self.iteration == self.config.num_iterations
-        must_stop = self.interruption.agreed()
         if is_last or self.due(self.config.checkpoint.every, self.iteration):
             self.progress.save()
-        if must_stop and not is_last:
+        if self.interruption.agreed() and not is_last:
             raise Interrupted
 
     def due(self, every: int, iteration: int) -> bool:

@@ -166,12 +166,17 @@ def wall_seconds(run_dir: Path) -> float | None:
 
 
 def curve(run_dir: Path, seed: int) -> list[Row]:
-    """One row a line of metrics.jsonl: seed, iteration, queries, seconds, every reward/* and eval/* mean, diversity."""
+    """One row an iteration of metrics.jsonl: seed, iteration, queries, seconds, each mean of reward/* and eval/*.
+
+    Of two lines of an iteration the last counts: a rated run writes its last line once more, with the last answers.
+    """
     rows: list[Row] = []
     queries, seconds = 0, 0.0
     for text in (run_dir / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
         kept = {key: value for key, value in line.items() if _is_curve(key)}
+        if rows and rows[-1]["iteration"] == line["iteration"]:
+            rows.pop()
         rows.append({"seed": seed, "iteration": line["iteration"], "queries": queries, "seconds": seconds, **kept})
         queries = line["queries"]
         seconds += line.get("seconds/iteration", 0.0)

@@ -17,7 +17,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,7 +84,7 @@ class HumanRating:
         self._numbers = itertools.count()
         self._kept: dict[int, _Kept] = {}
         self._rounds: dict[int, _Asked] = {}  # by the number of their first image
-        self._is_last = False
+        self._is_finished = False
         self._run: _Run | None = None
 
     @property
@@ -126,7 +126,7 @@ class HumanRating:
         # Serve it.
         listener = server.listen(self._port, self._shares)
         page = server.Page(server.Site(session, folder, token, hosts), listener)
-        self._run = _Run(folder, place.num_iterations, session, page)
+        self._run = _Run(folder, session, page)
         _write(folder / IMAGES / ADDRESS, page.urls[-1].encode())
         write_line(f"rate here: {page.urls[0]}")
         if self._shares:
@@ -214,7 +214,6 @@ class HumanRating:
             id_ = f"{folder}/{place}"
             questions.append(Question(id_, iteration, "comparison", text, prompts[0].task, pair, (width, height)))
         self.session.open_comparisons(questions)
-        self._is_last = iteration == self._of_run.num_iterations
 
     def metrics(self) -> dict[str, float]:
         """Returns how often the tuned model won at the last evaluation that has answers; see AskingReward."""
@@ -222,17 +221,28 @@ class HumanRating:
         if not rates:
             return {}
         last = rates[-1]
-        compared = last["wins"] + last["ties"] + last["losses"]
-        return {"rating/win_rate": last["rate"], "rating/compared": compared, "rating/of_iteration": last["round"]}
+        return {"rating/win_rate": last.rate, "rating/compared": last.compared, "rating/of_iteration": last.round}
+
+    def finish(self, may_stop: Callable[[], None]) -> None:
+        """Waits for open comparisons while a page is open, and prints the win rate; see AskingReward."""
+        self._is_finished = True
+        run = self._of_run
+        if run.has_somebody_to_answer:
+            write_line("compare the tuned images with the start model's on the page; Ctrl-C ends the run without it")
+        try:
+            while run.has_somebody_to_answer:
+                may_stop()
+                time.sleep(_LEAVES_AFTER)
+        finally:
+            for rate in run.session.win_rates()[-1:]:
+                write_line(rate.sentence)
 
     def close(self) -> None:
-        """Ends the page; after the last iteration, waits for open comparisons while a page is open."""
+        """Ends the page."""
         if self._run is None:
             return
         run, self._run = self._run, None
-        while self._is_last and run.has_somebody_to_answer:
-            time.sleep(_LEAVES_AFTER)
-        run.session.close("finished" if self._is_last else "stopped")
+        run.session.close("finished" if self._is_finished else "stopped")
         (run.folder / IMAGES / ADDRESS).unlink(missing_ok=True)
         time.sleep(_LEAVES_AFTER)  # so that an open page hears it
         run.page.close()
@@ -277,7 +287,6 @@ class _Run:
     """What there is once the run has begun."""
 
     folder: Path
-    num_iterations: int
     session: Session
     page: Page
 

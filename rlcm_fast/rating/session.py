@@ -20,6 +20,7 @@ from typing import Any
 
 from rlcm_fast.rating.ranks import ranks_of
 from rlcm_fast.rating.records import Journal, Kind, Rating, now
+from rlcm_fast.rating.win_rate import WinRate, win_rates
 
 _AHEAD = 4  # questions whose images the page loads in advance
 _LONGEST_PAUSE = 120.0  # seconds between two answers that still count as rating
@@ -70,7 +71,9 @@ class Plan:
 class _Pace:
     """When things happened, to tell how long they take; in seconds of the monotonic clock."""
 
-    asked: float = field(default_factory=time.monotonic)
+    question: Question | None = None  # that is asked
+    asked: float = field(default_factory=time.monotonic)  # since when, or since when a page shows it
+    is_shown: bool = False
     answered: float = 0.0
     took: list[float] = field(default_factory=list)  # by each answer
     waited: list[float] = field(default_factory=list)  # without anything to rate
@@ -138,25 +141,12 @@ class Session:
 
     @property
     def idle_seconds(self) -> float:
-        """How long nothing has been answered or asked."""
+        """How long the same has been asked."""
         return time.monotonic() - self._pace.asked
 
-    def win_rates(self) -> list[dict[str, Any]]:
-        """Returns how often the tuned model won against the start, by round: wins, ties, losses and the rate.
-
-        The rate counts a tie as half a win.
-        """
-        by_round: dict[int, list[int]] = {}
-        for rating in self._journal.answers.values():
-            if rating.kind == "comparison" and rating.ranks is not None:
-                tuned, start = rating.ranks
-                by_round.setdefault(rating.round, [0, 0, 0])[0 if tuned < start else 2 if tuned > start else 1] += 1
-        found = []
-        for number in sorted(by_round):
-            wins, ties, losses = by_round[number]
-            rate = (wins + ties / 2) / (wins + ties + losses)
-            found.append({"round": number, "wins": wins, "ties": ties, "losses": losses, "rate": rate})
-        return found
+    def win_rates(self) -> list[WinRate]:
+        """Returns how often the tuned model won against the start, by round."""
+        return win_rates(self._journal.answers.values())
 
     # The page's side.
 
@@ -199,13 +189,14 @@ class Session:
                 raise Unknown("there is no answer to take back: the run has learned from the last one")
             self._journal.undo(self._undoable[-1].id)
             self._undoable.pop()
-            self._pace.asked = time.monotonic()
             self._changed()
 
     def view(self) -> dict[str, Any]:
         """Returns what the page shows, as JSON."""
         with self._lock:
             question = self._next()
+            if question is not None and not self._pace.is_shown:
+                self._pace.asked, self._pace.is_shown = time.monotonic(), True
             rounds = [one for one in self._rounds if not one.is_taken]
             rated = [rating for rating in self._journal.answers.values() if rating.kind == "ranking"]
             return {
@@ -221,7 +212,7 @@ class Session:
                 "rated": {"prompts": len(rated), "images": sum(len(rating.images) for rating in rated)},
                 "median_seconds": _median(self._pace.took),
                 "wait_seconds": _median(self._pace.waited),
-                "win_rates": self.win_rates(),
+                "win_rates": [rate.shown for rate in self.win_rates()],
             }
 
     def has_image(self, file: str) -> bool:
@@ -265,7 +256,9 @@ class Session:
 
     def _changed(self) -> None:
         self._version += 1
-        self._pace.asked = time.monotonic()
+        question = self._next()
+        if question != self._pace.question:  # a round that opens meanwhile starts no clock anew
+            self._pace.question, self._pace.asked, self._pace.is_shown = question, time.monotonic(), False
 
     def _shown(self, question: Question) -> dict[str, Any]:
         if question.kind == "comparison":

@@ -72,6 +72,10 @@ class AskingReward(SetReward, Protocol):
         """Returns what the answers so far say beyond scores; the keys begin with `rating/`."""
         ...
 
+    def finish(self, may_stop: Callable[[], None]) -> None:
+        """Waits for what is still asked after the last iteration, if somebody is there; may_stop may raise."""
+        ...
+
     def close(self) -> None:
         """Stops asking, at the end of the run."""
         ...

@@ -108,6 +108,11 @@ class TaskRewards:
         """Returns `rating/...`, if a person gives a reward and has compared the model with the start."""
         return {key: value for person in self._persons.values() for key, value in person.metrics().items()}
 
+    def finish(self, may_stop: Callable[[], None]) -> None:
+        """Waits for what a person still compares after the last iteration; may_stop may raise."""
+        for person in self._persons.values():
+            person.finish(may_stop)
+
     def detach(self, iteration: int) -> Submitted:
         """Returns what was submitted since the last call, and shows it to the person who rates it, if one does."""
         waiting, self._waiting = self._waiting, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,12 @@ class Parts:
             return end_at_guard(self.export, self.progress.folder.run_dir, iteration, say)
         say(f"stopped after {iteration} iterations; go on with --resume latest")
         return False
+
+    def hear_out(self, may_stop: Callable[[], None]) -> dict[str, float]:
+        """Waits until a person has compared the final images, or a stop is asked for; returns `rating/...`, if any."""
+        with contextlib.suppress(Interrupted):  # the run is finished in any case
+            self.tasks.rewards.finish(may_stop)
+        return self.tasks.rewards.person_metrics()
 
     def close(self) -> None:
         """Stops the threads and processes that compute rewards and decode images, and lets go of the run's folder."""

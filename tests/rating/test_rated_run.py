@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import tiny_runs
+
+from benchmarks.shared.training_runs import curve
 
 pytest.importorskip("uvicorn")
 
 from rlcm_fast.config import parse_config
 from rlcm_fast.rating.records import read_ratings
 from rlcm_fast.rating.session import Session
+from rlcm_fast.report import read_run
 from rlcm_fast.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -38,6 +44,7 @@ def rated(model: str, run_dir: Path, answer: Answer, **settings: object) -> tupl
     session, ends = reward.asking.session, threading.Event()
 
     def rate() -> None:
+        urlopen(reward.asking.urls[0] + "state").close()  # so that the run knows of somebody at the page
         while not ends.wait(0.01):
             question = session.view()["question"]
             if question is not None:
@@ -69,14 +76,64 @@ def test_a_run_learns_from_ranks_and_leaves_the_ratings(tiny_lcm_folder: str, tm
     assert all((tmp_path / "run" / file).is_file() for rating in ratings for file in rating.images)
 
 
-def test_the_win_rate_is_a_metric_once_somebody_compared(tiny_lcm_folder: str, tmp_path: Path):
-    def ties_if_both_are_there(session: Session, question: dict[str, Any]) -> None:
-        session.answer(question["id"], [[0, 1]] if question["kind"] == "comparison" else [[0]])
+def ties_if_both_are_there(session: Session, question: dict[str, Any]) -> None:
+    session.answer(question["id"], [[0, 1]] if question["kind"] == "comparison" else [[0]])
 
-    settings = {"evaluation__every": 1, "evaluation__num_images": 2, "num_iterations": 3}
-    _, metrics = rated(tiny_lcm_folder, tmp_path / "run", ties_if_both_are_there, **settings)
-    rates = [(line["rating/of_iteration"], line["rating/win_rate"]) for line in metrics if "rating/win_rate" in line]
-    assert rates[-1] == (2, 0.5)
+
+COMPARED = {
+    "evaluation__every": 1,
+    "evaluation__num_images": 2,
+    "evaluation__rewards": [{"name": "jpeg_compressibility"}],
+    "checkpoint__every": 1,
+    "num_iterations": 3,
+}
+
+
+def test_the_win_rate_of_the_finished_model_is_in_the_last_line_and_printed(
+    tiny_lcm_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    _, metrics = rated(tiny_lcm_folder, tmp_path / "run", ties_if_both_are_there, **COMPARED)
+    last = metrics[-1]
+    assert (last["iteration"], last["rating/of_iteration"], last["rating/win_rate"]) == (3, 3, 0.5)
+    assert "after 3 iterations you preferred the tuned model in 50% of 2 pairs (standard error 35%)" in (
+        capsys.readouterr().err
+    )
+    assert metrics[-2].items() <= last.items(), "of two lines of an iteration, readers take the last"
+    run = read_run(tmp_path / "run")
+    assert run.column("rating/win_rate")[-1] == (3, 0.5)
+    assert run.column("eval/jpeg_compressibility/mean")[-1][0] == 3
+    assert [row["iteration"] for row in curve(tmp_path / "run", seed=0)] == [0, 1, 2, 3]
+
+
+def test_a_finished_run_that_is_resumed_asks_for_what_was_left_and_has_each_line_once(
+    tiny_lcm_folder: str, tmp_path: Path
+):
+    def leaves_the_last(session: Session, question: dict[str, Any]) -> None:
+        if question["id"] == "000003_held_out/0":
+            session.skip_comparisons()
+        else:
+            ties_if_both_are_there(session, question)
+
+    _, first = rated(tiny_lcm_folder, tmp_path / "run", leaves_the_last, **COMPARED)
+    assert first[-1]["rating/of_iteration"] < 3
+    _, again = rated(tiny_lcm_folder, tmp_path / "run", ties_if_both_are_there, **COMPARED, resume="latest")
+    assert (again[-1]["rating/of_iteration"], again[-1]["rating/compared"]) == (3, 2)
+    assert [line["iteration"] for line in again] == [0, 1, 2, 3, 3]
+
+
+def test_a_stop_ends_the_last_comparisons_and_the_run_is_finished(tiny_lcm_folder: str, tmp_path: Path):
+    stopped = []
+
+    def stops_at_the_last(session: Session, question: dict[str, Any]) -> None:
+        if question["id"] != "000003_held_out/0":
+            ties_if_both_are_there(session, question)
+        elif not stopped:
+            stopped.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)  # as the page's button Stop does
+
+    is_finished, _ = rated(tiny_lcm_folder, tmp_path / "run", stops_at_the_last, **COMPARED)
+    assert stopped
+    assert is_finished
 
 
 def test_a_skipped_prompt_is_left_out_and_a_skipped_round_moves_nothing(tiny_lcm_folder: str, tmp_path: Path):

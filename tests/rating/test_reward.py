@@ -16,6 +16,7 @@ pytest.importorskip("uvicorn")
 from rlcm_fast.faults import Fault
 from rlcm_fast.rating import reward as rating_reward
 from rlcm_fast.rating.reward import HumanRating
+from rlcm_fast.rating.win_rate import WinRate
 from rlcm_fast.rewards import PersonReward, RewardService, RunPlace, Workers, grouped, make_reward
 from rlcm_fast.trajectory import Prompt
 
@@ -119,7 +120,7 @@ def test_an_evaluation_keeps_the_start_models_images_and_later_asks_for_the_bett
     shown = session.view()["question"]
     tuned = next(place for place, file in enumerate(shown["images"]) if "held_out" in file)
     session.answer(shown["id"], [[tuned]])
-    assert session.win_rates() == [{"round": 10, "wins": 1, "ties": 0, "losses": 0, "rate": 1.0}]
+    assert session.win_rates() == [WinRate(10, wins=1, ties=0, losses=0)]
     found.reward.close()
 
 
@@ -146,7 +147,7 @@ def test_the_metrics_have_the_win_rate_of_the_last_evaluation_with_answers(tmp_p
         if iteration == 10:
             for tiers in ([[0], [1]], [[0, 1]], [[0, 1]]):
                 found.answer(tiers)
-    won = found.reward.session.win_rates()[0]["wins"]  # the page hides which image is which
+    won = found.reward.session.win_rates()[0].wins  # the page hides which image is which
     metrics = {"rating/win_rate": (won + 1) / 3, "rating/compared": 3, "rating/of_iteration": 10}
     assert found.reward.metrics() == metrics
     found.reward.close()

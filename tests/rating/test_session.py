@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from rlcm_fast.rating import session as session_module
 from rlcm_fast.rating.records import Journal, Kind
 from rlcm_fast.rating.session import Plan, Question, Session, Unknown
+from rlcm_fast.rating.win_rate import WinRate
 
 
 def question(id_: str, kind: Kind = "ranking", number: int = 0) -> Question:
@@ -119,7 +122,8 @@ def test_comparisons_come_first_hide_which_is_which_and_hold_nothing_up(tmp_path
     session.answer(pairs[6].id, [[0, 1]])
     session.skip_comparisons()
     assert asked(session) == "10/0"
-    assert session.win_rates() == [{"round": 10, "wins": 6, "ties": 1, "losses": 0, "rate": 6.5 / 7}]
+    shown = {"round": 10, "wins": 6, "ties": 1, "losses": 0, "rate": 6.5 / 7}
+    assert session.view()["win_rates"] == [shown]
     session.answer("10/0", [[0]])
     assert session.is_settled("10")
 
@@ -130,3 +134,67 @@ def test_only_images_that_are_asked_for_can_be_seen(tmp_path: Path):
     assert session.has_image("ratings/0/0/0.png")
     assert not session.has_image("ratings/token")
     assert not session.has_image("config.yaml")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the session's clock shows, its only item."""
+    now = [1000.0]
+    monkeypatch.setattr(session_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def seconds_of(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "ratings.jsonl").read_text().splitlines()]
+    return [line["seconds"] for line in lines if "seconds" in line]
+
+
+def test_what_happens_elsewhere_while_somebody_looks_costs_no_seconds(tmp_path: Path, clock: list[float]):
+    session = session_in(tmp_path)
+    session.open_round("0", [question("0/0")])
+    session.open_round("1", [question("1/0", number=1)])
+    session.view()
+    session.answer("0/0", [[0]])
+    session.view()
+    clock[0] += 1
+    session.take("0")
+    session.open_round("2", [question("2/0", number=2)])
+    session.view()
+    clock[0] += 0.1
+    session.answer("1/0", [[0]])
+    assert seconds_of(tmp_path) == [0, 1.1]
+    assert session.view()["median_seconds"] == 1.1
+
+
+def test_the_clock_begins_when_a_page_shows_the_question(tmp_path: Path, clock: list[float]):
+    session = session_in(tmp_path)
+    session.open_round("0", [question("0/0"), question("0/1")])
+    clock[0] += 60  # nobody has opened the page yet
+    session.view()
+    clock[0] += 2
+    session.view()
+    session.answer("0/0", [[0]])
+    clock[0] += 3
+    session.undo()
+    clock[0] += 4
+    session.answer("0/0", [[1]])
+    assert seconds_of(tmp_path) == [2, 4]
+
+
+def test_comparisons_that_come_first_do_not_count_for_the_prompt_behind_them(tmp_path: Path, clock: list[float]):
+    session = session_in(tmp_path)
+    session.open_round("0", [question("0/0")])
+    clock[0] += 5
+    session.open_comparisons([question("9_held_out/0", "comparison", 9)])
+    clock[0] += 2
+    session.answer("9_held_out/0", [[0]])
+    clock[0] += 1
+    session.answer("0/0", [[0]])
+    assert seconds_of(tmp_path) == [2, 1]
+
+
+def test_a_win_rate_has_a_standard_error_even_if_every_pair_was_won():
+    half, all_won = WinRate(10, wins=3, ties=2, losses=3), WinRate(10, wins=8, ties=0, losses=0)
+    assert (half.rate, half.standard_error) == (0.5, pytest.approx(0.5 / 8**0.5))
+    assert (all_won.rate, all_won.standard_error) == (1, pytest.approx((0.9 * 0.1 / 8) ** 0.5))
+    assert "100% of 8 pairs (standard error 11%)" in all_won.sentence
