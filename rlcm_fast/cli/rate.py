@@ -17,7 +17,6 @@ from rlcm_fast.config import bounds
 if TYPE_CHECKING:
     from rlcm_fast.config import Config, RewardConfig
 
-_NARROW, _WIDE = 0.01, 0.05  # of the ratio, which one update moves by up to 0.016 on shapes/rating
 _DEFAULTS = Path(__file__).parent.parent / "rating" / "defaults.yaml"
 
 
@@ -33,18 +32,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    # Read the config, and put the person in.
+    # Read the config, put the person in, and suit the rest to the person.
     from rlcm_fast.config import parse_config
+    from rlcm_fast.config.checks import validate
+    from rlcm_fast.rating.suited import changes, said
 
     files = [part for file in (_DEFAULTS, *arguments.config) for part in ("--config", str(file))]
-    options = [*files, *arguments.overrides]
-    config = parse_config(options)
+    config = parse_config([*files, *arguments.overrides])
     wanted = {"port": arguments.port, "share_on_network": arguments.share_on_network or None}
-    options += _person(config, {name: value for name, value in wanted.items() if value is not None})
-    options += _wider_clip(config, arguments.overrides)
+    person, lines = _person(config, {name: value for name, value in wanted.items() if value is not None})
+    changed = changes(config, replaces=bool(lines))
+    options = [*files, *(change.option for change in changed), *arguments.overrides, *person]
     if config.resume is None and any(Path(config.run_dir).glob("checkpoints/*")):
-        print(f"goes on with the run in {config.run_dir}; give --run_dir for a new one", flush=True)
+        lines.append(f"goes on with the run in {config.run_dir}; give --run_dir for a new one")
         options += ["--resume", "latest"]
+
+    # Say what is another than in the config, unless it cannot be trained at all.
+    suited = parse_config(options)
+    validate(suited, 1)
+    for line in (*lines[:1], *said(changed, config, suited), *lines[1:]):
+        print(line, flush=True)
 
     # Train, which asks.
     if arguments.open:
@@ -54,23 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
     return main(options)
 
 
-def _wider_clip(config: Config, overrides: list[str]) -> list[str]:
-    """Returns the option that gives the ratio room for one update, unless the config does or the command says another.
-
-    A clip for images of present weights, as 1e-4, would stop nearly all of the learning.
-    """
-    clip = config.update.clip_range
-    is_given = any(option.startswith("--update.clip_range") for option in overrides)
-    if is_given or clip >= _NARROW or config.update.rollout_lag == 0:
-        return []
-    print(
-        f"update.clip_range={_WIDE} instead of {clip:g}: images are one update old (update.rollout_lag=1)", flush=True
-    )
-    return ["--update.clip_range", str(_WIDE)]
-
-
-def _person(config: Config, wanted: dict[str, Any]) -> list[str]:
+def _person(config: Config, wanted: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Returns the options that put the reward `human` into the config, with the arguments that the command gives.
+
+    The second list is what to say about it: nothing if the config names the person itself.
 
     Raises:
         ValueError: tasks have no such reward.
@@ -81,13 +75,13 @@ def _person(config: Config, wanted: dict[str, Any]) -> list[str]:
         if wanted:
             named = " ".join(f"{name}={value}" for name, value in wanted.items())
             raise ValueError(f"tasks: give {named} in the arguments of the reward human in the config")
-        return []
+        return [], []
     rewards = [_with(reward, wanted) if reward.name == "human" else reward for reward in config.rewards]
     if all(reward.name != "human" for reward in rewards):
         names = ", ".join(reward.name for reward in rewards)
-        print(f"rewards: you rate instead of {names}; name human beside them in the config to keep both", flush=True)
-        return [f"--rewards={json.dumps([{'name': 'human', 'arguments': wanted}])}"]
-    return [f"--rewards={json.dumps([asdict(reward) for reward in rewards])}"] if wanted else []
+        line = f"rewards: you rate instead of {names}; name human beside them in the config to keep both"
+        return [f"--rewards={json.dumps([{'name': 'human', 'arguments': wanted}])}"], [line]
+    return [f"--rewards={json.dumps([asdict(reward) for reward in rewards])}"] if wanted else [], []
 
 
 def _with(reward: RewardConfig, wanted: dict[str, Any]) -> RewardConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlcm_fast.config import Config
 from rlcm_fast.config.resolved import ResolvedRun
 
 
@@ -43,19 +44,26 @@ def check_algorithm(run: ResolvedRun) -> None:
         )
 
 
-def _check_lag(run: ResolvedRun) -> None:
-    """Refuses images of older weights where nothing corrects for them, or where their rewards could not go on."""
-    config = run.config
+def lag_problem(config: Config) -> str:
+    """Returns why a config cannot train on images that are one update old, with the way out; "" if it can."""
     if config.algorithm.name not in ("ppo", "grpo", "dpok"):
-        raise ValueError(
+        return (
             f"update.rollout_lag=1 trains on images that are one update old, and algorithm.name={config.algorithm.name}"
             " has no clipped ratio to correct for that; set update.rollout_lag=0, or algorithm.name=ppo"
         )
     if config.update.old_log_probs == "recompute":
-        raise ValueError(
+        return (
             "update.rollout_lag=1 needs the log-probs of the weights that drew the images, and update.old_log_probs="
             "recompute replaces them by those of present weights; set update.old_log_probs=rollout"
         )
+    return ""
+
+
+def _check_lag(run: ResolvedRun) -> None:
+    """Refuses images of older weights where nothing corrects for them, or where their rewards could not go on."""
+    problem = lag_problem(run.config)
+    if problem:
+        raise ValueError(problem)
     for task in run.tasks:
         for index, reward in enumerate(task.rewards):
             if reward.offload:

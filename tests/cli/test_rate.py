@@ -10,6 +10,7 @@ import pytest
 
 from rlcm_fast.cli.main import main
 from rlcm_fast.config import Config, RewardConfig, parse_config
+from rlcm_fast.config.files import shipped_configs
 
 
 @pytest.fixture
@@ -40,6 +41,89 @@ def test_you_rate_instead_of_the_configs_rewards_one_round_ahead(
     assert "instead of shapes_alignment_graded" in said
     assert trained[0].update.clip_range == 0.05
     assert "update.clip_range=0.05 instead of 0.0001" in said
+
+
+def rated_config(tmp_path: Path, **settings: Any) -> list[str]:
+    """The options of a config whose rewards a person replaces."""
+    (tmp_path / "mine.yaml").write_text(json.dumps({"run_dir": str(tmp_path / "run"), **settings}))
+    return ["--config", str(tmp_path / "mine.yaml")]
+
+
+def lines_said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What was printed on stdout, by what each line begins with."""
+    return {line.partition("=")[0].partition(":")[0]: line for line in capsys.readouterr().out.splitlines()}
+
+
+def test_what_belonged_to_the_rewards_is_replaced_with_them(
+    trained: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert rate("--config", "shapes/compressibility", "--run_dir", str(tmp_path)) == 0
+    found = trained[0]
+    assert (found.prompts.num_prompts, found.prompts.images_per_prompt) == (4, 4)
+    assert found.advantages.kind == "group"
+    assert (found.rollout.micro_batch_size, found.update.micro_batch_size) == ("auto", "auto")
+    said = lines_said(capsys)
+    numbers = "you rate 8 to 32 images a round and 2 to 9 of a prompt, not 64 and 4"
+    assert said["prompts.num_prompts"] == f"prompts.num_prompts=4 instead of 16: {numbers}"
+    assert "instead of prompt" in said["advantages.kind"]
+    assert "prompts.images_per_prompt" not in said, "which stays"
+
+
+def test_an_order_of_several_rewards_goes_with_them(
+    trained: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rewards = [{"name": "safety", "threshold": 0.5}, {"name": "jpeg_compressibility"}]
+    assert rate(*rated_config(tmp_path, rewards=rewards, rewards_combine="lexicographic")) == 0
+    assert trained[0].rewards_combine == "sum"
+    assert "instead of lexicographic" in lines_said(capsys)["rewards_combine"]
+
+
+def test_the_command_has_the_last_word_about_all_that_is_replaced(
+    trained: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    given = ["--prompts.num_prompts", "16", "--advantages.kind=batch", "--update.micro_batch_size=64"]
+    assert rate("--config", "shapes/compressibility", "--run_dir", str(tmp_path), *given) == 0
+    found = trained[0]
+    assert (found.prompts.num_prompts, found.advantages.kind, found.update.micro_batch_size) == (16, "batch", 64)
+    assert not {"prompts.num_prompts", "advantages.kind", "update.micro_batch_size"} & lines_said(capsys).keys()
+
+
+def test_a_round_that_a_person_can_rate_stays(trained: list[Config], tmp_path: Path):
+    prompts = {"num_prompts": 3, "images_per_prompt": 8}
+    assert rate(*rated_config(tmp_path, prompts=prompts, advantages={"kind": "leave_one_out"})) == 0
+    assert (trained[0].prompts.num_prompts, trained[0].advantages.kind) == (3, "leave_one_out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"algorithm": {"name": "rebel"}}, "algorithm.name=rebel"),
+        ({"update": {"old_log_probs": "recompute"}}, "old_log_probs=recompute"),
+    ],
+)
+def test_what_needs_images_of_the_present_weights_gets_them(
+    settings: dict[str, Any], named: str, trained: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert rate(*rated_config(tmp_path, **settings)) == 0
+    assert trained[0].update.rollout_lag == 0
+    assert trained[0].update.clip_range == Config().update.clip_range, "no wider than the config has it"
+    assert named in lines_said(capsys)["update.rollout_lag"]
+
+
+def test_nothing_is_announced_that_is_then_refused(
+    trained: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert rate(*rated_config(tmp_path, algorithm={"name": "rebel"}), "--update.rollout_lag", "1") == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "algorithm.name=rebel has no clipped ratio" in said.err
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if not name.endswith("/joint")])
+def test_every_config_that_ships_can_be_rated(name: str, trained: list[Config], tmp_path: Path):
+    assert rate("--config", name, "--run_dir", str(tmp_path)) == 0
+    prompts = trained[0].prompts
+    assert 8 <= prompts.num_prompts * prompts.images_per_prompt <= 32
 
 
 def test_a_clip_that_the_command_gives_stays(trained: list[Config], tmp_path: Path):
