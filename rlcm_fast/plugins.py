@@ -10,7 +10,12 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import math
+import numbers
+import os
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,6 +84,8 @@ def build(
     factory = load_class(name, aliases, field)
     where = f"{field}={name} arguments={dict(arguments)}"
     check_accepts(factory, where, keywords=arguments)
+    if name in (aliases or {}):
+        check_types(factory, where, arguments)
     try:
         return factory(**arguments)
     except (TypeError, ValueError) as error:
@@ -109,6 +116,53 @@ def check_accepts(
         accepted = ", ".join(str(parameter) for parameter in signature.parameters.values()) or "no arguments"
         called = f" as it is called with ({', '.join(positional)})" if positional else ""
         raise ValueError(f"{where}: {error}{called}; it accepts {accepted}") from error
+
+
+def check_types(function: Callable[..., Any], where: str, keywords: Mapping[str, Any]) -> None:
+    """Refuses arguments of another type than a built-in class or function says; begins with `where`.
+
+    A number with a point is no whole number, and true is no number. Other types than those of YAML pass.
+    """
+    called = function.__init__ if isinstance(function, type) else function
+    hints = typing.get_type_hints(called)
+    for name, value in keywords.items():
+        if name not in hints or _fits(value, hints[name]):
+            continue
+        default = inspect.signature(function).parameters[name].default
+        has_example = default not in (inspect.Parameter.empty, None, "") and not isinstance(default, bool)
+        example = f", as {default}" if has_example else ""
+        raise ValueError(f"{where}: {name}={value} is not allowed; give {_in_words(hints[name])}{example}")
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """Returns the types of a union, of Literal the types of its values, of list[X] only list."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return tuple(kind for part in typing.get_args(hint) for kind in _kinds(part))
+    if origin is typing.Literal:
+        return tuple(dict.fromkeys(type(value) for value in typing.get_args(hint)))  # the class says which values
+    return (origin or hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tells whether a value is of a type; of types that YAML does not have, every value is."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    fits = {
+        int: is_number and isinstance(value, numbers.Integral),
+        float: is_number and math.isfinite(value),
+        bool: isinstance(value, bool),
+        str: isinstance(value, str | os.PathLike),
+        Sequence: isinstance(value, Sequence) and not isinstance(value, str),
+        Mapping: isinstance(value, Mapping),
+        type(None): value is None,
+    }
+    return any(fits.get(kind, True) for kind in _kinds(hint))
+
+
+def _in_words(hint: Any) -> str:
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    words |= {Sequence: "a list", Mapping: "a mapping", type(None): "null"}
+    return " or ".join(words[kind] for kind in _kinds(hint))
 
 
 @contextmanager

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlcm_fast import plug_in
+from rlcm_fast.config import RewardConfig
 from rlcm_fast.patience import NotDone, call_within
 from rlcm_fast.plugins import build, load_class
+from rlcm_fast.rewards import make_reward
+from rlcm_fast.rewards.names import BUILT_IN, check_reward
 
 ALIASES = {"ordered": "collections:OrderedDict"}
 
@@ -84,6 +89,42 @@ def test_an_error_inside_the_module_is_one_line_with_its_place(
 def test_whatever_a_constructor_raises_is_one_line_with_its_arguments():
     with pytest.raises(ValueError, match=r"^name=fraction arguments=.*: it raised ZeroDivisionE"):
         build("fraction", {"numerator": 1, "denominator": 0}, {"fraction": "fractions:Fraction"})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("human", {"comparisons": "many"}, "comparisons=many is not allowed; give a whole number, as 8"),
+        ("human", {"port": 8300.5}, "port=8300.5 is not allowed; give a whole number, as 8300"),
+        ("human", {"port": True}, "port=True is not allowed; give a whole number, as 8300"),
+        ("human", {"undo_seconds": float("nan")}, "undo_seconds=nan is not allowed; give a finite number, as 3.0"),
+        ("human", {"share_on_network": "no"}, "share_on_network=no is not allowed; give true or false"),
+        ("ratings", {"file": 3}, "file=3 is not allowed; give a text"),
+        ("jpeg_compressibility", {"quality": "high"}, "quality=high is not allowed; give a whole number, as 95"),
+        ("safety", {"margin": None}, "margin=None is not allowed; give a finite number, as 0.2"),
+        (
+            "distribution_parity",
+            {"classifier": "shapes_colour", "target": 1},
+            "target=1 is not allowed; give a list or",
+        ),
+        ("diversity", {"embedding": "clip", "embedding_arguments": {"batch_size": "x"}}, "batch_size=x is not allowed"),
+        ("http", {"url": "http://x", "calls": {"api_key_variable": 3}}, "calls.api_key_variable=3 is not allowed"),
+    ],
+)
+def test_an_argument_of_another_type_is_one_line(name: str, arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^rewards: .*{re.escape(message)}"):
+        make_reward(name, arguments)
+
+
+def test_a_wrong_type_is_found_before_anything_is_built():
+    with pytest.raises(ValueError, match=r"^rewards\[0\]\.name=human: comparisons=many is not allowed"):
+        check_reward(RewardConfig("human", arguments={"comparisons": "many"}), "rewards[0]")
+
+
+def test_a_whole_number_is_a_number_and_a_path_is_a_text(tmp_path: Path):
+    build("human", {"undo_seconds": 3}, {"human": BUILT_IN["human"]})
+    with pytest.raises(ValueError, match="cannot be read"):
+        build("ratings", {"file": tmp_path / "none.jsonl"}, BUILT_IN)
 
 
 def test_work_that_does_not_end_in_time_is_left_alone():

@@ -1,17 +1,39 @@
-"""The arguments that `rlcm-fast sample` and `rlcm-fast evaluate` share."""
+"""Arguments that several commands share: of the sampler, numbers, and overrides of a config beside own options."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rlcm_fast.config import bounds
 from rlcm_fast.config.bounds import Bound
 from rlcm_fast.config.files import check_text
 
 _LONGEST = 20  # digits of a number; Python refuses to read thousands
+
+
+def check_overrides(overrides: Sequence[str], own: Sequence[str]) -> None:
+    """Refuses what is nearly one of the command's own options; the config checks the other words.
+
+    Raises:
+        ValueError: a name is no field of the config, and an option of `own` is closer to it than every field.
+    """
+    names = [word.partition("=")[0] for word in overrides if word.startswith("--")]
+    if not names:
+        return
+    from rlcm_fast.config import field_names
+
+    fields = [f"--{name}" for name in field_names()]
+    for name in names:
+        near = [] if name.rstrip("+") in fields else difflib.get_close_matches(name, [*own, *fields], n=1, cutoff=0.75)
+        if near and near[0] in own:
+            raise ValueError(
+                f"{name} is no option of this command, and no field of the config; did you mean {near[0]}? --help lists"
+                " the options"
+            )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, several_steps: bool) -> None:

@@ -21,6 +21,7 @@ from rlcm_fast.cli import (
     sample,
     score,
 )
+from rlcm_fast.cli.arguments import check_overrides
 from rlcm_fast.door import Door, take_debug
 from rlcm_fast.faults import in_one_line
 from rlcm_fast.leaving import leave_at_once_if_computing
@@ -57,6 +58,7 @@ def _run(argv: Sequence[str], debug: bool) -> int:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.takes_overrides:
+        check_overrides(rest, arguments.own_options)
         arguments.overrides = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -76,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         shows = "show what libraries print, and the traceback of an error above its line"
         command.add_argument("--debug", action="store_true", help=shows)  # `take_debug` takes it from anywhere
-        command.set_defaults(run=module.run, takes_overrides=module in (plan, doctor, rate))
+        options = [name for action in command._actions for name in action.option_strings if name.startswith("--")]
+        command.set_defaults(run=module.run, takes_overrides=module in (plan, doctor, rate), own_options=options)
     return parser
 
 

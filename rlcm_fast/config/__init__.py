@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser
 
 from rlcm_fast.config.files import RESOLVED
 from rlcm_fast.config.guard import GuardConfig
-from rlcm_fast.config.mistakes import options_of
+from rlcm_fast.config.mistakes import fields_of, options_of
 from rlcm_fast.config.parser import parse, parser_of
 from rlcm_fast.config.ranges import Seed, Updates, UpdatesOrZero
 from rlcm_fast.config.reward_sections import RewardConfig, TaskConfig
@@ -171,6 +171,11 @@ def config_of(file: str | None, overrides: Mapping[str, Any]) -> Config:
     """
     files = [] if file is None else [f"--config={file}"]
     return parse_config([*files, *options_of(overrides, Config)])
+
+
+def field_names() -> list[str]:
+    """Returns the dotted names of all fields."""
+    return list(dict(fields_of(Config)))
 
 
 def build_parser() -> ArgumentParser:

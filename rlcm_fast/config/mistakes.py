@@ -34,7 +34,7 @@ _OUTSIDE_CONFIG = {"--config", "--help", "-h"}
 
 def split_arguments(argv: Sequence[str], config_class: type) -> tuple[list[str], list[str]]:
     """Returns (config files, other arguments); drops the launcher's --local_rank and sets bare switches to true."""
-    switches = {f"--{name}" for name, hint in _fields(config_class) if hint is bool}
+    switches = {f"--{name}" for name, hint in fields_of(config_class) if hint is bool}
     files, arguments, rest = [], [], list(argv)
     while rest:
         name, has_value, value = rest.pop(0).partition("=")
@@ -91,7 +91,7 @@ def _text_of(path: Path, file: str) -> str:
 
 def check_arguments(arguments: Sequence[str], config_class: type) -> None:
     """Raises ValueError for an option that is not a field, or a list of rewards with an unknown key."""
-    known = dict(_fields(config_class))
+    known = dict(fields_of(config_class))
     helps = {f"{name}.help" for name, hint in known.items() if _item_class(hint)}
     option = ""
     for argument in arguments:
@@ -114,7 +114,7 @@ def options_of(overrides: Mapping[str, Any], config_class: type) -> list[str]:
 
     Raises ValueError for a keyword that is no field.
     """
-    known = {name.replace(".", "__"): name for name, _ in _fields(config_class)}
+    known = {name.replace(".", "__"): name for name, _ in fields_of(config_class)}
     sections = {name.partition("__")[0] for name in known if "__" in name}
     options = []
     for keyword, value in overrides.items():
@@ -144,7 +144,7 @@ def _option_text(keyword: str, value: Any) -> str:
 
 def complete_items(arguments: Sequence[str], config_class: type) -> list[str]:
     """Returns the arguments with complete list items."""
-    known = dict(_fields(config_class))
+    known = dict(fields_of(config_class))
     completed: list[str] = []
     option = ""
     for argument in arguments:
@@ -204,11 +204,11 @@ def explain(message: str, prefix: str = "") -> str:
     return f"{field}={_one_line(expected['value'])} is not allowed; give {_in_words(expected['type'])}"
 
 
-def _fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def fields_of(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted name, type) of every field below, without sections."""
     for name, hint in types_of(config_class).items():
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from _fields(hint, f"{prefix}{name}.")
+            yield from fields_of(hint, f"{prefix}{name}.")
         else:
             yield prefix + name, hint
 
@@ -218,7 +218,7 @@ def _check_keys(node: dict[Any, Any], config_class: type, prefix: str, where: st
     for key, value in node.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            known = list(hints) if prefix else [*hints, *dict(_fields(config_class))]
+            known = list(hints) if prefix else [*hints, *dict(fields_of(config_class))]
             remedy = "write its section, and the field indented below it; " if "." in str(key) else ""
             raise ValueError(f"{name}{where} is no field of the config; {remedy or _meant(str(key), known)}{_HELP}")
         hint = hints[key]

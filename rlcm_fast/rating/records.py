@@ -1,7 +1,7 @@
 """The file of all ratings, ratings.jsonl: a line for each answer of a person, appended and flushed to the disk at once.
 
     {"id": "000012/3", "round": 12, "kind": "ranking", "prompt": "a fox", "task": "default",
-     "images": ["ratings/000012/06.png", "ratings/000012/07.png"], "ranks": [2, 1], "seconds": 3.1, "time": "2026-..."}
+     "images": ["ratings/000012/006.png", "ratings/000012/007.png"], "ranks": [2, 1], "seconds": 3.1, "time": "..."}
 
 `images` are relative to the file's folder. `ranks` is null for a prompt that was skipped. A line with `"undone": true`
 takes back the line with its id, which may then come again: the last line of an id counts. A `comparison` shows an image
@@ -29,7 +29,7 @@ class Rating:
     """A person's answer about the images of one prompt."""
 
     id: str
-    round: int  # the iteration, for several tasks in turn times their number plus the task's
+    round: int  # the iteration; tasks that take turns have their rounds of an iteration under one number
     kind: Kind
     prompt: str
     task: str

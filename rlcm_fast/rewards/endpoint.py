@@ -72,6 +72,8 @@ class Calls:
         check_number("calls.timeout_s", calls.timeout_s, above=0.0)
         check_whole("calls.attempts", calls.attempts)
         check_whole("calls.at_once", calls.at_once)
+        if not isinstance(calls.api_key_variable, str):
+            raise ValueError(f"calls.api_key_variable={calls.api_key_variable} is not allowed; give a variable's name")
         if calls.api_key_variable and not os.environ.get(calls.api_key_variable):
             raise ValueError(
                 f"calls.api_key_variable={calls.api_key_variable} is not set in the environment; export it, or leave "

@@ -14,7 +14,7 @@ from typing import Any
 from rlcm_fast import plugins
 from rlcm_fast.config import RewardConfig
 from rlcm_fast.given import check_is_given
-from rlcm_fast.plugins import check_accepts, load_class
+from rlcm_fast.plugins import check_accepts, check_types, load_class
 from rlcm_fast.rewards.diversity import EMBEDDINGS
 from rlcm_fast.rewards.models import check_files
 from rlcm_fast.rewards.parity import CLASSIFIERS
@@ -85,6 +85,8 @@ def _check_signatures(config: RewardConfig, where: str) -> None:
     """Refuses arguments that the constructor does not accept, and a class that cannot be called as rewards are."""
     factory = load_class(config.name, BUILT_IN)
     check_accepts(factory, f"{where} arguments={config.arguments}", keywords=config.arguments)
+    if config.name in BUILT_IN:
+        check_types(factory, where, config.arguments)
     if not isinstance(factory, type):
         return
     is_set = getattr_static(factory, "scope", "image") == "set"

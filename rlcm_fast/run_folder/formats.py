@@ -54,9 +54,7 @@ class FinishedRun:
         Raises:
             ValueError: it is no run, or has no such checkpoint.
         """
-        run_dir = Path(run)
-        if not (run_dir / "config.yaml").is_file():
-            raise ValueError(f"run={run} is not the folder of a run: it has no config.yaml; give a run_dir")
+        run_dir = _folder_of(run)
         config = parse_config(["--config", str(run_dir / "config.yaml")])
         kept = {checkpoints.read_state(folder)["iteration"]: folder for folder in checkpoints.complete(run_dir)}
         if iteration is None:
@@ -76,8 +74,8 @@ class FinishedRun:
 
     @classmethod
     def find_best(cls, run: str) -> FinishedRun:
-        """Finds a run's best checkpoint by checkpoint.best; raises ValueError if there is none."""
-        best = Best.find(Path(run))
+        """Finds a run's best checkpoint by checkpoint.best; raises ValueError as `find`, or if there is none."""
+        best = Best.find(_folder_of(run))
         if best is None:
             raise ValueError(
                 f"best=true finds no best checkpoint in run={run}: it was trained without checkpoint.best, or was not "
@@ -109,6 +107,16 @@ class FinishedRun:
         if misfits:
             put_weights(weights, backbone.unet, f"checkpoint={self.checkpoint}")  # says it in its words
         return backbone, {**start, **weights}
+
+
+def _folder_of(run: str) -> Path:
+    """Returns the folder of a run; raises ValueError if it is none."""
+    folder = Path(run)
+    if not folder.is_dir():
+        raise ValueError(f"run={run} is not a folder; give the run_dir of a run")
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"run={run} is not the folder of a run: it has no config.yaml; give a run_dir")
+    return folder
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,7 @@ def test_json_has_bytes_and_seconds_alone(capsys: pytest.CaptureFixture[str]):
         (["--gpu", "gtx1080"], "gpu=gtx1080 is not in the table; give one of rtx3060"),
         (["--model.path", "some/one"], "model.path=some/one is not known without a network; give a folder, or one of "),
         (["--engine.zero_stag", "1"], "--engine.zero_stag is no field of the config; did you mean --engine.zero_stage"),
+        (["--gup", "h100"], "--gup is no option of this command, and no field of the config; did you mean --gpu?"),
         (["--config", "no.yaml"], "config=no.yaml is not a file"),
         (["--update.micro_batch_size", "7"], "update.micro_batch_size=7 does not divide"),
         (["--image-size", "100"], "image-size=100 must divide by 64; try 128"),

@@ -175,3 +175,19 @@ def test_what_a_person_cannot_do_is_refused(settings: dict[str, Any], num_proces
     options = ["--config", "shapes/rating", *(f"--{name}={value}" for name, value in settings.items())]
     with pytest.raises(ValueError, match=problem):
         validate(parse_config(options), num_processes)
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--prot", "--port"),
+        ("--share-on-netwrok", "--share-on-network"),
+        ("--prompts.num_promts", "--prompts.num_prompts"),
+    ],
+)
+def test_a_word_that_is_nearly_an_option_is_named(
+    word: str, meant: str, trained: list[Config], capsys: pytest.CaptureFixture[str]
+):
+    assert rate("--config", "shapes/rating", word, "3") == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+    assert trained == []

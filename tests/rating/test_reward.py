@@ -81,6 +81,18 @@ def test_images_lie_beside_the_file_as_they_were_drawn(asked: Asked, tmp_path: P
         assert torch.equal(there.reshape(16, 16, 3).permute(2, 0, 1), (image * 255).round().to(torch.uint8))
 
 
+def test_a_tasks_round_is_numbered_by_its_iteration_and_lies_in_a_folder_of_its_own(asked: Asked, tmp_path: Path):
+    for task in ("colour", "size"):
+        asked.open(images(), [Prompt(prompt.text, task) for prompt in PROMPTS], iteration=7)
+    assert asked.reward.session.view()["round"] == 8
+    for _ in range(4):
+        asked.answer([[0]])
+    lines = [json.loads(line) for line in (tmp_path / "ratings.jsonl").read_text().splitlines()]
+    folders = {f"ratings/000007_{line['task']}" for line in lines}
+    assert [line["round"] for line in lines] == [7] * 4
+    assert folders == {str(Path(line["images"][0]).parent) for line in lines} and len(folders) == 2
+
+
 def test_a_restart_asks_only_for_what_is_not_answered(tmp_path: Path):
     first = Asked(tmp_path)
     first.open(images(), PROMPTS)
