@@ -105,7 +105,7 @@ def test_whatever_a_constructor_raises_is_one_line_with_its_arguments():
         (
             "distribution_parity",
             {"classifier": "shapes_colour", "target": 1},
-            "target=1 is not allowed; give a list or",
+            "target=1 is not allowed; give a list",
         ),
         ("diversity", {"embedding": "clip", "embedding_arguments": {"batch_size": "x"}}, "batch_size=x is not allowed"),
         ("http", {"url": "http://x", "calls": {"api_key_variable": 3}}, "calls.api_key_variable=3 is not allowed"),

@@ -28,6 +28,7 @@ GUIDANCE = 1.0
 _AT_ONCE = '--rewards=[{"name": "human", "arguments": {"undo_seconds": 0}}]'  # a program takes nothing back
 _QUIET = ("--tracking.grid_every", "0", "--tracking.tensorboard", "false")
 _FAREWELL = 60.0  # seconds in which a run that is stopped saves
+_STARTS_WITHIN = 600.0  # seconds until the page is there, also on a machine that does something else
 
 
 def main() -> int:
@@ -82,8 +83,8 @@ def _train_by_hand(arguments: argparse.Namespace, folder: Path, seed: int, until
     with (folder / "log.txt").open("a") as log:
         process = _start(["rate", *options], log)
         try:
-            url = wait_for_page(folder)
-            while process.poll() is None and time.monotonic() < until:
+            url = wait_for_page(folder, _STARTS_WITHIN)
+            while url and process.poll() is None and time.monotonic() < until:
                 ScriptedRater(url, arguments.errors, 1000 * seed + _num_answers(folder)).rate(until)
         finally:
             _stop(process)
@@ -158,10 +159,15 @@ def _compared(folder: Path, num_images: int) -> dict[str, Any]:
         drawn, _ = draw(load_pipeline(path), texts, 4, GUIDANCE, 7, 64)
         grades[name] = red_circles(drawn)
 
-    # Count.
-    pairs = list(zip(grades["tuned"], grades["start"], strict=True))
+    return counted(grades["tuned"], grades["start"])
+
+
+def counted(tuned_grades: Sequence[int], start_grades: Sequence[int]) -> dict[str, Any]:
+    """Returns how often the tuned model's image has the better grade, a tie counting half, and each model's grades."""
+    pairs = list(zip(tuned_grades, start_grades, strict=True))
     wins, losses = sum(tuned > start for tuned, start in pairs), sum(tuned < start for tuned, start in pairs)
     rate = (wins + (len(pairs) - wins - losses) / 2) / len(pairs)
+    grades = {"start": start_grades, "tuned": tuned_grades}
     red = {name: [round(of.count(grade) / len(of), 4) for grade in (0, 1, 2)] for name, of in grades.items()}
     return {
         "win_rate": round(rate, 4),

@@ -19,7 +19,7 @@ from rlcm_fast.config.batches import AUTO
 _NUM_PROMPTS, _IMAGES_PER_PROMPT = 4, 4  # as defaults.yaml has them
 _IMAGES_OF_A_ROUND = range(8, 33)
 _IMAGES_OF_A_PROMPT = range(2, 10)  # the page has keys for nine
-_NARROW, _WIDE = 0.01, 0.05  # of the ratio; images that are one update old moved it by 0.016 at most
+_NARROW, _WIDE = 0.01, 0.05  # of the ratio, which one update must be able to move; ratio/max_deviation says how far
 
 
 @dataclass(frozen=True)

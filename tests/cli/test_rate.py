@@ -182,7 +182,7 @@ def test_what_a_person_cannot_do_is_refused(settings: dict[str, Any], num_proces
     [
         ("--prot", "--port"),
         ("--share-on-netwrok", "--share-on-network"),
-        ("--prompts.num_promts", "--prompts.num_prompts"),
+        ("--update.clip_rang", "--update.clip_range"),
     ],
 )
 def test_a_word_that_is_nearly_an_option_is_named(

@@ -226,5 +226,8 @@ def test_a_format_that_has_no_place_for_the_model_leaves_no_folder(
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: Any):
-    assert export(tmp_path) == 2
-    assert "is not the folder of a run: it has no config.yaml" in capsys.readouterr().err
+    for best in ([], ["--best"]):
+        assert export(tmp_path, *best) == 2
+        assert "is not the folder of a run: it has no config.yaml" in capsys.readouterr().err
+        assert export(tmp_path / "nope", *best) == 2
+        assert "nope is not a folder; give the run_dir of a run" in capsys.readouterr().err
