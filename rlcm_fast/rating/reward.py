@@ -12,7 +12,6 @@ images differ (other weights, other settings), they get a folder of their own an
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import threading
@@ -22,13 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from rlcm_fast.faults import Fault
 from rlcm_fast.finite_json import load_json
+from rlcm_fast.rating.image_files import KeptImage, write_whole, written
 from rlcm_fast.rating.ranks import scores_of
 from rlcm_fast.rating.records import Journal
 from rlcm_fast.rating.session import Plan, Question, Session
@@ -43,17 +41,8 @@ if TYPE_CHECKING:
 RATINGS = "ratings.jsonl"  # in the folder of the run
 IMAGES = "ratings"
 ADDRESS = "address"  # in the folder of the images: where the page is, while the run serves it
-_SAME = 2.0  # grey levels of 255: a larger mean difference makes it another image; GPUs differ by less than 0.1
 _LEAVES_AFTER = 0.2  # seconds between two looks at the page at the end of the run
 _WAITS_AT_MOST = 600.0  # seconds that the end of the run waits for the next answer
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """An image that was described."""
-
-    pixels: np.ndarray  # (H, W, 3) uint8
-    png: bytes
 
 
 class HumanRating:
@@ -82,7 +71,7 @@ class HumanRating:
         self._undo_seconds, self._num_comparisons = undo_seconds, comparisons
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[int, KeptImage] = {}
         self._rounds: dict[int, _Asked] = {}  # by the number of their first image
         self._is_finished = False
         self._run: _Run | None = None
@@ -127,7 +116,7 @@ class HumanRating:
         listener = server.listen(self._port, self._shares)
         page = server.Page(server.Site(session, folder, token, hosts), listener)
         self._run = _Run(folder, session, page)
-        _write(folder / IMAGES / ADDRESS, page.urls[-1].encode())
+        write_whole(folder / IMAGES / ADDRESS, page.urls[-1].encode())
         write_line(f"rate here: {page.urls[0]}")
         if self._shares:
             write_line(
@@ -139,7 +128,7 @@ class HumanRating:
         """Keeps the images as PNG and returns their numbers (B, 1) float32; see AskingReward."""
         self._of_run  # noqa: B018 (raises outside of a run, before any work)
         pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        kept = [_Kept(one, _png(one)) for one in pixels]
+        kept = [KeptImage.of(one) for one in pixels]
         with self._lock:
             numbers = list(itertools.islice(self._numbers, len(kept)))
             self._kept.update(zip(numbers, kept, strict=True))
@@ -163,7 +152,7 @@ class HumanRating:
         # Write the files, unless they are there, and ask about each prompt.
         task = prompts[0].task
         name = f"{iteration:06d}" + ("" if task == "default" else f"_{_plain(task)}")
-        folder = self._written(name, kept)
+        folder = written(self._of_run.folder / IMAGES, name, kept)
         questions = []
         for number, (prompt, places) in enumerate(groups.items()):
             files = tuple(f"{IMAGES}/{folder}/{place:03d}.png" for place in places)
@@ -198,15 +187,15 @@ class HumanRating:
         # The first ones are the start model's; without them there is nothing to compare with.
         file = self._of_run.folder / IMAGES / "start.json"
         if iteration == 0:
-            start = self._written("start", kept)
-            _write(file, json.dumps({"folder": start, "prompts": texts}).encode())
+            start = written(self._of_run.folder / IMAGES, "start", kept)
+            write_whole(file, json.dumps({"folder": start, "prompts": texts}).encode())
             return
         start = _start(file, texts)
         if start is None:
             return
 
         # Ask which is better.
-        folder = self._written(f"{iteration:06d}_held_out", kept)
+        folder = written(self._of_run.folder / IMAGES, f"{iteration:06d}_held_out", kept)
         questions = []
         for place, text in enumerate(texts):
             pair = (f"{IMAGES}/{folder}/{place:03d}.png", f"{IMAGES}/{start}/{place:03d}.png")
@@ -247,28 +236,9 @@ class HumanRating:
         time.sleep(_LEAVES_AFTER)  # so that an open page hears it
         run.page.close()
 
-    def _take(self, numbers: Tensor) -> list[_Kept]:
+    def _take(self, numbers: Tensor) -> list[KeptImage]:
         with self._lock:
             return [self._kept.pop(int(number)) for number in numbers]
-
-    def _written(self, name: str, kept: Sequence[_Kept]) -> str:
-        """Writes images into a folder and returns its name, `name` or name_2, ...: one that holds these images or none.
-
-        Raises:
-            Fault: the disk is full.
-        """
-        for count in itertools.count(1):
-            folder = self._of_run.folder / IMAGES / (name if count == 1 else f"{name}_{count}")
-            files = [folder / f"{place:03d}.png" for place in range(len(kept))]
-            pairs = list(zip(files, kept, strict=True))
-            if not all(_is_same(file, image) for file, image in pairs if file.exists()):
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            for file, image in pairs:
-                if not file.exists():
-                    _write(file, image.png)
-            return folder.name
-        raise AssertionError
 
 
 def wait_for_page(run_dir: Path, seconds: float = 120.0) -> str:
@@ -313,34 +283,6 @@ def _varied(prompts: Sequence[Prompt]) -> list[int]:
         turns.append((seen.get(prompt, 0), place))
         seen[prompt] = turns[-1][0] + 1
     return [place for _, place in sorted(turns)]
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)  # 1024 x 1024: 0.05 s against 0.4 s at level 6
-    return buffer.getvalue()
-
-
-def _is_same(file: Path, kept: _Kept) -> bool:
-    """Tells whether a file holds this image, up to what another GPU rounds."""
-    try:
-        there = np.asarray(Image.open(file).convert("RGB"), dtype=np.float32)
-    except (OSError, SyntaxError, ValueError):  # half a file
-        file.unlink(missing_ok=True)
-        return True
-    return there.shape == kept.pixels.shape and float(np.abs(there - kept.pixels).mean()) <= _SAME
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Writes a file whole or not at all; raises a Fault in one line if the disk is full."""
-    partial = file.with_name(f".{file.name}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        remedy = "free some space, then go on with --resume latest"
-        raise Fault(f"{file} cannot be written ({error.strerror}): {remedy}") from error
 
 
 def _start(file: Path, texts: Sequence[str]) -> str | None:

@@ -15,6 +15,7 @@ pytest.importorskip("uvicorn")
 
 from rlcm_fast.faults import Fault
 from rlcm_fast.rating import reward as rating_reward
+from rlcm_fast.rating.image_files import KeptImage, is_same
 from rlcm_fast.rating.reward import HumanRating
 from rlcm_fast.rating.win_rate import WinRate
 from rlcm_fast.rewards import PersonReward, RewardService, RunPlace, Workers, grouped, make_reward
@@ -180,7 +181,7 @@ def test_half_an_image_of_a_killed_run_is_written_again(asked: Asked, tmp_path: 
     (tmp_path / "ratings/000000/001.png").write_bytes(b"\x89PNG\r\n")
     asked.open(images(), PROMPTS)
     assert not (tmp_path / "ratings/000000_2").exists()
-    assert rating_reward._is_same(tmp_path / "ratings/000000/001.png", rating_reward._Kept(*pixels(images()[1])))
+    assert is_same(tmp_path / "ratings/000000/001.png", KeptImage(*pixels(images()[1])))
 
 
 def pixels(image: Tensor) -> tuple:
