@@ -35,7 +35,6 @@ from rlcm_fast.policies import GaussianPolicy, Network, build_policy
 from rlcm_fast.policies.build import build_schedule
 from rlcm_fast.run_folder.agreement import together
 from rlcm_fast.run_folder.export import Exporter
-from rlcm_fast.run_folder.interruption import Interrupted
 from rlcm_fast.run_folder.progress import Progress
 from rlcm_fast.run_folder.resume import RunFolder, begin, put_weights, start_weights
 from rlcm_fast.run_folder.tracking import say
