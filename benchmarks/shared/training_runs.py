@@ -242,9 +242,19 @@ def _refuse_other_settings(arguments: Sequence[str], run_dir: Path) -> None:
     from rlcm_fast.config import parse_config, to_dict
 
     wanted, found = to_dict(parse_config(arguments)), yaml.safe_load((run_dir / "config.yaml").read_text())
-    for key, value in wanted.items():
-        if key not in ("resume", "dry_run") and value != found.get(key):
+    for field, value, other in _differences(wanted, found):
+        if field not in ("resume", "dry_run"):
             raise ValueError(
-                f"{run_dir} holds a run with {key}={found.get(key)}, but {key}={value} was asked for; "
-                "delete that folder, or give another --runs"
+                f"{run_dir} holds a run with {field}={other}, but {field}={value} was asked for; delete that folder, "
+                "or give another --runs"
             )
+
+
+def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields the dotted fields that differ, with both values; a run notes what it has found in place of `auto`."""
+    for name in {**wanted, **found}:
+        value, other = wanted.get(name), found.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            yield from _differences(value, other, f"{at}{name}.")
+        elif value not in ("auto", other):
+            yield f"{at}{name}", value, other

@@ -234,11 +234,15 @@ def test_a_finished_run_is_not_repeated_and_one_of_other_settings_is_refused(loa
         folder = tmp_path / f"seed_{seed}"
         wanted[folder] = runs.train_arguments(CONFIG, ["num_iterations", "3"], seed, folder)
         (folder / "export").mkdir(parents=True)
-        (folder / "config.yaml").write_text(to_yaml(parse_config([*wanted[folder], "--resume", "latest"])))
+        noted = ["--resume", "latest", "--engine.compile", "off", "--engine.attention", "sdpa"]  # in place of auto
+        (folder / "config.yaml").write_text(to_yaml(parse_config([*wanted[folder], *noted])))
         (folder / "export" / "model_index.json").write_text("{}")
     runs.train_all(wanted, jobs=4)
     wanted[folder] = runs.train_arguments(CONFIG, ["num_iterations", "4"], 7, folder)
     with pytest.raises(ValueError, match="num_iterations=3, but num_iterations=4"):
+        runs.train_all(wanted, jobs=4)
+    wanted[folder] = runs.train_arguments(CONFIG, ["num_iterations", "3", "guard.floors", "{jpeg_kb: 0.5}"], 7, folder)
+    with pytest.raises(ValueError, match=r"guard.floors.jpeg_kb=None, but guard.floors.jpeg_kb=0.5"):
         runs.train_all(wanted, jobs=4)
 
 
