@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -54,6 +56,33 @@ def test_raise_kl_tells_the_lowest_payload_of_those_with_the_detector_and_the_la
     assert (last["queries"], last["payload"], last["kl_weight"]) == (448, pytest.approx(-0.2), 0.5)
     assert found["last_quarter"] == {"payload": pytest.approx((-0.6 - 0.2) / 2), "detector": pytest.approx(0.95)}
     assert len(found["curve"]) == 8
+
+
+def test_each_caption_has_its_own_change(guards: ModuleType, tmp_path: Path):
+    sizes = {
+        "000000": {"a star": (1.69, 1.49), "a circle": (1.19,)},
+        "000768": {"a star": (1.19, 1.09), "a circle": (1.09,)},
+    }
+    for evaluation, captions in sizes.items():
+        folder = tmp_path / "evaluation" / evaluation
+        folder.mkdir(parents=True)
+        rows = [
+            {"prompt": caption, "scores": {"eval/jpeg_compressibility": -size, "eval/shapes_alignment": size / 2}}
+            for caption, of_caption in captions.items()
+            for size in of_caption
+        ]
+        (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = guards.by_caption(tmp_path)
+    assert found["a star"]["payload"] == pytest.approx(0.45 / 0.9 - 1)
+    assert found["a circle"]["payload"] == pytest.approx(0.4 / 0.5 - 1)
+    assert (found["a star"]["detector_before"], found["a star"]["detector_after"]) == pytest.approx((0.795, 0.57))
+
+
+def test_longer_runs_take_smaller_steps(guards: ModuleType):
+    for count, rate, every in ((192, "5e-05", "6"), (768, "1.25e-05", "24")):
+        overrides = guards.held_arm(count).overrides
+        of = dict(zip(overrides[::2], overrides[1::2], strict=True))
+        assert (of["optimizer.lr"], of["evaluation.every"]) == (rate, every)
 
 
 def test_combine_measures_the_gain_of_both_rewards_in_any_unit(guards: ModuleType):
