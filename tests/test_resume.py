@@ -140,7 +140,8 @@ def test_a_run_killed_and_interrupted_again_and_again_equals_one_left_alone(
     assert checkpoints(run_dir)[-2:] == ["iteration_000008", "iteration_000010"]
 
 
-ENDLESS: dict[str, object] = {**SETTINGS, "num_iterations": 10_000}
+SLOWER = [{"name": "plugin_rewards:Slow", "arguments": {"seconds": 0.5}}]  # all signals come in one iteration
+ENDLESS: dict[str, object] = {**SETTINGS, "num_iterations": 10_000, "rewards": SLOWER}
 
 
 def assert_stopped_with_a_checkpoint(run_dir: Path, said: str) -> None:
@@ -157,6 +158,7 @@ def test_two_processes_that_are_interrupted_and_told_to_end_save_a_checkpoint(ti
         run_processes.start(run_processes.train, argv, log=log, rank=rank, group=group) for rank, log in enumerate(logs)
     ]
     wait_for_lines(processes[0], tmp_path / "run", 2)
+    time.sleep(0.1)  # the checkpoint of iteration 2 is written, and iteration 3 has begun
     for number in (signal.SIGINT, signal.SIGTERM):
         for process in processes:
             assert process.pid is not None

@@ -228,11 +228,6 @@ def test_the_win_rate_is_drawn_where_its_images_were_over_the_band_of_no_differe
     assert [(point.x, point.y, point.low, point.high) for point in points] == [(0, 0.5, 0, 1), (2, 0.75, 0.25, 0.75)]
 
 
-def test_a_run_that_the_guard_stopped_says_so():
-    run = run_of([*RISING, {"guard/stopped": 1.0}], {"num_iterations": 30})
-    assert verdict(run).sentences[0].startswith("The guard stopped the run after ")
-
-
 def test_every_number_of_the_verdict_is_in_the_metrics(tmp_path: Path):
     run_dir = make_run(tmp_path / "run")
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])

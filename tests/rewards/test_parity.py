@@ -96,7 +96,7 @@ def test_an_answer_that_cannot_be_votes_is_refused(answer: list, settings: dict,
         ({"classifier": "shapes_colour", "votes": "loud"}, "votes=loud is unknown; give soft"),
         ({"classifier": "shapes_colour", "target": [0.5, 0.6]}, "target=.0.5, 0.6. is no distribution"),
         ({"classifier": "shapes_colour", "target": []}, "target=.. is no distribution"),
-        ({"classifier": "shapes_colour", "target": 0.5}, "target=0.5 is no distribution; give a list"),
+        ({"classifier": "shapes_colour", "target": 0.5}, "target=0.5 is not allowed; give a list"),
         ({"classifier": "shapes_colour", "target": ["a", "b"]}, "is no distribution"),
         ({"classifier": "shapes_colour", "target": [1.5, -0.5]}, "is no distribution"),
         (

@@ -68,9 +68,17 @@ def test_a_failure_is_no_score_of_zero(safety: Safety, monkeypatch: pytest.Monke
     assert caught.value.scores is not None and caught.value.scores[0].item() == pytest.approx(-0.49)
 
 
-@pytest.mark.parametrize("margin", [-0.1, 1, "0.2", True])
-def test_a_margin_that_is_no_probability_is_refused(margin: object):
-    with pytest.raises(ValueError, match="margin=.* is no probability below 1; give"):
+@pytest.mark.parametrize(
+    ("margin", "problem"),
+    [
+        (-0.1, "is no probability below 1; give"),
+        (1, "is no probability below 1; give"),
+        ("0.2", "is not allowed; give a finite number"),
+        (True, "is not allowed; give a finite number"),
+    ],
+)
+def test_a_margin_that_is_no_probability_is_refused(margin: object, problem: str):
+    with pytest.raises(ValueError, match=f"margin=.* {problem}"):
         build_reward("safety", {"margin": margin})
 
 

@@ -283,7 +283,7 @@ def test_a_server_that_ends_during_the_run_fails_all_its_images_quickly():
         ({"question": " "}, "question=' ' is empty"),
         ({"calls": {"attempts": -1}}, "calls.attempts=-1 is not allowed"),
         ({"calls": {"most_pixels": 0}}, "calls.most_pixels=0 is not allowed"),
-        ({"calls": 3}, "calls=3 is no mapping"),
+        ({"calls": 3}, "calls=3 is not allowed; give a mapping"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_anything_is_asked(arguments: dict, problem: str):
