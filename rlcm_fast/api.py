@@ -61,16 +61,25 @@ class Run:
 
     @property
     def weights(self) -> Path | None:
-        """The trained weights alone, those of the newest checkpoint; None without a checkpoint."""
+        """The trained weights alone, those of the newest checkpoint; None without a checkpoint.
+
+        After a guard's stop those of the best one before it, which is the one that is exported, if there is any.
+        """
+        from rlcm_fast.run_folder.best import Best
         from rlcm_fast.run_folder.checkpoint import complete
 
         folders = complete(self.run_dir)
+        if self.is_finished and self.metrics and self.metrics[-1].get("guard/stopped"):
+            best = Best.find(self.run_dir)
+            folders += [best.folder(self.run_dir)] if best else []
         name = "adapters.safetensors" if self.config.lora.rank > 0 else "unet.safetensors"
         return folders[-1] / name if folders else None
 
     @cached_property
     def pipeline(self) -> Any:
         """The tuned diffusers pipeline on the CPU, in float32; loaded when it is first asked for.
+
+        It has the exported weights, or those of the newest checkpoint of a run that was stopped.
 
         Raises:
             ValueError: the run was stopped before its first checkpoint.
@@ -189,8 +198,8 @@ def _train(config: Config, given: Given, handover: Handover, pipeline: Any) -> R
         is_finished = trainer.run()
     finally:
         lock.release()
-    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
-    return Run(trainer.config, is_finished, [json.loads(line) for line in lines])
+    lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return Run(trainer.config, is_finished, list({line["iteration"]: line for line in lines}.values()))
 
 
 def _check_keywords(overrides: Mapping[str, Any]) -> None:

@@ -70,9 +70,7 @@ class Trainer:
                     self.progress.note(self.state_dict())
                     self.tracker.log({**metrics, **evaluated})
                     self.parts.memory.compare(self.tracker.say)
-                    is_enough = self.given.is_enough(iteration, {**metrics, **evaluated})
-                    self.save_if_due(is_enough)
-                    if is_enough:
+                    if self.save_if_due(self.given.is_enough(iteration, {**metrics, **evaluated})):
                         break
                 self.finish()
                 return True
@@ -131,6 +129,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Evaluates the final weights, writes a folder that stock diffusers loads, and hears out a person who rates."""
+        self.evaluation.end_at(self.iteration)
         counts = {"iteration": self.iteration, "queries": self.queries}
         if evaluated := self.evaluate(self.iteration):
             self.tracker.log({**counts, **evaluated})
@@ -138,13 +137,14 @@ class Trainer:
         if answered := self.parts.hear_out(self.interruption.check):
             self.tracker.log({**counts, **evaluated, **answered})
 
-    def save_if_due(self, is_enough: bool) -> None:
-        """Saves a checkpoint if one is due; stops the run if any process was asked to stop."""
+    def save_if_due(self, is_enough: bool) -> bool:
+        """Saves a checkpoint if one is due; tells whether the run is at its end; stops it if a process was asked to."""
         is_last = is_enough or self.iteration == self.config.num_iterations
         if is_last or self.due(self.config.checkpoint.every, self.iteration):
             self.progress.save()
         if self.interruption.agreed() and not is_last:
             raise Interrupted
+        return is_last
 
     def due(self, every: int, iteration: int) -> bool:
         """Tells whether something is due: every `every` iterations and for the final weights; never if `every` is 0."""

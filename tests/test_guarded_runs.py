@@ -11,9 +11,11 @@ import tiny_runs
 import torch
 from safetensors.torch import load_file
 
+from rlcm_fast.api import Run
 from rlcm_fast.config import Config, parse_config
 from rlcm_fast.config.checks import validate
 from rlcm_fast.config.resolved import resolve
+from rlcm_fast.given import Given
 from rlcm_fast.run_folder import checkpoint as checkpoints
 from rlcm_fast.run_folder.best import Best
 from rlcm_fast.run_folder.formats import FinishedRun
@@ -160,6 +162,16 @@ def test_a_stop_at_the_first_measurement_says_that_there_is_no_best_and_how_to_g
     assert (run_dir / "export" / "unet").is_dir()
 
 
+def test_no_guard_stops_the_final_weights_of_a_run_that_a_callback_ends(tiny_lcm_folder: str, tmp_path: Path):
+    trainer = Trainer(
+        make_config(tiny_lcm_folder, tmp_path / "run", **STOPS, **BEST), Given(is_enough=lambda iteration, _: True)
+    )
+    assert trainer.run() and trainer.iteration == 1
+    last = tiny_runs.metrics(tmp_path / "run")[-1]
+    assert last["guard/outside"] >= 1 and "guard/stopped" not in last
+    assert (tmp_path / "run" / "export" / "unet").is_dir()
+
+
 def test_a_later_stop_exports_the_best_before_it_whatever_the_end_would_export(
     tiny_lcm_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
@@ -176,6 +188,8 @@ def test_a_later_stop_exports_the_best_before_it_whatever_the_end_would_export(
     exported = load_file(run_dir / "export" / "unet" / "diffusion_pytorch_model.safetensors")
     expected = checkpoints.weights(best.folder(run_dir))
     assert all(torch.equal(exported[name], weight) for name, weight in expected.items())
+    run = Run(trainer.config, True, tiny_runs.metrics(run_dir))
+    assert run.weights == best.folder(run_dir) / "unet.safetensors"
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "guard: the run stops" in line]
     back = str(best.folder(run_dir))
     assert f"{run_dir}/export is a diffusers folder of iteration {best.iteration}, the best by min:{KEY}" in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlcm_fast.config import Config, GuardConfig
 from rlcm_fast.config.guard import ALL, EXTRA, HELD_OUT, KL, OTHER_KEYS
 from rlcm_fast.config.resolved import ResolvedRun, Task
+from rlcm_fast.config.reward_checks import PERSON
 
 DETECTOR = "shapes_alignment"  # every evaluation on prompts of ShapesWorld has it
 
@@ -119,12 +120,13 @@ def _check_widths_have_a_use(run: ResolvedRun) -> None:
 
 
 def evaluated_names(run: ResolvedRun) -> dict[str, set[str]]:
-    """Returns the labels of the rewards that an evaluation scores, by the prefix of their metrics."""
+    """Returns the labels of the rewards that an evaluation scores, by the prefix of their metrics; not a person's."""
     watched = {reward.key for reward in run.config.evaluation.rewards}
     found = {}
     for task in run.tasks:
         detector = {DETECTOR} if task.evaluation.startswith("shapes:") else set()
-        found[_prefix(run, task)] = {reward.key for reward in task.rewards} | watched | detector
+        trained = {reward.key for reward in task.rewards if reward.name != PERSON}
+        found[_prefix(run, task)] = trained | watched | detector
     return found
 
 

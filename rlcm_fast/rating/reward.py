@@ -216,9 +216,12 @@ class HumanRating:
         """Waits for open comparisons while a page is open, and prints the win rate; see AskingReward."""
         self._is_finished = True
         run = self._of_run
-        if run.has_somebody_to_answer:
-            write_line("compare the tuned images with the start model's on the page; Ctrl-C ends the run without it")
         try:
+            may_stop()
+            if run.has_somebody_to_answer:
+                write_line(
+                    "compare the tuned images with the start model's on the page; Ctrl-C ends the run without it"
+                )
             while run.has_somebody_to_answer:
                 may_stop()
                 time.sleep(_LEAVES_AFTER)

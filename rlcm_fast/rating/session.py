@@ -146,7 +146,8 @@ class Session:
 
     def win_rates(self) -> list[WinRate]:
         """Returns how often the tuned model won against the start, by round."""
-        return win_rates(self._journal.answers.values())
+        with self._lock:
+            return win_rates(self._journal.answers.values())
 
     # The page's side.
 

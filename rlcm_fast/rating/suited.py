@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from rlcm_fast.config import Config
+from rlcm_fast.config import Config, RewardConfig
 from rlcm_fast.config.algorithm_checks import lag_problem
 from rlcm_fast.config.batches import AUTO
 
@@ -38,7 +38,10 @@ class Change:
     def said(self, before: Config, after: Config) -> str | None:
         """Returns the change in a line; None if the config says so already, or the command says something else."""
         old, new = _value(before, self.field), _value(after, self.field)
-        return None if new != self.value or old == new else f"{self.field}={new} instead of {old}: {self.reason}"
+        if new != self.value or old == new:
+            return None
+        shown = "''" if new == "" else new
+        return f"{self.field}={shown} instead of {old}: {self.reason}"
 
 
 def changes(config: Config, replaces: bool) -> list[Change]:
@@ -49,6 +52,9 @@ def changes(config: Config, replaces: bool) -> list[Change]:
 def _of_rewards(config: Config) -> Iterator[Change]:
     """Yields what the config's rewards would leave behind."""
     yield Change("rewards_combine", "sum", "you are the only reward")
+    if any(config.checkpoint.best.endswith(f"eval/{reward.key}/mean") for reward in _not_watched(config)):
+        yield Change("checkpoint.best", "", "that reward is measured no more")
+        yield Change("checkpoint.export", "last", "no checkpoint is the best without checkpoint.best")
     if config.advantages.kind not in ("group", "leave_one_out"):
         yield Change("advantages.kind", "group", "your ranks compare the images of one prompt")
     prompts = config.prompts
@@ -60,6 +66,12 @@ def _of_rewards(config: Config) -> Iterator[Change]:
     yield Change("prompts.images_per_prompt", _IMAGES_PER_PROMPT, reason)
     yield Change("rollout.micro_batch_size", AUTO, "it must divide the images of a round")
     yield Change("update.micro_batch_size", AUTO, "it must divide the transitions of a round")
+
+
+def _not_watched(config: Config) -> list[RewardConfig]:
+    """Returns the rewards that the evaluation measures only because they are trained on."""
+    watched = {reward.key for reward in config.evaluation.rewards}
+    return [reward for reward in config.rewards if reward.key not in watched]
 
 
 def _of_lag(config: Config) -> Iterator[Change]:

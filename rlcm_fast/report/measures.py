@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlcm_fast.report.reading import RunData
-from rlcm_fast.report.rewards import of_person
+from rlcm_fast.report.rewards import is_size, of_person
 
 WIN_RATE = "rating/win_rate"
 
@@ -59,7 +59,7 @@ def measures(run: RunData) -> list[Measure]:
     """Returns the rewards that the metrics name: trained ones first, totals before their parts; none of a person."""
     of_persons = of_person(run.config)
     trained = [key for key in _means(run, "reward/") if key not in of_persons]
-    evaluated = [key for key in _means(run, "eval/") if not _is_size(key)]
+    evaluated = [key for key in _means(run, "eval/") if not is_size(key)]
     trained.sort(key=lambda key: key.rpartition("/")[2] != "total")
     names = [*trained, *(key for key in evaluated if key not in trained)]
     return [Measure(name, name in trained, name in evaluated) for name in names]
@@ -116,12 +116,6 @@ def constants(run: RunData) -> dict[str, float]:
 def _means(run: RunData, prefix: str) -> Sequence[str]:
     keys = [key for key in run.keys if key.startswith(prefix) and key.endswith("/mean")]
     return [key.removeprefix(prefix).removesuffix("/mean") for key in keys]
-
-
-def _is_size(key: str) -> bool:
-    """Tells whether a key ends in HEIGHTxWIDTH: a reward of the images of one size."""
-    height, _, width = key.rpartition("/")[2].partition("x")
-    return height.isdigit() and width.isdigit()
 
 
 def _is_end(key: str) -> bool:

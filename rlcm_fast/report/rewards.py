@@ -18,9 +18,11 @@ Section = Mapping[str, Any]
 def standard_error(config: Section, line: Mapping[str, float], key: str) -> float | None:
     """Returns the standard error of the mean of KEY, as eval/NAME, in a line of metrics.
 
-    None if it is not known: of fewer than two values, as of a set reward of one group, and of values that are all the
-    same.
+    None if it is not known: of fewer than two values, as of a set reward of one group, of values that are all the same,
+    and of the images of one size.
     """
+    if is_size(key):
+        return None
     deviation, count = line.get(f"{key}/std"), _num_values(config, line, key)
     # the logged deviation divides by the number of values, so it lacks one
     return deviation / math.sqrt(count - 1) if deviation and count > 1 else None
@@ -59,6 +61,12 @@ def _num_values(config: Section, line: Mapping[str, float], key: str) -> float:
     if isinstance(size, int) and size > 0:
         return num_images // size
     return num_images - line.get(f"{key}/skipped", 0.0)
+
+
+def is_size(key: str) -> bool:
+    """Tells whether a key ends in HEIGHTxWIDTH: a reward of the images of one size."""
+    height, _, width = key.rpartition("/")[2].partition("x")
+    return height.isdigit() and width.isdigit()
 
 
 def _sections(value: object) -> list[Section]:

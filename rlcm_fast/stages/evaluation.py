@@ -240,6 +240,11 @@ class Evaluation:
             tracker.evaluation(iteration, album.scores, album.files)
         return metrics | self._guarded(seen, metrics, iteration, tracker)
 
+    def end_at(self, iteration: int) -> None:
+        """Makes the weights after `iteration` iterations the final ones, which no guard stops."""
+        if self.guard is not None:
+            self.guard.num_iterations = iteration
+
     def _guarded(
         self, seen: Sequence[Seen], metrics: dict[str, float], iteration: int, tracker: Tracker
     ) -> dict[str, float]:

@@ -65,7 +65,11 @@ class Parts:
         iteration: how many are finished and saved; every rank must call.
         """
         if isinstance(stop, StoppedByGuard):
-            return end_at_guard(self.export, self.progress.folder.run_dir, iteration, say)
+            try:
+                return end_at_guard(self.export, self.progress.folder.run_dir, iteration, say)
+            except Exception as error:
+                self.progress.rescue(error)
+                raise
         say(f"stopped after {iteration} iterations; go on with --resume latest")
         return False
 

@@ -69,6 +69,21 @@ def test_what_belonged_to_the_rewards_is_replaced_with_them(
     assert "prompts.images_per_prompt" not in said, "which stays"
 
 
+def test_a_best_by_a_reward_that_is_replaced_goes_with_it(
+    trained: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    best = "eval/jpeg_compressibility/mean"
+    settings = {"rewards": [{"name": "jpeg_compressibility"}], "checkpoint": {"best": best, "export": "best"}}
+    assert rate(*rated_config(tmp_path, **settings)) == 0
+    assert (trained[0].checkpoint.best, trained[0].checkpoint.export) == ("", "last")
+    assert lines_said(capsys)["checkpoint.best"].startswith(f"checkpoint.best='' instead of {best}: ")
+
+    # What is measured for its own sake stays.
+    kept = {**settings, "rewards": [{"name": "aesthetic"}], "evaluation": {"rewards": settings["rewards"]}}
+    assert rate(*rated_config(tmp_path, **kept)) == 0
+    assert (trained[1].checkpoint.best, trained[1].checkpoint.export) == (best, "best")
+
+
 def test_an_order_of_several_rewards_goes_with_them(
     trained: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -75,6 +75,7 @@ def options(text: str) -> list[str]:
         ("guard.z=0", "guard.z=0.0 is out of range"),
         ("checkpoint.best=eval/taste/mean", r"checkpoint.best=eval/taste/mean is no metric .* eval/diversity"),
         ("checkpoint.best=min:shapes_alignment", "is no metric of this run's evaluation"),
+        ("rewards=[{name: human}]|advantages.kind=group|checkpoint.best=eval/human/mean", "human/mean is no metric of"),
         ("checkpoint.best=eval/diversity|evaluation.every=0", "checkpoint.best=eval/diversity is never measured"),
         ("checkpoint.export=best", "checkpoint.export=best has no best checkpoint"),
         ("rewards_combine=lexicographic", "has one reward and so no order"),

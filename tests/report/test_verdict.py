@@ -147,6 +147,12 @@ def of_diversity(mean: float, std: float) -> dict[str, float]:
     return {"eval/diversity/mean": mean, "eval/diversity/std": std, "eval/diversity": 0.3}
 
 
+def test_the_images_of_one_size_have_no_standard_error():
+    config, line = {"evaluation.num_images": 64}, {"eval/a/std": 1.0, "eval/a/512x384/std": 1.0}
+    assert standard_error(config, line, "eval/a") == pytest.approx(1 / math.sqrt(63))
+    assert standard_error(config, line, "eval/a/512x384") is None, "how many of them there are is not known"
+
+
 @pytest.mark.parametrize(
     ("end", "kind", "said"),
     [(0.2449, "good", "stayed near 0.2451; it is 0.2449."), (0.2, "mixed", "fell from 0.2451 to 0.2.")],
