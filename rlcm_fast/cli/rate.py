@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     suited = parse_config(options)
     validate(suited, 1)
     for line in (*lines[:1], *said(changed, config, suited), *lines[1:]):
-        print(line, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
     # Train, which asks.
     if arguments.open:

@@ -37,7 +37,7 @@ def test_you_rate_instead_of_the_configs_rewards_one_round_ahead(
     assert trained[0].rewards == [RewardConfig("human", arguments={"port": 0})]
     assert trained[0].update.rollout_lag == 1
     assert trained[0].update.kl_weight == 0.04, "the config's own settings stay"
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "instead of shapes_alignment_graded" in said
     assert trained[0].update.clip_range == 0.05
     assert "update.clip_range=0.05 instead of 0.0001" in said
@@ -50,8 +50,8 @@ def rated_config(tmp_path: Path, **settings: Any) -> list[str]:
 
 
 def lines_said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    """What was printed on stdout, by what each line begins with."""
-    return {line.partition("=")[0].partition(":")[0]: line for line in capsys.readouterr().out.splitlines()}
+    """What was printed on stderr, by what each line begins with."""
+    return {line.partition("=")[0].partition(":")[0]: line for line in capsys.readouterr().err.splitlines()}
 
 
 def test_what_belonged_to_the_rewards_is_replaced_with_them(
@@ -163,7 +163,7 @@ def test_the_same_command_goes_on_with_a_run_that_has_a_checkpoint(
     (tmp_path / "checkpoints/iteration_000001").mkdir(parents=True)
     assert rate("--config", "shapes/rating", "--run_dir", str(tmp_path)) == 0
     assert trained[0].resume == "latest"
-    assert f"goes on with the run in {tmp_path}" in capsys.readouterr().out
+    assert f"goes on with the run in {tmp_path}" in capsys.readouterr().err
 
 
 def test_tasks_must_name_the_person_themselves(trained: list[Config], capsys: pytest.CaptureFixture[str]):
