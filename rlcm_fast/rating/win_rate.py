@@ -1,17 +1,17 @@
 """Counts how often a person preferred the tuned model's image to the start model's; a tie is half a win.
 
-The rate of n pairs is p = (wins + ties / 2) / n, and its standard error sqrt(q (1 - q) / n), where q is p with one win
-and one loss more (Laplace's rule of succession): without these two, 8 wins of 8 would have no error at all.
+The rate of n pairs is (wins + ties / 2) / n. Its standard error is the report's: that of a model no better than the
+start, so 8 wins of 8 have one, too.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from rlcm_fast.rating.records import Rating
+from rlcm_fast.report.measures import error_of_win_rate
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class WinRate:
 
     @property
     def standard_error(self) -> float:
-        """The standard error of the rate; above 0."""
-        drawn = (self.wins + self.ties / 2 + 1) / (self.compared + 2)
-        return math.sqrt(drawn * (1 - drawn) / self.compared)
+        """The standard error of the rate, as the report and the live view have it."""
+        return error_of_win_rate(self.compared)
 
     @property
     def sentence(self) -> str:

