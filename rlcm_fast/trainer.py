@@ -116,8 +116,7 @@ class Trainer:
         updated = self.updater.update(batch.trajectory, sample_weights, turn, may_stop)
 
         scores = {**batch.metrics(self.tasks.are_several), **self.tasks.metrics(names)}
-        seconds = {**batch.timings(), **updated.timings()}
-        return {**scores, **updated.metrics(advantages), **noise, **gradients, **seconds}
+        return {**scores, **updated.metrics(advantages), **noise, **gradients, **batch.timings(), **updated.timings()}
 
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Scores held-out images and draws the grid, if they are due."""
@@ -129,6 +128,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Evaluates the final weights, writes a folder that stock diffusers loads, and hears out a person who rates."""
+        self.interruption.is_training = False
         self.evaluation.end_at(self.iteration)
         counts = {"iteration": self.iteration, "queries": self.queries}
         if evaluated := self.evaluate(self.iteration):

@@ -49,7 +49,8 @@ class Interruption:
     that the process belongs to (may_exit false), the second Ctrl-C raises KeyboardInterrupt instead. Outside of the
     main thread Python allows no signal handlers, so only the file stops such a run.
 
-    The first signal is answered in one line that says what happens next.
+    The first signal is answered in one line that says what happens next. After the last iteration nothing is left to be
+    stopped but the wait for a person: set `is_training` to false then.
 
     Several processes must agree where to stop. So `check` (between micro-batches) only acts if there is one process,
     and `agreed` (between iterations, on all ranks) works with any number.
@@ -58,6 +59,7 @@ class Interruption:
     def __init__(self, stop_file: Path, may_exit: bool = True) -> None:
         """stop_file: create it to stop the run if a signal would not leave enough time to save."""
         self._stop_file, self._may_exit = stop_file, may_exit
+        self.is_training = True
         self._requested_at: float | None = None
         self._answering: threading.Thread | None = None  # writes what the first signal leads to
         self._insists, self._raised = False, False  # a second Ctrl-C came, and what it asks for is done
@@ -143,14 +145,18 @@ class Interruption:
 
     def answer(self, number: int) -> str:
         """Returns what a first signal leads to, in a line."""
-        moved = "after this micro-batch, or after this iteration if its weights have moved"
+        moved = "after this evaluation or micro-batch, or after this iteration if its weights have moved"
         when = moved if parallel.world_size() == 1 else "after this iteration"
-        again = "ends the process at once, without a checkpoint" if self._may_exit else "raises KeyboardInterrupt"
-        return f"{signal.Signals(number).name}: stopping {when}; a checkpoint is saved; a second Ctrl-C {again}"
+        next_, without = f"stopping {when}; a checkpoint is saved", ", without a checkpoint"
+        if not self.is_training:
+            next_, without = "the trained weights are saved; the run ends after its last evaluation and its export", ""
+        again = f"ends the process at once{without}" if self._may_exit else "raises KeyboardInterrupt"
+        return f"{signal.Signals(number).name}: {next_}; a second Ctrl-C {again}"
 
     def _end_at_once(self) -> None:
         if self._may_exit:
-            _tell("interrupted; the iterations since the last checkpoint are lost")
+            lost = "the iterations since the last checkpoint are lost"
+            _tell(f"interrupted; {lost if self.is_training else 'the trained weights are saved'}")
             os._exit(_INTERRUPTED)  # no other way ends a thread that is blocked in a library
         if not self._insists:
             self._insists = True

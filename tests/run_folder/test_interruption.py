@@ -40,8 +40,8 @@ def test_the_first_signal_is_answered_by_what_happens_next(tmp_path: Path, capsy
         send(signal.SIGTERM)  # of the launcher
         assert stop.agreed()
     assert capsys.readouterr().err == (
-        "SIGINT: stopping after this micro-batch, or after this iteration if its weights have moved; a checkpoint is "
-        "saved; a second Ctrl-C ends the process at once, without a checkpoint\n"
+        "SIGINT: stopping after this evaluation or micro-batch, or after this iteration if its weights have moved; "
+        "a checkpoint is saved; a second Ctrl-C ends the process at once, without a checkpoint\n"
     )
 
 
@@ -50,6 +50,15 @@ def test_the_answer_fits_several_processes_and_a_program(tmp_path: Path, monkeyp
     answer = Interruption(tmp_path / "stop", may_exit=False).answer(signal.SIGTERM)
     assert answer.startswith("SIGTERM: stopping after this iteration; a checkpoint is saved; ")
     assert answer.endswith("a second Ctrl-C raises KeyboardInterrupt")
+
+
+def test_after_the_last_iteration_the_answer_stops_nothing(tmp_path: Path):
+    stop = Interruption(tmp_path / "stop")
+    stop.is_training = False
+    assert stop.answer(signal.SIGINT) == (
+        "SIGINT: the trained weights are saved; the run ends after its last evaluation and its export; a second Ctrl-C "
+        "ends the process at once"
+    )
 
 
 def _wait_blocked(folder: str) -> int:

@@ -102,7 +102,7 @@ def test_a_run_in_a_terminal_shows_itself_and_stops_with_a_checkpoint(tiny_lcm_f
     terminal.press(b"\x03")
     terminal.process.wait(timeout=60)
     lines = terminal.wait_for(lambda lines: "go on with --resume latest" in "".join(lines))
-    assert "SIGINT: stopping after this micro-batch, or after" in "".join(lines)
+    assert "SIGINT: stopping after this evaluation or micro" in "".join(lines)
     assert terminal.process.returncode == 0 and not terminal.screen.cursor.hidden
     assert list((run_dir / "checkpoints").glob("iteration_*"))
     assert "The run stopped early" in (run_dir / "report.html").read_text()
