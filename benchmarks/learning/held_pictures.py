@@ -18,7 +18,7 @@ from benchmarks.shared.training_runs import Row
 
 FLAT_KB = 0.69  # of a blank image of 64 x 64 at quality 95
 DETECTOR, KB = "guard/shapes_alignment", "guard/jpeg_kb"
-ITERATIONS, LEARNING = 768, 9.6e-3  # default of --iterations; learning rate times iterations
+ITERATIONS, LEARNING = 960, 9.6e-3  # default of --iterations; learning rate times iterations
 MEASUREMENTS = 32
 _REWARDS = ("jpeg_compressibility", "shapes_alignment")
 _OTHER_IMAGES = ("--prompts", "shapes:one:held_out", "--num-images", "2048", "--seed", "1000")
@@ -31,7 +31,7 @@ def held_arm(num_iterations: int) -> Arm:
         f"raise_kl_{num_iterations}",
         "compressibility_paper",
         (
-            *("guard.action", "raise_kl", "guard.z", "2", "evaluation.num_images", "1024", "evaluation.every", every),
+            *("guard.action", "raise_kl", "guard.z", "2", "evaluation.num_images", "3072", "evaluation.every", every),
             *("num_iterations", str(num_iterations), "optimizer.lr", f"{LEARNING / num_iterations:.3g}"),
             *("checkpoint.every", every, "checkpoint.keep", "40"),  # so that the lowest payload can be scored once more
         ),

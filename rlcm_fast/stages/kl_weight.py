@@ -5,7 +5,7 @@ them there: a PI controller of log w. Let e be the excess of the worst measure i
 band's end, -1, the start model's value, at least, and 2 at most. After each measurement
 
     m <- (m + e) / 2          one measurement is noisy; m = -1 at first
-    b <- b 2^(r (m + 1/4))    b = 1/4 at first; r = 1/3, and half of that, but at least 1/12, when m rises above 0
+    b <- b 2^(r (m + 1/10))   b = 1/4 at first; r = 1/5, and half of that, but at least 1/12, when m rises above 0
     w = b 2^(max(m, 0) / 2)   never below update.kl_weight
 
 Pictures follow a lower weight late, after tens of updates, and a higher one at once. So b moves slowly, and what is
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 FIRST, LEAST, MOST = 0.25, 1e-4, 100.0
-FIRST_RATE, LEAST_RATE = 1 / 3, 1 / 12
-AIM = -0.25  # where b comes to rest
+FIRST_RATE, LEAST_RATE = 1 / 5, 1 / 12
+AIM = -0.1  # where b comes to rest
 _OLD_FIRST = 0.01  # what a checkpoint from before there was a base goes on with at least
 _STATE = ("value", "divergence", "base", "mean", "rate")
 

@@ -148,8 +148,8 @@ def test_the_weight_comes_to_rest_near_the_end_of_the_band():
         wanted = -5 * math.log2(weight.value / 0.08)  # half-widths: the band ends at a weight of 0.08
         excess += (wanted - excess) / (5 if wanted > excess else 2)  # pictures are spoiled late, and come back at once
         found.append((weight.value, excess))
-    assert all(0.08 < value < 0.09 and -0.4 < excess < -0.1 for value, excess in found[-50:])
-    assert max(excess for _, excess in found) < 2.5
+    assert all(0.08 < value < 0.083 and -0.15 < excess < -0.05 for value, excess in found[-50:])
+    assert max(excess for _, excess in found) < 1.5
 
 
 def test_the_rate_halves_at_each_way_out_down_to_its_least():

@@ -79,7 +79,7 @@ def test_each_caption_has_its_own_change(guards: ModuleType, tmp_path: Path):
 
 
 def test_longer_runs_take_smaller_steps(guards: ModuleType):
-    for count, rate, every in ((192, "5e-05", "6"), (768, "1.25e-05", "24")):
+    for count, rate, every in ((192, "5e-05", "6"), (960, "1e-05", "30")):
         overrides = guards.held_arm(count).overrides
         of = dict(zip(overrides[::2], overrides[1::2], strict=True))
         assert (of["optimizer.lr"], of["evaluation.every"]) == (rate, every)
