@@ -59,7 +59,7 @@ class Interruption:
     def __init__(self, stop_file: Path, may_exit: bool = True) -> None:
         """stop_file: create it to stop the run if a signal would not leave enough time to save."""
         self._stop_file, self._may_exit = stop_file, may_exit
-        self.is_training = True
+        self.is_training = True  # until the last iteration is saved
         self._requested_at: float | None = None
         self._answering: threading.Thread | None = None  # writes what the first signal leads to
         self._insists, self._raised = False, False  # a second Ctrl-C came, and what it asks for is done
@@ -145,18 +145,21 @@ class Interruption:
 
     def answer(self, number: int) -> str:
         """Returns what a first signal leads to, in a line."""
-        moved = "after this evaluation or micro-batch, or after this iteration if its weights have moved"
-        when = moved if parallel.world_size() == 1 else "after this iteration"
-        next_, without = f"stopping {when}; a checkpoint is saved", ", without a checkpoint"
-        if not self.is_training:
-            next_, without = "the trained weights are saved; the run ends after its last evaluation and its export", ""
-        again = f"ends the process at once{without}" if self._may_exit else "raises KeyboardInterrupt"
-        return f"{signal.Signals(number).name}: {next_}; a second Ctrl-C {again}"
+        if self.is_training:
+            moved = "after this evaluation or micro-batch, or after this iteration if its weights have moved"
+            when = moved if parallel.world_size() == 1 else "after this iteration"
+            what = f"stopping {when}; a checkpoint is saved"
+            again = "ends the process at once, without a checkpoint"
+        else:
+            what = "the trained weights are saved; the run ends after its last evaluation and its export"
+            again = "ends the process at once"
+        again = again if self._may_exit else "raises KeyboardInterrupt"
+        return f"{signal.Signals(number).name}: {what}; a second Ctrl-C {again}"
 
     def _end_at_once(self) -> None:
         if self._may_exit:
-            lost = "the iterations since the last checkpoint are lost"
-            _tell(f"interrupted; {lost if self.is_training else 'the trained weights are saved'}")
+            lost, saved = "the iterations since the last checkpoint are lost", "the trained weights are saved"
+            _tell(f"interrupted; {lost if self.is_training else saved}")
             os._exit(_INTERRUPTED)  # no other way ends a thread that is blocked in a library
         if not self._insists:
             self._insists = True

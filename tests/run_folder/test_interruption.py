@@ -12,11 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tiny_runs
 
 from benchmarks.shared import run_processes
 from rlcm_fast import parallel
+from rlcm_fast.config import parse_config
 from rlcm_fast.run_folder import interruption
 from rlcm_fast.run_folder.interruption import Interrupted, Interruption
+from rlcm_fast.trainer import Trainer
 
 
 def send(number: int) -> None:
@@ -59,6 +62,26 @@ def test_after_the_last_iteration_the_answer_stops_nothing(tmp_path: Path):
         "SIGINT: the trained weights are saved; the run ends after its last evaluation and its export; a second Ctrl-C "
         "ends the process at once"
     )
+
+
+@pytest.mark.usefixtures("one_process")
+def test_ctrl_c_in_the_last_evaluation_lets_the_run_end(
+    tiny_lcm_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    settings = {"num_iterations": 1, "evaluation.every": 1}
+    trainer = Trainer(parse_config(tiny_runs.arguments(tiny_lcm_folder, tmp_path / "run", settings)))
+    evaluate = trainer.evaluate
+
+    def interrupted(iteration: int) -> dict[str, float]:
+        if iteration == 1:
+            send(signal.SIGINT)
+        return evaluate(iteration)
+
+    monkeypatch.setattr(trainer, "evaluate", interrupted)
+    assert trainer.run()
+    assert "SIGINT: the trained weights are saved; the run ends after its last" in capsys.readouterr().err
+    assert list((tmp_path / "run" / "checkpoints").glob("iteration_*"))
+    assert (tmp_path / "run" / "export" / "model_index.json").is_file()
 
 
 def _wait_blocked(folder: str) -> int:
